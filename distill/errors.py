@@ -1,0 +1,31 @@
+"""The one exception that means "the input was wrong", and the one place that turns it into exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """A mistake the user can mend. Its message is one line: what was got, what is allowed, what to do."""
+
+
+def unknown(kind: str, got: str, allowed: Iterable[str]) -> UserError:
+    """The error for a name that is not in a catalogue; it lists the known names and the nearest one."""
+    names = sorted(allowed)
+    near = get_close_matches(got, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return UserError(f"unknown {kind} {got!r}: known are {', '.join(names)}{hint}")
+
+
+def exit_on_user_error(command: Callable[[], int | None]) -> int:
+    """Run `command`; a UserError becomes one line on stderr and exit code 2, Ctrl-C becomes 130."""
+    try:
+        return command() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from what is finished", file=sys.stderr)
+        return 130

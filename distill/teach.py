@@ -1,0 +1,269 @@
+"""Makes the mini teacher: a VAE, then a UNet and both text encoders together, on the shapes world.
+
+The order matters. A teacher can draw no colour or outline that its VAE loses, so the VAE is taught until the exact
+reader reads its reconstructions right, and only then is anything trained on its latents. Everything here happens
+once, on the machine of whoever makes a new teacher; the distillation of students is `trainer.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from rich.console import Console
+from torch.nn import functional
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from distill.architectures import ARCHITECTURES, MINI_FAMILY, Resolution
+from distill.shapes import ATTRIBUTES, Scene, follows, random_scene, render
+from distill.tokenizer import make_clip_tokenizer
+
+WORDS = """a red green blue yellow purple orange cyan pink white black gray brown circle square triangle star cross
+ring small large at the top left right center bottom and on background""".split()
+VAE_CROP = 64
+console = Console()
+
+
+def _to_tensor(images: np.ndarray) -> torch.Tensor:
+    """uint8 (batch, height, width, 3) to float (batch, 3, height, width) in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def _to_images(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def _pictures(count: int, resolution: Resolution, rng: np.random.Generator) -> tuple[list[Scene], np.ndarray]:
+    scenes = [random_scene(rng) for _ in range(count)]
+    return scenes, np.stack([render(scene, resolution, rng) for scene in scenes])
+
+
+def share_followed(scenes: list[Scene], images: np.ndarray) -> dict[str, float]:
+    """For each attribute, and for `all` together, the share of pictures that show what their scene says."""
+    results = [follows(scene, image) for scene, image in zip(scenes, images, strict=True)]
+    shares = {attribute: float(np.mean([result[attribute] for result in results])) for attribute in ATTRIBUTES}
+    return shares | {"all": float(np.mean([all(result.values()) for result in results]))}
+
+
+def _cosine(step: int, steps: int, warmup: int) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _reads(vae: AutoencoderKL, rng: np.random.Generator, count: int = 32) -> dict[str, float]:
+    """What the exact reader reads of the VAE's reconstructions, over all nine resolutions."""
+    scenes, shares = 0, dict.fromkeys((*ATTRIBUTES, "all"), 0.0)
+    for resolution in MINI_FAMILY.resolutions:
+        some, images = _pictures(count, resolution, rng)
+        with torch.no_grad():
+            decoded = vae(_to_tensor(images)).sample
+        for attribute, share in share_followed(some, _to_images(decoded)).items():
+            shares[attribute] += share * count
+        scenes += count
+    return {attribute: total / scenes for attribute, total in shares.items()}
+
+
+def _crops(pool: np.ndarray, batch: int, rng: np.random.Generator) -> torch.Tensor:
+    """Random square crops (batch, 3, 64, 64): the VAE is convolutional, so crops teach it whole pictures."""
+    _, height, width, _ = pool.shape
+    crops = []
+    for index in rng.integers(0, len(pool), batch):
+        top, left = rng.integers(0, height - VAE_CROP + 1), rng.integers(0, width - VAE_CROP + 1)
+        crops.append(pool[index, top : top + VAE_CROP, left : left + VAE_CROP])
+    return _to_tensor(np.stack(crops))
+
+
+def teach_vae(out: Path, *, steps: int = 3000, batch: int = 16, learning_rate: float = 2e-3, seed: int = 0) -> AutoencoderKL:
+    """Trains the mini VAE and saves it under `out/vae`, its scaling factor measured from its own latents."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    pool = _pictures(3000, MINI_FAMILY.resolutions[0], rng)[1]
+    vae = AutoencoderKL(**MINI_FAMILY.vae)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, steps, 100))
+    ema = EMAModel(vae.parameters(), decay=0.995)
+    started = time.monotonic()
+    for step in range(steps):
+        images = _crops(pool, batch, rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(images).latent_dist
+            decoded = vae.decode(posterior.sample()).sample.float()
+        error = (decoded - images).abs()
+        loss = error.mean() + 2 * error.square().mean() + 1e-5 * posterior.kl().mean() / 64
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        ema.step(vae.parameters())
+        if (step + 1) % 250 == 0:
+            ema.store(vae.parameters())
+            ema.copy_to(vae.parameters())
+            read = _reads(vae, np.random.default_rng(1), 8)
+            vae.save_pretrained(out / "vae")
+            ema.restore(vae.parameters())
+            words = " ".join(f"{name} {share:.3f}" for name, share in read.items())
+            console.print(f"vae {step + 1}/{steps} loss {loss.item():.4f} {time.monotonic() - started:.0f} s: {words}")
+    ema.copy_to(vae.parameters())
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(_to_tensor(pool[i : i + 64])).latent_dist.mode() for i in range(0, 512, 64)])
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    vae.save_pretrained(out / "vae")
+    console.print(f"vae done, scaling factor {vae.config.scaling_factor}, reads {_reads(vae, np.random.default_rng(2))}")
+    return vae
+
+
+def _latent_pool(vae: AutoencoderKL, per_resolution: int, seed: int) -> list[tuple[Resolution, list[str], torch.Tensor]]:
+    """For each resolution its captions and scaled latents (count, 4, height / 8, width / 8)."""
+    rng = np.random.default_rng(seed)
+    pool = []
+    for resolution in MINI_FAMILY.resolutions:
+        scenes, images = _pictures(per_resolution, resolution, rng)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            chunks = [vae.encode(_to_tensor(images[i : i + 64])).latent_dist.mode() for i in range(0, len(images), 64)]
+        latents = torch.cat(chunks).float() * vae.config.scaling_factor
+        pool.append((resolution, [scene.caption for scene in scenes], latents))
+        console.print(f"latents of {resolution}: {len(scenes)}")
+    return pool
+
+
+def make_mini_pipeline(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
+    """An SDXL pipeline of the mini family with untrained UNet and text encoders around `vae`."""
+    family = MINI_FAMILY
+    special = {key: family.text_encoder[key] for key in ("bos_token_id", "eos_token_id")}
+    length = family.text_encoder["max_position_embeddings"]
+    return StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(CLIPTextConfig(**family.text_encoder)),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**family.text_encoder_2)),
+        tokenizer=make_clip_tokenizer(WORDS, max_length=length, **special),
+        tokenizer_2=make_clip_tokenizer(WORDS, max_length=length, pad_token="!", **special),
+        unet=UNet2DConditionModel(**ARCHITECTURES["mini-sdxl"].unet_config),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+        ),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+
+
+def _encode_text(pipe: StableDiffusionXLPipeline, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Penultimate hidden states of both encoders (batch, 32, 128) and the second's pooled output (batch, 64)."""
+    hidden = []
+    for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)):
+        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        output = encoder(ids, output_hidden_states=True)
+        hidden.append(output.hidden_states[-2])
+    return torch.cat(hidden, -1), output.text_embeds
+
+
+def _batches(pool: list, batch: int, rng: np.random.Generator) -> Iterator[tuple[Resolution, list[str], torch.Tensor]]:
+    """Every picture once an epoch, each batch of one resolution, in random order."""
+    while True:
+        order = []
+        for bucket, (_, captions, _) in enumerate(pool):
+            indices = rng.permutation(len(captions))
+            order += [(bucket, indices[i : i + batch]) for i in range(0, len(indices) - batch + 1, batch)]
+        for which in rng.permutation(len(order)):
+            bucket, indices = order[which]
+            resolution, captions, latents = pool[bucket]
+            yield resolution, [captions[i] for i in indices], latents[indices]
+
+
+def teach_unet(
+    vae: AutoencoderKL,
+    out: Path,
+    *,
+    minutes: float = 55,
+    batch: int = 32,
+    learning_rate: float = 1e-3,
+    per_resolution: int = 3000,
+    seed: int = 0,
+) -> StableDiffusionXLPipeline:
+    """Trains the UNet and both text encoders on the task loss for `minutes`, and saves the pipeline under `out`.
+
+    The learning rate falls with the time used, so the schedule is whole however fast the machine is.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    pipe = make_mini_pipeline(vae)
+    pipe.set_progress_bar_config(disable=True)
+    pool = _latent_pool(vae.eval(), per_resolution, seed)
+    unet = pipe.unet.train()
+    parameters = [*unet.parameters(), *pipe.text_encoder.parameters(), *pipe.text_encoder_2.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    ema = EMAModel(parameters, decay=0.998)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alphas_cumprod = torch.cumprod(1 - betas, 0).float()
+    unet.compile_repeated_blocks(dynamic=True)
+    started = time.monotonic()
+    losses: list[float] = []
+    next_save = 300.0
+    for step, (resolution, captions, latents) in enumerate(_batches(pool, batch, rng)):
+        used = (time.monotonic() - started) / (60 * minutes)
+        if used >= 1:
+            break
+        optimizer.param_groups[0]["lr"] = learning_rate * min(1, (step + 1) / 200) * (0.01 + 0.99 * (1 - used) ** 0.7 * min(1, 2 * (1 - used)))
+        hidden, pooled = _encode_text(pipe, captions)
+        kept = (torch.rand(batch) >= 0.1).float()
+        timesteps = torch.randint(0, 1000, (batch,))
+        signal = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        noise = torch.randn_like(latents)
+        noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
+        size = (resolution.height, resolution.width)
+        added = {
+            "text_embeds": pooled * kept[:, None],
+            "time_ids": torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).expand(batch, 6),
+        }
+        noise_pred = unet(noisy, timesteps, hidden * kept[:, None, None], added_cond_kwargs=added).sample
+        loss = functional.mse_loss(noise_pred, noise)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        ema.step(parameters)
+        losses.append(loss.item())
+        if (step + 1) % 50 == 0:
+            seconds = time.monotonic() - started
+            console.print(f"unet step {step + 1} loss {np.mean(losses[-50:]):.4f} {seconds:.0f} s {seconds / (step + 1):.2f} s/step")
+        if time.monotonic() - started > next_save:
+            next_save += 600
+            ema.store(parameters)
+            ema.copy_to(parameters)
+            pipe.save_pretrained(out, safe_serialization=True)
+            console.print(f"follows: {judge(pipe, count=18)}")
+            ema.restore(parameters)
+            unet.train()
+    ema.copy_to(parameters)
+    unet.eval()
+    pipe.save_pretrained(out, safe_serialization=True)
+    return pipe
+
+
+@torch.no_grad()
+def judge(pipe: StableDiffusionXLPipeline, *, count: int = 90, steps: int = 25, guidance_scale: float = 5.0, seed: int = 10_000) -> dict[str, float]:
+    """How often pictures of unseen captions show what they say: shares per attribute over the nine resolutions."""
+    rng = np.random.default_rng(seed)
+    scenes, results = [], []
+    for index, resolution in enumerate(MINI_FAMILY.resolutions):
+        some = [random_scene(rng) for _ in range(count // len(MINI_FAMILY.resolutions))]
+        images = pipe(
+            [scene.caption for scene in some],
+            width=resolution.width,
+            height=resolution.height,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=torch.Generator().manual_seed(seed + index),
+            output_type="np",
+        ).images
+        scenes += some
+        results += [follows(scene, np.rint(image * 255).astype(np.uint8)) for scene, image in zip(some, images, strict=True)]
+    shares = {attribute: float(np.mean([result[attribute] for result in results])) for attribute in ATTRIBUTES}
+    return shares | {"all": float(np.mean([all(result.values()) for result in results]))}
