@@ -26,7 +26,6 @@ from distill.tokenizer import make_clip_tokenizer
 
 WORDS = """a red green blue yellow purple orange cyan pink white black gray brown circle square triangle star cross
 ring small large at the top left right center bottom and on background""".split()
-VAE_CROP = 64
 console = Console()
 
 
@@ -70,28 +69,36 @@ def _reads(vae: AutoencoderKL, rng: np.random.Generator, count: int = 32) -> dic
     return {attribute: total / scenes for attribute, total in shares.items()}
 
 
-def _crops(pool: np.ndarray, batch: int, rng: np.random.Generator) -> torch.Tensor:
-    """Random square crops (batch, 3, 64, 64): the VAE is convolutional, so crops teach it whole pictures."""
+def _crops(pool: np.ndarray, batch: int, side: int, rng: np.random.Generator) -> torch.Tensor:
+    """Random square crops (batch, 3, side, side): the VAE is convolutional, so crops teach it whole pictures."""
     _, height, width, _ = pool.shape
     crops = []
     for index in rng.integers(0, len(pool), batch):
-        top, left = rng.integers(0, height - VAE_CROP + 1), rng.integers(0, width - VAE_CROP + 1)
-        crops.append(pool[index, top : top + VAE_CROP, left : left + VAE_CROP])
+        top, left = rng.integers(0, height - side + 1), rng.integers(0, width - side + 1)
+        crops.append(pool[index, top : top + side, left : left + side])
     return _to_tensor(np.stack(crops))
 
 
-def teach_vae(out: Path, *, steps: int = 3000, batch: int = 16, learning_rate: float = 2e-3, seed: int = 0) -> AutoencoderKL:
+def teach_vae(out: Path, *, steps: int = 3200, batch: int = 16, learning_rate: float = 2e-3, seed: int = 0) -> AutoencoderKL:
     """Trains the mini VAE and saves it under `out/vae`, its scaling factor measured from its own latents."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     pool = _pictures(3000, MINI_FAMILY.resolutions[0], rng)[1]
     vae = AutoencoderKL(**MINI_FAMILY.vae)
+    with torch.no_grad():  # begin with a narrow posterior: at its default width the noise drowns the means for long
+        vae.quant_conv.weight[4:].zero_()
+        vae.quant_conv.bias[4:].fill_(-5.0)
+        for name, parameter in vae.named_parameters():  # and with residual branches that add little
+            if name.endswith("conv2.weight"):
+                parameter.mul_(0.1)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, steps, 100))
     ema = EMAModel(vae.parameters(), decay=0.995)
     started = time.monotonic()
     for step in range(steps):
-        images = _crops(pool, batch, rng)
+        # small crops are cheap and hold whole shapes; larger ones at the end teach what lies between them
+        small = step < 0.75 * steps
+        images = _crops(pool, 2 * batch if small else batch, 32 if small else 64, rng)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(images).latent_dist
             decoded = vae.decode(posterior.sample()).sample.float()
@@ -99,7 +106,7 @@ def teach_vae(out: Path, *, steps: int = 3000, batch: int = 16, learning_rate: f
         loss = error.mean() + 2 * error.square().mean() + 1e-5 * posterior.kl().mean() / 64
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 3.0)
         optimizer.step()
         schedule.step()
         ema.step(vae.parameters())

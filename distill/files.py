@@ -1,0 +1,82 @@
+"""Writing that is whole or absent, and content hashes: what every room uses to leave nothing half-written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from distill.errors import UserError
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of the file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex digest of `value` as canonical JSON: the key under which a stage's inputs are remembered."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError where the file is absent or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary sibling of `path` to write (a file or a folder); it takes the name `path` only if the
+    block ends well, and is removed otherwise. A killed process leaves `path` as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    _remove(temporary)
+    try:
+        yield temporary
+        if path.is_dir() and temporary.is_dir():  # a folder cannot be renamed over a full one
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            path.rename(old)
+            temporary.rename(path)
+            _remove(old)
+        else:
+            temporary.replace(path)
+    finally:
+        _remove(temporary)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` atomically, with sorted keys, so that equal content is equal bytes."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def require_free_disk(folder: Path, needed_bytes: int, what: str) -> None:
+    """Raises UserError before anything is written where the disk is too small for `what`."""
+    existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise UserError(
+            f"{what} needs {needed_bytes / 1e9:.1f} GB on the disk of {existing}, which has {free / 1e9:.1f} GB free; "
+            "free some space or choose another --out"
+        )
