@@ -65,6 +65,27 @@ class Depth:
         depth.check()
         return depth
 
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Depth:
+        """The depth that a UNet's config.json states, in any of the forms diffusers accepts."""
+        per_block = config["layers_per_block"]
+        stated = config["transformer_layers_per_block"]
+        stated = [stated] * len(config["down_block_types"]) if isinstance(stated, int) else stated
+        reverse = config.get("reverse_transformer_layers_per_block") or stated[::-1]
+
+        def side(types: list[str], layers: list, count: int) -> tuple[tuple[int, ...], ...]:
+            return tuple(
+                () if "CrossAttn" not in kind else (n,) * count if isinstance(n, int) else tuple(n)
+                for kind, n in zip(types, layers, strict=True)
+            )
+
+        last = stated[-1] if isinstance(stated[-1], int) else stated[-1][0]
+        return cls(
+            down=side(config["down_block_types"], stated, per_block),
+            mid=last if config["mid_block_type"] == "UNetMidBlock2DCrossAttn" else 0,
+            up=side(config["up_block_types"], reverse, per_block + 1),
+        )
+
     def check(self) -> None:
         """Raises UserError where diffusers' UNet2DConditionModel cannot express the pattern or SDXL has no such block."""
         if tuple(map(len, self.down)) != (0, 2, 2) or tuple(map(len, self.up)) != (3, 3, 0):
@@ -196,7 +217,7 @@ SDXL_FAMILY = Family(
     ),
 )
 
-# Narrow, not shallow: the same blocks in the same order. Groups of 8 keep several channels per normalised group.
+# Narrow, not shallow: the same blocks in the same order. Few groups keep several channels in each normalised one.
 MINI_FAMILY = Family(
     name="mini",
     unet=_UNET
@@ -206,7 +227,7 @@ MINI_FAMILY = Family(
         "cross_attention_dim": 128,
         "addition_time_embed_dim": 32,
         "projection_class_embeddings_input_dim": 6 * 32 + 64,
-        "norm_num_groups": 8,
+        "norm_num_groups": 4,
         "sample_size": 16,
     },
     vae=_VAE
