@@ -1,0 +1,69 @@
+"""A contestant with known delays: it tests the harness itself, which must give them back.
+
+Busy waiting, not sleeping, because a sleep ends a scheduler's tick late and the lateness would look like ours.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from bench.measure import STAGES, Mark, Pictures
+from bench.workload import Workload
+from distill.errors import UserError, unknown
+
+
+def busy_wait(milliseconds: float) -> None:
+    end = time.perf_counter_ns() + int(milliseconds * 1e6)
+    while time.perf_counter_ns() < end:
+        pass
+
+
+@dataclass
+class FakeContestant:
+    """`delays_ms` holds the duration of each stage; `denoise` is one step's. `jitter` widens each call by up to so
+    much of itself, by a fixed sequence."""
+
+    name: str
+    delays_ms: dict[str, float]
+    device: str = "cpu"
+    jitter: float = 0.0
+    load_ms: float = 0.0
+    precision: str = "none"
+    runtime: str = "fake"
+    calls: int = field(default=0)
+
+    @classmethod
+    def parse(cls, name: str, text: str) -> FakeContestant:
+        """`denoise=10,vae_decode=25,...` in milliseconds. Raises UserError."""
+        delays = {}
+        for part in filter(None, text.split(",")):
+            stage, equals, value = part.partition("=")
+            if stage not in STAGES:
+                raise unknown("stage", stage, STAGES)
+            try:
+                delays[stage] = float(value)
+            except ValueError:
+                raise UserError(f"delay {part!r} is not of the form STAGE=MILLISECONDS, e.g. denoise=10") from None
+            if not equals or delays[stage] < 0:
+                raise UserError(f"delay {part!r}: milliseconds must not be negative")
+        return cls(name, delays)
+
+    def load(self) -> None:
+        busy_wait(self.load_ms)
+
+    def draw(self, workload: Workload, mark: Mark) -> Pictures:
+        import numpy as np
+
+        self.calls += 1
+        factor = 1 + self.jitter * ((self.calls * 0.618034) % 1)
+        images = None
+        for stage in STAGES:
+            for _ in range(workload.steps if stage == "denoise" else 1):
+                if stage == "post_process":
+                    shape = (workload.batch, workload.resolution.height, workload.resolution.width, 3)
+                    images = np.random.default_rng(workload.seed).integers(0, 256, shape, np.uint8)
+                busy_wait(self.delays_ms.get(stage, 0.0) * factor)
+                mark(stage)
+        assert images is not None
+        return Pictures(images)

@@ -1,0 +1,237 @@
+"""Stages timed by marks on one timeline, so that they sum to the total by construction and can be checked against it.
+
+A contestant calls `mark("denoise")` when that stage ends; what passed since the last mark belongs to it. On a GPU
+each mark records an event in the current stream, so the stages lie on the device's own timeline; on a CPU a mark
+reads the monotonic clock. In both cases an independent clock around the whole call gives the total.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from bench.workload import Workload
+
+STAGES = ("prepare", "tokenise", "text_encoders", "denoise", "vae_decode", "post_process")
+Mark = Callable[[str], None]
+
+
+@dataclass
+class Pictures:
+    """`images` uint8 (batch, height, width, 3); `latents` float32 (batch, 4, height / 8, width / 8) or None."""
+
+    images: np.ndarray
+    latents: np.ndarray | None = None
+
+
+class Contestant(Protocol):
+    """Anything that draws. `device` is `cpu` or `cuda`; `load` is timed as the cold start and called once."""
+
+    name: str
+    device: str
+
+    def load(self) -> None: ...
+
+    def draw(self, workload: Workload, mark: Mark) -> Pictures: ...
+
+
+@dataclass
+class Sample:
+    """One timed call. All times in milliseconds; `steps_ms` are the denoise stage's parts, in order.
+
+    `queue_ms` is how far, at most, the device was behind the host during denoising: near 0 on a GPU means that the
+    device waited for the host. None on a CPU.
+    """
+
+    total_ms: float
+    stages_ms: dict[str, float]
+    steps_ms: list[float]
+    queue_ms: float | None = None
+    started_s: float = 0.0
+    round: int = 0
+
+    @property
+    def unaccounted(self) -> float:
+        """Share of the total that the stages do not explain."""
+        return abs(sum(self.stages_ms.values()) - self.total_ms) / self.total_ms
+
+
+class CpuClock:
+    """Marks on the monotonic clock."""
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[str, int]] = []
+
+    def start(self) -> None:
+        self._marks = []
+        self._start = time.perf_counter_ns()
+
+    def mark(self, stage: str) -> None:
+        self._marks.append((stage, time.perf_counter_ns()))
+
+    def finish(self) -> tuple[list[tuple[str, float]], float | None]:
+        """((stage, milliseconds) in order, None)."""
+        spans, last = [], self._start
+        for stage, at in self._marks:
+            spans.append((stage, (at - last) / 1e6))
+            last = at
+        return spans, None
+
+
+class CudaClock:
+    """Marks as CUDA events in the current stream, with the host's time beside each to see which one waits."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._torch = torch
+        self._pool: list[Any] = []
+
+    def _event(self) -> Any:
+        if self._used == len(self._pool):
+            self._pool.append(self._torch.cuda.Event(enable_timing=True))
+        event = self._pool[self._used]
+        self._used += 1
+        event.record()
+        return event
+
+    def start(self) -> None:
+        self._torch.cuda.synchronize()
+        self._used = 0
+        self._marks: list[tuple[str, Any, int]] = []
+        self._start = self._event()
+        self._start_ns = time.perf_counter_ns()
+
+    def mark(self, stage: str) -> None:
+        self._marks.append((stage, self._event(), time.perf_counter_ns()))
+
+    def finish(self) -> tuple[list[tuple[str, float]], float | None]:
+        self._torch.cuda.synchronize()
+        spans, last, queue_ms = [], self._start, 0.0
+        for stage, event, host_ns in self._marks:
+            spans.append((stage, last.elapsed_time(event)))
+            last = event
+            if stage == "denoise":
+                queue_ms = max(queue_ms, self._start.elapsed_time(event) - (host_ns - self._start_ns) / 1e6)
+        return spans, queue_ms
+
+
+Clock = CpuClock | CudaClock
+
+
+def make_clock(device: str) -> Clock:
+    return CudaClock() if device.startswith("cuda") else CpuClock()
+
+
+def timed_draw(contestant: Contestant, workload: Workload, clock: Clock) -> tuple[Sample, Pictures]:
+    """One call under the clock, the collector held back so that it does not fall into one contestant's time."""
+    gc_was_on = gc.isenabled()
+    gc.disable()
+    try:
+        clock.start()
+        begin = time.perf_counter_ns()
+        pictures = contestant.draw(workload, clock.mark)
+        spans, queue_ms = clock.finish()
+        total_ms = (time.perf_counter_ns() - begin) / 1e6
+    finally:
+        if gc_was_on:
+            gc.enable()
+    stages_ms = dict.fromkeys(STAGES, 0.0)
+    for stage, milliseconds in spans:
+        stages_ms[stage] = stages_ms.get(stage, 0.0) + milliseconds
+    steps_ms = [milliseconds for stage, milliseconds in spans if stage == "denoise"]
+    return Sample(total_ms, stages_ms, steps_ms, queue_ms), pictures
+
+
+@dataclass
+class ColdStart:
+    """Milliseconds from nothing to the first picture: `load_ms` reads weights or plans, `first_image_ms` is the first
+    call (lazy allocation, just-in-time compilation), apart from the steady state."""
+
+    load_ms: float
+    first_image_ms: float
+
+
+def cold_start(contestant: Contestant, workload: Workload) -> ColdStart:
+    begin = time.perf_counter_ns()
+    contestant.load()
+    clock = make_clock(contestant.device)
+    loaded = time.perf_counter_ns()
+    sample, _ = timed_draw(contestant, workload, clock)
+    return ColdStart((loaded - begin) / 1e6, sample.total_ms)
+
+
+@dataclass
+class Plan:
+    """How much is measured. A cell ends after `max_rounds`, or after `min_rounds` once its share of time is used."""
+
+    min_rounds: int = 3
+    max_rounds: int = 20
+    warmup: int = 1
+    max_warmup: int = 5
+    stable_within: float = 0.05
+
+
+@dataclass
+class Cell:
+    """The samples of one workload, per contestant, in rounds that were interleaved."""
+
+    workload: Workload
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    warmups: dict[str, int] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def warm_up(contestant: Contestant, workload: Workload, clock: Clock, plan: Plan) -> int:
+    """Draws until two calls in a row agree within `stable_within`, `max_warmup` times at most. Returns how many."""
+    previous = None
+    for count in range(1, plan.max_warmup + 1):
+        total_ms = timed_draw(contestant, workload, clock)[0].total_ms
+        stable = previous is not None and abs(total_ms - previous) <= plan.stable_within * previous
+        if count >= plan.warmup and (stable or plan.warmup == plan.max_warmup):
+            return count
+        previous = total_ms
+    return plan.max_warmup
+
+
+def measure_cell(
+    contestants: list[Any],
+    workload: Workload,
+    plan: Plan,
+    budget_s: float,
+    *,
+    on_round: Callable[[int], None] = lambda _: None,
+) -> Cell:
+    """Interleaved rounds A B C, B C A, C A B, ...: a drift of the machine meets all contestants alike.
+
+    A contestant that raises is recorded with its error and left out of the following rounds; the others go on.
+    """
+    cell = Cell(workload)
+    running: list[tuple[Any, Clock]] = []
+    begin = time.monotonic()
+    for contestant in contestants:
+        clock = make_clock(contestant.device)
+        try:
+            cell.warmups[contestant.name] = warm_up(contestant, workload, clock, plan)
+            running.append((contestant, clock))
+            cell.samples[contestant.name] = []
+        except Exception as error:
+            cell.failures[contestant.name] = f"{type(error).__name__}: {error}"
+    for index in range(plan.max_rounds):
+        if index >= plan.min_rounds and time.monotonic() - begin > budget_s:
+            break
+        gc.collect()
+        turn = index % max(1, len(running))
+        for contestant, clock in running[turn:] + running[:turn]:
+            started_s = time.monotonic() - begin
+            sample, _ = timed_draw(contestant, workload, clock)
+            sample.started_s, sample.round = started_s, index
+            cell.samples[contestant.name].append(sample)
+        on_round(index)
+    return cell

@@ -1,0 +1,214 @@
+"""Contestants that are diffusers pipelines: eager, compiled, ONNX Runtime by optimum, and a bundle of any flavor.
+
+The pipeline's own sampler runs unchanged; the stages are seen from outside, at places diffusers makes public: the
+tokenizers, `encode_prompt`, the progress bar, the end of each step, and the image processor.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.measure import Mark, Pictures
+from bench.workload import SCHEDULERS, Workload
+from distill.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def _dtype(precision: str) -> torch.dtype:
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+class StageHooks:
+    """Puts marks around the stages of a StableDiffusionXLPipeline. `mark` is set anew for every call."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.mark: Mark = lambda _: None
+        for name in ("tokenizer", "tokenizer_2"):
+            if getattr(pipe, name, None) is not None:
+                self._watch_tokenizer(getattr(pipe, name))
+        self._after(pipe, "encode_prompt", "prepare", "text_encoders")
+        self._after(pipe, "progress_bar", "prepare", None)
+        self._after(pipe.image_processor, "postprocess", "vae_decode", None)
+
+    def _watch_tokenizer(self, tokenizer: Any) -> None:
+        hooks, kind = self, type(tokenizer)
+
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            hooks.mark("text_encoders")
+            result = kind.__call__(self, *args, **kwargs)
+            hooks.mark("tokenise")
+            return result
+
+        # special methods are looked up on the class, so the instance gets a subclass of its own
+        tokenizer.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+
+    def _after(self, owner: Any, method: str, before: str, after: str | None) -> None:
+        """Marks `before` when `owner.method` is entered, and `after` when it returns."""
+        original = getattr(owner, method)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self.mark(before)
+            result = original(*args, **kwargs)
+            if after is not None:
+                self.mark(after)
+            return result
+
+        setattr(owner, method, watched)
+
+
+@dataclass
+class PipelineContestant:
+    """Common part: everything but how the pipeline is made. `source` is a path or any source the project knows."""
+
+    name: str
+    source: str
+    device: str = "cpu"
+    precision: str = "fp32"
+    runtime: str = "diffusers eager"
+    workdir: Path = field(default_factory=lambda: Path("out/sources"))
+
+    def make_pipeline(self) -> Any:
+        raise NotImplementedError
+
+    @cached_property
+    def pipe(self) -> Any:
+        pipe = self.make_pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        self._hooks = StageHooks(pipe)
+        self._schedulers = {"default": pipe.scheduler}
+        return pipe
+
+    @cached_property
+    def folder(self) -> Path:
+        """The diffusers folder of `source`. Raises UserError."""
+        from distill.sources import resolve
+
+        return resolve(self.source, self.workdir)
+
+    def load(self) -> None:
+        _ = self.pipe
+
+    def _scheduler(self, name: str) -> Any:
+        if name not in self._schedulers:
+            import diffusers
+
+            kind = getattr(diffusers, str(SCHEDULERS[name]))
+            self._schedulers[name] = kind.from_config(self._schedulers["default"].config)
+        return self._schedulers[name]
+
+    def draw(self, workload: Workload, mark: Mark) -> Pictures:
+        import numpy as np
+        import torch
+
+        pipe, last = self.pipe, {}
+        self._hooks.mark = mark
+        pipe.scheduler = self._scheduler(workload.scheduler)
+
+        def step_end(_pipe: Any, _index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            mark("denoise")
+            last["latents"] = tensors["latents"]
+            return tensors
+
+        with torch.inference_mode():
+            images = pipe(
+                workload.batch_prompts(),
+                width=workload.resolution.width,
+                height=workload.resolution.height,
+                num_inference_steps=workload.steps,
+                guidance_scale=workload.guidance_scale,
+                generator=torch.Generator("cpu").manual_seed(workload.seed),
+                callback_on_step_end=step_end,
+                output_type="np",
+            ).images
+        pixels = (images * 255).round().astype(np.uint8)
+        mark("post_process")
+        latents = last["latents"].detach().float().cpu().numpy()  # after the last mark: not part of the total
+        return Pictures(pixels, latents)
+
+
+@dataclass
+class EagerContestant(PipelineContestant):
+    """diffusers as it comes. The VAE stays in fp32 where its config says that fp16 overflows (diffusers' own rule)."""
+
+    def make_pipeline(self) -> Any:
+        from diffusers import StableDiffusionXLPipeline
+
+        pipe = StableDiffusionXLPipeline.from_pretrained(
+            self.folder, torch_dtype=_dtype(self.precision), add_watermarker=False
+        )
+        return pipe.to(self.device)
+
+
+@dataclass
+class CompiledContestant(EagerContestant):
+    """diffusers with channels_last, fused QKV projections and torch.compile on the UNet and the VAE decoder."""
+
+    runtime: str = "diffusers + torch.compile"
+
+    def make_pipeline(self) -> Any:
+        import torch
+
+        pipe = super().make_pipeline()
+        pipe.unet.to(memory_format=torch.channels_last)
+        pipe.vae.to(memory_format=torch.channels_last)
+        pipe.fuse_qkv_projections()
+        mode = "max-autotune-no-cudagraphs" if self.device.startswith("cuda") else "default"
+        pipe.unet = torch.compile(pipe.unet, mode=mode, dynamic=False)
+        pipe.vae.decode = torch.compile(pipe.vae.decode, mode=mode, dynamic=False)
+        return pipe
+
+
+@dataclass
+class OptimumContestant(PipelineContestant):
+    """optimum's ONNX Runtime pipeline over an ONNX folder."""
+
+    runtime: str = "optimum ONNX Runtime"
+
+    def make_pipeline(self) -> Any:
+        try:
+            from optimum.onnxruntime import ORTStableDiffusionXLPipeline
+        except ImportError as error:
+            raise UserError(
+                f"contestant {self.name!r} needs the optional package optimum-onnx ({error}); "
+                "install it with: pip install 'slimxl[optimum]'"
+            ) from None
+        if not (Path(self.source) / "unet" / "model.onnx").is_file():
+            raise UserError(
+                f"{self.source} is no ONNX folder (no unet/model.onnx): make one with python -m export onnx"
+            )
+        provider = "CUDAExecutionProvider" if self.device.startswith("cuda") else "CPUExecutionProvider"
+        return ORTStableDiffusionXLPipeline.from_pretrained(self.source, provider=provider)
+
+
+@dataclass
+class BundleContestant(PipelineContestant):
+    """A slimxl bundle: the sampler is diffusers' own, the networks are engines of one flavor."""
+
+    flavor: str | None = None
+    runtime: str = "slimxl bundle"
+
+    def make_pipeline(self) -> Any:
+        import engines
+
+        pipe = engines.load(Path(self.source), flavor=self.flavor, device=self.device)
+        return pipe
+
+
+def load_seconds(contestant: PipelineContestant) -> float:
+    """Loads and says how long it took, with the pipeline thrown away again (a second cold start)."""
+    begin = time.perf_counter()
+    contestant.load()
+    with suppress(AttributeError):
+        del contestant.pipe
+    return time.perf_counter() - begin

@@ -1,0 +1,147 @@
+"""What the samples say: medians with intervals, ratios from interleaved rounds, and what is wrong with them, in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+MIN_FOR_INTERVAL = 6  # below six samples even [min, max] covers the median with less than 95 %: 1 - 2 * 0.5**5 = 0.94
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95 % interval; `low` and `high` are None where too few samples support one."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+    def overlaps(self, other: Interval) -> bool:
+        """Whether the two intervals share a point; two without intervals always do."""
+        if None in (self.low, self.high, other.low, other.high):
+            return True
+        return self.low <= other.high and other.low <= self.high  # type: ignore[operator]
+
+
+def _bootstrap(samples: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], seed: int) -> tuple[float, float]:
+    """Percentile bootstrap (Efron 1979) over the first axis; `statistic` reduces axis 1 of (resamples, N, ...)."""
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(0, len(samples), (RESAMPLES, len(samples)))
+    values = statistic(samples[picks])
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def median_interval(samples: Sequence[float], seed: int = 0) -> Interval:
+    """The median with its bootstrap interval. Raises ValueError without samples."""
+    if len(samples) == 0:
+        raise ValueError("no samples")
+    array = np.asarray(samples, float)
+    value = float(np.median(array))
+    if len(array) < MIN_FOR_INTERVAL:
+        return Interval(value, None, None)
+    return Interval(value, *_bootstrap(array, lambda picked: np.median(picked, axis=1), seed))
+
+
+def ratio_interval(baseline: Sequence[float], other: Sequence[float], seed: int = 0) -> Interval:
+    """How many times faster `other` is: the median of the per-round ratios baseline / other.
+
+    Both come from the same interleaved rounds, so what slowed a whole round cancels, and rounds are resampled as
+    pairs. Raises ValueError where the rounds do not pair up.
+    """
+    if len(baseline) != len(other) or len(baseline) == 0:
+        raise ValueError(f"{len(baseline)} and {len(other)} samples do not pair up")
+    ratios = np.asarray(baseline, float) / np.asarray(other, float)
+    return median_interval(list(ratios), seed)
+
+
+def percentile_supported(quantile: float, count: int) -> bool:
+    """Whether `count` samples support a percentile with 99 % confidence while leaving one sample above it:
+    P(Binomial(count, 1 - quantile) <= 1) <= 1 %. That asks for 64 samples at p90 and 662 at p99 (MLPerf's rule)."""
+    miss = 1 - quantile
+    at_most_one = quantile**count + count * miss * quantile ** (count - 1) if count else 1.0
+    return at_most_one <= 0.01
+
+
+def percentiles(samples: Sequence[float]) -> dict[str, float | None]:
+    """p90, p95, p99, each None where the number of samples does not support it."""
+    return {
+        name: float(np.quantile(samples, quantile)) if percentile_supported(quantile, len(samples)) else None
+        for name, quantile in (("p90", 0.90), ("p95", 0.95), ("p99", 0.99))
+    }
+
+
+def spread(samples: Sequence[float]) -> float:
+    """Coefficient of variation (standard deviation over mean), 0 for fewer than two samples."""
+    if len(samples) < 2:
+        return 0.0
+    return float(np.std(samples, ddof=1) / np.mean(samples))
+
+
+def drift(samples: Sequence[float]) -> tuple[float, float]:
+    """(share by which the last sample differs from the first along the Theil-Sen slope, p-value of Mann-Kendall)."""
+    count = len(samples)
+    if count < MIN_FOR_INTERVAL:
+        return 0.0, 1.0
+    array = np.asarray(samples, float)
+    first, second = np.triu_indices(count, 1)
+    differences = array[second] - array[first]
+    slope = float(np.median(differences / (second - first)))
+    score = float(np.sign(differences).sum())
+    deviation = math.sqrt(count * (count - 1) * (2 * count + 5) / 18)
+    z = (score - np.sign(score)) / deviation
+    return slope * (count - 1) / float(np.median(array)), math.erfc(abs(z) / math.sqrt(2))
+
+
+NOISY_CV = 0.05
+DRIFT_SHARE = 0.05
+DRIFT_P = 0.01
+SUM_WITHIN = 0.01
+
+
+def diagnose(
+    totals_ms: Sequence[float],
+    *,
+    unaccounted: float,
+    queue_ms: float | None = None,
+    step_ms: float | None = None,
+    floor_ms: float | None = None,
+    others_cpu_percent: float | None = None,
+    throttle_reasons: Sequence[str] = (),
+    other_gpu_processes: int = 0,
+) -> list[str]:
+    """Everything that is wrong with a row, in words; an empty list means nothing was found.
+
+    `unaccounted` is the largest share that stages leave unexplained, `queue_ms` how far the device ran behind the
+    host during denoising, `floor_ms` the roofline floor on this machine.
+    """
+    words = []
+    median = float(np.median(totals_ms))
+    if floor_ms is not None and median < floor_ms:
+        words.append(f"refused: {median:.1f} ms is faster than the roofline floor of {floor_ms:.1f} ms; this is no result")
+    if unaccounted > SUM_WITHIN:
+        words.append(f"stages leave {unaccounted:.1%} of the total unexplained (allowed 1 %)")
+    if (cv := spread(totals_ms)) > NOISY_CV:
+        words.append(f"noisy: samples vary by {cv:.0%} (coefficient of variation, 5 % is calm)")
+    share, p_value = drift(totals_ms)
+    if abs(share) > DRIFT_SHARE and p_value < DRIFT_P:
+        words.append(f"drifting: {'slower' if share > 0 else 'faster'} by {abs(share):.0%} from first to last round")
+    if queue_ms is not None and step_ms is not None and queue_ms < 0.05 * step_ms:
+        words.append("enqueue-bound: the device waits for the host to launch its work")
+    if throttle_reasons:
+        words.append(f"throttled: {', '.join(throttle_reasons)}")
+    if other_gpu_processes:
+        words.append(f"not alone: {other_gpu_processes} other process(es) on the GPU")
+    if others_cpu_percent is not None and others_cpu_percent > 20:
+        words.append(f"not alone: other processes used {others_cpu_percent:.0f} % of one core meanwhile")
+    return words
+
+
+def is_refused(words: Sequence[str]) -> bool:
+    return any(word.startswith("refused") for word in words)
