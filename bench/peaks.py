@@ -1,0 +1,75 @@
+"""Published figures: peaks of the GPUs, and SDXL latencies others have reported. Nothing here was measured by us.
+
+Peaks are the vendors' dense fp16 tensor rates with fp32 accumulation, unless a name says otherwise, and memory
+bandwidths: NVIDIA A100 (2021), Ada (2022), H100 (2023), H200 (2024) and L40S (2023) data sheets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Peak:
+    """`tflops` dense fp16; `terabytes_per_s` device memory. `nvml_names` are parts of the name NVML gives the board."""
+
+    name: str
+    tflops: float
+    terabytes_per_s: float
+    compute_capability: str
+    nvml_names: tuple[str, ...] = ()
+
+
+PEAKS = {
+    "a100-sxm": Peak("A100 80GB SXM", 312.0, 2.039, "8.0", ("A100-SXM4-80GB",)),
+    "a100-pcie": Peak("A100 80GB PCIe", 312.0, 1.935, "8.0", ("A100 80GB PCIe", "A100-PCIE-80GB")),
+    "rtx4090": Peak("RTX 4090, fp32 accumulation", 165.2, 1.008, "8.9"),
+    "rtx4090-fp16acc": Peak("RTX 4090, fp16 accumulation", 330.3, 1.008, "8.9", ("RTX 4090",)),
+    "l40s": Peak("L40S", 362.0, 0.864, "8.9", ("L40S",)),
+    "h100-sxm": Peak("H100 SXM", 989.4, 3.35, "9.0", ("H100 80GB HBM3",)),
+    "h200": Peak("H200 SXM", 989.4, 4.8, "9.0", ("H200",)),
+}
+
+
+def find_peak(nvml_name: str | None) -> Peak | None:
+    """The peak of the board NVML names, at its fastest accumulation; None for an unknown board (no floor then)."""
+    for peak in PEAKS.values():
+        if nvml_name is not None and any(part in nvml_name for part in peak.nvml_names):
+            return peak
+    return None
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published end-to-end SDXL-family latency at 1024x1024, batch 1, with classifier-free guidance."""
+
+    gpu: str  # key of PEAKS
+    model: str  # name of an architecture
+    steps: int
+    runtime: str
+    total_ms: float
+    source: str
+
+
+_TENSORRT = "NVIDIA TensorRT 9.x diffusion demo, A100/H100 80 GB table"
+_DIFFUSERS = "Hugging Face, accelerating SDXL, A100 80 GB; SSD-1B by the same script"
+_SAI = "Stability AI and NVIDIA, SDXL TensorRT, A100 80 GB SXM"
+_ONEDIFF = "OneDiff benchmark, RTX 4090"
+_ADA = "NVIDIA TensorRT 8-bit quantisation post, RTX 4090 (fp16 derived from the stated speed-up)"
+
+PUBLISHED = (
+    Published("a100-sxm", "sdxl", 30, "TensorRT", 2742.0, _TENSORRT),
+    Published("a100-sxm", "sdxl", 30, "framework", 3704.0, _TENSORRT),
+    Published("h100-sxm", "sdxl", 30, "TensorRT", 1471.0, _TENSORRT),
+    Published("h100-sxm", "sdxl", 30, "framework", 2496.0, _TENSORRT),
+    Published("a100-sxm", "sdxl", 50, "TensorRT", 4102.0, _SAI),
+    Published("a100-sxm", "sdxl", 50, "diffusers", 5932.0, _SAI),
+    Published("a100-sxm", "sdxl", 50, "compiled", 5217.0, _SAI),
+    Published("a100-sxm", "sdxl", 30, "diffusers", 3315.0, _DIFFUSERS),
+    Published("a100-sxm", "sdxl", 30, "compiled", 2523.0, _DIFFUSERS),
+    Published("a100-sxm", "ssd-1b", 30, "diffusers", 2245.0, _DIFFUSERS),
+    Published("a100-sxm", "ssd-1b", 30, "compiled", 1636.0, _DIFFUSERS),
+    Published("rtx4090-fp16acc", "sdxl", 20, "framework", 2760.0, _ONEDIFF),
+    Published("rtx4090-fp16acc", "sdxl", 20, "compiled", 1560.0, _ONEDIFF),
+    Published("rtx4090-fp16acc", "sdxl", 30, "TensorRT", 2470.0, _ADA),
+)

@@ -1,0 +1,128 @@
+"""The results file: everything a report needs, raw samples included, under a schema with a version."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from distill.errors import UserError
+from distill.files import read_json, write_json
+
+SCHEMA = "slimxl.bench.results/1"
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Estimate(Record):
+    """A value with its 95 % interval, None where the samples do not support one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Row(Record):
+    """One contestant in one cell. Times in milliseconds; `speedup` is how many times faster than the baseline."""
+
+    contestant: str
+    total_ms: Estimate
+    stages_ms: dict[str, float]
+    step_ms: float
+    images_per_s: float
+    cv: float
+    percentiles_ms: dict[str, float | None]
+    speedup: Estimate | None
+    floor_ms: float | None
+    mfu: float | None
+    diagnosis: list[str]
+    refused: bool
+    warmups: int
+    samples: list[dict[str, Any]]
+
+
+class CellRecord(Record):
+    """One workload; `failures` maps a contestant to the error that kept it from finishing."""
+
+    workload: dict[str, Any]
+    name: str
+    rows: list[Row]
+    failures: dict[str, str]
+
+
+class ContestantRecord(Record):
+    """`costs` maps a component to {calls, parameters, flops, bytes}; `cold` to load_ms and first_image_ms."""
+
+    name: str
+    spec: str
+    runtime: str
+    precision: str
+    device: str
+    parameters: int | None
+    costs: dict[str, dict[str, float]] | None
+    costs_why: str | None
+    cold: dict[str, float | None]
+    memory: dict[str, Any]
+    energy: dict[str, Any]
+    quality: dict[str, Any]
+    follows: dict[str, Any] | None
+    artifacts: list[dict[str, Any]]
+    configs: dict[str, str] | None = None
+
+
+class PictureRecord(Record):
+    contestant: str
+    prompt: str
+    seed: int
+    resolution: str
+    steps: int
+    guidance_scale: float
+    png_base64: str
+    follows: dict[str, bool] | None
+
+
+class Results(Record):
+    """One run of the bench on one machine."""
+
+    schema_version: str = SCHEMA
+    created_utc: str
+    command: str
+    seconds: float
+    baseline: str
+    family: str
+    environment: dict[str, Any]
+    gpu: dict[str, Any]
+    peak: dict[str, Any] | None
+    contestants: list[ContestantRecord]
+    cells: list[CellRecord]
+    pictures: list[PictureRecord]
+    notes: list[str] = []
+
+    def contestant(self, name: str) -> ContestantRecord:
+        return next(one for one in self.contestants if one.name == name)
+
+
+def write_results(path: Path, results: Results) -> None:
+    write_json(path, results.model_dump(mode="json"))
+
+
+def read_results(path: Path) -> Results:
+    """Raises UserError for a file that is absent, not JSON, of another schema, or without a single run."""
+    value = read_json(path)
+    found = value.get("schema_version") if isinstance(value, dict) else None
+    if found != SCHEMA:
+        raise UserError(
+            f"{path} is no results file of this version: it says {found!r}, needed is {SCHEMA!r}; run python -m bench run"
+        )
+    try:
+        results = Results.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} does not keep to {SCHEMA}: {where}: {first['msg']}") from None
+    if not any(cell.rows for cell in results.cells):
+        raise UserError(f"{path} holds no finished run; python -m bench run makes one")
+    return results

@@ -1,0 +1,216 @@
+"""The floor: how long the arithmetic and the memory traffic must take on a given machine, whatever the software.
+
+FLOPs are counted on meta tensors (nothing is computed, nothing allocated). Bytes are the least that must move: every
+weight once per call, inputs in, outputs out. A component's floor is max(FLOPs / peak, bytes / bandwidth) [Williams
+2009, the roofline model]; a measurement below it is a failed measurement.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.peaks import Peak
+from bench.workload import Workload
+from distill.architectures import ARCHITECTURES, Architecture
+from distill.files import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One call of one component. `flops` counts a multiply-add as two; `bytes` assume two bytes a value (fp16)."""
+
+    parameters: int
+    flops: float
+    bytes: float
+
+    def floor_ms(self, tflops: float, terabytes_per_s: float) -> float:
+        return 1e3 * max(self.flops / (tflops * 1e12), self.bytes / (terabytes_per_s * 1e12))
+
+
+@dataclass(frozen=True)
+class ModelConfigs:
+    """The configs of a model's components, hashable, so that counts are made once."""
+
+    unet: str
+    vae: str
+    text_encoder: str
+    text_encoder_2: str
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> ModelConfigs:
+        """From a diffusers folder. Raises UserError where a config is missing."""
+        parts = ("unet", "vae", "text_encoder", "text_encoder_2")
+        return cls(*(json.dumps(read_json(folder / part / "config.json"), sort_keys=True) for part in parts))
+
+    @classmethod
+    def of_architecture(cls, architecture: Architecture) -> ModelConfigs:
+        family = architecture.family
+        parts = (architecture.unet_config, family.vae, family.text_encoder, family.text_encoder_2)
+        return cls(*(json.dumps(part, sort_keys=True) for part in parts))
+
+    def parsed(self, part: str) -> dict[str, Any]:
+        """The config of `unet`, `vae`, `text_encoder` or `text_encoder_2`."""
+        return {key: value for key, value in json.loads(getattr(self, part)).items() if not key.startswith("_")}
+
+
+@lru_cache(maxsize=32)
+def _module(component: str, config_json: str) -> torch.nn.Module:
+    """The component on the meta device."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = json.loads(config_json)
+    with torch.device("meta"):
+        if component == "unet":
+            return UNet2DConditionModel.from_config(config).eval()
+        if component == "vae_decoder":
+            return AutoencoderKL.from_config(config).eval()
+        kind = CLIPTextModel if component == "text_encoder" else CLIPTextModelWithProjection
+        return kind(CLIPTextConfig(**config)).eval()
+
+
+def _inputs(component: str, config: dict[str, Any], tokens: int, height: int, width: int, batch: int) -> dict[str, Any]:
+    """Meta tensors for one call; `height` and `width` in latent pixels, `batch` the component's own."""
+    import torch
+
+    empty = {"device": "meta"}
+    if component == "unet":
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        return {
+            "sample": torch.empty(batch, config["in_channels"], height, width, **empty),
+            "timestep": torch.empty(1, **empty),
+            "encoder_hidden_states": torch.empty(batch, tokens, config["cross_attention_dim"], **empty),
+            "added_cond_kwargs": {
+                "text_embeds": torch.empty(batch, pooled, **empty),
+                "time_ids": torch.empty(batch, 6, **empty),
+            },
+        }
+    if component == "vae_decoder":
+        return {"z": torch.empty(batch, config["latent_channels"], height, width, **empty)}
+    ids = torch.empty(batch, tokens, dtype=torch.long, device="meta")
+    return {"input_ids": ids, "output_hidden_states": True}
+
+
+def _numbers(value: Any) -> int:
+    """How many numbers a nest of tensors holds."""
+    if isinstance(value, dict):
+        return sum(map(_numbers, value.values()))
+    return value.numel() if hasattr(value, "numel") else 0
+
+
+@lru_cache(maxsize=None)
+def count_cost(component: str, config_json: str, tokens: int, height: int, width: int, batch: int) -> Cost:
+    """FLOPs and least bytes of one call; `height` and `width` in latent pixels (ignored by the text encoders)."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    module, config = _module(component, config_json), json.loads(config_json)
+    inputs = _inputs(component, config, tokens, height, width, batch)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        if component == "vae_decoder":
+            output = module.decode(inputs["z"], return_dict=False)[0]
+        elif component == "unet":
+            output = module(**inputs, return_dict=False)[0]
+        else:
+            output = module(**inputs).hidden_states[-2]
+    parts = [module.decoder, module.post_quant_conv] if component == "vae_decoder" else [module]
+    parameters = sum(parameter.numel() for part in parts if part is not None for parameter in part.parameters())
+    read = parameters
+    if component.startswith("text_encoder"):  # of the embedding table only the rows of the tokens are read
+        read -= config["hidden_size"] * max(0, config["vocab_size"] - tokens)
+    moved = 2.0 * (read + _numbers(inputs) + output.numel())
+    return Cost(parameters, float(counter.get_total_flops()), moved)
+
+
+@lru_cache(maxsize=None)
+def _flops_polynomial(component: str, config_json: str, tokens: int, unit: int) -> tuple[float, float, float]:
+    """FLOPs of one sample as a + b n + c n² in latent pixels n: convolutions and linear layers are linear in n,
+    self-attention quadratic, embeddings constant. So three counts give every size exactly."""
+    import numpy as np
+
+    sides = (unit * 2, unit * 3, unit * 4)
+    flops = [count_cost(component, config_json, tokens, side, side, 1).flops for side in sides]
+    pixels = np.array([float(side * side) for side in sides])
+    c, b, a = np.linalg.solve(np.vander(pixels, 3), np.array(flops))
+    return float(a), float(b), float(c)
+
+
+def component_costs(configs: ModelConfigs, workload: Workload) -> dict[str, tuple[int, Cost]]:
+    """For each component (calls per image call, cost of one). Without a negative prompt each text encoder runs once,
+    since an SDXL checkpoint takes zeros for the empty prompt (`force_zeros_for_empty_prompt`)."""
+    scale = 2 ** (len(configs.parsed("vae")["block_out_channels"]) - 1)
+    unit = 2 ** (len(configs.parsed("unet")["block_out_channels"]) - 1)
+    tokens = configs.parsed("text_encoder")["max_position_embeddings"]
+    pixels = (workload.resolution.height // scale) * (workload.resolution.width // scale)
+    costs = {}
+    for component in COMPONENTS:
+        config_json = configs.vae if component == "vae_decoder" else getattr(configs, component)
+        if component.startswith("text_encoder"):
+            costs[component] = (1, count_cost(component, config_json, tokens, 0, 0, workload.batch))
+            continue
+        batch = workload.unet_batch if component == "unet" else workload.batch
+        parameters = count_cost(component, config_json, tokens, unit * 2, unit * 2, 1).parameters
+        a, b, c = _flops_polynomial(component, config_json, tokens, unit)
+        channels = 4 + {"unet": 4, "vae_decoder": 3 * scale * scale}[component]  # in and out, per latent pixel
+        moved = 2.0 * (parameters + batch * pixels * channels)
+        cost = Cost(parameters, batch * (a + b * pixels + c * pixels**2), moved)
+        costs[component] = (workload.steps if component == "unet" else 1, cost)
+    return costs
+
+
+def total_flops(costs: dict[str, tuple[int, Cost]]) -> float:
+    return sum(calls * cost.flops for calls, cost in costs.values())
+
+
+def total_floor_ms(costs: dict[str, tuple[int, Cost]], tflops: float, terabytes_per_s: float) -> float:
+    return sum(calls * cost.floor_ms(tflops, terabytes_per_s) for calls, cost in costs.values())
+
+
+def mfu(costs: dict[str, tuple[int, Cost]], total_ms: float, tflops: float) -> float:
+    """Model FLOPs utilisation: the arithmetic done per second as a share of the peak."""
+    return total_flops(costs) / (total_ms / 1e3) / (tflops * 1e12)
+
+
+def measure_cpu_peak(seconds: float = 0.6) -> Peak:
+    """This CPU's fp32 rate in a large matrix product and its copy bandwidth, each the best of many short tries.
+
+    No data sheet is consulted, so this is what torch reaches here: a yardstick, close to the peak but not above it.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(usable)
+    try:
+        a, b = torch.rand(768, 768), torch.rand(768, 768)
+        source, target = torch.rand(16 << 20), torch.empty(16 << 20)
+        rates = {"flops": 0.0, "bytes": 0.0}
+        for key, work, amount in (
+            ("flops", lambda: torch.mm(a, b), 2 * 768**3),
+            ("bytes", lambda: target.copy_(source), 2 * source.numel() * 4),
+        ):
+            end = time.perf_counter() + seconds / 2
+            work()
+            while time.perf_counter() < end:
+                begin = time.perf_counter()
+                work()
+                rates[key] = max(rates[key], amount / (time.perf_counter() - begin))
+    finally:
+        torch.set_num_threads(threads)
+    return Peak("this CPU (measured)", rates["flops"] / 1e12, rates["bytes"] / 1e12, "")
+
+
+def architecture_configs(name: str) -> ModelConfigs:
+    return ModelConfigs.of_architecture(ARCHITECTURES[name])
