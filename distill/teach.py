@@ -188,8 +188,8 @@ def teach_unet(
     out: Path,
     *,
     minutes: float = 55,
-    batch: int = 32,
-    learning_rate: float = 1e-3,
+    batch: int = 16,
+    learning_rate: float = 8e-4,
     per_resolution: int = 3000,
     seed: int = 0,
 ) -> StableDiffusionXLPipeline:
@@ -205,7 +205,7 @@ def teach_unet(
     unet = pipe.unet.train()
     parameters = [*unet.parameters(), *pipe.text_encoder.parameters(), *pipe.text_encoder_2.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    ema = EMAModel(parameters, decay=0.998)
+    ema = EMAModel(parameters, decay=0.999)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alphas_cumprod = torch.cumprod(1 - betas, 0).float()
     unet.compile_repeated_blocks(dynamic=True)
@@ -216,7 +216,7 @@ def teach_unet(
         used = (time.monotonic() - started) / (60 * minutes)
         if used >= 1:
             break
-        optimizer.param_groups[0]["lr"] = learning_rate * min(1, (step + 1) / 200) * (0.01 + 0.99 * (1 - used) ** 0.7 * min(1, 2 * (1 - used)))
+        optimizer.param_groups[0]["lr"] = learning_rate * min(1, (step + 1) / 200) * (1 - 0.99 * used)
         hidden, pooled = _encode_text(pipe, captions)
         kept = (torch.rand(batch) >= 0.1).float()
         timesteps = torch.randint(0, 1000, (batch,))
@@ -273,3 +273,11 @@ def judge(pipe: StableDiffusionXLPipeline, *, count: int = 90, steps: int = 25, 
         results += [follows(scene, np.rint(image * 255).astype(np.uint8)) for scene, image in zip(some, images, strict=True)]
     shares = {attribute: float(np.mean([result[attribute] for result in results])) for attribute in ATTRIBUTES}
     return shares | {"all": float(np.mean([all(result.values()) for result in results]))}
+
+
+def teach_mini(out: Path, *, vae_steps: int, minutes: float, seed: int) -> None:
+    """The whole making of the mini teacher; a VAE already under `out` is kept."""
+    have_vae = (out / "vae" / "config.json").exists()
+    vae = AutoencoderKL.from_pretrained(out / "vae") if have_vae else teach_vae(out, steps=vae_steps, seed=seed)
+    pipe = teach_unet(vae, out, minutes=minutes, seed=seed)
+    console.print(f"follows: {judge(pipe)}")

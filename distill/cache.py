@@ -1,0 +1,173 @@
+"""The latent cache: what the frozen networks would say of every sample, computed once.
+
+A cache is a folder of safetensors shards, each holding some consecutive samples of the source, by resolution:
+`{W}x{H}/latents` (n, 4, H/8, W/8) scaled, `/prompt_embeds` (n, tokens, dim) penultimate states of both encoders,
+`/pooled_prompt_embeds` (n, dim) of the second, `/time_ids` (n, 6). cache.json holds the key: the hashes of the VAE and
+of the text encoders, and the data. Shards are written whole or not at all, so a killed run goes on where it was, and
+several processes (torchrun) share the work by shard.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from distill.architectures import Resolution
+from distill.data import BadSample, Sample, open_source
+from distill.errors import UserError
+from distill.files import read_json, replacing, require_free_disk, sha256_file, sha256_json, write_json
+from distill.progress import track
+from distill.sources import component_weights, find_architecture_of, load_pipeline
+
+SAMPLES_PER_SHARD = 512
+FIELDS = ("latents", "prompt_embeds", "pooled_prompt_embeds", "time_ids")
+MOST_BAD_SAMPLES = 0.2  # of all; more means that the data set is not what it was taken for
+
+
+def cache_key(checkpoint: Path, data: str, seed: int) -> dict[str, Any]:
+    """What the cached values depend on."""
+    hashes = {
+        component: sha256_json([sha256_file(file) for file in component_weights(checkpoint / component)])
+        for component in ("vae", "text_encoder", "text_encoder_2")
+    }
+    return {"data": data, "seed": seed, **hashes}
+
+
+@torch.no_grad()
+def encode(pipe: Any, samples: list[Sample], seed: int) -> dict[str, torch.Tensor]:
+    """FIELDS of samples of one resolution; latents are drawn from the VAE's posterior with the sample's own seed."""
+    vae, device = pipe.vae, pipe.vae.device
+    pixels = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
+    pixels = pixels.to(device, vae.dtype).div_(127.5).sub_(1)
+    posterior = vae.encode(pixels).latent_dist
+    generators = [torch.Generator().manual_seed(seed_of(seed, sample.key)) for sample in samples]
+    noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=generator) for generator in generators])
+    latents = (posterior.mean + posterior.std * noise.to(device, vae.dtype)) * vae.config.scaling_factor
+    embeds, _, pooled, _ = pipe.encode_prompt([sample.caption for sample in samples], do_classifier_free_guidance=False)
+    time_ids = torch.tensor([sample.time_ids for sample in samples], dtype=torch.int32)
+    return dict(zip(FIELDS, (latents, embeds, pooled, time_ids), strict=True))
+
+
+def seed_of(seed: int, *parts: object) -> int:
+    """A 63-bit seed that depends on all parts and on nothing else, e.g. not on the number of processes."""
+    return int(sha256_json([seed, *map(str, parts)])[:15], 16)
+
+
+def make_cache(
+    checkpoint: Path, data: str, out: Path, *, seed: int = 0, batch: int = 16, rank: int = 0, processes: int = 1
+) -> None:
+    """Encodes every sample of `data` with the checkpoint's VAE and text encoders into `out`.
+
+    Raises UserError where `out` holds a cache of something else, or where more than a fifth of the samples are bad.
+    """
+    key = cache_key(checkpoint, data, seed)
+    stated = out / "cache.json"
+    if stated.exists() and read_json(stated) != key:
+        raise UserError(f"{out} is a cache of other data or another VAE or text encoder; choose another --out or remove it")
+    family = find_architecture_of(checkpoint).family
+    source = open_source(data, family, seed)
+    ranges = [range(i, min(i + SAMPLES_PER_SHARD, len(source))) for i in range(0, len(source), SAMPLES_PER_SHARD)]
+    todo = [i for i in range(rank, len(ranges), processes) if not _shard(out, i).exists()]
+    if not todo:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(stated, key)
+    device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    pipe = load_pipeline(checkpoint, torch.float32).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    bad = 0
+    for number in track(todo, f"caching {len(source)} samples", unit="shard"):
+        buckets: dict[Resolution, list[Sample]] = defaultdict(list)
+        skipped = []
+        for index in ranges[number]:
+            try:
+                sample = source.read(index)
+                buckets[sample.resolution].append(sample)
+            except BadSample as error:
+                skipped.append(str(error))
+        bad += len(skipped)
+        seen = (todo.index(number) + 1) * SAMPLES_PER_SHARD
+        if bad > MOST_BAD_SAMPLES * min(seen, len(source)):
+            raise UserError(f"{bad} of the first {min(seen, len(source))} samples are bad, e.g. {skipped[0]}")
+        _write_shard(pipe, buckets, skipped, _shard(out, number), seed, batch)
+
+
+def _shard(out: Path, number: int) -> Path:
+    return out / f"shard-{number:06d}.safetensors"
+
+
+def _write_shard(
+    pipe: Any, buckets: dict[Resolution, list[Sample]], skipped: list[str], path: Path, seed: int, batch: int
+) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    about: dict[str, Any] = {"skipped": skipped, "samples": {}}
+    for resolution, samples in sorted(buckets.items()):
+        parts = [encode(pipe, samples[i : i + batch], seed) for i in range(0, len(samples), batch)]
+        for field in FIELDS:
+            whole = torch.cat([part[field] for part in parts]).cpu()
+            tensors[f"{resolution}/{field}"] = (whole.half() if field != "time_ids" else whole).contiguous()
+        about["samples"][str(resolution)] = [
+            {"key": s.key, "caption": s.caption, "crop": s.crop_top_left, "flipped": s.flipped} for s in samples
+        ]
+    require_free_disk(path.parent, 2 * sum(t.nbytes for t in tensors.values()), "the next cache shard")
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"slimxl": json.dumps(about)})
+
+
+class LatentCache:
+    """Batches of one resolution each, a pure function of the step: resuming needs no state, and the order does not
+    depend on the number of processes."""
+
+    def __init__(self, folder: Path, *, batch_size: int, seed: int) -> None:
+        """Raises UserError for a folder that is no cache or holds no sample."""
+        self.key = read_json(folder / "cache.json")
+        self.batch_size, self.seed = batch_size, seed
+        self._rows: dict[Resolution, list[tuple[Path, int]]] = defaultdict(list)
+        self._open: dict[Path, Any] = {}
+        for path in sorted(folder.glob("shard-*.safetensors")):
+            with safe_open(path, "pt") as shard:
+                for name in shard.keys():
+                    resolution, _, field = name.partition("/")
+                    if field == "latents":
+                        count = shard.get_slice(name).get_shape()[0]
+                        self._rows[Resolution.parse(resolution)] += [(path, i) for i in range(count)]
+        if not self._rows:
+            raise UserError(f"{folder} holds no cached sample; make it with: python -m distill cache")
+        self._epoch, self._order = -1, []  # type: tuple[int, list[tuple[Resolution, np.ndarray]]]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._rows.values()))
+
+    def _order_of(self, epoch: int) -> list[tuple[Resolution, np.ndarray]]:
+        if epoch != self._epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            batches = []
+            for resolution, rows in sorted(self._rows.items()):
+                count = -(-len(rows) // self.batch_size) * self.batch_size
+                order = np.resize(rng.permutation(len(rows)), count)  # the last batch is filled up from the start
+                batches += [(resolution, part) for part in order.reshape(-1, self.batch_size)]
+            self._epoch, self._order = epoch, [batches[i] for i in rng.permutation(len(batches))]
+        return self._order
+
+    def batch(self, step: int) -> dict[str, torch.Tensor]:
+        """The whole global batch of a step: FIELDS in float32, `time_ids` too."""
+        epoch, place = divmod(step, len(self._order_of(0)) if self._epoch < 0 else len(self._order))
+        resolution, indices = self._order_of(epoch)[place]
+        rows = [self._rows[resolution][i] for i in indices]
+        fields = {}
+        for field in FIELDS:
+            name = f"{resolution}/{field}"
+            fields[field] = torch.stack([self._shard(path).get_slice(name)[i] for path, i in rows]).float()
+        return fields
+
+    def _shard(self, path: Path) -> Any:
+        if path not in self._open:
+            self._open[path] = safe_open(path, "pt").__enter__()
+        return self._open[path]

@@ -1,0 +1,155 @@
+"""Recipes: the stages of a distillation in order, as data. A recipe is a function that returns one.
+
+SSD-1B and Vega follow what is published (arXiv 2401.02677): lr 1e-5, batch 32 x 4 = 128, 1024 px, losses 1 / 0.5 / 0.5,
+one part of the UNet shortened at a time, then SDXL, ZavyChromaXL and JuggernautXL as teachers in succession, 251k steps
+in all. How the steps were divided, and which blocks were kept, was not published: both stand here as data to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from distill.architectures import SDXL_DEPTH, SSD_1B_DEPTH, VEGA_DEPTH, Depth
+from distill.errors import unknown
+
+SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+ZAVY_CHROMA_XL = "stablediffusionapi/zavychromaxl-v80"
+JUGGERNAUT_XL = "RunDiffusion/Juggernaut-XL-v9"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """λ of each loss; `level` and `normalize` say what the feature terms are; `warmup_steps` raises λ from 0."""
+
+    task: float = 1.0
+    output: float = 0.5
+    feature: float = 0.5
+    level: str = "sub-block"
+    normalize: bool = False
+    warmup_steps: int = 0
+    min_snr_gamma: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One run of the training loop. `student` is an architecture's name or a depth pattern; `layer_map` says which
+    of the *teacher's* blocks each student block is made from, so maps of successive stages must be nested."""
+
+    name: str
+    teacher: str
+    student: str
+    steps: int
+    layer_map: str = "similarity"
+    losses: LossWeights = LossWeights()
+    learning_rate: float = 1e-5
+    warmup_steps: int = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """`batch_size` is global: over all processes and accumulation steps."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    batch_size: int = 128
+    caption_dropout: float = 0.1
+    weight_decay: float = 1e-2
+    max_grad_norm: float = 1.0
+    ema_decay: float | None = 0.9999
+    seed: int = 0
+    validation_prompts: tuple[str, ...] = (
+        "a portrait of an old fisherman, golden hour, 85 mm",
+        "a red fox in fresh snow, wide shot",
+        "an isometric city block at night, neon",
+        "a still life of pears and a blue jug, oil on canvas",
+    )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole recipe as JSON-ready data: what is saved inside every checkpoint."""
+        return asdict(self)
+
+
+def _shortened(steps: int, teacher: str, target: Depth, start: Depth = SDXL_DEPTH, **stage: Any) -> tuple[Stage, ...]:
+    """Middle, then up, then down made as short as `target`, `steps` each; parts that are already so are left out."""
+    parts, depth = [], start
+    for side in ("mid", "up", "down"):
+        shorter = replace(depth, **{side: getattr(target, side)})
+        if shorter != depth:
+            parts.append(Stage(name=f"shorten-{side}", teacher=teacher, student=str(shorter), steps=steps, **stage))
+        depth = shorter
+    return tuple(parts)
+
+
+def ssd_1b() -> Recipe:
+    return Recipe(
+        name="ssd-1b",
+        stages=(
+            *_shortened(25_000, SDXL_BASE, SSD_1B_DEPTH),
+            Stage(name="sdxl", teacher=SDXL_BASE, student="ssd-1b", steps=76_000),
+            Stage(name="zavychroma", teacher=ZAVY_CHROMA_XL, student="ssd-1b", steps=50_000),
+            Stage(name="juggernaut", teacher=JUGGERNAUT_XL, student="ssd-1b", steps=50_000),
+        ),
+    )
+
+
+def vega() -> Recipe:
+    """Vega from an SSD-1B student (`--start`), or, with none given, all the way from SDXL."""
+    return Recipe(
+        name="vega",
+        stages=(
+            *_shortened(25_000, SDXL_BASE, VEGA_DEPTH, SSD_1B_DEPTH),
+            Stage(name="sdxl", teacher=SDXL_BASE, student="vega", steps=76_000),
+            Stage(name="zavychroma", teacher=ZAVY_CHROMA_XL, student="vega", steps=50_000),
+            Stage(name="juggernaut", teacher=JUGGERNAUT_XL, student="vega", steps=50_000),
+        ),
+    )
+
+
+_MINI_PROMPTS = (
+    "a large red circle at the center on a white background",
+    "a small yellow star at the top left and a large blue square at the bottom right on a gray background",
+    "a large green triangle at the top and a small pink ring at the bottom on a black background",
+    "a small purple cross at the left and a large orange circle at the right on a brown background",
+)
+
+
+def _mini(name: str, target: Depth, start: Depth, shorten_steps: int, whole_steps: int) -> Recipe:
+    losses = LossWeights(output=1.0, feature=0.2, level="layer", normalize=True)
+    tuned: dict[str, Any] = {"losses": losses, "learning_rate": 4e-4, "warmup_steps": 10, "layer_map": "first"}
+    return Recipe(
+        name=name,
+        stages=(
+            *_shortened(shorten_steps, "mini:sdxl", target, start, **tuned),
+            Stage(name="whole", teacher="mini:sdxl", student=name, steps=whole_steps, **tuned),
+        ),
+        batch_size=16,
+        weight_decay=1e-4,
+        ema_decay=None,
+        validation_prompts=_MINI_PROMPTS,
+    )
+
+
+def mini_ssd_1b() -> Recipe:
+    """The structure of `ssd_1b` on the mini family: minutes on two cores."""
+    return _mini("mini-ssd-1b", SSD_1B_DEPTH, SDXL_DEPTH, 30, 120)
+
+
+def mini_vega() -> Recipe:
+    return _mini("mini-vega", VEGA_DEPTH, SSD_1B_DEPTH, 30, 150)
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "ssd-1b": ssd_1b,
+    "vega": vega,
+    "mini-ssd-1b": mini_ssd_1b,
+    "mini-vega": mini_vega,
+}
+
+
+def find_recipe(name: str) -> Recipe:
+    """Raises UserError, listing the known recipes, for an unknown name."""
+    if name not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    return RECIPES[name]()
