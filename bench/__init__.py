@@ -1,0 +1,15 @@
+"""What is true about a model: latency by stage, quality, size, and the floor no software can get under."""
+
+import lazy_loader as _lazy
+
+__getattr__, __dir__, __all__ = _lazy.attach(
+    __name__,
+    submod_attrs={
+        "run": ["RunOptions", "run_bench"],
+        "results": ["Results", "read_results"],
+        "workload": ["Workload"],
+        "measure": ["Contestant", "Pictures", "timed_draw"],
+        "compare": ["compare_results"],
+        "report": ["write_report"],
+    },
+)

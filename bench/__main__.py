@@ -1,0 +1,56 @@
+"""`python -m bench run|report|compare|gpu`"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from bench.run import RunOptions
+from distill.errors import exit_on_user_error
+
+
+def run(options: Annotated[RunOptions, tyro.conf.OmitArgPrefixes]) -> int:
+    """Measure contestants on this machine and write one results file."""
+    from bench.run import run_bench
+
+    run_bench(options)
+    return 0
+
+
+def report(results: list[Path], out: Path, title: str = "slimxl latency report") -> int:
+    """Make one self-contained page, its Markdown and its JSON from one or more results files.
+
+    Args:
+        results: Results files; the first is the main one, the others are further machines or runs.
+        out: Folder to write index.html, report.md and report.json into.
+        title: Title of the page.
+    """
+    from bench.report import write_report
+
+    write_report(results, out, title)
+    return 0
+
+
+def compare(before: tyro.conf.Positional[Path], after: tyro.conf.Positional[Path], tolerance: float = 0.02) -> int:
+    """Say what changed beyond noise between two results files; exit code 1 on a regression.
+
+    Args:
+        before: The older results file.
+        after: The newer results file.
+        tolerance: Change that counts as none even where the intervals are narrower.
+    """
+    from bench.compare import compare_files
+
+    return compare_files(before, after, tolerance)
+
+
+def main() -> int:
+    commands = {"run": run, "report": report, "compare": compare}
+    return exit_on_user_error(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m bench"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""From the raw samples of one cell to its rows: medians, intervals, speed-ups, distance to the floor, faults in words."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+from bench import stats
+from bench.measure import STAGES, Cell, Sample
+from bench.peaks import Peak
+from bench.results import CellRecord, Estimate, Row
+from bench.roofline import Cost, mfu, total_floor_ms
+from bench.workload import Workload
+
+Costs = dict[str, tuple[int, Cost]]
+
+
+def workload_record(workload: Workload) -> dict[str, Any]:
+    return {
+        "resolution": str(workload.resolution),
+        "steps": workload.steps,
+        "batch": workload.batch,
+        "guidance_scale": workload.guidance_scale,
+        "scheduler": workload.scheduler,
+        "seed": workload.seed,
+        "prompts": workload.batch_prompts(),
+    }
+
+
+def _estimate(interval: stats.Interval) -> Estimate:
+    return Estimate(value=interval.value, low=interval.low, high=interval.high)
+
+
+def stage_medians(samples: list[Sample]) -> dict[str, float]:
+    """The stages of the median call: each stage's share of its call, over all calls, times the median total.
+
+    Medians of single stages need not add up to the median total; these do.
+    """
+    total = median(sample.total_ms for sample in samples)
+    names = list(dict.fromkeys([*STAGES, *(name for sample in samples for name in sample.stages_ms)]))
+    shares = {name: median(sample.stages_ms.get(name, 0.0) / sample.total_ms for sample in samples) for name in names}
+    whole = sum(shares.values())
+    return {name: total * share / whole for name, share in shares.items()}
+
+
+def paired(baseline: list[Sample], other: list[Sample]) -> tuple[list[float], list[float]]:
+    """The totals of the rounds that both finished."""
+    by_round = {sample.round: sample.total_ms for sample in baseline}
+    both = [(by_round[sample.round], sample.total_ms) for sample in other if sample.round in by_round]
+    return [one for one, _ in both], [two for _, two in both]
+
+
+def make_row(
+    name: str,
+    samples: list[Sample],
+    baseline: list[Sample],
+    workload: Workload,
+    *,
+    warmups: int,
+    costs: Costs | None,
+    peak: Peak | None,
+    faults: dict[str, Any],
+) -> Row:
+    """`faults` holds what the machine showed meanwhile: see `stats.diagnose`."""
+    totals = [sample.total_ms for sample in samples]
+    total = stats.median_interval(totals)
+    step_ms = median(median(sample.steps_ms) for sample in samples)
+    queues = [sample.queue_ms for sample in samples if sample.queue_ms is not None]
+    floor_ms = total_floor_ms(costs, peak.tflops, peak.terabytes_per_s) if costs and peak else None
+    diagnosis = stats.diagnose(
+        totals,
+        unaccounted=median(sample.unaccounted for sample in samples),
+        queue_ms=median(queues) if queues else None,
+        step_ms=step_ms,
+        floor_ms=floor_ms,
+        **faults,
+    )
+    refused = stats.is_refused(diagnosis)
+    ones, others = paired(baseline, samples)
+    return Row(
+        contestant=name,
+        total_ms=_estimate(total),
+        stages_ms=stage_medians(samples),
+        step_ms=step_ms,
+        images_per_s=1e3 * workload.batch / total.value,
+        cv=stats.spread(totals),
+        percentiles_ms=stats.percentiles(totals),
+        speedup=_estimate(stats.ratio_interval(ones, others)) if ones and not refused else None,
+        floor_ms=floor_ms,
+        mfu=mfu(costs, total.value, peak.tflops) if costs and peak else None,
+        diagnosis=diagnosis,
+        refused=refused,
+        warmups=warmups,
+        samples=[asdict(sample) for sample in samples],
+    )
+
+
+def summarise(
+    cell: Cell,
+    baseline: str,
+    *,
+    costs: dict[str, Costs | None],
+    peak: Peak | None,
+    faults: dict[str, Any],
+) -> CellRecord:
+    reference = cell.samples.get(baseline, [])
+    rows = [
+        make_row(
+            name,
+            samples,
+            reference,
+            cell.workload,
+            warmups=cell.warmups[name],
+            costs=costs.get(name),
+            peak=peak,
+            faults=faults,
+        )
+        for name, samples in cell.samples.items()
+        if samples
+    ]
+    return CellRecord(
+        workload=workload_record(cell.workload), name=cell.workload.name, rows=rows, failures=dict(cell.failures)
+    )
