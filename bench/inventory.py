@@ -100,12 +100,34 @@ def describe_onnx(folder: Path) -> dict[str, Any]:
 
 
 def describe_bundle(folder: Path) -> dict[str, Any]:
-    """The manifest as it stands, with the folder's size. Reading it takes no runtime and no GPU."""
+    """What the verified manifest says of each engine. Reading it takes no runtime and no GPU.
+
+    Raises UserError where the manifest is damaged or of another schema.
+    """
+    from engines.bundle import read_manifest
+
+    manifest = read_manifest(folder)
+    told = ("component", "flavor", "flavor_version", "layout", "gpus", "compute_capabilities", "precision", "resolutions")
+    told += ("batches", "weights_bytes", "onnx_sha256", "weights_sha256", "key")
+    engines = [
+        {key: getattr(engine, key) for key in told}
+        | {
+            "profiles": len(engine.profiles),
+            "file": engine.files[0].path,
+            "sha256": engine.files[0].sha256,
+            "bytes": engine.size_bytes,
+            "build_seconds": engine.build.seconds,
+            "build_peak_rss_bytes": engine.build.peak_rss_bytes,
+            "build_tools": engine.build.tools,
+        }
+        for engine in manifest.engines
+    ]
     return {
         "kind": "bundle",
         "folder": folder.name,
         "bytes": folder_bytes(folder),
-        "manifest": read_json(folder / "manifest.json"),
+        "source": {"name": manifest.source.name, "sha256": manifest.source.sha256},
+        "engines": engines,
     }
 
 

@@ -342,6 +342,7 @@ def run_bench(options: RunOptions) -> Results:
     identity = gpu.identity()
     peak = find_peak(identity["name"]) if device == "cuda" else measure_cpu_peak()
     before = gpu.state()
+    _import_quietly()
     _say(f"bench on {device}: {len(entrants)} contestants, {len(workloads)} workloads; cold start")
     for entrant in entrants:
         _load(entrant, main, gpu)
@@ -372,6 +373,17 @@ def run_bench(options: RunOptions) -> Results:
     write_results(options.out, results)
     _say(f"wrote {options.out} after {results.seconds:.0f} s")
     return results
+
+
+def _import_quietly() -> None:
+    """Imports the common libraries now, so that the first contestant's cold start does not pay for everyone's."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    _ = (diffusers.StableDiffusionXLPipeline, transformers.CLIPTextModelWithProjection)
 
 
 def _no_gpu(device: str) -> Gpu:

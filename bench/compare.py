@@ -1,0 +1,80 @@
+"""What changed between two results files beyond noise; a regression is exit code 1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.results import Results, Row, read_results
+from bench.stats import Interval
+from bench.words import milliseconds
+from distill.errors import UserError
+
+
+@dataclass(frozen=True)
+class Change:
+    """`ratio` is after over before; `verdict` is slower, faster, same, gone, new, or broken."""
+
+    workload: str
+    contestant: str
+    before_ms: float | None
+    after_ms: float | None
+    ratio: float | None
+    verdict: str
+
+    @property
+    def is_regression(self) -> bool:
+        return self.verdict in ("slower", "gone", "broken")
+
+
+def _interval(row: Row) -> Interval:
+    return Interval(row.total_ms.value, row.total_ms.low, row.total_ms.high)
+
+
+def judge(before: Row, after: Row, tolerance: float) -> str:
+    """`slower` or `faster` only where the intervals do not touch and the medians differ by more than `tolerance`."""
+    if after.refused and not before.refused:
+        return "broken"
+    ratio = after.total_ms.value / before.total_ms.value
+    if _interval(before).overlaps(_interval(after)) or abs(ratio - 1) <= tolerance:
+        return "same"
+    return "slower" if ratio > 1 else "faster"
+
+
+def compare_results(before: Results, after: Results, tolerance: float = 0.02) -> list[Change]:
+    """One Change per workload and contestant of either file."""
+    old = {(cell.name, row.contestant): row for cell in before.cells for row in cell.rows}
+    new = {(cell.name, row.contestant): row for cell in after.cells for row in cell.rows}
+    changes = []
+    for key in dict.fromkeys([*old, *new]):
+        one, two = old.get(key), new.get(key)
+        if one is None or two is None:
+            verdict, ratio = ("new", None) if one is None else ("gone", None)
+        else:
+            verdict, ratio = judge(one, two, tolerance), two.total_ms.value / one.total_ms.value
+        changes.append(Change(*key, one and one.total_ms.value, two and two.total_ms.value, ratio, verdict))
+    for record in after.contestants:
+        earlier = next((other for other in before.contestants if other.name == record.name), None)
+        if earlier is not None and earlier.quality.get("passed") and record.quality.get("passed") is False:
+            changes.append(Change("quality guard", record.name, None, None, None, "broken"))
+    return changes
+
+
+def compare_files(before: Path, after: Path, tolerance: float) -> int:
+    """Prints every change; 1 where one is a regression. Raises UserError where the files do not compare."""
+    old, new = read_results(before), read_results(after)
+    changes = compare_results(old, new, tolerance)
+    if all(change.verdict in ("new", "gone") for change in changes):
+        raise UserError(f"{before} and {after} share no workload and contestant; compare two runs of the same command")
+    if old.environment["cpu"]["model"] != new.environment["cpu"]["model"] or (
+        old.gpu["identity"]["name"] != new.gpu["identity"]["name"]
+    ):
+        print("note: the two files come from different machines, so a difference need not be the software's")
+    width = max(len(change.workload) for change in changes)
+    for change in changes:
+        ratio = f"{change.ratio - 1:+.1%}" if change.ratio is not None else ""
+        times = f"{milliseconds(change.before_ms)} -> {milliseconds(change.after_ms)}"
+        print(f"{change.workload:<{width}}  {change.contestant:<12} {times:>24} {ratio:>8}  {change.verdict}")
+    regressions = sum(change.is_regression for change in changes)
+    print(f"{regressions} regression(s) in {len(changes)} comparisons" if regressions else "no regression beyond noise")
+    return 1 if regressions else 0

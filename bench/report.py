@@ -1,0 +1,260 @@
+"""The report: one self-contained HTML page, the same as Markdown, and everything as JSON, from results files."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench import views, words
+from bench.peaks import PEAKS
+from bench.predict import Check, Known, check_predictions, floor_ms, predict, published_known
+from bench.quality import MIN_LATENT_COSINE, MIN_PSNR_DB
+from bench.results import Results, read_results
+from distill.errors import UserError
+from distill.files import replacing, write_json
+
+TEMPLATES = Path(__file__).parent / "templates"
+MODELS = ("sdxl", "ssd-1b", "vega")
+STEPS = 30
+RUNTIME = "TensorRT"
+REPORT_SCHEMA = "slimxl.bench.report/1"
+
+
+def machine_name(results: Results) -> str:
+    """The device the figures were taken on, in words."""
+    if results.gpu["identity"]["name"]:
+        return str(results.gpu["identity"]["name"])
+    cpu = results.environment["cpu"]
+    return f"a CPU ({cpu['model']}, {cpu['cores_usable']} cores)"
+
+
+def known_latencies(all_results: list[Results]) -> list[Known]:
+    """Published figures, and those measured on a GPU of the catalogue at the size that predictions are made for."""
+    known = published_known()
+    for results in all_results:
+        gpu = next((key for key, peak in PEAKS.items() if results.peak and peak.name == results.peak["name"]), None)
+        if gpu is None:
+            continue
+        for cell in results.cells:
+            load = cell.workload
+            if load["resolution"] != "1024x1024" or load["batch"] != 1 or load["guidance_scale"] <= 1:
+                continue
+            for row in cell.rows:
+                model = next((name for name in MODELS if results.contestant(row.contestant).parameters == _parameters(name)), None)
+                if model is not None and not row.refused:
+                    floor = floor_ms(gpu, model, load["steps"])
+                    runtime = runtime_class(results.contestant(row.contestant).runtime)
+                    known.append(Known(gpu, model, load["steps"], runtime, row.total_ms.value, floor, "measured by slimxl"))
+    return known
+
+
+def _parameters(model: str) -> int | None:
+    from distill.architectures import ARCHITECTURES
+
+    published = ARCHITECTURES[model].parameters
+    return published[0] if published else None
+
+
+def runtime_class(runtime: str) -> str:
+    """The published figures' word for a runtime of ours."""
+    lower = runtime.lower()
+    if "tensorrt" in lower:
+        return "TensorRT"
+    return "compiled" if "compile" in lower else "diffusers" if "eager" in lower else runtime
+
+
+def _predictions(known: list[Known]) -> list[dict[str, Any]]:
+    return [
+        {"gpu": key, "peak": peak, "models": [predict(key, model, STEPS, RUNTIME, known) for model in MODELS]}
+        for key, peak in PEAKS.items()
+    ]
+
+
+def _named(one: Any, gpu: str) -> dict[str, Any]:
+    return {"known": one, "efficiency": one.efficiency, "gpu_name": PEAKS[gpu].name}
+
+
+def _check_row(check: Check) -> dict[str, Any]:
+    kind = "measured" if check.known.origin == "measured by slimxl" else "published"
+    return _named(check.known, check.known.gpu) | {"predicted_ms": check.predicted_ms, "error": check.error, "kind": kind}
+
+
+def absent_readings(results: Results) -> dict[str, list[str]]:
+    """Reason -> what could not be read for that reason."""
+    absent: dict[str, list[str]] = {}
+    for what, why in {**results.gpu["missing"], **results.environment["cpu"]["missing"]}.items():
+        absent.setdefault(why, []).append(what.replace("_", " "))
+    if len(absent.get(results.gpu["reason"] or "", [])) > 4:
+        absent[results.gpu["reason"]] = ["GPU clocks, temperature, power, throttle reasons, energy and memory"]
+    return absent
+
+
+def environment_facts(results: Results) -> list[tuple[str, str]]:
+    env, gpu = results.environment, results.gpu["identity"]
+    cpu = env["cpu"]
+    packages = ", ".join(f"{name} {version}" for name, version in env["packages"].items() if version)
+    facts = [
+        ("GPU", gpu["name"] or f"none read: {results.gpu['reason']}"),
+        ("CPU", f"{cpu['model']}, {cpu['cores_usable']} usable cores, governor {cpu['governor'] or 'unknown'}"),
+        ("memory", f"{words.size(cpu['memory_bytes'])}, at most {words.size(env['peak_rss_bytes'])} used by the run"),
+        ("system", f"{env['system']}, Python {env['python']}"),
+        ("packages", packages),
+        ("threads", f"torch {env['torch_threads']}" + "".join(f", {key}={value}" for key, value in env["thread_variables"].items())),
+        ("commit", env["commit"] or "not in a repository"),
+        ("command", results.command),
+        ("when", f"{results.created_utc}, took {words.seconds(results.seconds)}"),
+    ]
+    if gpu["name"]:
+        told = ("uuid", "driver", "compute_capability", "power_limit_w", "max_sm_clock_mhz", "board_part_number")
+        facts.insert(1, ("board", ", ".join(f"{key.replace('_', ' ')} {gpu[key]}" for key in told if gpu.get(key) is not None)))
+    return facts
+
+
+def method_lines(results: Results) -> list[str]:
+    """The method in full, in the order in which a sceptic would ask."""
+    load = results.cells[0].workload
+    device = results.environment["device"]
+    clock = "CUDA events in the device's stream" if device == "cuda" else "the monotonic clock"
+    return [
+        "Timed: prompt in, uint8 pixels out. Tokenising, both text encoders, every denoising step with scheduler and "
+        "guidance, VAE decode, and the conversion to pixels. Not timed: loading, the first picture (both told apart as "
+        "cold start), PNG compression, saving.",
+        f"Clock: {clock}, one mark at the end of each stage, all on one timeline; an independent clock around the whole "
+        "call gives the total, and a row whose stages miss it by over 1 % says so.",
+        f"Main workload: {results.cells[0].name}; scheduler {load['scheduler']} (the checkpoint's own where it says "
+        f"default), seed {load['seed']}; other rows change one thing at a time.",
+        "Order: warm-up until two calls agree within 5 %, then rounds A B C, B C A, C A B, so that whatever happens to "
+        "the machine happens to all. The garbage collector runs between rounds, never inside a call.",
+        "Medians; 95 % percentile-bootstrap intervals over 2000 resamples, none from fewer than six runs. A speed-up is "
+        "the median of the per-round ratios, with rounds resampled as pairs.",
+        "Percentiles only where a binomial bound supports them at 99 % confidence. Raw samples are in the JSON.",
+        "FLOPs are counted on meta tensors (a multiply-add is two); bytes are each weight once a call plus inputs and "
+        "outputs at two bytes. A row faster than its floor is refused.",
+        "Quality: the same prompt, seed and steps by the same checkpoint in diffusers, fp32, on the same device.",
+        "Built and measured are different things: an engine counts as measured only where its own flavor ran here.",
+    ]
+
+
+def make_context(all_results: list[Results], title: str) -> dict[str, Any]:
+    """Everything the templates show; the first results are the main ones."""
+    results = all_results[0]
+    known = known_latencies(all_results)
+    checks = check_predictions(known)
+    errors = [abs(check.error) for check in checks]
+    cards = views.model_cards(results)
+    follows = [card["record"].follows for card in cards if card["record"].follows]
+    return {
+        "title": title,
+        "css": (TEMPLATES / "report.css").read_text(encoding="utf-8"),
+        "results": results,
+        "machine": machine_name(results),
+        "colour": views.colours(results),
+        "head": views.headline(results),
+        "cards": cards,
+        "grid": views.picture_grid(results),
+        "follows": follows,
+        "follows_keys": [key for key in follows[0] if key != "count"] if follows else [],
+        "bars": views.stage_bars(results),
+        "stages": views.stage_names(results),
+        "resolutions": views.resolution_table(results),
+        "resolution_svg": views.resolution_chart(results),
+        "steps_svg": views.steps_chart(results),
+        "speedup_svg": views.speedup_chart(results),
+        "losses": views.loss_charts(results),
+        "sizes": views.size_table(results),
+        "builds": views.build_table(results),
+        "prediction_steps": STEPS,
+        "prediction_models": MODELS,
+        "predictions": _predictions(known),
+        "calibration": [_named(one, one.gpu) for one in known if one.runtime == RUNTIME],
+        "checks": [_check_row(check) for check in checks],
+        "median_error": median(errors),
+        "worst_error": max(errors),
+        "guard": {"psnr": f"{MIN_PSNR_DB:g}", "cosine": f"{MIN_LATENT_COSINE:g}"},
+        "absent": absent_readings(results),
+        "faults": views.loudest_words(results),
+        "others": [{"results": other, "machine": machine_name(other)} for other in all_results[1:]],
+        "method": method_lines(results),
+        "environment": environment_facts(results),
+        "hashes": views.hash_table(results),
+    }
+
+
+def report_json(context: dict[str, Any], all_results: list[Results]) -> dict[str, Any]:
+    """The machine-readable report: conclusions, predictions with their kind, and the results with raw samples."""
+    head = context["head"]
+    return {
+        "schema_version": REPORT_SCHEMA,
+        "headline": {
+            "kind": "measured",
+            "workload": head["workload"],
+            "baseline": head["baseline"].contestant if head["baseline"] else None,
+            "models": [
+                {
+                    "name": card["name"],
+                    "total_ms": card["row"].total_ms.model_dump() if card["row"] else None,
+                    "speedup": card["row"].speedup.model_dump() if card["row"] and card["row"].speedup else None,
+                    "stages_ms": card["row"].stages_ms if card["row"] else None,
+                    "quality": card["record"].quality,
+                    "follows": card["record"].follows,
+                }
+                for card in context["cards"]
+            ],
+        },
+        "predicted": [asdict(one) | {"kind": "predicted"} for entry in context["predictions"] for one in entry["models"]],
+        "published": [
+            asdict(row["known"]) | {"kind": row["kind"], "predicted_ms": row["predicted_ms"], "error": row["error"]}
+            for row in context["checks"]
+        ],
+        "built": [group | {"resolutions": sorted(group["resolutions"])} for group in context["builds"]],
+        "faults": context["faults"],
+        "method": context["method"],
+        "results": [results.model_dump(mode="json", exclude={"pictures"}) for results in all_results],
+    }
+
+
+def render(context: dict[str, Any], template: str) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=template.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "ms": words.milliseconds,
+        "sec": words.seconds,
+        "size": words.size,
+        "count": words.count,
+        "times": words.times,
+        "pct": words.percent,
+        "interval": words.interval,
+        "title_of": words.title_of,
+        "stage": lambda stage: words.STAGE_WORDS.get(stage, stage),
+    }
+    if template.endswith(".html.j2"):
+        from markupsafe import Markup
+
+        context = context | {"css": Markup(context["css"])}
+    return environment.get_template(template).render(**context)
+
+
+def write_report(paths: list[Path], out: Path, title: str = "slimxl latency report") -> None:
+    """Writes index.html, report.md and report.json into `out`, each whole or not at all.
+
+    Raises UserError for no results, or a results file that cannot be read.
+    """
+    if not paths:
+        raise UserError("no results files: give at least one, made by python -m bench run")
+    all_results = [read_results(path) for path in paths]
+    context = make_context(all_results, title)
+    for template, name in (("report.html.j2", "index.html"), ("report.md.j2", "report.md")):
+        with replacing(out / name) as temporary:
+            temporary.write_text(render(context, template), encoding="utf-8")
+    write_json(out / "report.json", report_json(context, all_results))
+    print(f"wrote {out / 'index.html'}, report.md and report.json")

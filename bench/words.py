@@ -1,0 +1,79 @@
+"""How numbers and names are written in a report: one place, so that page, Markdown and terminal agree."""
+
+from __future__ import annotations
+
+from bench.results import Estimate
+
+STAGE_WORDS = {
+    "prepare": "prepare",
+    "tokenise": "tokenise",
+    "text_encoders": "text encoders",
+    "denoise": "denoise",
+    "vae_decode": "VAE decode",
+    "post_process": "post-process",
+}
+NONE = "–"
+
+
+def milliseconds(value: float | None) -> str:
+    if value is None:
+        return NONE
+    if value < 0.995:
+        return f"{value:.2f} ms"
+    if value < 99.5:
+        return f"{value:.1f} ms"
+    return f"{value:,.0f} ms" if value < 1e4 else f"{value / 1e3:.1f} s"
+
+
+def seconds(value: float | None) -> str:
+    if value is None:
+        return NONE
+    if value < 100:
+        return f"{value:.1f} s"
+    return f"{int(value // 60)} min {int(value % 60)} s"
+
+
+def size(value: float | None) -> str:
+    """Bytes in decimal units."""
+    if value is None:
+        return NONE
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+def count(value: float | None) -> str:
+    """2.57 B, 745 M, 7.45 M."""
+    if value is None:
+        return NONE
+    for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value:.0f}"
+
+
+def times(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2f}×"
+
+
+def percent(value: float | None, digits: int = 0) -> str:
+    return NONE if value is None else f"{100 * value:.{digits}f} %"
+
+
+def interval(estimate: Estimate | None, unit: str = "ms") -> str:
+    """`[low, high]` in the unit, or why there is none."""
+    if estimate is None:
+        return NONE
+    if estimate.low is None or estimate.high is None:
+        return "too few runs for an interval"
+    if unit == "x":
+        return f"{estimate.low:.2f}–{estimate.high:.2f}×"
+    digits = 1 if estimate.value < 99.5 else 0
+    return f"{estimate.low:,.{digits}f}–{estimate.high:,.{digits}f} ms"
+
+
+def title_of(name: str) -> str:
+    """A contestant's name as a heading: known models as their makers write them."""
+    known = {"sdxl": "SDXL", "ssd-1b": "SSD-1B", "vega": "Vega", "teacher": "Teacher", "sd": "SD"}
+    return known.get(name.lower(), name)
