@@ -1,0 +1,135 @@
+"""`python -m engines build|verify|inspect|list|prune`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from distill.errors import exit_on_user_error
+
+Flavors = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
+Layouts = Literal["per-resolution", "shared", "ranged"]
+Bundle = Annotated[Path, tyro.conf.Positional]
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def build(
+    onnx: Path,
+    out: Path,
+    gpus: str = "",
+    flavor: Flavors = "tensorrt-rtx",
+    layout: Layouts | None = None,
+    resolutions: str = "all",
+    batches: str = "1",
+    components: str = "",
+    memory_gb: float | None = None,
+    replace: bool = False,
+    refit: bool = False,
+    strip: bool = False,
+    weight_streaming: bool = False,
+    version_compatible: bool = False,
+    hardware_compatible: Literal["none", "same", "ampere+"] = "none",
+) -> int:
+    """Build engines into a bundle; what is there and unchanged is kept.
+
+    Args:
+        onnx: ONNX folder left by `python -m export onnx`.
+        out: The bundle, made or added to.
+        gpus: Names separated by commas (a100, rtx4090, ...), `auto` for the one at hand, `rtx` for one portable plan.
+        flavor: tensorrt (built on the GPU that runs it), tensorrt-rtx (also with no GPU), onnxruntime.
+        layout: Default: shared for tensorrt, ranged for tensorrt-rtx.
+        resolutions: `all`, or sizes such as 1024x1024,1152x896.
+        batches: Numbers of images at once, separated by commas.
+        components: Only these, separated by commas (vae_encoder is built only when named).
+        memory_gb: Memory a build may use; default: what is free.
+        replace: Drop engines of another checkpoint from the bundle.
+        refit: Plans whose weights can be exchanged (needs a GPU).
+        strip: Plans without weights, refitted at load (needs a GPU).
+        weight_streaming: Plans that can keep part of their weights in host memory.
+        version_compatible: Plans for newer TensorRT versions too (tensorrt only).
+        hardware_compatible: Plans for other GPUs too (tensorrt only).
+    """
+    from engines.build import build_bundle
+    from engines.plan import plan_options
+
+    options = plan_options(flavor, refit, strip, weight_streaming, version_compatible, hardware_compatible)
+    build_bundle(
+        onnx,
+        out,
+        gpus=_names(gpus),
+        flavor=flavor,
+        layout=layout,
+        resolutions=resolutions,
+        batches=parse_batches(batches),
+        components=_names(components) or None,
+        options=options,
+        memory_gb=memory_gb,
+        replace=replace,
+    )
+    return 0
+
+
+def parse_batches(text: str) -> list[int]:
+    from distill.errors import UserError
+
+    parts = _names(text)
+    if not parts or not all(part.isdigit() and int(part) for part in parts):
+        raise UserError(f"--batches {text!r} is not a list of numbers of images, e.g. 1 or 1,4")
+    return [int(part) for part in parts]
+
+
+def verify(bundle: Bundle) -> int:
+    """Check every file of a bundle against its manifest."""
+    from engines.reports import print_verification
+
+    return print_verification(bundle)
+
+
+def inspect(bundle: Bundle, json: bool = False) -> int:
+    """Show a bundle's engines with their profiles, inputs and outputs."""
+    from engines.reports import print_inspection
+
+    return print_inspection(bundle, json)
+
+
+def list_(folder: Annotated[Path, tyro.conf.Positional] = Path("out")) -> int:
+    """List the bundles below a folder, or the engines of one bundle."""
+    from engines.reports import print_list
+
+    return print_list(folder)
+
+
+def prune(
+    bundle: Bundle, keep_gpus: str = "", keep_flavors: str = "", keep_resolutions: str = "", dry_run: bool = False
+) -> int:
+    """Remove engines that match none of what is to be kept, and files that no manifest names."""
+    from engines.prune import prune_bundle
+
+    return prune_bundle(bundle, _names(keep_gpus), _names(keep_flavors), _names(keep_resolutions), dry_run)
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "build": build,
+    "verify": verify,
+    "inspect": inspect,
+    "list": list_,
+    "prune": prune,
+}
+
+
+def main() -> int:
+    def run() -> int:
+        return int(tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m engines") or 0)
+
+    return exit_on_user_error(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

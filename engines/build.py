@@ -1,0 +1,354 @@
+"""Builds engines into a bundle: incremental by content key, each in a process of its own, whole or absent.
+
+Order of writing: the engine under a temporary name, its rename, then the manifest that names it. Killed between any
+two, the bundle's manifest still names only files that are there, and the same command goes on from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
+
+from distill.errors import UserError
+from distill.files import require_free_disk, sha256_file
+from engines.bundle import (
+    MANIFEST,
+    BuildRecord,
+    Engine,
+    FileRecord,
+    Layout,
+    Manifest,
+    Source,
+    TensorInfo,
+    is_intact,
+    read_manifest,
+    write_manifest,
+)
+from engines.flavors import BuildRequest
+from engines.onnx_folder import OnnxFolder, read_onnx_folder
+from engines.plan import Job, plan_builds, tool_versions
+from engines.progress import BuildProgress, duration
+
+LOCK = ".lock"
+PARTIAL = ".partial"
+"""Folder of unfinished engines inside the bundle: on the same disk, so that the last rename is atomic."""
+
+
+@contextlib.contextmanager
+def bundle_lock(bundle: Path, announce: Any = print) -> Iterator[None]:
+    """One build at a time in a bundle; a second waits. The system frees the lock of a killed process."""
+    bundle.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(bundle / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        announce(f"another build is at work in {bundle}; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def available_memory_bytes() -> int:
+    """What a new process can use: free memory of the machine, and of the container where one sets a limit."""
+    available = int(psutil.virtual_memory().available)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    with contextlib.suppress(OSError, ValueError):
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return available
+
+
+def require_memory(jobs: list[Job], budget_bytes: int) -> None:
+    """Raises UserError before anything starts where the largest job does not fit."""
+    for job in jobs:
+        if job.memory_bytes > budget_bytes:
+            leaner = "" if len(job.profiles) == 1 else "; --layout ranged needs less"
+            raise UserError(
+                f"building {job.label} with {len(job.profiles)} profile(s) needs about {job.memory_bytes / 1e9:.1f} GB "
+                f"of memory for {job.component.weights_bytes / 1e9:.1f} GB of weights, {budget_bytes / 1e9:.1f} GB may "
+                f"be used{leaner}; free memory, raise --memory-gb, or build on a larger machine"
+            )
+
+
+def build_bundle(
+    onnx: Path,
+    out: Path,
+    *,
+    gpus: list[str],
+    flavor: str = "tensorrt-rtx",
+    layout: Layout | None = None,
+    resolutions: str = "all",
+    batches: list[int] | None = None,
+    components: list[str] | None = None,
+    options: dict[str, bool | int | str] | None = None,
+    memory_gb: float | None = None,
+    replace: bool = False,
+) -> Manifest:
+    """Adds the asked engines to the bundle `out`; what is there and intact is kept, what is superseded is removed.
+
+    `replace` permits engines of another checkpoint to be dropped from the bundle. Raises UserError for bad input, too
+    little memory or disk, and a build that failed.
+    """
+    out = Path(out)
+    folder = read_onnx_folder(Path(onnx))
+    jobs = plan_builds(
+        folder,
+        gpus=gpus,
+        flavor=flavor,
+        layout=layout,
+        resolutions=resolutions,
+        batches=batches,
+        components=components,
+        options=options,
+    )
+    if (out / MANIFEST).is_file() and not replace:
+        _require_same_source(out, read_manifest(out), folder)
+    with bundle_lock(out):
+        manifest = _starting_manifest(out, folder, replace)
+        shutil.rmtree(out / PARTIAL, ignore_errors=True)
+        kept = {engine.key: engine for engine in manifest.engines if is_intact(out, engine.files)}
+        todo = [job for job in jobs if job.key not in kept]
+        budget = int(memory_gb * 1e9) if memory_gb else available_memory_bytes()
+        require_memory(todo, budget)
+        require_free_disk(out, sum(job.disk_bytes for job in todo if job.flavor != "onnxruntime"), "the bundle")
+        with BuildProgress([job.cost_seconds for job in todo]) as progress:
+            for job in todo:
+                progress.start(job.label)
+                engine = _build_one(job, out, budget, progress)
+                manifest = _with_engine(manifest, engine)
+                write_manifest(out, manifest)
+                progress.finish(_summary(engine))
+        manifest = _with_pipeline_files(manifest, folder, out)
+        manifest = manifest.model_copy(update={"engines": _current(manifest.engines, jobs, out)})
+        if not (out / MANIFEST).is_file() or read_manifest(out) != manifest:
+            write_manifest(out, manifest)
+        remove_strays(out, manifest)
+        if not todo:
+            progress.console.print(
+                f"{out} is up to date: {len(jobs)} engine(s) unchanged", markup=False, soft_wrap=True
+            )
+    return manifest
+
+
+def _summary(engine: Engine) -> str:
+    ratio = engine.size_bytes / engine.weights_bytes
+    peak = engine.build.peak_rss_bytes / 1e9
+    return (
+        f"{duration(engine.build.seconds)}, {engine.size_bytes / 1e6:.1f} MB ({ratio:.3f} of the weights), "
+        f"peak memory {peak:.1f} GB -> {engine.files[0].path}"
+    )
+
+
+def _require_same_source(out: Path, manifest: Manifest, folder: OnnxFolder) -> None:
+    if manifest.engines and manifest.source.sha256 != folder.source_sha256:
+        raise UserError(
+            f"{out} holds engines of {manifest.source.name} ({manifest.source.sha256[:12]}), not of "
+            f"{folder.source_name} ({folder.source_sha256[:12]}); choose another --out, or add --replace to drop them"
+        )
+
+
+def _starting_manifest(out: Path, folder: OnnxFolder, replace: bool) -> Manifest:
+    """What the bundle says now; a manifest that cannot be read is one that a build may replace."""
+    fresh = Manifest(source=Source(name=folder.source_name, sha256=folder.source_sha256))
+    if not (out / MANIFEST).is_file():
+        return fresh
+    manifest = read_manifest(out)
+    if manifest.source != fresh.source:
+        if manifest.source.sha256 != fresh.source.sha256:
+            return fresh
+        return manifest.model_copy(update={"source": fresh.source})
+    return manifest
+
+
+def _with_engine(manifest: Manifest, engine: Engine) -> Manifest:
+    """A validated copy; an engine of the same key or file is replaced."""
+    paths = {file.path for file in engine.files}
+    others = [old for old in manifest.engines if old.key != engine.key and not paths & {f.path for f in old.files}]
+    return Manifest(source=manifest.source, engines=[*others, engine], files=manifest.files)
+
+
+def _current(engines: list[Engine], jobs: list[Job], out: Path) -> list[Engine]:
+    """Drops engines made from an ONNX file that one of `jobs` has superseded, and engines whose files are gone."""
+    latest = {(job.component.name, job.flavor): job.component.onnx_sha256 for job in jobs}
+    weights = {(job.component.name, job.flavor): job.component.weights_sha256 for job in jobs}
+    return [
+        engine
+        for engine in engines
+        if latest.get(slot := (engine.component, engine.flavor), engine.onnx_sha256) == engine.onnx_sha256
+        and weights.get(slot, engine.weights_sha256) == engine.weights_sha256
+        and all((out / file.path).is_file() for file in engine.files)
+    ]
+
+
+def _with_pipeline_files(manifest: Manifest, folder: OnnxFolder, out: Path) -> Manifest:
+    """Copies tokenizers, scheduler and configs beside the engines, each whole or absent."""
+    records = {record.path: record for record in manifest.files}
+    for relative in folder.pipeline_files:
+        source, target = folder.root / relative, out / relative
+        digest = sha256_file(source)
+        if not target.is_file() or sha256_file(target) != digest:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f".{target.name}.copy")
+            shutil.copyfile(source, temporary)
+            temporary.replace(target)
+        path = relative.as_posix()
+        records[path] = FileRecord(path=path, sha256=digest, size_bytes=source.stat().st_size)
+    return Manifest(source=manifest.source, engines=manifest.engines, files=list(records.values()))
+
+
+def remove_strays(out: Path, manifest: Manifest, also: Sequence[Engine] = ()) -> list[Path]:
+    """Deletes engine files that the manifest does not name, below the folders of its components and of the engines
+    in `also`; returns them."""
+    named = {out / record.path for record in manifest.all_files}
+    removed = []
+    for component in sorted({engine.component for engine in [*manifest.engines, *also]}):
+        for path in sorted((out / component).rglob("*"), reverse=True):
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+            elif path.is_file() and path not in named:
+                path.unlink()
+                removed.append(path)
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)
+    return removed
+
+
+def _build_one(job: Job, out: Path, budget_bytes: int, progress: BuildProgress) -> Engine:
+    target = out / job.path
+    partial = out / PARTIAL / target.name
+    partial.parent.mkdir(exist_ok=True)
+    request = BuildRequest(
+        component=job.component.name,
+        flavor=job.flavor,
+        onnx_files=[path.resolve() for path in job.component.files],
+        out=partial.resolve(),
+        profiles=job.profiles,
+        outputs=[tensor.name for tensor in job.component.needed_outputs],
+        compute_capabilities=list(job.target.compute_capabilities),
+        options=job.options,
+        timing_cache=(out / ".timing-cache" / f"{job.target.label}.cache").resolve()
+        if job.flavor == "tensorrt"
+        else None,
+    )
+    try:
+        result = run_worker(request, budget_bytes, progress)
+    except BaseException:
+        shutil.rmtree(out / PARTIAL, ignore_errors=True)
+        raise
+    files = sorted(partial.rglob("*")) if partial.is_dir() else [partial]
+    digests = {path: (sha256_file(path), path.stat().st_size) for path in files if path.is_file()}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_dir():
+        shutil.rmtree(target)  # damaged: an intact one would have been kept
+    partial.rename(target)
+    records = [
+        FileRecord(
+            path=(target / path.relative_to(partial)).relative_to(out).as_posix(), sha256=digest, size_bytes=size
+        )
+        for path, (digest, size) in digests.items()
+    ]
+    return Engine(
+        component=job.component.name,  # type: ignore[arg-type]
+        flavor=job.flavor,  # type: ignore[arg-type]
+        flavor_version=job.flavor_version,
+        layout=job.layout,
+        gpus=list(job.target.gpus),
+        compute_capabilities=list(job.target.compute_capabilities),
+        precision=job.precision,  # type: ignore[arg-type]
+        resolutions=job.resolutions,
+        batches=job.batches,
+        profiles=job.profiles,
+        inputs=job.component.inputs,
+        outputs=[TensorInfo(**tensor) for tensor in result["outputs"]],
+        files=sorted(records, key=lambda record: len(record.path)),
+        key=job.key,
+        onnx_sha256=job.component.onnx_sha256,
+        weights_sha256=job.component.weights_sha256,
+        weights_bytes=job.component.weights_bytes,
+        options=job.options,
+        build=BuildRecord(seconds=result["seconds"], peak_rss_bytes=result["peak_rss_bytes"], tools=tool_versions(job)),
+    )
+
+
+def run_worker(request: BuildRequest, budget_bytes: int, progress: BuildProgress) -> dict[str, Any]:
+    """Runs one build in a process of its own and returns its last event.
+
+    Raises UserError where it fails, dies, or goes over its memory budget (it is ended then, before the system picks
+    a victim of its own).
+    """
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "engines.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+        assert process.stdin and process.stdout
+        watch = _MemoryWatch(process, budget_bytes)
+        try:
+            process.stdin.write(request.model_dump_json().encode() + b"\n")
+            process.stdin.flush()
+            result: dict[str, Any] = {}
+            for line in process.stdout:
+                event = json.loads(line)
+                if "phase" in event:
+                    progress.update(event["phase"], event["fraction"])
+                else:
+                    result = event
+            process.wait()
+        finally:
+            watch.stop()
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        if watch.exceeded_bytes:
+            raise UserError(
+                f"building {request.component} went over its memory budget of {budget_bytes / 1e9:.1f} GB and was "
+                "stopped; use --layout ranged, fewer resolutions, raise --memory-gb, or build on a larger machine"
+            )
+        if process.returncode or "outputs" not in result:
+            log.seek(0)
+            lines = [text.strip() for text in log.read().decode(errors="replace").splitlines() if text.strip()]
+            said = next((line for line in reversed(lines) if "[E]" in line or "Error" in line), "".join(lines[-1:]))
+            reason = result.get("error") or f"the builder ended with status {process.returncode}"
+            raise UserError(f"building {request.component} failed: {reason}: {said[:500]}")
+        return result
+
+
+class _MemoryWatch:
+    """Looks at the process's resident memory a few times a second and kills it over the budget."""
+
+    def __init__(self, process: subprocess.Popen[bytes], budget_bytes: int) -> None:
+        import threading
+
+        self.exceeded_bytes = 0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, args=(process, budget_bytes), daemon=True)
+        self._thread.start()
+
+    def _watch(self, process: subprocess.Popen[bytes], budget_bytes: int) -> None:
+        while not self._stopped.wait(0.25):
+            try:
+                used = psutil.Process(process.pid).memory_info().rss
+            except psutil.Error:
+                return
+            if used > budget_bytes:
+                self.exceeded_bytes = used
+                process.kill()
+                return
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()

@@ -1,0 +1,104 @@
+"""One runtime per file behind one small interface: `build` makes an engine's files, `load` opens them, `run` runs.
+
+A new runtime is one more file with these functions and one more entry in `FLAVORS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from distill.errors import UserError, unknown
+from engines.bundle import Engine, Profile, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+Report = Callable[[str, float], None]
+"""Told the name of the phase and the fraction done, 0 to 1."""
+
+
+class BuildRequest(BaseModel):
+    """All that a build needs, as it is handed to the process that builds. Paths are absolute."""
+
+    model_config = ConfigDict(frozen=True)
+
+    component: str
+    flavor: str
+    onnx_files: list[Path]
+    out: Path
+    profiles: list[Profile]
+    outputs: list[str]
+    compute_capabilities: list[str]
+    options: dict[str, bool | int | str] = {}
+    timing_cache: Path | None = None
+
+
+class LoadOptions(BaseModel):
+    """How engines are run; each flavor reads what concerns it. `runtime_cache` is a folder for compiled kernels."""
+
+    model_config = ConfigDict(frozen=True)
+
+    device: str
+    cuda_graphs: bool = True
+    runtime_cache: Path | None = None
+    threads: int | None = None
+
+
+class LoadedEngine(Protocol):
+    """An engine that is ready. Inputs and outputs are torch tensors on the engine's device."""
+
+    def run(self, inputs: dict[str, torch.Tensor], profile: Profile) -> dict[str, torch.Tensor]:
+        """Enqueues one call; the result may still be on its way on the device's current stream."""
+
+
+class Flavor(Protocol):
+    """What a runtime must offer."""
+
+    name: str
+    targets: frozenset[str] | None
+    """Compute capabilities it can build for; None where that does not matter."""
+
+    def version(self) -> str:
+        """Of the installed runtime. Raises UserError where there is none, with the command that installs it."""
+
+    def default_device(self) -> str: ...
+
+    def check_build(self, compute_capabilities: tuple[str, ...]) -> None:
+        """Raises UserError where this machine cannot build for these GPUs."""
+
+    def build(self, request: BuildRequest, report: Report) -> list[TensorInfo]:
+        """Writes the files below `request.out` and returns the outputs they have. Runs in a process of its own."""
+
+    def check_load(self, engine: Engine, device: str) -> None:
+        """Raises UserError, before a byte is opened, where GPU, driver or version do not fit the engine."""
+
+    def open_bundle(self, bundle: Path, options: LoadOptions) -> Any:
+        """What all engines of one bundle share (an activation arena, a stream); handed to each `load`."""
+
+    def load(self, bundle: Path, engine: Engine, shared: Any) -> LoadedEngine:
+        """Checks the files' hashes, then opens them."""
+
+
+FLAVORS = ("tensorrt", "tensorrt-rtx", "onnxruntime")
+_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt", "onnxruntime": "onnxruntime"}
+
+
+def find_flavor(name: str) -> Flavor:
+    """Raises UserError for an unknown name. The runtime itself is imported at first use only."""
+    if name not in FLAVORS:
+        raise unknown("flavor", name, FLAVORS)
+    module = import_module(f"engines.flavors.{_MODULES[name]}")
+    flavor: Flavor = module.make(name)
+    return flavor
+
+
+def version_mismatch(engine: Engine, installed: str, install: str, rebuild: str) -> UserError:
+    return UserError(
+        f"the {engine.component} engine was built by {engine.flavor} {engine.flavor_version}, installed is "
+        f"{installed}; install that version ({install}) or rebuild with: {rebuild}"
+    )

@@ -1,0 +1,130 @@
+"""ONNX Runtime, on the CPU or CUDA: its engines are the ONNX files themselves, so one serves every resolution."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill.errors import UserError
+from engines.bundle import Engine, Profile, TensorInfo, checked_path, rebuild_command
+from engines.flavors import BuildRequest, LoadOptions, Report
+
+if TYPE_CHECKING:
+    import torch
+
+
+class OnnxRuntimeEngine:
+    """An inference session. On the CPU its inputs and outputs share memory with the torch tensors."""
+
+    def __init__(self, model: Path, outputs: list[str], options: LoadOptions) -> None:
+        import onnxruntime
+
+        settings = onnxruntime.SessionOptions()
+        settings.log_severity_level = 3
+        if options.threads:
+            settings.intra_op_num_threads = options.threads
+        self._device = options.device
+        self._outputs = outputs
+        on_cuda = options.device.startswith("cuda")
+        provider: Any = "CPUExecutionProvider"
+        if on_cuda:
+            provider = ("CUDAExecutionProvider", {"device_id": int(options.device.partition(":")[2] or 0)})
+        self.session = onnxruntime.InferenceSession(str(model), settings, providers=[provider])
+
+    def run(self, inputs: dict[str, torch.Tensor], profile: Profile) -> dict[str, torch.Tensor]:
+        import torch
+
+        if not self._device.startswith("cuda"):
+            arrays = self.session.run(self._outputs, {name: tensor.numpy() for name, tensor in inputs.items()})
+            return {name: torch.from_numpy(array) for name, array in zip(self._outputs, arrays, strict=True)}
+        binding = self.session.io_binding()
+        for name, tensor in inputs.items():
+            binding.bind_ortvalue_input(name, _as_ortvalue(tensor))
+        for name in self._outputs:
+            binding.bind_output(name, "cuda", int(self._device.partition(":")[2] or 0))
+        torch.cuda.current_stream().synchronize()  # ONNX Runtime works on a stream of its own
+        self.session.run_with_iobinding(binding)
+        values = zip(self._outputs, binding.get_outputs(), strict=True)
+        return {name: torch.from_dlpack(value) for name, value in values}
+
+
+def _as_ortvalue(tensor: torch.Tensor) -> Any:
+    import onnxruntime
+
+    return onnxruntime.OrtValue.from_dlpack(tensor.detach())
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeFlavor:
+    """See `engines.flavors.Flavor`."""
+
+    name: str = "onnxruntime"
+    targets: None = None
+
+    def version(self) -> str:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise UserError(f"onnxruntime cannot be imported ({error}); pip install onnxruntime") from None
+        return str(onnxruntime.__version__)
+
+    def default_device(self) -> str:
+        import onnxruntime
+
+        return "cuda:0" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
+
+    def check_build(self, compute_capabilities: tuple[str, ...]) -> None:
+        self.version()
+
+    def build(self, request: BuildRequest, report: Report) -> list[TensorInfo]:
+        """A hard link where the disk allows it, else a copy; then the session is opened once to see that it loads."""
+        request.out.mkdir()
+        for count, source in enumerate(request.onnx_files):
+            report("linking", count / (len(request.onnx_files) + 1))
+            try:
+                os.link(source.resolve(), request.out / source.name)
+            except OSError:
+                shutil.copyfile(source, request.out / source.name)
+        report("opening", 0.9)
+        engine = OnnxRuntimeEngine(request.out / request.onnx_files[0].name, request.outputs, LoadOptions(device="cpu"))
+        outputs = [value for value in engine.session.get_outputs() if value.name in request.outputs]
+        return [TensorInfo(name=v.name, dtype=_DTYPES[v.type], shape=list(v.shape)) for v in outputs]  # type: ignore[arg-type]
+
+    def check_load(self, engine: Engine, device: str) -> None:
+        """ONNX files outlive versions of the runtime, so only the device matters."""
+        import onnxruntime
+
+        self.version()
+        providers = onnxruntime.get_available_providers()
+        if device.startswith("cuda") and "CUDAExecutionProvider" not in providers:
+            raise UserError(
+                f"device {device} needs ONNX Runtime's CUDAExecutionProvider, this one has {', '.join(providers)}; "
+                "pip install onnxruntime-gpu in place of onnxruntime, or use device cpu"
+            )
+
+    def open_bundle(self, bundle: Path, options: LoadOptions) -> LoadOptions:
+        return options
+
+    def load(self, bundle: Path, engine: Engine, shared: LoadOptions) -> OnnxRuntimeEngine:
+        mend = f"mend it with: {rebuild_command(bundle, engine)}"
+        paths = [checked_path(bundle, record, mend) for record in engine.files]
+        try:
+            return OnnxRuntimeEngine(paths[0], [tensor.name for tensor in engine.outputs], shared)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class of its own
+            raise UserError(f"ONNX Runtime cannot open {engine.files[0].path} ({error}); {mend}") from error
+
+
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+}
+
+
+def make(name: str) -> OnnxRuntimeFlavor:
+    return OnnxRuntimeFlavor()

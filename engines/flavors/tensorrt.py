@@ -1,0 +1,251 @@
+"""TensorRT and TensorRT-RTX, which share one API under two module names: what they can build, and building it.
+
+TensorRT builds for the GPU it runs on. TensorRT-RTX builds for named compute capabilities, also with no GPU at all,
+and leaves the last step of compilation to the GPU that runs the plan. Networks are strongly typed: an fp16 engine is
+an fp16 ONNX file. Running a plan is `tensorrt_runtime.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill.errors import UserError
+from engines.bundle import Engine, TensorInfo, checked_bytes, rebuild_command
+from engines.flavors import BuildRequest, LoadOptions, Report, version_mismatch
+from engines.gpus import gpu_at_hand
+
+if TYPE_CHECKING:
+    from engines.flavors.tensorrt_runtime import Arena, TensorRTEngine
+
+_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx"}
+
+
+def import_tensorrt(flavor: str) -> Any:
+    """The runtime's module. Raises UserError where it is not installed."""
+    try:
+        return import_module(_MODULES[flavor])
+    except ImportError as error:
+        raise UserError(
+            f"flavor {flavor} needs the Python package {_PACKAGES[flavor]}, which cannot be imported ({error}); "
+            f"pip install {_PACKAGES[flavor]}"
+        ) from None
+
+
+@dataclass(frozen=True)
+class TensorRTFlavor:
+    """See `engines.flavors.Flavor`."""
+
+    name: str
+    targets: frozenset[str] | None
+
+    def version(self) -> str:
+        return str(import_tensorrt(self.name).__version__)
+
+    def default_device(self) -> str:
+        return "cuda:0"
+
+    def check_build(self, compute_capabilities: tuple[str, ...]) -> None:
+        self.version()
+        if self.name == "tensorrt-rtx":
+            return
+        found = gpu_at_hand()
+        wanted = compute_capabilities[0]
+        if found is None or found[1] != wanted:
+            at_hand = "no GPU" if found is None else f"{found[0]} (compute capability {found[1]})"
+            raise UserError(
+                f"TensorRT builds on the GPU that will run the plan: found {at_hand}, needed compute capability "
+                f"{wanted}; run this command there, or build ahead of time with --flavor tensorrt-rtx"
+            )
+
+    def build(self, request: BuildRequest, report: Report) -> list[TensorInfo]:
+        """Parses the ONNX file, keeps the wanted outputs, and streams the plan into `request.out` as it is made, so
+        that the plan never stands in memory as a whole beside the network."""
+        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if self.name == "tensorrt-rtx" else "0"
+        from polygraphy.backend.trt import (
+            CreateConfig,
+            ModifyNetworkOutputs,
+            NetworkFromOnnxPath,
+            SetDecomposableAttentions,
+        )
+        from polygraphy.logger import G_LOGGER
+
+        trt = import_tensorrt(self.name)
+        G_LOGGER.module_severity = G_LOGGER.WARNING
+        report("parsing", 0.0)
+        parsed = NetworkFromOnnxPath(str(request.onnx_files[0]), strongly_typed=True)
+        # the VAE's one wide fp32 attention head has no fused kernel over a range of sizes: then, and only then,
+        # it may be split into matrix products and a softmax
+        decomposable = SetDecomposableAttentions(parsed)
+        builder, network, parser = ModifyNetworkOutputs(decomposable, outputs=request.outputs)()
+        config = CreateConfig(
+            tf32=True,
+            profiles=[_polygraphy_profile(profile.shapes) for profile in request.profiles],
+            load_timing_cache=_existing(request.timing_cache),
+            progress_monitor=make_monitor(trt, len(request.profiles), report),
+            version_compatible=bool(request.options.get("version_compatible")),
+            refittable=bool(request.options.get("refit")),
+            strip_plan=bool(request.options.get("strip")),
+            weight_streaming=bool(request.options.get("weight_streaming")),
+            hardware_compatibility_level=_hardware_level(trt, request.options),
+        )(builder, network)
+        if self.name == "tensorrt-rtx":
+            target_capabilities(trt, config, request.compute_capabilities)
+        with request.out.open("wb") as file:
+            if not builder.build_serialized_network_to_stream(network, config, make_writer(trt, file)):
+                raise UserError(f"{self.name} could not build {request.component}")
+            file.flush()
+            os.fsync(file.fileno())
+        _save_timing_cache(config, request.timing_cache)
+        del parser
+        outputs = [network.get_output(index) for index in range(network.num_outputs)]
+        return [TensorInfo(name=o.name, dtype=_dtype_name(trt, o.dtype), shape=_shape(o)) for o in outputs]
+
+    def check_load(self, engine: Engine, device: str) -> None:
+        rebuild = rebuild_command(Path("BUNDLE"), engine)
+        installed = self.version()
+        compatible = engine.options.get("version_compatible") and installed >= engine.flavor_version
+        if installed != engine.flavor_version and not compatible:
+            install = f"pip install {_PACKAGES[self.name]}=={engine.flavor_version}"
+            raise version_mismatch(engine, installed, install, rebuild)
+        found = gpu_at_hand()
+        if found is None:
+            raise UserError(
+                f"{self.name} engines need an NVIDIA GPU of compute capability "
+                f"{' or '.join(engine.compute_capabilities)}, found no GPU or no driver; on this machine use an "
+                "onnxruntime engine: add --flavor onnxruntime to the build"
+            )
+        title, capability = found
+        if not serves(engine, capability):
+            raise UserError(
+                f"the {engine.component} plan is for compute capability {', '.join(engine.compute_capabilities)} "
+                f"({', '.join(engine.gpus)}), this GPU is {title} with {capability}; "
+                f"rebuild with: {rebuild_command(Path('BUNDLE'), engine.model_copy(update={'gpus': ['auto']}))}"
+            )
+
+    def open_bundle(self, bundle: Path, options: LoadOptions) -> Arena:
+        from engines.flavors.tensorrt_runtime import Arena
+
+        return Arena(import_tensorrt(self.name), bundle, options)
+
+    def load(self, bundle: Path, engine: Engine, shared: Arena) -> TensorRTEngine:
+        from engines.flavors.tensorrt_runtime import TensorRTEngine
+
+        mend = f"mend it with: {rebuild_command(bundle, engine)}"
+        plan = checked_bytes(bundle, engine.files[0], mend)
+        return TensorRTEngine(engine, plan, shared, mend)
+
+
+def serves(engine: Engine, capability: str) -> bool:
+    """Whether a plan runs on a GPU of this compute capability; `ampere+` compatible plans run on newer ones too."""
+    if capability in engine.compute_capabilities:
+        return True
+    newest = max(tuple(map(int, value.split("."))) for value in engine.compute_capabilities)
+    return engine.options.get("hardware_compatible") == "ampere+" and tuple(map(int, capability.split("."))) >= newest
+
+
+def target_capabilities(trt: Any, config: Any, capabilities: list[str]) -> None:
+    """Names the GPUs the plan is for, in place of the one at hand."""
+    config.num_compute_capabilities = len(capabilities)
+    for index, capability in enumerate(capabilities):
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}"), index)
+
+
+def _polygraphy_profile(shapes: dict[str, Any]) -> Any:
+    from polygraphy.backend.trt import Profile
+
+    profile = Profile()
+    for name, shape in shapes.items():
+        profile.add(name, min=shape.min, opt=shape.opt, max=shape.max)
+    return profile
+
+
+def _existing(path: Path | None) -> str | None:
+    return str(path) if path and path.is_file() else None
+
+
+def _hardware_level(trt: Any, options: dict[str, bool | int | str]) -> Any:
+    levels = {"ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
+    name = levels.get(str(options.get("hardware_compatible")))
+    return getattr(trt.HardwareCompatibilityLevel, name) if name else None
+
+
+def _save_timing_cache(config: Any, path: Path | None) -> None:
+    cache = config.get_timing_cache() if path else None
+    if path and cache is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(cache.serialize()))
+
+
+def _dtype_name(trt: Any, dtype: Any) -> Any:
+    names = {
+        "HALF": "float16",
+        "FLOAT": "float32",
+        "BF16": "bfloat16",
+        "INT64": "int64",
+        "INT32": "int32",
+        "BOOL": "bool",
+    }
+    return names[dtype.name]
+
+
+def _shape(tensor: Any) -> list[int | str]:
+    return [f"dim{axis}" if size < 0 else int(size) for axis, size in enumerate(tensor.shape)]
+
+
+def make_writer(trt: Any, file: Any) -> Any:
+    """An IStreamWriter that appends to `file`."""
+
+    class Writer(trt.IStreamWriter):
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+
+        def write(self, data: bytes) -> int:
+            return int(file.write(data))
+
+    return Writer()
+
+
+def make_monitor(trt: Any, profiles: int, report: Report) -> Any:
+    """An IProgressMonitor that turns TensorRT's nested phases into one fraction.
+
+    The builder goes through "Computing profile costs" (or, in older versions, "Timing graph nodes") once for each
+    profile, and nearly all of the time passes there; the deepest phase with a count of steps fills the gap.
+    """
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+            self.profiles_done = 0
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.steps[phase_name] = num_steps
+            self._tell(phase_name, 0.0)
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.steps.pop(phase_name, None)
+            if phase_name == "Determining refit engines":
+                self.profiles_done += 1
+            self._tell(phase_name, 0.0)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in ("Timing graph nodes", "Optimizing graph"):
+                self._tell(phase_name, (step + 1) / self.steps.get(phase_name, step + 1))
+            return True
+
+        def _tell(self, phase: str, within: float) -> None:
+            share = 0.1 if phase == "Optimizing graph" else 0.9
+            report(phase, min(0.99, (self.profiles_done + share * within) / profiles))
+
+    return Monitor()
+
+
+def make(name: str) -> TensorRTFlavor:
+    if name == "tensorrt":
+        return TensorRTFlavor(name, frozenset({"7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"}))
+    return TensorRTFlavor(name, frozenset({"7.5", "8.0", "8.6", "8.9", "12.0", "12.1"}))

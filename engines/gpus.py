@@ -1,0 +1,106 @@
+"""The GPUs an engine can be built for, by name, and what a set of names means to each flavor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distill.errors import UserError, unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """`compute_capability` as CUDA writes it, "8.9" for SM89."""
+
+    name: str
+    title: str
+    compute_capability: str
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu(name="a100", title="NVIDIA A100", compute_capability="8.0"),
+        Gpu(name="a10", title="NVIDIA A10", compute_capability="8.6"),
+        Gpu(name="rtx3090", title="NVIDIA GeForce RTX 3090", compute_capability="8.6"),
+        Gpu(name="rtx4090", title="NVIDIA GeForce RTX 4090", compute_capability="8.9"),
+        Gpu(name="l40s", title="NVIDIA L40S", compute_capability="8.9"),
+        Gpu(name="h100", title="NVIDIA H100", compute_capability="9.0"),
+        Gpu(name="h200", title="NVIDIA H200", compute_capability="9.0"),
+        Gpu(name="rtx5090", title="NVIDIA GeForce RTX 5090", compute_capability="12.0"),
+    )
+}
+PORTABLE = ("8.6", "8.9", "12.0")
+"""What `rtx` stands for: the generations of RTX 3090, 4090 and 5090, in one plan."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """The GPUs that one plan serves. `compute_capabilities` is sorted; empty for a flavor that does not care."""
+
+    gpus: tuple[str, ...]
+    compute_capabilities: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """As it stands in a file name: `sm80-sm89`, or `any`."""
+        return "-".join(f"sm{value.replace('.', '')}" for value in self.compute_capabilities) or "any"
+
+
+def gpu_at_hand() -> tuple[str, str] | None:
+    """Title and compute capability of CUDA device 0 by NVML, or None where there is no GPU or no driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        return str(pynvml.nvmlDeviceGetName(handle)), f"{major}.{minor}"
+    except pynvml.NVMLError:
+        return None
+
+
+def _order(compute_capability: str) -> tuple[int, ...]:
+    return tuple(map(int, compute_capability.split(".")))
+
+
+def resolve_targets(names: list[str], flavor: str, supported: frozenset[str] | None) -> list[Target]:
+    """The plans to build for `names`: one that serves them all where the flavor can (TensorRT-RTX), else one each.
+
+    `supported` holds the compute capabilities that the flavor can target, None for a flavor that runs anywhere.
+    Raises UserError for an unknown GPU, one the flavor cannot target, and `auto` where there is none.
+    """
+    if supported is None:
+        return [Target(gpus=(), compute_capabilities=())]
+    if not names:
+        raise UserError(f"no GPU named: pass --gpus with some of {', '.join(sorted(GPUS))}, auto, rtx")
+    wanted: dict[str, list[str]] = {}
+    for name in names:
+        for gpu, capability in _expand(name):
+            if capability not in supported:
+                raise UserError(
+                    f"{flavor} cannot target {gpu} (compute capability {capability}): it targets "
+                    f"{', '.join(sorted(supported, key=_order))}; build {gpu} with --flavor tensorrt on a machine that "
+                    "has one, or use --flavor onnxruntime"
+                )
+            wanted.setdefault(capability, []).append(gpu)
+    capabilities = sorted(wanted, key=_order)
+    if flavor == "tensorrt-rtx":
+        gpus = tuple(dict.fromkeys(gpu for capability in capabilities for gpu in wanted[capability]))
+        return [Target(gpus=gpus, compute_capabilities=tuple(capabilities))]
+    return [Target(gpus=tuple(dict.fromkeys(wanted[c])), compute_capabilities=(c,)) for c in capabilities]
+
+
+def _expand(name: str) -> list[tuple[str, str]]:
+    """(GPU, compute capability) pairs that one word of --gpus names."""
+    if name == "rtx":
+        return [("rtx", capability) for capability in PORTABLE]
+    if name == "auto":
+        found = gpu_at_hand()
+        if found is None:
+            raise UserError(
+                f"--gpus auto found no GPU (no NVIDIA driver answers): name one of {', '.join(sorted(GPUS))}, or rtx"
+            )
+        return [found]
+    if name not in GPUS:
+        raise unknown("GPU", name, [*GPUS, "auto", "rtx"])
+    return [(name, GPUS[name].compute_capability)]

@@ -1,0 +1,227 @@
+"""Engines in the shape of the torch modules that diffusers expects: the same calls, the same configs, no weights."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+from distill.errors import UserError
+from engines.bundle import Engine, Profile
+from engines.flavors import LoadedEngine
+from export.components import vae_scale_factor
+
+TORCH_DTYPES = {
+    name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
+}
+
+
+class EngineComponent:
+    """All loaded engines of one component; picks the engine and profile for what it is given.
+
+    A batch larger than any profile's is run in pieces, so that every batch works with every bundle.
+    """
+
+    def __init__(self, engines: list[tuple[Engine, LoadedEngine]], device: str) -> None:
+        self.device = torch.device(device)
+        self._engines = engines
+        self._choices: dict[tuple[tuple[int, ...], ...], tuple[Engine, LoadedEngine, Profile, int]] = {}
+        first = engines[0][0]
+        self.name = first.component
+        self.inputs = {tensor.name: tensor for tensor in first.inputs}
+        self.outputs = {tensor.name: tensor for tensor in first.outputs}
+
+    @property
+    def resolutions(self) -> list[str]:
+        return list(dict.fromkeys(text for engine, _ in self._engines for text in engine.resolutions))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of an input or output."""
+        return TORCH_DTYPES[(self.inputs.get(name) or self.outputs[name]).dtype]
+
+    def run(self, inputs: dict[str, torch.Tensor], resolution: str | None = None) -> dict[str, torch.Tensor]:
+        """`inputs` have any float type and the engine's names; rows are the first dimension of those that vary.
+
+        `resolution` is the image size for components that see it. Raises UserError where the bundle lacks it.
+        """
+        ready = {name: tensor.to(self.device, self.dtype(name)).contiguous() for name, tensor in inputs.items()}
+        batched = [name for name, tensor in self.inputs.items() if tensor.shape and isinstance(tensor.shape[0], str)]
+        rows = ready[batched[0]].shape[0]
+        _, loaded, profile, most = self._choose(resolution, rows)
+        if rows <= most:
+            return loaded.run(ready, profile)
+        pieces = []
+        for start in range(0, rows, most):
+            chunk = {name: ready[name][start : start + most] if name in batched else ready[name] for name in ready}
+            pieces.append(self.run(chunk, resolution))
+        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def _choose(self, resolution: str | None, rows: int) -> tuple[Engine, LoadedEngine, Profile, int]:
+        """The profile with the smallest batch that holds `rows`, else the one with the largest."""
+        found = [
+            (engine, loaded, profile, self._most_rows(profile))
+            for engine, loaded in self._engines
+            for profile in engine.profiles
+            if resolution is None or resolution in profile.resolutions
+        ]
+        if not found:
+            raise UserError(
+                f"resolution {resolution} is not in the bundle's {self.name}: it has {', '.join(self.resolutions)}; "
+                f"ask for one of them, or add it with python -m engines build --resolutions {resolution}"
+            )
+        enough = [choice for choice in found if choice[3] >= rows]
+        return min(enough, key=lambda choice: choice[3]) if enough else max(found, key=lambda choice: choice[3])
+
+    def _most_rows(self, profile: Profile) -> int:
+        return max(shape.max[0] for shape in profile.shapes.values() if shape.max)
+
+
+class _EngineModule(torch.nn.Module):
+    """What diffusers asks of any component: a config, a device, a dtype; and `to`, which an engine cannot obey."""
+
+    def __init__(self, component: EngineComponent, config: dict[str, Any], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.component = component
+        self.config = FrozenDict(config)
+        self._dtype = dtype
+        self.requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.component.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """An engine stays where it was loaded and keeps its precision. Raises UserError for another device."""
+        device = kwargs.get("device") or next((a for a in args if isinstance(a, (str, torch.device, int))), None)
+        if device is not None and torch.device(device).type != self.device.type:
+            raise UserError(
+                f"the {self.component.name} engine is on {self.device} and cannot move to {device}; "
+                f"load it there: engines.load(bundle, device={str(device)!r})"
+            )
+        return self
+
+    def load_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise UserError(
+            "an engine's weights are fixed: merge the LoRA before compiling (python -m export onnx --lora FILE), "
+            "or build with --refit and use engines.refit"
+        )
+
+
+class EngineUNet(_EngineModule):
+    """Called like diffusers' UNet2DConditionModel."""
+
+    def __init__(self, component: EngineComponent, config: dict[str, Any], image_scale: int) -> None:
+        """`image_scale` is image pixels per latent pixel."""
+        super().__init__(component, config, component.dtype("sample"))
+        self.add_embedding = SimpleNamespace(
+            linear_1=SimpleNamespace(in_features=config["projection_class_embeddings_input_dim"])
+        )
+        self.image_scale = image_scale
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        encoder_hidden_states: torch.Tensor,
+        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
+        timestep_cond: torch.Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+        **unsupported: Any,
+    ) -> Any:
+        """`sample` (rows, 4, height / 8, width / 8) -> noise_pred of the same shape and dtype.
+
+        Raises UserError for a size the bundle lacks, and for inputs that are not part of the engine.
+        """
+        extra = [name for name, value in unsupported.items() if value is not None]
+        if timestep_cond is not None or (cross_attention_kwargs or {}) or extra:
+            names = extra or (["timestep_cond"] if timestep_cond is not None else ["cross_attention_kwargs"])
+            raise UserError(
+                f"this UNet engine was compiled without {', '.join(names)}; use a pipeline that does not pass it, "
+                "or run the checkpoint in torch"
+            )
+        added = added_cond_kwargs or {}
+        step = torch.as_tensor(timestep, device=self.device)
+        if step.ndim == 0 and len(self.component.inputs["timestep"].shape) == 1:
+            width = self.component.inputs["timestep"].shape[0]
+            step = step.expand(sample.shape[0] if isinstance(width, str) else 1)
+        elif step.ndim == 1 and not self.component.inputs["timestep"].shape:
+            step = step[0]
+        outputs = self.component.run(
+            {
+                "sample": sample,
+                "timestep": step,
+                "encoder_hidden_states": encoder_hidden_states,
+                "text_embeds": added["text_embeds"],
+                "time_ids": added["time_ids"],
+            },
+            self._size(sample),
+        )
+        noise_pred = outputs["out_sample"].to(sample.dtype)
+        return UNet2DConditionOutput(sample=noise_pred) if return_dict else (noise_pred,)
+
+    def _size(self, sample: torch.Tensor) -> str:
+        return f"{sample.shape[-1] * self.image_scale}x{sample.shape[-2] * self.image_scale}"
+
+
+class EngineVAE(_EngineModule):
+    """Called like diffusers' AutoencoderKL, for decoding."""
+
+    def __init__(self, component: EngineComponent, config: dict[str, Any]) -> None:
+        # the engine has its own precision, so the pipeline must not try to upcast it
+        super().__init__(component, config | {"force_upcast": False}, component.dtype("latent_sample"))
+        self.image_scale = vae_scale_factor(config)
+
+    def decode(self, latents: torch.Tensor, return_dict: bool = True, generator: Any = None) -> Any:
+        """`latents` (rows, 4, height / 8, width / 8), already divided by the scaling factor -> images in [-1, 1],
+        (rows, 3, height, width)."""
+        size = f"{latents.shape[-1] * self.image_scale}x{latents.shape[-2] * self.image_scale}"
+        images = self.component.run({"latent_sample": latents}, size)["sample"]
+        return DecoderOutput(sample=images) if return_dict else (images,)
+
+
+class _TextOutput(tuple[torch.Tensor, ...]):
+    """What the pipeline reads of a text encoder: item 0, and `hidden_states[-2]`."""
+
+    hidden_states: _HiddenStates
+
+
+class _HiddenStates:
+    """Only the penultimate hidden state exists in an engine."""
+
+    def __init__(self, penultimate: torch.Tensor) -> None:
+        self._penultimate = penultimate
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index != -2:
+            raise UserError(
+                f"clip_skip asks for hidden state {index}, the text encoder engine has only the penultimate one (-2); "
+                "leave clip_skip unset"
+            )
+        return self._penultimate
+
+
+class EngineTextEncoder(_EngineModule):
+    """Called like transformers' CLIPTextModel and CLIPTextModelWithProjection."""
+
+    def __init__(self, component: EngineComponent, config: dict[str, Any]) -> None:
+        hidden = next(name for name in component.outputs if name.startswith("hidden_states"))
+        super().__init__(component, config, component.dtype(hidden))
+        self._hidden = hidden
+
+    def forward(self, input_ids: torch.Tensor, output_hidden_states: bool = True, **_: Any) -> _TextOutput:
+        """`input_ids` (rows, tokens) -> item 0: pooled embedding (rows, projection_dim) where the encoder has one, else
+        the penultimate hidden state; `hidden_states[-2]` (rows, tokens, hidden_size)."""
+        outputs = self.component.run({"input_ids": input_ids})
+        hidden = outputs[self._hidden]
+        result = _TextOutput((outputs.get("text_embeds", hidden),))
+        result.hidden_states = _HiddenStates(hidden)
+        return result

@@ -1,0 +1,157 @@
+"""Reads the ONNX folder that export left: which components are there, what goes in and out, and their hashes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from distill.architectures import Resolution
+from distill.errors import UserError
+from distill.files import read_json, sha256_file
+from engines.bundle import TensorInfo
+from export.components import COMPONENTS, TensorSpec
+
+BUILD_ORDER = ("unet", "vae_decoder", "text_encoder", "text_encoder_2", "vae_encoder")
+PIPELINE_PARTS = ("tokenizer", "tokenizer_2", "scheduler")
+
+
+def _tensor(value: onnx.ValueInfoProto) -> TensorInfo:
+    kind = value.type.tensor_type
+    dtype: Any = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
+    shape = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
+    return TensorInfo(name=value.name, dtype=dtype, shape=shape)
+
+
+@dataclass(frozen=True)
+class OnnxComponent:
+    """One component folder. Its graph is read without its weights."""
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model.onnx"
+
+    @property
+    def files(self) -> list[Path]:
+        """model.onnx first, then its external data."""
+        return [self.model, *sorted(self.folder.glob("model.onnx*data"))]
+
+    @cached_property
+    def _graph(self) -> onnx.GraphProto:
+        try:
+            return onnx.load(self.model, load_external_data=False).graph
+        except Exception as error:  # protobuf's own DecodeError has no public home that stays put
+            raise UserError(f"{self.model} is not a readable ONNX file ({error}); export it again") from None
+
+    @cached_property
+    def inputs(self) -> list[TensorInfo]:
+        return [_tensor(value) for value in self._graph.input]
+
+    @cached_property
+    def outputs(self) -> list[TensorInfo]:
+        return [_tensor(value) for value in self._graph.output]
+
+    def input_specs(self, resolution: Resolution, rows: int) -> list[TensorSpec]:
+        """Names, dtypes and shapes of the inputs. Raises UserError for a size the model cannot take."""
+        return COMPONENTS[self.name].inputs(self.config, resolution, rows, self.precision)
+
+    @property
+    def has_open_batch(self) -> bool:
+        """Whether one graph takes any number of rows."""
+        return isinstance(self.inputs[0].shape[0], str)
+
+    @property
+    def precision(self) -> str:
+        """Of the weights, which is the type of what comes out."""
+        names = {"float16": "fp16", "float32": "fp32"}
+        if self.outputs[0].dtype not in names:
+            raise UserError(f"{self.model} computes in {self.outputs[0].dtype}: engines are built from fp16 or fp32")
+        return names[self.outputs[0].dtype]
+
+    @cached_property
+    def node_count(self) -> int:
+        """What build time depends on."""
+        return len(self._graph.node)
+
+    @cached_property
+    def weights_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files)
+
+    @cached_property
+    def onnx_sha256(self) -> str:
+        return sha256_file(self.model)
+
+    @cached_property
+    def weights_sha256(self) -> str | None:
+        """None where the weights stand inside model.onnx."""
+        data = self.files[1:]
+        return sha256_file(data[0]) if data else None
+
+    @cached_property
+    def needed_outputs(self) -> list[TensorInfo]:
+        """Those that a sampler reads: SDXL wants the penultimate hidden state of both text encoders and the pooled
+        embedding of the second only (arXiv 2307.01952, section 2.1)."""
+        if not self.name.startswith("text_encoder"):
+            return self.outputs
+        wanted = {"text_embeds", f"hidden_states.{self.config['num_hidden_layers'] - 1}"}
+        needed = [tensor for tensor in self.outputs if tensor.name in wanted]
+        if len(needed) < (2 if self.name == "text_encoder_2" else 1):
+            raise UserError(
+                f"{self.model} has the outputs {', '.join(t.name for t in self.outputs)} but SDXL needs "
+                f"{', '.join(sorted(wanted))}; export it again with all hidden states"
+            )
+        return needed
+
+
+@dataclass(frozen=True)
+class OnnxFolder:
+    """The whole folder. `source` names the checkpoint and its hash; resolutions are those of the family."""
+
+    root: Path
+    components: dict[str, OnnxComponent]
+    source_name: str
+    source_sha256: str
+    precision: str
+    resolutions: list[Resolution]
+
+    @property
+    def pipeline_files(self) -> list[Path]:
+        """Relative paths of everything a diffusers pipeline needs besides the engines."""
+        found = [path for part in PIPELINE_PARTS for path in (self.root / part).rglob("*") if path.is_file()]
+        configs = [component.folder / "config.json" for component in self.components.values()]
+        index = self.root / "model_index.json"
+        return sorted(path.relative_to(self.root) for path in [*found, *configs, index] if path.is_file())
+
+
+def read_onnx_folder(root: Path) -> OnnxFolder:
+    """Raises UserError where `root` is not what `python -m export onnx` leaves."""
+    if not (root / "slimxl.json").is_file():
+        raise UserError(
+            f"{root} is not an ONNX folder of slimxl (no slimxl.json): make one with python -m export onnx --out {root}"
+        )
+    about = read_json(root / "slimxl.json")
+    components = {
+        name: OnnxComponent(name, root / name, read_json(root / name / "config.json"))
+        for name in BUILD_ORDER
+        if (root / name / "model.onnx").is_file()
+    }
+    if not components:
+        raise UserError(
+            f"{root} holds no component (none of {', '.join(BUILD_ORDER)} has a model.onnx); export it again"
+        )
+    source = about.get("source", {})
+    return OnnxFolder(
+        root=root,
+        components=components,
+        source_name=str(source.get("name", root.name)),
+        source_sha256=str(source.get("sha256", "")),
+        precision=str(about.get("precision", "fp16")),
+        resolutions=[Resolution.parse(text) for text in about["resolutions"]],
+    )

@@ -1,0 +1,121 @@
+"""A bundle as a diffusers pipeline: sampler, scheduler and prompts stay diffusers' own, the nets are engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill.errors import UserError
+from distill.files import read_json
+from engines.bundle import Engine, Manifest, checked_path, read_manifest, rebuild_command
+from engines.flavors import FLAVORS, Flavor, LoadOptions, find_flavor
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+
+REQUIRED = ("unet", "vae_decoder", "text_encoder", "text_encoder_2")
+
+
+def choose_flavor(manifest: Manifest, flavor: str | None, device: str | None = None) -> Flavor:
+    """The named flavor, or the first of tensorrt, tensorrt-rtx, onnxruntime that the bundle has and this machine runs.
+
+    Raises UserError where there is none; it then says why for each.
+    """
+    if flavor is not None:
+        found = find_flavor(flavor)
+        if flavor not in manifest.flavors:
+            raise UserError(
+                f"the bundle has no {flavor} engines, it has {', '.join(manifest.flavors) or 'none'}; "
+                f"add them with: python -m engines build --onnx ONNX --out BUNDLE --flavor {flavor}"
+            )
+        return found
+    reasons = []
+    for name in FLAVORS:
+        if name not in manifest.flavors:
+            continue
+        candidate = find_flavor(name)
+        try:
+            select_engines(manifest, candidate, device or candidate.default_device())
+            return candidate
+        except UserError as error:
+            reasons.append(str(error))
+    raise UserError("; ".join(reasons) or "the bundle has no engines; build some with python -m engines build")
+
+
+def select_engines(manifest: Manifest, flavor: Flavor, device: str) -> dict[str, list[Engine]]:
+    """For each component the engines of this flavor that fit the device. Raises UserError where one is missing or
+    where what is there does not fit GPU, driver or version: nothing has been opened by then."""
+    selected: dict[str, list[Engine]] = {}
+    refusal: UserError | None = None
+    for engine in manifest.engines:
+        if engine.flavor != flavor.name:
+            continue
+        try:
+            flavor.check_load(engine, device)
+        except UserError as error:
+            refusal = error
+            continue
+        selected.setdefault(engine.component, []).append(engine)
+    missing = [name for name in REQUIRED if name not in selected]
+    if missing:
+        raise refusal or UserError(
+            f"the bundle has no {flavor.name} engine for {', '.join(missing)}; build it with: python -m engines build "
+            f"--onnx ONNX --out BUNDLE --flavor {flavor.name} --components {','.join(missing)}"
+        )
+    return selected
+
+
+def load(
+    bundle: str | Path,
+    flavor: str | None = None,
+    *,
+    device: str | None = None,
+    cuda_graphs: bool = True,
+    runtime_cache: str | Path | None = None,
+    threads: int | None = None,
+) -> StableDiffusionXLPipeline:
+    """A diffusers StableDiffusionXLPipeline whose unet, vae and text encoders are the bundle's engines.
+
+    `device` is "cpu" or "cuda[:n]"; None takes the flavor's own. Everything is verified before it is opened: the
+    manifest, then GPU, driver and version, then each file's hash. Raises UserError with what was found, what is
+    needed and the command that mends it.
+    """
+    import diffusers
+    from transformers import CLIPTokenizer
+
+    from engines.modules import EngineComponent, EngineTextEncoder, EngineUNet, EngineVAE
+
+    bundle = Path(bundle)
+    manifest = read_manifest(bundle)
+    backend = choose_flavor(manifest, flavor, device)
+    place = device or backend.default_device()
+    selected = select_engines(manifest, backend, place)
+    mend = f"mend it with: {rebuild_command(bundle)}"
+    for record in manifest.files:
+        checked_path(bundle, record, mend)
+    cache = Path(runtime_cache) if runtime_cache else bundle / ".runtime-cache"
+    options = LoadOptions(device=place, cuda_graphs=cuda_graphs, runtime_cache=cache, threads=threads)
+    shared = backend.open_bundle(bundle, options)
+
+    def component(name: str) -> EngineComponent:
+        engines = [(engine, backend.load(bundle, engine, shared)) for engine in selected[name]]
+        return EngineComponent(engines, place)
+
+    vae = EngineVAE(component("vae_decoder"), read_json(bundle / "vae_decoder/config.json"))
+    unet = EngineUNet(component("unet"), read_json(bundle / "unet/config.json"), vae.image_scale)
+    first = EngineTextEncoder(component("text_encoder"), read_json(bundle / "text_encoder/config.json"))
+    second = EngineTextEncoder(component("text_encoder_2"), read_json(bundle / "text_encoder_2/config.json"))
+    index = read_json(bundle / "model_index.json")
+    scheduler = getattr(diffusers, index["scheduler"][1])
+    pipeline = diffusers.StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=first,
+        text_encoder_2=second,
+        tokenizer=CLIPTokenizer.from_pretrained(bundle / "tokenizer"),
+        tokenizer_2=CLIPTokenizer.from_pretrained(bundle / "tokenizer_2"),
+        unet=unet,
+        scheduler=scheduler.from_pretrained(bundle / "scheduler"),
+        force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)),
+        add_watermarker=False,
+    )
+    return pipeline

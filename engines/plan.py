@@ -1,0 +1,203 @@
+"""The plan of builds: every engine that a command asks for, its content key, its file name, its memory and its time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.metadata import version
+
+from distill.architectures import Resolution
+from distill.errors import UserError
+from distill.files import sha256_json
+from engines.bundle import Engine, Layout, Profile
+from engines.flavors import Flavor, find_flavor
+from engines.gpus import Target, resolve_targets
+from engines.layouts import DEFAULT_LAYOUTS, plan_profiles
+from engines.onnx_folder import OnnxComponent, OnnxFolder
+
+RECIPE_VERSION = 1
+"""Part of every key: raise it when the same inputs should give another plan."""
+OPTIONAL = ("vae_encoder",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One engine to build. `path` is relative to the bundle."""
+
+    component: OnnxComponent
+    flavor: str
+    flavor_version: str
+    layout: Layout
+    target: Target
+    profiles: list[Profile]
+    precision: str
+    options: dict[str, bool | int | str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Hash of everything the engine depends on; equal keys are equal engines."""
+        return sha256_json(
+            {
+                "recipe": RECIPE_VERSION,
+                "component": self.component.name,
+                "onnx": self.component.onnx_sha256,
+                "weights": self.component.weights_sha256,
+                "outputs": [tensor.name for tensor in self.component.needed_outputs],
+                "flavor": self.flavor,
+                "version": self.flavor_version if self.flavor != "onnxruntime" else "any",
+                "layout": self.layout,
+                "compute_capabilities": self.target.compute_capabilities,
+                "profiles": [profile.model_dump() for profile in self.profiles],
+                "options": self.options,
+            }
+        )
+
+    @property
+    def resolutions(self) -> list[str]:
+        return list(dict.fromkeys(text for profile in self.profiles for text in profile.resolutions))
+
+    @property
+    def batches(self) -> list[int]:
+        return sorted({profile.batch for profile in self.profiles})
+
+    @property
+    def path(self) -> str:
+        """Says what the file is; the end of the key keeps two contents from ever sharing a name."""
+        sizes = self.resolutions[0] if len(self.resolutions) == 1 else f"{len(self.resolutions)}sizes-{self.layout}"
+        batches = "b" + "-".join(map(str, self.batches))
+        version = f"{self.flavor}-{self.flavor_version}" if self.flavor != "onnxruntime" else self.flavor
+        name = f"{self.component.name}_{sizes}_{batches}_{self.target.label}_{version}_{self.key[:8]}"
+        return f"{self.component.name}/{name}" + ("" if self.flavor == "onnxruntime" else ".plan")
+
+    @property
+    def label(self) -> str:
+        return f"{self.component.name} {self.resolutions[0] if len(self.resolutions) == 1 else self.layout}"
+
+    @property
+    def memory_bytes(self) -> int:
+        """An upper estimate of the builder's peak memory.
+
+        TensorRT-RTX 1.7 held 3.3 times the weights for one profile and 0.06 to 0.1 times more for each further one,
+        on UNets of 1.5, 2.7 and 5.1 GB; half a gigabyte is the library and the graph.
+        """
+        if self.flavor == "onnxruntime":
+            return int(300e6 + 1.5 * self.component.weights_bytes)
+        return int(700e6 + self.component.weights_bytes * (3.3 + 0.1 * (len(self.profiles) - 1)))
+
+    @property
+    def disk_bytes(self) -> int:
+        """An upper estimate of the plan's size; an ONNX Runtime engine is usually a link to what is there."""
+        return int(50e6 + self.component.weights_bytes * (1.02 + 0.02 * len(self.profiles)))
+
+    @property
+    def cost_seconds(self) -> float:
+        """About how long it takes on two idle cores: in proportion to nodes and profiles, not to width."""
+        if self.flavor == "onnxruntime":
+            return 1 + self.component.weights_bytes / 1e9
+        return 1 + self.component.node_count * 0.003 * (len(self.profiles) + 0.3) + self.component.weights_bytes / 0.5e9
+
+    def matches(self, engine: Engine) -> bool:
+        return engine.key == self.key
+
+
+def parse_resolutions(text: str, family: list[Resolution]) -> list[Resolution]:
+    """`all`, or some of the family's sizes separated by commas. Raises UserError for any other."""
+    if text == "all":
+        return family
+    chosen = [Resolution.parse(part.strip()) for part in text.split(",")]
+    for resolution in chosen:
+        if resolution not in family:
+            raise UserError(
+                f"resolution {resolution} is not one of this model's: {', '.join(map(str, family))}, or all"
+            )
+    return list(dict.fromkeys(chosen))
+
+
+def plan_builds(
+    folder: OnnxFolder,
+    *,
+    gpus: list[str],
+    flavor: str,
+    layout: Layout | None = None,
+    resolutions: str = "all",
+    batches: list[int] | None = None,
+    components: list[str] | None = None,
+    options: dict[str, bool | int | str] | None = None,
+) -> list[Job]:
+    """Every engine the command asks for, in the order they are built. Raises UserError for anything not possible."""
+    backend: Flavor = find_flavor(flavor)
+    targets = resolve_targets(gpus, flavor, backend.targets)
+    chosen = parse_resolutions(resolutions, folder.resolutions)
+    wanted_batches = sorted(set(batches or [1]))
+    if wanted_batches[0] < 1:
+        raise UserError(f"batch {wanted_batches[0]} is not possible: name numbers of images from 1 up")
+    if flavor == "onnxruntime":
+        if layout not in (None, "ranged"):
+            raise UserError(f"flavor onnxruntime has one engine for all resolutions: layout {layout} is for TensorRT")
+        options = {}
+    layout = layout or DEFAULT_LAYOUTS[flavor]
+    installed = backend.version()
+    for target in targets:
+        backend.check_build(target.compute_capabilities)
+    jobs = []
+    for name in _components(folder, components):
+        component = folder.components[name]
+        for profiles in plan_profiles(component, layout, chosen, wanted_batches):
+            for target in targets:
+                jobs.append(
+                    Job(
+                        component=component,
+                        flavor=flavor,
+                        flavor_version=installed,
+                        layout=layout,
+                        target=target,
+                        profiles=profiles,
+                        precision=component.precision,
+                        options=options or {},
+                    )
+                )
+    return jobs
+
+
+def _components(folder: OnnxFolder, chosen: list[str] | None) -> list[str]:
+    missing = [name for name in chosen or [] if name not in folder.components]
+    if missing:
+        raise UserError(f"{folder.root} has no component {missing[0]!r}: it has {', '.join(folder.components)}")
+    return [name for name in folder.components if (name in chosen if chosen else name not in OPTIONAL)]
+
+
+def tool_versions(job: Job) -> dict[str, str]:
+    """What made the engine, for the manifest."""
+    return {job.flavor: job.flavor_version} | {name: version(name) for name in ("onnx", "polygraphy")}
+
+
+def plan_options(
+    flavor: str,
+    refit: bool = False,
+    strip: bool = False,
+    weight_streaming: bool = False,
+    version_compatible: bool = False,
+    hardware_compatible: str = "none",
+) -> dict[str, bool | int | str]:
+    """The builder options that are switched on. Raises UserError for those that this flavor or machine cannot do."""
+    from engines.gpus import gpu_at_hand
+
+    chosen = {
+        "refit": refit,
+        "strip": strip,
+        "weight_streaming": weight_streaming,
+        "version_compatible": version_compatible,
+    }
+    options: dict[str, bool | int | str] = {name: True for name, on in chosen.items() if on}
+    if hardware_compatible != "none":
+        options["hardware_compatible"] = hardware_compatible
+    if flavor != "tensorrt" and (version_compatible or "hardware_compatible" in options):
+        raise UserError(
+            f"--version-compatible and --hardware-compatible belong to --flavor tensorrt, not {flavor}; "
+            "a tensorrt-rtx plan serves several GPUs by naming them: --gpus rtx"
+        )
+    if (refit or strip) and flavor == "tensorrt-rtx" and gpu_at_hand() is None:
+        raise UserError(
+            "--refit and --strip need a GPU while building, found none (TensorRT-RTX compiles such plans on it); build"
+            " on a machine with one, or without them"
+        )
+    return options

@@ -1,0 +1,61 @@
+"""Makes a bundle smaller: engines that are not wanted, and files that its manifest does not name, are removed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distill.errors import UserError, unknown
+from engines.build import bundle_lock, remove_strays
+from engines.bundle import Engine, Manifest, read_manifest, write_manifest
+from engines.flavors import FLAVORS
+from engines.gpus import GPUS
+from engines.reports import console, size
+
+
+def _wanted(engine: Engine, gpus: list[str], flavors: list[str], resolutions: list[str]) -> bool:
+    """An empty list wants everything; an engine for any GPU, or without a size of its own, is always wanted."""
+    capabilities = {GPUS[name].compute_capability for name in gpus if name in GPUS}
+    by_gpu = not gpus or not engine.compute_capabilities or bool(capabilities & set(engine.compute_capabilities))
+    by_flavor = not flavors or engine.flavor in flavors
+    by_size = not resolutions or bool(set(resolutions) & set(engine.resolutions))
+    return by_gpu and by_flavor and by_size
+
+
+def prune_bundle(
+    bundle: Path, gpus: list[str], flavors: list[str], resolutions: list[str], dry_run: bool = False
+) -> int:
+    """The manifest is written first and the files go after, so that a killed prune leaves a sound bundle.
+
+    Raises UserError for an unknown GPU, flavor or resolution, and where nothing would be left.
+    """
+    for name in gpus:
+        if name not in GPUS:
+            raise unknown("GPU", name, GPUS)
+    for name in flavors:
+        if name not in FLAVORS:
+            raise unknown("flavor", name, FLAVORS)
+    manifest = read_manifest(bundle)
+    known = {text for engine in manifest.engines for text in engine.resolutions}
+    for text in resolutions:
+        if text not in known:
+            raise unknown("resolution", text, known)
+    with bundle_lock(bundle):
+        manifest = read_manifest(bundle)
+        kept = [engine for engine in manifest.engines if _wanted(engine, gpus, flavors, resolutions)]
+        dropped = [engine for engine in manifest.engines if engine not in kept]
+        if dropped and not kept:
+            raise UserError(f"prune would leave no engine in {bundle}; delete the folder if that is what you want")
+        for engine in dropped:
+            word = "would remove" if dry_run else "removed"
+            console.print(f"{word} {engine.files[0].path} ({size(engine.size_bytes)})", markup=False)
+        freed = sum(engine.size_bytes for engine in dropped)
+        if not dry_run:
+            lean = Manifest(source=manifest.source, engines=kept, files=manifest.files)
+            write_manifest(bundle, lean)
+            strays = remove_strays(bundle, manifest.model_copy(update={"engines": kept}), also=dropped)
+            named = {file.path for engine in dropped for file in engine.files}
+            for path in strays:
+                if path.relative_to(bundle).as_posix() not in named:
+                    console.print(f"removed {path.relative_to(bundle)}, which no manifest names", markup=False)
+        console.print(f"{bundle}: {len(kept)} engine(s) kept, {size(freed)} freed", markup=False)
+    return 0

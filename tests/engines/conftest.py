@@ -1,0 +1,35 @@
+"""Fixtures of the engines room; the toys they are made of are in `toys.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engines.build import build_bundle
+from engines.bundle import Manifest, read_manifest
+from tests.engines.toys import make_toy_onnx
+
+
+@pytest.fixture(scope="session")
+def toy_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_toy_onnx(tmp_path_factory.mktemp("toy") / "onnx")
+
+
+@pytest.fixture(scope="session")
+def toy_onnx_fp16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_toy_onnx(tmp_path_factory.mktemp("toy16") / "onnx", "fp16")
+
+
+@pytest.fixture(scope="session")
+def toy_bundle(tmp_path_factory: pytest.TempPathFactory, toy_onnx: Path, toy_onnx_fp16: Path) -> Path:
+    """ONNX Runtime engines in fp32 and TensorRT-RTX plans in fp16 of the toy, in one bundle. Do not write to it."""
+    bundle = tmp_path_factory.mktemp("bundle") / "toy"
+    build_bundle(toy_onnx, bundle, gpus=[], flavor="onnxruntime")
+    build_bundle(toy_onnx_fp16, bundle, gpus=["a100", "rtx4090"], flavor="tensorrt-rtx")
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def toy_manifest(toy_bundle: Path) -> Manifest:
+    return read_manifest(toy_bundle)

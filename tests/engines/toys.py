@@ -1,0 +1,142 @@
+"""Makes an ONNX folder whose graphs are a handful of nodes: enough for structure, building and damage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from distill.architectures import MINI_FAMILY
+
+TEXT_LENGTH = MINI_FAMILY.text_encoder["max_position_embeddings"]
+CROSS = MINI_FAMILY.unet["cross_attention_dim"]
+POOLED = MINI_FAMILY.text_encoder_2["projection_dim"]
+HIDDEN = MINI_FAMILY.text_encoder["hidden_size"]
+LAYERS = MINI_FAMILY.text_encoder["num_hidden_layers"]
+
+
+def _save(folder: Path, config: dict, graph: onnx.GraphProto) -> None:
+    folder.mkdir(parents=True)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save_model(
+        model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=256
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _value(name: str, kind: int, *shape: int | str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def _weight(name: str, array: np.ndarray, kind: int) -> onnx.TensorProto:
+    return numpy_helper.from_array(array.astype(np.float16 if kind == TensorProto.FLOAT16 else np.float32), name)
+
+
+def make_toy_unet(folder: Path, kind: int, seed: int) -> None:
+    """noise_pred = conv(sample) + a little of every other input, so that none of them is without effect."""
+    rng = np.random.default_rng(seed)
+    wide = TensorProto.FLOAT
+    nodes = [
+        helper.make_node("Conv", ["sample", "kernel"], ["mixed"], kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
+        helper.make_node("ReduceMean", ["encoder_hidden_states", "axes12"], ["text"], keepdims=1),
+        helper.make_node("ReduceMean", ["text_embeds", "axes1"], ["pooled"], keepdims=1),
+        helper.make_node("ReduceMean", ["time_ids", "axes1"], ["sizes"], keepdims=1),
+        helper.make_node("Add", ["pooled", "sizes"], ["both"]),
+        helper.make_node("Add", ["both", "timestep"], ["micro"]),
+        helper.make_node("Mul", ["micro", "small"], ["scaled"]),
+        helper.make_node("Cast", ["scaled"], ["typed"], to=kind),
+        helper.make_node("Unsqueeze", ["typed", "axes23"], ["micro4"]),
+        helper.make_node("Unsqueeze", ["text", "axes3"], ["text4"]),
+        helper.make_node("Add", ["mixed", "micro4"], ["sum"]),
+        helper.make_node("Add", ["sum", "text4"], ["out_sample"]),
+    ]
+    inputs = [
+        _value("sample", kind, "batch", 4, "height", "width"),
+        _value("timestep", wide),
+        _value("encoder_hidden_states", kind, "batch", TEXT_LENGTH, CROSS),
+        _value("text_embeds", wide, "batch", POOLED),
+        _value("time_ids", wide, "batch", 6),
+    ]
+    weights = [
+        _weight("kernel", rng.normal(0, 0.1, (4, 4, 3, 3)), kind),
+        _weight("small", np.array(1e-4), wide),
+        numpy_helper.from_array(np.array([1, 2]), "axes12"),
+        numpy_helper.from_array(np.array([1]), "axes1"),
+        numpy_helper.from_array(np.array([2, 3]), "axes23"),
+        numpy_helper.from_array(np.array([3]), "axes3"),
+    ]
+    graph = helper.make_graph(
+        nodes, "unet", inputs, [_value("out_sample", kind, "batch", 4, "height", "width")], weights
+    )
+    _save(
+        folder,
+        {**MINI_FAMILY.unet, "time_cond_proj_dim": None, "text_length": TEXT_LENGTH, "vae_scale_factor": 8},
+        graph,
+    )
+
+
+def make_toy_vae_decoder(folder: Path, seed: int) -> None:
+    """A transposed convolution from 4 channels to 3, eight times as large."""
+    kernel = np.random.default_rng(seed).normal(0, 0.1, (4, 3, 8, 8))
+    node = helper.make_node("ConvTranspose", ["latent_sample", "kernel"], ["sample"], strides=[8, 8])
+    kind = TensorProto.FLOAT
+    graph = helper.make_graph(
+        [node],
+        "vae_decoder",
+        [_value("latent_sample", kind, "batch", 4, "height", "width")],
+        [_value("sample", kind, "batch", 3, "8*height", "8*width")],
+        [_weight("kernel", kernel, kind)],
+    )
+    _save(folder, {**MINI_FAMILY.vae, "out_channels": 3, "scaling_factor": 0.18215}, graph)
+
+
+def make_toy_text_encoder(folder: Path, name: str, kind: int, seed: int) -> None:
+    """Embeddings, and each further hidden state the one before plus one; the pooled embedding is a mean."""
+    rng = np.random.default_rng(seed)
+    config = getattr(MINI_FAMILY, name)
+    nodes = [helper.make_node("Gather", ["table", "input_ids"], ["hidden_states.0"])]
+    nodes += [helper.make_node("Add", [f"hidden_states.{i}", "one"], [f"hidden_states.{i + 1}"]) for i in range(LAYERS)]
+    outputs = [_value(f"hidden_states.{i}", kind, "batch", TEXT_LENGTH, HIDDEN) for i in range(LAYERS + 1)]
+    if name == "text_encoder_2":
+        nodes.append(helper.make_node("ReduceMean", [f"hidden_states.{LAYERS}", "axes1"], ["text_embeds"], keepdims=0))
+        outputs.insert(0, _value("text_embeds", kind, "batch", POOLED))
+    weights = [
+        _weight("table", rng.normal(0, 1, (config["vocab_size"], HIDDEN)), kind),
+        _weight("one", np.array(1.0), kind),
+        numpy_helper.from_array(np.array([1]), "axes1"),
+    ]
+    if name == "text_encoder":
+        weights.pop()
+    inputs = [_value("input_ids", TensorProto.INT64, "batch", TEXT_LENGTH)]
+    _save(folder, config, helper.make_graph(nodes, name, inputs, outputs, weights))
+
+
+def make_toy_onnx(root: Path, precision: str = "fp32", seed: int = 0, source: str = "toy") -> Path:
+    """A whole ONNX folder in the form that export leaves."""
+    from diffusers import EulerDiscreteScheduler
+
+    from distill.tokenizer import make_clip_tokenizer
+
+    kind = TensorProto.FLOAT16 if precision == "fp16" else TensorProto.FLOAT
+    make_toy_unet(root / "unet", kind, seed)
+    make_toy_vae_decoder(root / "vae_decoder", seed)
+    for name in ("text_encoder", "text_encoder_2"):
+        make_toy_text_encoder(root / name, name, kind, seed)
+        tokenizer = make_clip_tokenizer(
+            ["a", "red", "circle"], bos_token_id=1022, eos_token_id=1023, max_length=TEXT_LENGTH
+        )
+        tokenizer.save_pretrained(root / name.replace("text_encoder", "tokenizer"))
+    EulerDiscreteScheduler().save_pretrained(root / "scheduler")
+    index = {"_class_name": "StableDiffusionXLPipeline", "scheduler": ["diffusers", "EulerDiscreteScheduler"]}
+    (root / "model_index.json").write_text(json.dumps(index))
+    about = {
+        "source": {"name": source, "sha256": hashlib.sha256(source.encode()).hexdigest()},
+        "precision": precision,
+        "resolutions": [str(resolution) for resolution in MINI_FAMILY.resolutions],
+    }
+    (root / "slimxl.json").write_text(json.dumps(about))
+    return root
