@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class Plan:
     min_rounds: int = 3
     max_rounds: int = 20
     warmup: int = 1
-    max_warmup: int = 5
+    max_warmup: int = 3
     stable_within: float = 0.05
 
 
@@ -194,44 +194,75 @@ def warm_up(contestant: Contestant, workload: Workload, clock: Clock, plan: Plan
     for count in range(1, plan.max_warmup + 1):
         total_ms = timed_draw(contestant, workload, clock)[0].total_ms
         stable = previous is not None and abs(total_ms - previous) <= plan.stable_within * previous
-        if count >= plan.warmup and (stable or plan.warmup == plan.max_warmup):
+        if count >= plan.warmup and stable:
             return count
         previous = total_ms
     return plan.max_warmup
 
 
-def measure_cell(
-    contestants: list[Any],
-    workload: Workload,
+def measure_rounds(
+    contestants: list[Contestant],
+    cell: Cell,
     plan: Plan,
     budget_s: float,
     *,
     on_round: Callable[[int], None] = lambda _: None,
-) -> Cell:
-    """Interleaved rounds A B C, B C A, C A B, ...: a drift of the machine meets all contestants alike.
+) -> None:
+    """Adds interleaved rounds A B C, B C A, C A B, ... to `cell`: a drift of the machine meets all contestants alike.
 
-    A contestant that raises is recorded with its error and left out of the following rounds; the others go on.
+    Warm-up counts towards `budget_s`. A contestant that raises is recorded with its error and left out from then on;
+    the others go on.
     """
-    cell = Cell(workload)
-    running: list[tuple[Any, Clock]] = []
-    begin = time.monotonic()
+    begin, running = time.monotonic(), []
     for contestant in contestants:
+        if contestant.name in cell.failures:
+            continue
         clock = make_clock(contestant.device)
         try:
-            cell.warmups[contestant.name] = warm_up(contestant, workload, clock, plan)
-            running.append((contestant, clock))
-            cell.samples[contestant.name] = []
+            cell.warmups[contestant.name] = warm_up(contestant, cell.workload, clock, plan)
         except Exception as error:
             cell.failures[contestant.name] = f"{type(error).__name__}: {error}"
-    for index in range(plan.max_rounds):
-        if index >= plan.min_rounds and time.monotonic() - begin > budget_s:
+            continue
+        running.append((contestant, clock))
+        cell.samples.setdefault(contestant.name, [])
+    first = 1 + max((sample.round for samples in cell.samples.values() for sample in samples), default=-1)
+    for index in range(first, first + plan.max_rounds):
+        if index >= first + plan.min_rounds and time.monotonic() - begin > budget_s:
             break
         gc.collect()
         turn = index % max(1, len(running))
         for contestant, clock in running[turn:] + running[:turn]:
-            started_s = time.monotonic() - begin
-            sample, _ = timed_draw(contestant, workload, clock)
+            started_s = time.monotonic()
+            try:
+                sample, _ = timed_draw(contestant, cell.workload, clock)
+            except Exception as error:
+                cell.failures[contestant.name] = f"{type(error).__name__}: {error}"
+                continue
             sample.started_s, sample.round = started_s, index
             cell.samples[contestant.name].append(sample)
+        running = [entry for entry in running if entry[0].name not in cell.failures]
         on_round(index)
-    return cell
+
+
+def measure_cells(
+    contestants: list[Contestant],
+    workloads: list[Workload],
+    plan: Plan,
+    seconds: float,
+    *,
+    on_round: Callable[[int], None] = lambda _: None,
+    on_visit: Callable[[Cell, bool], None] = lambda _cell, _last: None,
+) -> list[Cell]:
+    """Every workload twice, there and back again, so that a drift of the machine does not look like an effect of size
+    or steps. `plan.min_rounds` and `max_rounds` are shared by both visits; the first workload gets a triple share of
+    the time. `on_visit(cell, last)` is called after each visit.
+    """
+    cells = [Cell(workload) for workload in workloads]
+    visits = [*cells, *reversed(cells)] if plan.max_rounds > 1 else cells
+    half = replace(plan, min_rounds=max(1, -(-plan.min_rounds // 2)), max_rounds=max(1, plan.max_rounds // 2))
+    unit_s = seconds / (2 + len(cells)) / 2
+    for index, cell in enumerate(visits):
+        rounds = half if plan.max_rounds > 1 else plan
+        measure_rounds(contestants, cell, rounds, unit_s * (3 if cell is cells[0] else 1), on_round=on_round)
+        on_visit(cell, index >= len(visits) - len(cells))
+    return cells

@@ -14,6 +14,7 @@ from bench.quality import MIN_LATENT_COSINE, MIN_PSNR_DB
 from bench.results import Results, read_results
 from distill.errors import UserError
 from distill.files import replacing, write_json
+from distill.shapes import ATTRIBUTES
 
 TEMPLATES = Path(__file__).parent / "templates"
 MODELS = ("sdxl", "ssd-1b", "vega")
@@ -155,7 +156,7 @@ def make_context(all_results: list[Results], title: str) -> dict[str, Any]:
         "cards": cards,
         "grid": views.picture_grid(results),
         "follows": follows,
-        "follows_keys": [key for key in follows[0] if key != "count"] if follows else [],
+        "follows_keys": [key for key in (*ATTRIBUTES, "all") if key in follows[0]] if follows else [],
         "bars": views.stage_bars(results),
         "stages": views.stage_names(results),
         "resolutions": views.resolution_table(results),
@@ -170,6 +171,7 @@ def make_context(all_results: list[Results], title: str) -> dict[str, Any]:
         "predictions": _predictions(known),
         "calibration": [_named(one, one.gpu) for one in known if one.runtime == RUNTIME],
         "checks": [_check_row(check) for check in checks],
+        "sources": list(dict.fromkeys(check.known.origin for check in checks)),
         "median_error": median(errors),
         "worst_error": max(errors),
         "guard": {"psnr": f"{MIN_PSNR_DB:g}", "cosine": f"{MIN_LATENT_COSINE:g}"},
@@ -208,7 +210,10 @@ def report_json(context: dict[str, Any], all_results: list[Results]) -> dict[str
             asdict(row["known"]) | {"kind": row["kind"], "predicted_ms": row["predicted_ms"], "error": row["error"]}
             for row in context["checks"]
         ],
-        "built": [group | {"resolutions": sorted(group["resolutions"])} for group in context["builds"]],
+        "built": [
+            group | {"resolutions": sorted(group["resolutions"]), "precisions": sorted(group["precisions"])}
+            for group in context["builds"]
+        ],
         "faults": context["faults"],
         "method": context["method"],
         "results": [results.model_dump(mode="json", exclude={"pictures"}) for results in all_results],
@@ -228,6 +233,8 @@ def render(context: dict[str, Any], template: str) -> str:
     )
     environment.filters |= {
         "ms": words.milliseconds,
+        "long": words.long_seconds,
+        "signed": words.signed_percent,
         "sec": words.seconds,
         "size": words.size,
         "count": words.count,

@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -16,7 +17,7 @@ from rich.console import Console
 from bench.contestants import Spec, default_device, make_contestant, parse_specs
 from bench.gpu import Gpu, energy_per_image
 from bench.inventory import describe, kind_of, parse_artifacts
-from bench.measure import Cell, Pictures, Plan, cold_start, make_clock, measure_cell, timed_draw
+from bench.measure import Cell, Pictures, Plan, cold_start, make_clock, measure_cells, timed_draw
 from bench.peaks import Peak, find_peak
 from bench.results import CellRecord, ContestantRecord, PictureRecord, Results, write_results
 from bench.summary import Costs, summarise
@@ -53,7 +54,7 @@ class RunOptions:
     min_rounds: int = 6
     max_rounds: int = 100
     warmup: int = 1
-    max_warmup: int = 5
+    max_warmup: int = 3
     pictures: int = 9
     """Pictures each contestant draws, the same prompts and seeds for all; 0 for none."""
     picture_steps: int = 20
@@ -178,33 +179,37 @@ def _measure(
     from bench.host import OtherLoad
 
     plan = Plan(options.min_rounds, options.max_rounds, options.warmup, options.max_warmup)
-    shares = [3.0] + [1.0] * (len(workloads) - 1)
-    records = []
-    for index, workload in enumerate(workloads):
-        load, throttled = OtherLoad(), set(gpu.throttle_reasons() or [])
-        budget_s = options.seconds * shares[index] / sum(shares)
-        cell: Cell = measure_cell(
-            [entrant.contestant for entrant in entrants],
-            workload,
-            plan,
-            budget_s,
-            on_round=lambda _: throttled.update(gpu.throttle_reasons() or []),
+    throttled: dict[str, set[str]] = {workload.name: set() for workload in workloads}
+    company: dict[str, list[float]] = {workload.name: [] for workload in workloads}
+    watch = {"load": OtherLoad(), "visit": 0, "reasons": set(gpu.throttle_reasons() or [])}
+
+    def on_round(_: int) -> None:
+        watch["reasons"].update(gpu.throttle_reasons() or [])
+
+    def on_visit(cell: Cell, last: bool) -> None:
+        company[cell.workload.name].append(watch["load"].percent())
+        throttled[cell.workload.name] |= watch["reasons"]
+        watch.update(load=OtherLoad(), reasons=set(), visit=watch["visit"] + 1)
+        totals = {name: median(one.total_ms for one in samples) for name, samples in cell.samples.items() if samples}
+        _say(
+            f"  [{watch['visit']}/{2 * len(workloads)}] {cell.workload.name}: "
+            + ", ".join(f"{name} {total:.0f} ms" for name, total in totals.items())
         )
+        for name, why in cell.failures.items() if last else ():
+            _say(f"    {name} failed: {why}")
+
+    contestants = [entrant.contestant for entrant in entrants]
+    cells = measure_cells(contestants, workloads, plan, options.seconds, on_round=on_round, on_visit=on_visit)
+    records = []
+    for cell in cells:
+        name = cell.workload.name
         faults = {
-            "others_cpu_percent": load.percent(),
-            "throttle_reasons": sorted(throttled),
+            "others_cpu_percent": max(company[name]),
+            "throttle_reasons": sorted(throttled[name]),
             "other_gpu_processes": gpu.other_processes() or 0,
         }
-        costs = {entrant.name: entrant.costs(workload) for entrant in entrants}
-        record = summarise(cell, baseline, costs=costs, peak=peak, faults=faults)
-        records.append(record)
-        medians = ", ".join(
-            f"{row.contestant} {row.total_ms.value:.0f} ms" + (f" ({row.speedup.value:.2f}x)" if row.speedup else "")
-            for row in record.rows
-        )
-        _say(f"  [{index + 1}/{len(workloads)}] {record.name}: {medians}")
-        for name, why in record.failures.items():
-            _say(f"    {name} failed: {why}")
+        costs = {entrant.name: entrant.costs(cell.workload) for entrant in entrants}
+        records.append(summarise(cell, baseline, costs=costs, peak=peak, faults=faults))
     return records
 
 

@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from bench import words
 from bench.charts import Axis, Series, dot_whiskers, line_chart
+from bench.measure import STAGES
 from bench.results import CellRecord, Results, Row
 
 COLOURS = 8
@@ -89,14 +90,18 @@ def stage_bars(results: Results) -> list[dict[str, Any]]:
             continue
         stages = [
             {"stage": stage, "ms": value, "width": 100 * value / longest, "share": value / row.total_ms.value}
-            for stage, value in row.stages_ms.items()
+            for stage, value in sorted(row.stages_ms.items(), key=lambda item: _stage_order(item[0]))
         ]
         bars.append({"name": name, "title": words.title_of(name), "row": row, "stages": stages, "colour": colour[name]})
     return bars
 
 
 def stage_names(results: Results) -> list[str]:
-    return list(dict.fromkeys(stage for row in results.cells[0].rows for stage in row.stages_ms))
+    return sorted({stage for row in results.cells[0].rows for stage in row.stages_ms}, key=_stage_order)
+
+
+def _stage_order(stage: str) -> int:
+    return STAGES.index(stage) if stage in STAGES else len(STAGES)
 
 
 def resolution_table(results: Results) -> list[dict[str, Any]]:
@@ -216,6 +221,7 @@ def loss_charts(results: Results) -> list[dict[str, Any]]:
             {
                 "title": words.title_of(name),
                 "name": name,
+                "colour": colour,
                 "chart": chart,
                 "steps": offset,
                 "seconds": sum(stage["seconds"] or 0 for stage in checkpoint["losses"]),
@@ -259,7 +265,7 @@ def build_table(results: Results) -> list[dict[str, Any]]:
         record = results.contestant(name)
         for engine in (artifact(record, "bundle") or {}).get("engines", []):
             capabilities = tuple(engine["compute_capabilities"])
-            key = (name, engine["flavor"], capabilities, engine["layout"], engine["precision"])
+            key = (name, engine["flavor"], capabilities)
             ran = record.spec.startswith(f"bundle@{engine['flavor']}:")
             group = groups.setdefault(
                 key,
@@ -269,8 +275,8 @@ def build_table(results: Results) -> list[dict[str, Any]]:
                     "version": engine["flavor_version"],
                     "gpus": engine["gpus"],
                     "capabilities": list(capabilities),
-                    "layout": engine["layout"],
-                    "precision": engine["precision"],
+                    "layouts": {},
+                    "precisions": set(),
                     "components": [],
                     "resolutions": set(),
                     "profiles": 0,
@@ -281,8 +287,10 @@ def build_table(results: Results) -> list[dict[str, Any]]:
                 },
             )
             group["components"].append(engine["component"])
+            group["layouts"].setdefault(engine["layout"], []).append(engine["component"])
+            group["precisions"].add(engine["precision"])
             group["resolutions"].update(engine["resolutions"])
-            group["profiles"] = max(group["profiles"], engine["profiles"])
+            group["profiles"] += engine["profiles"]
             group["bytes"] += engine["bytes"]
             group["seconds"] += engine["build_seconds"]
             group["peak_rss_bytes"] = max(group["peak_rss_bytes"], engine["build_peak_rss_bytes"])

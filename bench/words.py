@@ -33,6 +33,15 @@ def seconds(value: float | None) -> str:
     return f"{int(value // 60)} min {int(value % 60)} s"
 
 
+def long_seconds(value_ms: float | None) -> str:
+    """Milliseconds told in seconds with two decimals, for the long times of full-size models."""
+    return NONE if value_ms is None else f"{value_ms / 1e3:.2f} s"
+
+
+def signed_percent(value: float) -> str:
+    return f"{100 * value + 0.0:+.0f} %".replace("+0 %", "0 %").replace("-0 %", "0 %")
+
+
 def size(value: float | None) -> str:
     """Bytes in decimal units."""
     if value is None:

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
 from bench.fake import FakeContestant, busy_wait
-from bench.measure import STAGES, CpuClock, Plan, cold_start, measure_cell, timed_draw
+from bench.measure import STAGES, CpuClock, Cell, Plan, cold_start, measure_cells, measure_rounds, timed_draw
 from bench.workload import Workload
 from distill.architectures import Resolution
 from distill.errors import UserError
@@ -56,7 +58,8 @@ def test_rounds_are_interleaved_and_turn():
             return super().draw(workload, mark)
 
     fakes = [Logged(name, {"denoise": 0.1}) for name in "abc"]
-    cell = measure_cell(fakes, WORKLOAD, Plan(min_rounds=3, max_rounds=3, warmup=1, max_warmup=1), 0.0)
+    cell = Cell(WORKLOAD)
+    measure_rounds(fakes, cell, Plan(min_rounds=3, max_rounds=3, warmup=1, max_warmup=1), 0.0)
     assert "".join(order[3:]) == "abcbcacab"
     assert [len(samples) for samples in cell.samples.values()] == [3, 3, 3]
 
@@ -66,7 +69,8 @@ def test_a_contestant_that_fails_is_recorded_and_the_others_go_on():
         def draw(self, workload, mark):
             raise RuntimeError("out of memory")
 
-    cell = measure_cell([Broken("bad", {}), FakeContestant("good", {})], WORKLOAD, Plan(max_rounds=3), 0.0)
+    cell = Cell(WORKLOAD)
+    measure_rounds([Broken("bad", {}), FakeContestant("good", {})], cell, Plan(max_rounds=3), 0.0)
     assert cell.failures == {"bad": "RuntimeError: out of memory"}
     assert len(cell.samples["good"]) == 3
 
@@ -82,3 +86,17 @@ def test_the_cold_start_stands_apart():
 def test_bad_delays_are_a_users_mistake(text):
     with pytest.raises(UserError):
         FakeContestant.parse("fake", text)
+
+
+def test_every_workload_is_visited_there_and_back_again():
+    visits = []
+    workloads = [WORKLOAD, replace(WORKLOAD, steps=2), replace(WORKLOAD, steps=1)]
+    cells = measure_cells(
+        [FakeContestant("fake", {})],
+        workloads,
+        Plan(min_rounds=4, max_rounds=4, max_warmup=1),
+        0.0,
+        on_visit=lambda cell, last: visits.append((cell.workload.steps, last)),
+    )
+    assert visits == [(4, False), (2, False), (1, False), (1, True), (2, True), (4, True)]
+    assert [sample.round for sample in cells[0].samples["fake"]] == [0, 1, 2, 3]
