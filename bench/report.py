@@ -20,6 +20,15 @@ TEMPLATES = Path(__file__).parent / "templates"
 MODELS = ("sdxl", "ssd-1b", "vega")
 STEPS = 30
 RUNTIME = "TensorRT"
+SIZE_ROWS = (  # label, key of views.size_table, how it is written
+    ("UNet parameters", "parameters", "count"),
+    ("FLOP a UNet call", "flops", "count"),
+    ("checkpoint, all weights", "checkpoint_bytes", "size"),
+    ("checkpoint, UNet alone", "unet_bytes", "size"),
+    ("ONNX folder", "onnx_bytes", "size"),
+    ("TensorRT plans", "plan_bytes", "size"),
+    ("whole bundle", "bundle_bytes", "size"),
+)
 REPORT_SCHEMA = "slimxl.bench.report/1"
 
 
@@ -165,6 +174,7 @@ def make_context(all_results: list[Results], title: str) -> dict[str, Any]:
         "speedup_svg": views.speedup_chart(results),
         "losses": views.loss_charts(results),
         "sizes": views.size_table(results),
+        "size_rows": SIZE_ROWS,
         "builds": views.build_table(results),
         "prediction_steps": STEPS,
         "prediction_models": MODELS,

@@ -75,7 +75,7 @@ def interval(estimate: Estimate | None, unit: str = "ms") -> str:
     if estimate is None:
         return NONE
     if estimate.low is None or estimate.high is None:
-        return "too few runs for an interval"
+        return "too few runs"
     if unit == "x":
         return f"{estimate.low:.2f}–{estimate.high:.2f}×"
     digits = 1 if estimate.value < 99.5 else 0
