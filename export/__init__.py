@@ -1,0 +1,12 @@
+"""What a component is, and its graph: a diffusers checkpoint becomes an ONNX folder in optimum's layout."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "components": ["COMPONENTS", "Component", "TensorSpec"],
+        "folder": ["ExportOptions", "export_checkpoint"],
+        "parity": ["verify_folder"],
+    },
+)

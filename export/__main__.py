@@ -1,0 +1,138 @@
+"""`python -m export`: a checkpoint into an ONNX folder, and the proof that the two compute the same."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from distill.architectures import Resolution
+from distill.errors import UserError, exit_on_user_error
+
+app = tyro.extras.SubcommandApp()
+WORKDIR = Path("out/models")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word for word in text.split(",") if word)
+
+
+@app.command
+def onnx(
+    *,
+    model: str,
+    out: Path,
+    precision: Literal["fp16", "fp32"] = "fp16",
+    opset: int = 23,
+    components: str = "unet,vae_decoder,vae_encoder,text_encoder,text_encoder_2",
+    resolutions: str = "dynamic",
+    batch: int = 2,
+    vae: str = "stock",
+    lora: tuple[Path, ...] = (),
+    lora_scale: tuple[float, ...] = (),
+    reuse: tuple[Path, ...] = (),
+    check: bool = True,
+    workdir: Path = WORKDIR,
+) -> None:
+    """Export a checkpoint. What is up to date is kept.
+
+    Args:
+        model: A Hugging Face id, a diffusers folder, a .safetensors file, random:NAME or mini:sdxl.
+        out: The ONNX folder to write.
+        precision: Of everything but a stock VAE, which stays in fp32.
+        opset: 23 keeps Attention and GroupNormalization whole; 18 to 22 spell them out for older runtimes.
+        components: Which ones, separated by commas.
+        resolutions: dynamic (one graph for all sizes), all (one static graph for each of the family's), or WxH,...
+        batch: Of the static graphs, images times two under guidance.
+        vae: stock, fp16-fix, tiny, or a folder with a VAE.
+        lora: LoRA files to fuse, in order.
+        lora_scale: One for each LoRA; 1 where absent.
+        reuse: Other ONNX folders to take equal components from.
+        check: Compare with torch before a component gets its name.
+    """
+    from distill.sources import find_architecture_of, resolve
+    from export.folder import ExportOptions, export_checkpoint
+
+    if len(lora_scale) > len(lora):
+        raise UserError(f"{len(lora_scale)} values of --lora-scale for {len(lora)} of --lora; give at most one each")
+    checkpoint = resolve(model, workdir)
+    sizes: tuple[Resolution, ...] = ()
+    if resolutions == "all":
+        sizes = find_architecture_of(checkpoint).family.resolutions
+    elif resolutions != "dynamic":
+        sizes = tuple(Resolution.parse(word) for word in _words(resolutions))
+    options = ExportOptions(
+        precision=precision,
+        opset=opset,
+        components=_words(components),
+        resolutions=sizes,
+        batch=batch,
+        vae=vae,
+        loras=tuple(zip(lora, [*lora_scale, *[1.0] * (len(lora) - len(lora_scale))], strict=True)),
+        reuse=reuse,
+        check=check,
+    )
+    export_checkpoint(checkpoint, out, options=options, source_name=model, progress=_say)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+@app.command
+def verify(
+    folder: Annotated[Path, tyro.conf.Positional],
+    *,
+    model: str | None = None,
+    components: str = "",
+    batch: int = 2,
+    seed: int | None = None,
+    workdir: Path = WORKDIR,
+) -> int:
+    """Run every component in ONNX Runtime and in torch on random inputs, in every resolution; exit code 1 on a failure.
+
+    Args:
+        folder: The ONNX folder.
+        model: The checkpoint, where it is no longer found under the name it was exported from.
+        components: Only these, separated by commas.
+        seed: Of the inputs; drawn afresh where not given, and reported.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from distill.files import read_json
+    from distill.sources import resolve
+    from export.parity import BOUNDS, verify_folder, within_bounds
+
+    about = read_json(folder / "slimxl.json")
+    checkpoint = resolve(model or about["source"]["name"], workdir)
+    results = verify_folder(folder, checkpoint, components=_words(components), batch=batch, seed=seed)
+    table = Table("component", "output", "worst at", title="ONNX Runtime against torch in float32")
+    for column in ("relative error", "cosine", "bound"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    failed = False
+    for name, rows in results.items():
+        failed_folder = folder / f"{name}.failed"
+        export = read_json((failed_folder if failed_folder.is_dir() else folder / name) / "export.json")
+        for output in dict.fromkeys(row.output for row in rows):
+            worst = max((row for row in rows if row.output == output), key=lambda row: row.relative)
+            passed = within_bounds([row for row in rows if row.output == output], export["precision"])
+            failed = failed or not passed
+            bound = f"{export['precision']} {BOUNDS[export['precision']].relative:.0e}"
+            figures = (f"{worst.relative:.1e}", f"{worst.cosine:.8f}", bound, "ok" if passed else "FAILED")
+            table.add_row(name, output, worst.resolution, *figures)
+    Console(width=None if sys.stdout.isatty() else 130).print(table)
+    seeds = {row.seed for rows in results.values() for row in rows}
+    print(f"seeds {', '.join(map(str, sorted(seeds)))}")
+    return int(failed)
+
+
+def main() -> int:
+    return exit_on_user_error(lambda: app.cli(prog="python -m export", description=__doc__))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

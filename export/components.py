@@ -1,0 +1,177 @@
+"""What goes into and comes out of each component: names, dtypes and shapes, as functions of resolution and batch.
+
+This is the only place that knows them. `config` is always the config.json of the exported component, which is the
+source's own plus, for the UNet, two sizes that only the whole pipeline knows: `text_length` and `vae_scale_factor`.
+Names are optimum's, so that its ONNX Runtime pipelines read the folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from distill.architectures import Resolution
+from distill.errors import UserError
+
+Config = Mapping[str, Any]
+FLOAT_DTYPES = {"fp16": "float16", "fp32": "float32"}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output. `axes` names the dimensions that a dynamic graph leaves open; None is a fixed one."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Component:
+    """`source` is the folder of the checkpoint that holds its weights; `size_multiple` gives, for a config, what the
+    open height and width of the first input must be a multiple of."""
+
+    name: str
+    source: str
+    _inputs: Callable[[Config, Resolution, int, str], list[TensorSpec]]
+    _outputs: Callable[[Config, Resolution, int, str], list[TensorSpec]]
+    size_multiple: Callable[[Config], int]
+
+    def inputs(self, config: Config, resolution: Resolution, batch: int, precision: str = "fp16") -> list[TensorSpec]:
+        """`batch` is the component's own: a UNet under guidance gets twice the number of images.
+
+        Raises UserError for an unknown precision or a resolution the model cannot take.
+        """
+        return self._inputs(config, resolution, batch, _dtype(precision))
+
+    def outputs(self, config: Config, resolution: Resolution, batch: int, precision: str = "fp16") -> list[TensorSpec]:
+        """As `inputs`."""
+        return self._outputs(config, resolution, batch, _dtype(precision))
+
+
+def _dtype(precision: str) -> str:
+    if precision not in FLOAT_DTYPES:
+        raise UserError(f"unknown precision {precision!r}: allowed are {', '.join(FLOAT_DTYPES)}")
+    return FLOAT_DTYPES[precision]
+
+
+def vae_scale_factor(vae_config: Config) -> int:
+    """Image pixels per latent pixel, per side; of an AutoencoderKL and an AutoencoderTiny alike."""
+    return 2 ** (len(vae_config.get("block_out_channels") or vae_config["decoder_block_out_channels"]) - 1)
+
+
+def unet_config(config: Config, *, vae_config: Config, text_config: Config) -> dict[str, Any]:
+    """The UNet's config.json with the two sizes of the pipeline around it."""
+    sizes = {"text_length": text_config["max_position_embeddings"], "vae_scale_factor": vae_scale_factor(vae_config)}
+    return {**config, **sizes}
+
+
+def _latent_size(resolution: Resolution, scale: int, multiple: int) -> tuple[int, int]:
+    """(height, width) in latent pixels. Raises UserError where a side is no multiple of scale · multiple pixels."""
+    step = scale * multiple
+    if resolution.width % step or resolution.height % step or min(resolution.width, resolution.height) < step:
+        raise UserError(f"resolution {resolution}: both sides must be multiples of {step} pixels for this model")
+    return resolution.height // scale, resolution.width // scale
+
+
+def _unet_multiple(config: Config) -> int:
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def _unet_inputs(config: Config, resolution: Resolution, batch: int, dtype: str) -> list[TensorSpec]:
+    height, width = _latent_size(resolution, config["vae_scale_factor"], _unet_multiple(config))
+    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    first = ("batch",)
+    specs = [
+        TensorSpec("sample", dtype, (batch, config["in_channels"], height, width), ("batch", None, "height", "width")),
+        TensorSpec("timestep", "float32", (), ()),
+        TensorSpec(
+            "encoder_hidden_states",
+            dtype,
+            (batch, config["text_length"], config["cross_attention_dim"]),
+            (*first, None, None),
+        ),
+        # float32 in every precision: diffusers concatenates them with a float32 sinusoidal embedding before it casts
+        TensorSpec("text_embeds", "float32", (batch, pooled), (*first, None)),
+        TensorSpec("time_ids", "float32", (batch, 6), (*first, None)),
+    ]
+    if config.get("time_cond_proj_dim"):
+        specs.append(TensorSpec("timestep_cond", dtype, (batch, config["time_cond_proj_dim"]), (*first, None)))
+    return specs
+
+
+def _unet_outputs(config: Config, resolution: Resolution, batch: int, dtype: str) -> list[TensorSpec]:
+    height, width = _latent_size(resolution, config["vae_scale_factor"], _unet_multiple(config))
+    shape = (batch, config["out_channels"], height, width)
+    return [TensorSpec("out_sample", dtype, shape, ("batch", None, "height", "width"))]
+
+
+def _is_tiny(config: Config) -> bool:
+    return config.get("_class_name") == "AutoencoderTiny"
+
+
+def _vae_latent(
+    name: str, config: Config, resolution: Resolution, batch: int, dtype: str, copies: int = 1
+) -> TensorSpec:
+    height, width = _latent_size(resolution, vae_scale_factor(config), 1)
+    shape = (batch, copies * config["latent_channels"], height, width)
+    return TensorSpec(name, dtype, shape, ("batch", None, "height", "width"))
+
+
+def _vae_image(config: Config, resolution: Resolution, batch: int, dtype: str, channels: int) -> TensorSpec:
+    _latent_size(resolution, vae_scale_factor(config), 1)
+    shape = (batch, channels, resolution.height, resolution.width)
+    return TensorSpec("sample", dtype, shape, ("batch", None, "height", "width"))
+
+
+def _decoder_inputs(config: Config, resolution: Resolution, batch: int, dtype: str) -> list[TensorSpec]:
+    return [_vae_latent("latent_sample", config, resolution, batch, dtype)]
+
+
+def _decoder_outputs(config: Config, resolution: Resolution, batch: int, dtype: str) -> list[TensorSpec]:
+    return [_vae_image(config, resolution, batch, dtype, config["out_channels"])]
+
+
+def _encoder_inputs(config: Config, resolution: Resolution, batch: int, dtype: str) -> list[TensorSpec]:
+    return [_vae_image(config, resolution, batch, dtype, config["in_channels"])]
+
+
+def _encoder_outputs(config: Config, resolution: Resolution, batch: int, dtype: str) -> list[TensorSpec]:
+    if _is_tiny(config):  # deterministic: its latents themselves
+        return [_vae_latent("latent_sample", config, resolution, batch, dtype)]
+    return [_vae_latent("latent_parameters", config, resolution, batch, dtype, copies=2)]  # mean and log variance
+
+
+def _text_inputs(config: Config, resolution: Resolution, batch: int, dtype: str) -> list[TensorSpec]:
+    return [TensorSpec("input_ids", "int64", (batch, config["max_position_embeddings"]), ("batch", None))]
+
+
+def _hidden_states(config: Config, batch: int, dtype: str) -> list[TensorSpec]:
+    """The embeddings and the output of every layer but the last; SDXL reads the penultimate one."""
+    shape = (batch, config["max_position_embeddings"], config["hidden_size"])
+    names = [f"hidden_states.{index}" for index in range(config["num_hidden_layers"])]
+    return [TensorSpec(name, dtype, shape, ("batch", None, None)) for name in ["last_hidden_state", *names]]
+
+
+def _text_outputs(config: Config, resolution: Resolution, batch: int, dtype: str) -> list[TensorSpec]:
+    last, *hidden = _hidden_states(config, batch, dtype)
+    return [last, TensorSpec("pooler_output", dtype, (batch, config["hidden_size"]), ("batch", None)), *hidden]
+
+
+def _text_2_outputs(config: Config, resolution: Resolution, batch: int, dtype: str) -> list[TensorSpec]:
+    pooled = TensorSpec("text_embeds", dtype, (batch, config["projection_dim"]), ("batch", None))
+    return [pooled, *_hidden_states(config, batch, dtype)]
+
+
+COMPONENTS = {
+    component.name: component
+    for component in (
+        Component("unet", "unet", _unet_inputs, _unet_outputs, _unet_multiple),
+        Component("vae_decoder", "vae", _decoder_inputs, _decoder_outputs, lambda config: 1),
+        Component("vae_encoder", "vae", _encoder_inputs, _encoder_outputs, vae_scale_factor),
+        Component("text_encoder", "text_encoder", _text_inputs, _text_outputs, lambda config: 1),
+        Component("text_encoder_2", "text_encoder_2", _text_inputs, _text_2_outputs, lambda config: 1),
+    )
+}

@@ -1,0 +1,159 @@
+"""Does the exported graph compute what torch computes? ONNX Runtime against the network, on random inputs.
+
+The reference is torch in float32 with the weights as they are in the graph (for fp16: rounded to it). The bounds:
+
+fp32  Both sides round each operation to 2^-24 relative, in different order. Over the ~10^3 operations in a row of these
+      networks that is seen as 1e-7 to 5e-6; a wrong graph is off by 1e-2 or more. Bound 1e-4.
+fp16  The graph rounds each result to 2^-11 = 4.9e-4. Residual streams add the roundings of some dozen blocks as random
+      errors, seen as 1e-3 to 3e-3. Bound 2e-2, and cosine 0.9998 (1 - e²/2 for that error).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from distill.architectures import Resolution
+from distill.errors import UserError
+from distill.files import read_json
+from export.components import COMPONENTS, Config
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    relative: float
+    cosine: float
+
+
+BOUNDS = {"fp32": Bound(relative=1e-4, cosine=1 - 1e-7), "fp16": Bound(relative=2e-2, cosine=0.9998)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """One output at one resolution: |got - reference| / |reference| in the 2-norm, the largest difference, the cosine."""
+
+    output: str
+    resolution: str
+    relative: float
+    largest: float
+    cosine: float
+    seed: int
+
+
+def _metrics(got: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
+    got, reference = got.astype(np.float64).ravel(), reference.astype(np.float64).ravel()
+    norm = np.linalg.norm(reference)
+    cosine = got @ reference / max(np.linalg.norm(got) * norm, 1e-300)
+    return (
+        float(np.linalg.norm(got - reference) / max(norm, 1e-300)),
+        float(np.abs(got - reference).max()),
+        float(cosine),
+    )
+
+
+def compare(
+    name: str,
+    model: Path,
+    module: nn.Module,
+    config: Config,
+    resolution: Resolution,
+    batch: int,
+    precision: str,
+    seed: int | None = None,
+) -> list[Parity]:
+    """Runs `model` once in ONNX Runtime and `module` (`wrappers.wrap`) once in float32, on the same random inputs."""
+    return list(compare_many(name, model, module, config, [resolution], [batch], precision, seed))
+
+
+def compare_many(
+    name: str,
+    model: Path,
+    module: nn.Module,
+    config: Config,
+    resolutions: Iterable[Resolution],
+    batches: Iterable[int],
+    precision: str,
+    seed: int | None = None,
+) -> Iterable[Parity]:
+    """As `compare`, over every resolution and batch with one session. A seed of None is drawn afresh and reported."""
+    import onnxruntime
+    import torch
+
+    from export.wrappers import example
+
+    seed = secrets.randbits(31) if seed is None else seed
+    generator = torch.Generator().manual_seed(seed)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    reference = module.float()
+    top = config.get("vocab_size", 2)
+    for resolution in resolutions:
+        for batch in batches:
+            specs = COMPONENTS[name].inputs(config, resolution, batch, precision)
+            arguments = [example(spec.dtype, spec.shape, generator, top) for spec in specs]
+            feeds = {spec.name: value.numpy() for spec, value in zip(specs, arguments, strict=True)}
+            got = session.run(None, feeds)
+            with torch.no_grad():
+                floats = [value.float() if value.is_floating_point() else value for value in arguments]
+                expected = reference(*floats)
+            outputs = COMPONENTS[name].outputs(config, resolution, batch, precision)
+            for spec, ours, theirs in zip(outputs, got, expected, strict=True):
+                if ours.shape != spec.shape or ours.dtype.name != spec.dtype:
+                    raise RuntimeError(f"{name}: output {spec.name} is {ours.dtype} {ours.shape}, expected {spec}")
+                relative, largest, cosine = _metrics(ours, theirs.numpy())
+                yield Parity(
+                    output=spec.name,
+                    resolution=f"{batch} of {resolution}",
+                    relative=relative,
+                    largest=largest,
+                    cosine=cosine,
+                    seed=seed,
+                )
+
+
+def within_bounds(results: Iterable[Parity], precision: str) -> bool:
+    """A NaN is outside of every bound."""
+    bound = BOUNDS[precision]
+    return all(result.relative <= bound.relative and result.cosine >= bound.cosine for result in results)
+
+
+def verify_folder(
+    folder: Path, checkpoint: Path, *, components: tuple[str, ...] = (), batch: int = 2, seed: int | None = None
+) -> dict[str, list[Parity]]:
+    """Compares every component of an ONNX folder with its checkpoint in every resolution of slimxl.json.
+
+    A component that fails is renamed to NAME.failed. Raises UserError where the checkpoint is another one than the
+    folder was made from.
+    """
+    from distill.sources import checkpoint_hash, load_component
+    from export.wrappers import wrap
+    from export.write import TORCH_DTYPES
+
+    about = read_json(folder / "slimxl.json")
+    if checkpoint_hash(checkpoint) != about["source"]["sha256"]:
+        raise UserError(
+            f"{folder} was made from {about['source']['name']}, not from {checkpoint}; give its own --model"
+        )
+    results: dict[str, list[Parity]] = {}
+    for name in components or [name for name in COMPONENTS if (folder / name / "export.json").is_file()]:
+        export = read_json(folder / name / "export.json")
+        config = read_json(folder / name / "config.json")
+        network = load_component(checkpoint, COMPONENTS[name].source, TORCH_DTYPES[export["precision"]])
+        resolutions = [Resolution.parse(text) for text in about["resolutions"]]
+        if name.startswith("text"):  # no picture goes in
+            resolutions = resolutions[:1]
+        model = folder / name / "model.onnx"
+        found = compare_many(name, model, wrap(name, network), config, resolutions, [batch], export["precision"], seed)
+        results[name] = list(found)
+        if not within_bounds(results[name], export["precision"]):
+            (folder / name).rename(folder / f"{name}.failed")
+    return results
