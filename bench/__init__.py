@@ -5,7 +5,8 @@ import lazy_loader as _lazy
 __getattr__, __dir__, __all__ = _lazy.attach(
     __name__,
     submod_attrs={
-        "run": ["RunOptions", "run_bench"],
+        "options": ["RunOptions"],
+        "run": ["run_bench"],
         "results": ["Results", "read_results"],
         "workload": ["Workload"],
         "measure": ["Contestant", "Pictures", "timed_draw"],

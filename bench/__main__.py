@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from bench.run import RunOptions
+from bench.options import RunOptions
 from distill.errors import exit_on_user_error
 
 
@@ -48,7 +49,7 @@ def compare(before: tyro.conf.Positional[Path], after: tyro.conf.Positional[Path
 
 
 def main() -> int:
-    commands = {"run": run, "report": report, "compare": compare}
+    commands: dict[str, Callable[..., int]] = {"run": run, "report": report, "compare": compare}
     return exit_on_user_error(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m bench"))
 
 

@@ -105,10 +105,15 @@ def line_chart(series: list[Series], x: Axis, y: Axis, title: str) -> Markup:
     x_ticks = x.ticks or [(value, number(value)) for value in nice_ticks(to_x.low, to_x.high, 5)]
     for value, text in x_ticks:
         at = to_x(value)
-        parts.append(f'<text class="tick" x="{at:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{escape(text)}</text>')
+        parts.append(
+            f'<text class="tick" x="{at:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{escape(text)}</text>'
+        )
     base = HEIGHT - BOTTOM
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
-    parts.append(f'<text class="axis-label" x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x.label)}</text>')
+    parts.append(
+        f'<text class="axis-label" x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 4}" text-anchor="middle">'
+        f"{escape(x.label)}</text>"
+    )
     parts.append(f'<text class="axis-label" x="4" y="{TOP - 4}">{escape(y.label)}</text>')
     for one in series:
         path = " ".join(f"{to_x(point[0]):.1f},{to_y(point[1]):.1f}" for point in one.points)
@@ -122,7 +127,10 @@ def line_chart(series: list[Series], x: Axis, y: Axis, title: str) -> Markup:
                     f'y1="{to_y(point[2]):.1f}" y2="{to_y(point[3]):.1f}"/>'
                 )
             tip = f"{escape(one.label)}: {number(point[1])} {escape(y.label)}"
-            parts.append(f'<circle class="dot c{one.colour}" cx="{at_x:.1f}" cy="{at_y:.1f}" r="3.2"><title>{tip}</title></circle>')
+            parts.append(
+                f'<circle class="dot c{one.colour}" cx="{at_x:.1f}" cy="{at_y:.1f}" r="3.2">'
+                f"<title>{tip}</title></circle>"
+            )
     parts.append("</svg>")
     return Markup("".join(parts))
 
@@ -141,13 +149,19 @@ def dot_whiskers(rows: list[tuple[str, int, float, float | None, float | None]],
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">']
     for value in nice_ticks(0, top, 4):
         x = at(value)
-        parts.append(f'<line class="grid{" one" if value == 1 else ""}" x1="{x:.1f}" x2="{x:.1f}" y1="6" y2="{height - 22}"/>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{height - 8}" text-anchor="middle">{number(value)}{unit}</text>')
+        parts.append(
+            f'<line class="grid{" one" if value == 1 else ""}" x1="{x:.1f}" x2="{x:.1f}" y1="6" y2="{height - 22}"/>'
+        )
+        parts.append(
+            f'<text class="tick" x="{x:.1f}" y="{height - 8}" text-anchor="middle">{number(value)}{unit}</text>'
+        )
     for index, (label, colour, value, low, high) in enumerate(rows):
         y = 22 + 26 * index
         parts.append(f'<text class="row-label" x="{left - 8}" y="{y + 4}" text-anchor="end">{escape(label)}</text>')
         if low is not None and high is not None:
-            parts.append(f'<line class="whisker wide c{colour}" x1="{at(low):.1f}" x2="{at(high):.1f}" y1="{y}" y2="{y}"/>')
+            parts.append(
+                f'<line class="whisker wide c{colour}" x1="{at(low):.1f}" x2="{at(high):.1f}" y1="{y}" y2="{y}"/>'
+            )
         parts.append(f'<circle class="dot c{colour}" cx="{at(value):.1f}" cy="{y}" r="4.5"/>')
         parts.append(f'<text class="value" x="{at(high or value) + 9:.1f}" y="{y + 4}">{value:.2f}{unit}</text>')
     parts.append("</svg>")

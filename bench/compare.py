@@ -52,7 +52,8 @@ def compare_results(before: Results, after: Results, tolerance: float = 0.02) ->
             verdict, ratio = ("new", None) if one is None else ("gone", None)
         else:
             verdict, ratio = judge(one, two, tolerance), two.total_ms.value / one.total_ms.value
-        changes.append(Change(*key, one and one.total_ms.value, two and two.total_ms.value, ratio, verdict))
+        before_ms, after_ms = (row.total_ms.value if row else None for row in (one, two))
+        changes.append(Change(*key, before_ms, after_ms, ratio, verdict))
     for record in after.contestants:
         earlier = next((other for other in before.contestants if other.name == record.name), None)
         if earlier is not None and earlier.quality.get("passed") and record.quality.get("passed") is False:

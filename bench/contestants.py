@@ -1,10 +1,10 @@
 """Contestants by name: `KIND[@OPTION]:SOURCE` on the command line becomes something that draws.
 
-    eager@fp16:random:vega          diffusers as it comes, in fp32, bf16 or fp16
-    compiled@bf16:path/to/folder    the same with torch.compile, fused QKV, channels_last
-    optimum:path/to/onnx            optimum's ONNX Runtime pipeline
-    bundle@onnxruntime:path         a slimxl bundle, by one of its flavors
-    fake:denoise=10,vae_decode=25   known delays
+eager@fp16:random:vega          diffusers as it comes, in fp32, bf16 or fp16
+compiled@bf16:path/to/folder    the same with torch.compile, fused QKV, channels_last
+optimum:path/to/onnx            optimum's ONNX Runtime pipeline
+bundle@onnxruntime:path         a slimxl bundle, by one of its flavors
+fake:denoise=10,vae_decode=25   known delays
 """
 
 from __future__ import annotations

@@ -89,9 +89,7 @@ class Gpu:
         return {
             "sm_clock_mhz": read("sm_clock_mhz", lambda n, h: n.nvmlDeviceGetClockInfo(h, n.NVML_CLOCK_SM)),
             "memory_clock_mhz": read("memory_clock_mhz", lambda n, h: n.nvmlDeviceGetClockInfo(h, n.NVML_CLOCK_MEM)),
-            "temperature_c": read(
-                "temperature_c", lambda n, h: n.nvmlDeviceGetTemperature(h, n.NVML_TEMPERATURE_GPU)
-            ),
+            "temperature_c": read("temperature_c", lambda n, h: n.nvmlDeviceGetTemperature(h, n.NVML_TEMPERATURE_GPU)),
             "power_w": read("power_w", lambda n, h: n.nvmlDeviceGetPowerUsage(h) / 1e3),
             "memory_used_bytes": read("memory_used_bytes", lambda n, h: n.nvmlDeviceGetMemoryInfo(h).used),
             "throttle_reasons": self.throttle_reasons(),
@@ -101,7 +99,9 @@ class Gpu:
     def throttle_reasons(self) -> list[str] | None:
         def query(nvml: Any, handle: Any) -> list[str]:
             bits = nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
-            return [word for name, word in THROTTLE_REASONS.items() if bits & getattr(nvml, f"nvmlClocksEventReason{name}")]
+            return [
+                word for name, word in THROTTLE_REASONS.items() if bits & getattr(nvml, f"nvmlClocksEventReason{name}")
+            ]
 
         return self.read("throttle_reasons", query)
 
@@ -131,4 +131,8 @@ def energy_per_image(gpu: Gpu, draw: Callable[[], int], seconds: float = 10.0) -
     after, elapsed_s = gpu.energy_j(), time.monotonic() - begin
     if after is None:
         return {"j_per_image": None, "why": gpu.missing.get("energy_j", "no energy counter")}
-    return {"j_per_image": (after - before) / images, "mean_power_w": (after - before) / elapsed_s, "seconds": elapsed_s}
+    return {
+        "j_per_image": (after - before) / images,
+        "mean_power_w": (after - before) / elapsed_s,
+        "seconds": elapsed_s,
+    }

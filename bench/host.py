@@ -122,5 +122,7 @@ def describe_host(device: str) -> dict[str, Any]:
         "device": device,
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
-        "thread_variables": {key: os.environ[key] for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if key in os.environ},
+        "thread_variables": {
+            key: os.environ[key] for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if key in os.environ
+        },
     }

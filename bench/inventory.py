@@ -9,6 +9,10 @@ from typing import Any
 from distill.errors import UserError
 from distill.files import read_json
 
+ENGINE_FACTS = (
+    "component", "flavor", "flavor_version", "layout", "gpus", "compute_capabilities", "precision", "resolutions",
+    "batches", "weights_bytes", "onnx_sha256", "weights_sha256", "key",
+)  # fmt: skip
 MAX_POINTS = 240  # a curve on a page needs no more
 
 
@@ -71,7 +75,7 @@ def read_losses(path: Path) -> list[dict[str, Any]]:
 
 
 def describe_checkpoint(folder: Path) -> dict[str, Any]:
-    weights = [file for file in folder.rglob("*.safetensors")]
+    weights = list(folder.rglob("*.safetensors"))
     return {
         "kind": "checkpoint",
         "folder": folder.name,
@@ -107,10 +111,8 @@ def describe_bundle(folder: Path) -> dict[str, Any]:
     from engines.bundle import read_manifest
 
     manifest = read_manifest(folder)
-    told = ("component", "flavor", "flavor_version", "layout", "gpus", "compute_capabilities", "precision", "resolutions")
-    told += ("batches", "weights_bytes", "onnx_sha256", "weights_sha256", "key")
     engines = [
-        {key: getattr(engine, key) for key in told}
+        {key: getattr(engine, key) for key in ENGINE_FACTS}
         | {
             "profiles": len(engine.profiles),
             "file": engine.files[0].path,

@@ -6,8 +6,6 @@ tokenizers, `encode_prompt`, the progress bar, the end of each step, and the ima
 
 from __future__ import annotations
 
-import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -203,12 +201,3 @@ class BundleContestant(PipelineContestant):
 
         pipe = engines.load(Path(self.source), flavor=self.flavor, device=self.device)
         return pipe
-
-
-def load_seconds(contestant: PipelineContestant) -> float:
-    """Loads and says how long it took, with the pipeline thrown away again (a second cold start)."""
-    begin = time.perf_counter()
-    contestant.load()
-    with suppress(AttributeError):
-        del contestant.pipe
-    return time.perf_counter() - begin

@@ -52,11 +52,16 @@ def known_latencies(all_results: list[Results]) -> list[Known]:
             if load["resolution"] != "1024x1024" or load["batch"] != 1 or load["guidance_scale"] <= 1:
                 continue
             for row in cell.rows:
-                model = next((name for name in MODELS if results.contestant(row.contestant).parameters == _parameters(name)), None)
+                model = next(
+                    (name for name in MODELS if results.contestant(row.contestant).parameters == _parameters(name)),
+                    None,
+                )
                 if model is not None and not row.refused:
                     floor = floor_ms(gpu, model, load["steps"])
                     runtime = runtime_class(results.contestant(row.contestant).runtime)
-                    known.append(Known(gpu, model, load["steps"], runtime, row.total_ms.value, floor, "measured by slimxl"))
+                    known.append(
+                        Known(gpu, model, load["steps"], runtime, row.total_ms.value, floor, "measured by slimxl")
+                    )
     return known
 
 
@@ -88,7 +93,11 @@ def _named(one: Any, gpu: str) -> dict[str, Any]:
 
 def _check_row(check: Check) -> dict[str, Any]:
     kind = "measured" if check.known.origin == "measured by slimxl" else "published"
-    return _named(check.known, check.known.gpu) | {"predicted_ms": check.predicted_ms, "error": check.error, "kind": kind}
+    return _named(check.known, check.known.gpu) | {
+        "predicted_ms": check.predicted_ms,
+        "error": check.error,
+        "kind": kind,
+    }
 
 
 def absent_readings(results: Results) -> dict[str, list[str]]:
@@ -111,14 +120,20 @@ def environment_facts(results: Results) -> list[tuple[str, str]]:
         ("memory", f"{words.size(cpu['memory_bytes'])}, at most {words.size(env['peak_rss_bytes'])} used by the run"),
         ("system", f"{env['system']}, Python {env['python']}"),
         ("packages", packages),
-        ("threads", f"torch {env['torch_threads']}" + "".join(f", {key}={value}" for key, value in env["thread_variables"].items())),
+        (
+            "threads",
+            f"torch {env['torch_threads']}"
+            + "".join(f", {key}={value}" for key, value in env["thread_variables"].items()),
+        ),
         ("commit", env["commit"] or "not in a repository"),
         ("command", results.command),
         ("when", f"{results.created_utc}, took {words.seconds(results.seconds)}"),
     ]
     if gpu["name"]:
         told = ("uuid", "driver", "compute_capability", "power_limit_w", "max_sm_clock_mhz", "board_part_number")
-        facts.insert(1, ("board", ", ".join(f"{key.replace('_', ' ')} {gpu[key]}" for key in told if gpu.get(key) is not None)))
+        facts.insert(
+            1, ("board", ", ".join(f"{key.replace('_', ' ')} {gpu[key]}" for key in told if gpu.get(key) is not None))
+        )
     return facts
 
 
@@ -131,14 +146,14 @@ def method_lines(results: Results) -> list[str]:
         "Timed: prompt in, uint8 pixels out. Tokenising, both text encoders, every denoising step with scheduler and "
         "guidance, VAE decode, and the conversion to pixels. Not timed: loading, the first picture (both told apart as "
         "cold start), PNG compression, saving.",
-        f"Clock: {clock}, one mark at the end of each stage, all on one timeline; an independent clock around the whole "
-        "call gives the total, and a row whose stages miss it by over 1 % says so.",
+        f"Clock: {clock}, one mark at the end of each stage, all on one timeline; an independent clock around the "
+        "whole call gives the total, and a row whose stages miss it by over 1 % says so.",
         f"Main workload: {results.cells[0].name}; scheduler {load['scheduler']} (the checkpoint's own where it says "
         f"default), seed {load['seed']}; other rows change one thing at a time.",
-        "Order: warm-up until two calls agree within 5 %, then rounds A B C, B C A, C A B, so that whatever happens to "
-        "the machine happens to all. The garbage collector runs between rounds, never inside a call.",
-        "Medians; 95 % percentile-bootstrap intervals over 2000 resamples, none from fewer than six runs. A speed-up is "
-        "the median of the per-round ratios, with rounds resampled as pairs.",
+        "Order: warm-up until two calls agree within 5 %, then rounds A B C, B C A, C A B, so that what happens to "
+        "the machine happens to all; workloads are visited twice, there and back again. The garbage collector runs between rounds, never inside a call.",
+        "Medians; 95 % percentile-bootstrap intervals over 2000 resamples, none from fewer than six runs. A speed-up "
+        "is the median of the per-round ratios, with rounds resampled as pairs.",
         "Percentiles only where a binomial bound supports them at 99 % confidence. Raw samples are in the JSON.",
         "FLOPs are counted on meta tensors (a multiply-add is two); bytes are each weight once a call plus inputs and "
         "outputs at two bytes. A row faster than its floor is refused.",
@@ -215,7 +230,9 @@ def report_json(context: dict[str, Any], all_results: list[Results]) -> dict[str
                 for card in context["cards"]
             ],
         },
-        "predicted": [asdict(one) | {"kind": "predicted"} for entry in context["predictions"] for one in entry["models"]],
+        "predicted": [
+            asdict(one) | {"kind": "predicted"} for entry in context["predictions"] for one in entry["models"]
+        ],
         "published": [
             asdict(row["known"]) | {"kind": row["kind"], "predicted_ms": row["predicted_ms"], "error": row["error"]}
             for row in context["checks"]

@@ -64,7 +64,7 @@ class ContestantRecord(Record):
     parameters: int | None
     costs: dict[str, dict[str, float]] | None
     costs_why: str | None
-    cold: dict[str, float | None]
+    cold: dict[str, float]
     memory: dict[str, Any]
     energy: dict[str, Any]
     quality: dict[str, Any]
@@ -115,7 +115,8 @@ def read_results(path: Path) -> Results:
     found = value.get("schema_version") if isinstance(value, dict) else None
     if found != SCHEMA:
         raise UserError(
-            f"{path} is no results file of this version: it says {found!r}, needed is {SCHEMA!r}; run python -m bench run"
+            f"{path} is no results file of this version: it says {found!r}, needed is {SCHEMA!r}; "
+            "make it anew with python -m bench run"
         )
     try:
         results = Results.model_validate(value)

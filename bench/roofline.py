@@ -11,7 +11,7 @@ import json
 import os
 import time
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,7 @@ class ModelConfigs:
 
 
 @lru_cache(maxsize=32)
-def _module(component: str, config_json: str) -> torch.nn.Module:
+def _module(component: str, config_json: str) -> Any:
     """The component on the meta device."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -85,21 +85,23 @@ def _inputs(component: str, config: dict[str, Any], tokens: int, height: int, wi
     """Meta tensors for one call; `height` and `width` in latent pixels, `batch` the component's own."""
     import torch
 
-    empty = {"device": "meta"}
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
     if component == "unet":
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         return {
-            "sample": torch.empty(batch, config["in_channels"], height, width, **empty),
-            "timestep": torch.empty(1, **empty),
-            "encoder_hidden_states": torch.empty(batch, tokens, config["cross_attention_dim"], **empty),
+            "sample": empty(batch, config["in_channels"], height, width),
+            "timestep": empty(1),
+            "encoder_hidden_states": empty(batch, tokens, config["cross_attention_dim"]),
             "added_cond_kwargs": {
-                "text_embeds": torch.empty(batch, pooled, **empty),
-                "time_ids": torch.empty(batch, 6, **empty),
+                "text_embeds": empty(batch, pooled),
+                "time_ids": empty(batch, 6),
             },
         }
     if component == "vae_decoder":
-        return {"z": torch.empty(batch, config["latent_channels"], height, width, **empty)}
-    ids = torch.empty(batch, tokens, dtype=torch.long, device="meta")
+        return {"z": empty(batch, config["latent_channels"], height, width)}
+    ids = empty(batch, tokens, dtype=torch.long)
     return {"input_ids": ids, "output_hidden_states": True}
 
 
@@ -110,7 +112,7 @@ def _numbers(value: Any) -> int:
     return value.numel() if hasattr(value, "numel") else 0
 
 
-@lru_cache(maxsize=None)
+@cache
 def count_cost(component: str, config_json: str, tokens: int, height: int, width: int, batch: int) -> Cost:
     """FLOPs and least bytes of one call; `height` and `width` in latent pixels (ignored by the text encoders)."""
     import torch
@@ -134,7 +136,7 @@ def count_cost(component: str, config_json: str, tokens: int, height: int, width
     return Cost(parameters, float(counter.get_total_flops()), moved)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _flops_polynomial(component: str, config_json: str, tokens: int, unit: int) -> tuple[float, float, float]:
     """FLOPs of one sample as a + b n + c n² in latent pixels n: convolutions and linear layers are linear in n,
     self-attention quadratic, embeddings constant. So three counts give every size exactly."""

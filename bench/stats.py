@@ -1,4 +1,4 @@
-"""What the samples say: medians with intervals, ratios from interleaved rounds, and what is wrong with them, in words."""
+"""What the samples say: medians with intervals, ratios from interleaved rounds, and their faults, in words."""
 
 from __future__ import annotations
 
@@ -124,7 +124,9 @@ def diagnose(
     words = []
     median = float(np.median(totals_ms))
     if floor_ms is not None and median < floor_ms:
-        words.append(f"refused: {median:.1f} ms is faster than the roofline floor of {floor_ms:.1f} ms; this is no result")
+        words.append(
+            f"refused: {median:.1f} ms is faster than the roofline floor of {floor_ms:.1f} ms; this is no result"
+        )
     if unaccounted > SUM_WITHIN:
         words.append(f"stages leave {unaccounted:.1%} of the total unexplained (allowed 1 %)")
     if (cv := spread(totals_ms)) > NOISY_CV:

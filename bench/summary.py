@@ -1,4 +1,4 @@
-"""From the raw samples of one cell to its rows: medians, intervals, speed-ups, distance to the floor, faults in words."""
+"""From one cell's raw samples to its rows: medians, intervals, speed-ups, distance to the floor, faults in words."""
 
 from __future__ import annotations
 

@@ -169,7 +169,8 @@ def _latency_series(results: Results, cells: list[CellRecord], x: Any) -> list[S
 
 def picture_grid(results: Results, limit: int = 9) -> list[dict[str, Any]]:
     """The same prompt and seed side by side: [{"prompt", "seed", "resolution", "pictures": [...]}]."""
-    order, grid = list(colours(results)), {}
+    order: list[str] = list(colours(results))
+    grid: dict[tuple[str, int], dict[str, Any]] = {}
     for picture in results.pictures:
         key = (picture.prompt, picture.seed)
         entry = grid.setdefault(
@@ -208,14 +209,18 @@ def loss_charts(results: Results) -> list[dict[str, Any]]:
         checkpoint = artifact(results.contestant(name), "checkpoint")
         if not checkpoint or not checkpoint["losses"]:
             continue
-        offset, points = 0, []
+        offset = 0
+        points: list[tuple[float, ...]] = []
         for stage in checkpoint["losses"]:
             points += [(offset + step, max(loss, 1e-9)) for step, loss, _ in stage["points"]]
             offset += stage["steps"]
         last = checkpoint["losses"][-1]
         terms = last["points"][-1][2]
         chart = line_chart(
-            [Series(name, colour, points, dots=False)], Axis("step"), Axis("loss", log=True), f"distillation loss of {name}"
+            [Series(name, colour, points, dots=False)],
+            Axis("step"),
+            Axis("loss", log=True),
+            f"distillation loss of {name}",
         )
         charts.append(
             {
@@ -305,7 +310,8 @@ def hash_table(results: Results) -> list[dict[str, str]]:
             if one["kind"] == "bundle":
                 table.append({"what": f"{record.name}: source checkpoint", "sha256": one["source"]["sha256"]})
                 table += [
-                    {"what": f"{record.name}: {engine['file']}", "sha256": engine["sha256"]} for engine in one["engines"]
+                    {"what": f"{record.name}: {engine['file']}", "sha256": engine["sha256"]}
+                    for engine in one["engines"]
                 ]
                 onnx = {(engine["component"], engine["onnx_sha256"]) for engine in one["engines"]}
                 table += [{"what": f"{record.name}: ONNX of {name}", "sha256": sha} for name, sha in sorted(onnx)]

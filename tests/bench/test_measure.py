@@ -3,13 +3,20 @@ from dataclasses import replace
 import pytest
 
 from bench.fake import FakeContestant, busy_wait
-from bench.measure import STAGES, CpuClock, Cell, Plan, cold_start, measure_cells, measure_rounds, timed_draw
+from bench.measure import STAGES, Cell, CpuClock, Plan, cold_start, measure_cells, measure_rounds, timed_draw
 from bench.workload import Workload
 from distill.architectures import Resolution
 from distill.errors import UserError
 
 WORKLOAD = Workload(resolution=Resolution(64, 64), steps=4)
-DELAYS = {"prepare": 2.0, "tokenise": 1.0, "text_encoders": 4.0, "denoise": 10.0, "vae_decode": 8.0, "post_process": 3.0}
+DELAYS = {
+    "prepare": 2.0,
+    "tokenise": 1.0,
+    "text_encoders": 4.0,
+    "denoise": 10.0,
+    "vae_decode": 8.0,
+    "post_process": 3.0,
+}
 
 
 def best(runs):
@@ -30,7 +37,7 @@ def test_the_known_delays_come_back():
 
 
 def test_the_harness_adds_less_than_one_percent():
-    """The least total over the delays themselves, pictures included, for a call of 20 ms: far shorter than a real one."""
+    """The least total over the delays themselves, for a call of 20 ms: far shorter than a real one."""
     fake = FakeContestant("fake", {"denoise": 5.0})
     clock = CpuClock()
 

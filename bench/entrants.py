@@ -1,0 +1,112 @@
+"""A contestant with what is known about it beyond drawing: its folders, its FLOPs, its cold start, its family."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.contestants import Spec
+from bench.gpu import Gpu
+from bench.inventory import kind_of
+from bench.measure import cold_start
+from bench.workload import PROMPTS, Workload
+from distill.architectures import FAMILIES, SDXL_FAMILY, Family
+
+if TYPE_CHECKING:
+    from bench.summary import Costs
+
+
+@dataclass
+class Entrant:
+    """A contestant with what is known about it beyond drawing."""
+
+    spec: Spec
+    contestant: Any
+    folders: list[Path]
+    configs: Any = None
+    why_no_costs: str | None = None
+    cold: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    def checkpoint(self) -> Path | None:
+        """The diffusers folder with this contestant's weights, None where nobody said."""
+        for folder in self.folders:
+            if kind_of(folder) == "checkpoint":
+                return folder
+        return self.contestant.folder if self.spec.kind in ("eager", "compiled") else None
+
+    def costs(self, workload: Workload) -> Costs | None:
+        from bench.roofline import component_costs
+
+        return component_costs(self.configs, workload) if self.configs is not None else None
+
+
+def find_family(entrants: list[Entrant]) -> Family:
+    """The family whose widths the first known UNet has; SDXL's where nobody knows."""
+    for entrant in entrants:
+        if entrant.configs is not None:
+            widths = list(entrant.configs.parsed("unet")["block_out_channels"])
+            for family in FAMILIES.values():
+                if widths == list(family.unet["block_out_channels"]):
+                    return family
+    return SDXL_FAMILY
+
+
+def find_configs(entrant: Entrant) -> None:
+    from bench.roofline import ModelConfigs
+
+    if entrant.spec.kind == "fake":
+        entrant.why_no_costs = "a fake contestant computes nothing"
+        return
+    folder = entrant.checkpoint()
+    if folder is None:
+        entrant.why_no_costs = "no checkpoint among its artifacts, so its FLOPs are not known"
+        return
+    entrant.configs = ModelConfigs.of_folder(folder)
+
+
+def family_prompts(family: Family, count: int) -> list[str]:
+    """Prompts that the family has learnt: captions of the shapes world for mini, plain prompts otherwise."""
+    if family.name != "mini":
+        return [PROMPTS[index % len(PROMPTS)] for index in range(count)]
+    import numpy as np
+
+    from distill.shapes import random_scene
+
+    rng = np.random.default_rng(2024)
+    return [random_scene(rng).caption for _ in range(count)]
+
+
+def load_entrant(entrant: Entrant, workload: Workload, gpu: Gpu) -> None:
+    """The cold start of one contestant, and what it added to memory."""
+    import psutil
+
+    gc.collect()
+    rss = psutil.Process().memory_info().rss
+    used = gpu.state()["memory_used_bytes"]
+    start = cold_start(entrant.contestant, workload)
+    entrant.cold = {"load_ms": start.load_ms, "first_image_ms": start.first_image_ms}
+    after = gpu.state()["memory_used_bytes"]
+    entrant.memory = {
+        "rss_added_bytes": psutil.Process().memory_info().rss - rss,
+        "device_added_bytes": after - used if after is not None and used is not None else None,
+        "allocator_peak_bytes": None,
+        "why": gpu.reason,
+    }
+
+
+def import_quietly() -> None:
+    """Imports the common libraries now, so that the first contestant's cold start does not pay for everyone's."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    _ = (diffusers.StableDiffusionXLPipeline, transformers.CLIPTextModelWithProjection)

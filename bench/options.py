@@ -1,0 +1,73 @@
+"""What `python -m bench run` can be told, and what is wrong with it before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench.workload import SCHEDULERS
+from distill.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from bench.contestants import Spec
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    """Measures contestants on the machine at hand and writes one results file."""
+
+    contestants: list[str]
+    """NAME=KIND[@OPTION]:SOURCE, kinds eager, compiled, optimum, bundle, fake."""
+    out: Path
+    """The results file to write."""
+    artifacts: list[str] = field(default_factory=list)
+    """NAME=FOLDER: checkpoint, ONNX and bundle folders of a contestant: its sizes, losses, hashes, fp32 reference."""
+    baseline: str | None = None
+    """The contestant that speed-ups are told against; the first one if not given."""
+    resolutions: str = "first"
+    """`all`, `first`, or WIDTHxHEIGHT,...; the first is the main one."""
+    steps: str = "30"
+    """Step counts, comma-separated; the first is the main one."""
+    batches: str = "1"
+    guidance: str = "5"
+    """Guidance scales, comma-separated; 1 means no guidance."""
+    scheduler: str = "default"
+    seed: int = 0
+    seconds: float = 60.0
+    """Time for the timed rounds of all cells together; every cell gets at least `min-rounds`."""
+    min_rounds: int = 6
+    max_rounds: int = 100
+    warmup: int = 1
+    max_warmup: int = 3
+    pictures: int = 9
+    """Pictures each contestant draws, the same prompts and seeds for all; 0 for none."""
+    picture_steps: int = 20
+    energy_seconds: float = 10.0
+    reference: bool = True
+    """Compare each contestant with its checkpoint in fp32 (needs a checkpoint among its artifacts)."""
+    device: str | None = None
+    """cpu or cuda; the GPU if there is one."""
+    workdir: Path = Path("out/sources")
+
+
+def check_options(options: RunOptions, specs: list[Spec]) -> str:
+    """Raises UserError for what can be known to be wrong before anything is loaded; returns the baseline's name."""
+    if options.min_rounds < 1 or options.max_rounds < options.min_rounds:
+        raise UserError(
+            f"rounds from {options.min_rounds} to {options.max_rounds}: at least 1 is needed, and the most must not be "
+            "below the least"
+        )
+    if options.scheduler not in SCHEDULERS:
+        raise unknown("scheduler", options.scheduler, SCHEDULERS)
+    if options.device not in (None, "cpu", "cuda"):
+        raise unknown("device", str(options.device), ("cpu", "cuda"))
+    from bench.contestants import default_device
+
+    if options.device == "cuda" and default_device() != "cuda":
+        raise UserError("device cuda: torch sees no NVIDIA GPU here; leave --device away to run on the CPU")
+    names = [spec.name for spec in specs]
+    baseline = options.baseline or names[0]
+    if baseline not in names:
+        raise unknown("baseline", baseline, names)
+    return baseline

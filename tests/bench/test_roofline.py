@@ -1,0 +1,100 @@
+import pytest
+
+from bench.peaks import PEAKS, PUBLISHED, find_peak
+from bench.predict import check_predictions, predict, published_known
+from bench.roofline import (
+    Cost,
+    architecture_configs,
+    component_costs,
+    count_cost,
+    measure_cpu_peak,
+    mfu,
+    total_flops,
+    total_floor_ms,
+)
+from bench.workload import Workload
+from distill.architectures import ARCHITECTURES, Resolution
+
+SQUARE = Workload(resolution=Resolution(1024, 1024), steps=30)
+
+
+@pytest.mark.parametrize(("name", "step_tflop", "image_tflop"), [("sdxl", 13.52, 416), ("vega", 5.645, 180)])
+def test_full_size_counts_are_the_known_ones(name, step_tflop, image_tflop):
+    costs = component_costs(architecture_configs(name), SQUARE)
+    calls, unet = costs["unet"]
+    assert calls == 30
+    assert unet.flops / 1e12 == pytest.approx(step_tflop, rel=1e-3)
+    assert unet.parameters == ARCHITECTURES[name].parameters[0]
+    assert costs["vae_decoder"][1].flops / 1e12 == pytest.approx(10.47, rel=1e-3)
+    assert total_flops(costs) / 1e12 == pytest.approx(image_tflop, rel=2e-3)
+    # the published floors of a 30-step SDXL picture: 1.33 s on an A100, 2.52 s on an RTX 4090, 0.42 s on an H100
+    if name == "sdxl":
+        for gpu, seconds in (("a100-sxm", 1.33), ("rtx4090", 2.52), ("rtx4090-fp16acc", 1.26), ("h100-sxm", 0.42)):
+            peak = PEAKS[gpu]
+            assert total_floor_ms(costs, peak.tflops, peak.terabytes_per_s) == pytest.approx(1e3 * seconds, rel=0.01)
+
+
+@pytest.mark.parametrize("resolution", [Resolution(224, 96), Resolution(96, 160)])
+def test_the_polynomial_gives_what_counting_gives(resolution):
+    configs = architecture_configs("mini-vega")
+    costs = component_costs(configs, Workload(resolution=resolution, steps=1, batch=1))
+    height, width = resolution.height // 8, resolution.width // 8
+    for component, config, batch in (("unet", configs.unet, 2), ("vae_decoder", configs.vae, 1)):
+        counted = count_cost(component, config, 32, height, width, batch)
+        assert costs[component][1].flops == pytest.approx(counted.flops, rel=1e-9)
+
+
+def test_guidance_and_batch_double_the_unet():
+    configs = architecture_configs("mini-vega")
+    plain = component_costs(configs, Workload(resolution=Resolution(128, 128), steps=1, guidance_scale=1.0))
+    guided = component_costs(configs, Workload(resolution=Resolution(128, 128), steps=1))
+    assert guided["unet"][1].flops == pytest.approx(2 * plain["unet"][1].flops)
+    assert guided["vae_decoder"][1].flops == plain["vae_decoder"][1].flops
+
+
+def test_the_floor_is_the_slower_of_arithmetic_and_memory():
+    assert Cost(0, flops=2e12, bytes=1e9).floor_ms(1.0, 1.0) == pytest.approx(2000)
+    assert Cost(0, flops=1e9, bytes=3e12).floor_ms(1.0, 1.0) == pytest.approx(3000)
+    assert mfu({"unet": (10, Cost(0, 1e12, 0))}, total_ms=20_000, tflops=1.0) == pytest.approx(0.5)
+
+
+def test_boards_are_known_by_nvmls_name_and_unknown_ones_have_no_floor():
+    assert find_peak("NVIDIA H200").name == "H200 SXM"
+    assert find_peak("NVIDIA A100-SXM4-80GB").terabytes_per_s == pytest.approx(2.039)
+    assert find_peak("NVIDIA GeForce RTX 4090").tflops > 300  # the faster accumulation: a floor must not be too high
+    assert find_peak("NVIDIA GeForce GTX 1080") is None
+    assert find_peak(None) is None
+
+
+def test_no_published_figure_is_below_its_floor():
+    for one in published_known():
+        assert 0.1 < one.efficiency < 0.78, one
+
+
+def test_predictions_state_their_error_against_what_was_published():
+    checks = check_predictions(published_known())
+    assert len(checks) == len(PUBLISHED)
+    by_figure = {(one.known.gpu, one.known.model, one.known.steps, one.known.runtime): one for one in checks}
+    assert abs(by_figure["rtx4090-fp16acc", "sdxl", 30, "TensorRT"].error) < 0.10
+    assert abs(by_figure["a100-sxm", "ssd-1b", 30, "compiled"].error) < 0.10
+    assert sorted(abs(one.error) for one in checks)[len(checks) // 2] < 0.25
+
+
+def test_a_prediction_leaves_its_own_gpu_and_model_out():
+    checks = check_predictions(published_known())
+    alone = next(one for one in checks if one.known.gpu == "h100-sxm" and one.known.runtime == "TensorRT")
+    others = [one.efficiency for one in published_known() if one.runtime == "TensorRT" and one.gpu != "h100-sxm"]
+    assert alone.calibrated_on == len(others) == 3
+    assert alone.predicted_ms == pytest.approx(alone.known.floor_ms / sorted(others)[1])
+
+
+def test_without_a_calibration_there_is_a_floor_and_no_prediction():
+    found = predict("l40s", "vega", 30, "no such runtime", published_known())
+    assert found.total_ms is None and found.low_ms is None
+    assert found.floor_ms > 0
+
+
+def test_the_cpus_yardstick_is_of_a_real_machines_size():
+    peak = measure_cpu_peak(0.1)
+    assert 1e-3 < peak.tflops < 50
+    assert 1e-4 < peak.terabytes_per_s < 5
