@@ -151,7 +151,8 @@ def method_lines(results: Results) -> list[str]:
         f"Main workload: {results.cells[0].name}; scheduler {load['scheduler']} (the checkpoint's own where it says "
         f"default), seed {load['seed']}; other rows change one thing at a time.",
         "Order: warm-up until two calls agree within 5 %, then rounds A B C, B C A, C A B, so that what happens to "
-        "the machine happens to all; workloads are visited twice, there and back again. The garbage collector runs between rounds, never inside a call.",
+        "the machine happens to all; workloads are visited twice, there and back again. The garbage collector runs "
+        "between rounds, never inside a call.",
         "Medians; 95 % percentile-bootstrap intervals over 2000 resamples, none from fewer than six runs. A speed-up "
         "is the median of the per-round ratios, with rounds resampled as pairs.",
         "Percentiles only where a binomial bound supports them at 99 % confidence. Raw samples are in the JSON.",

@@ -9,8 +9,8 @@ from bench.roofline import (
     count_cost,
     measure_cpu_peak,
     mfu,
-    total_flops,
     total_floor_ms,
+    total_flops,
 )
 from bench.workload import Workload
 from distill.architectures import ARCHITECTURES, Resolution
