@@ -29,7 +29,7 @@ class EngineComponent:
     def __init__(self, engines: list[tuple[Engine, LoadedEngine]], device: str) -> None:
         self.device = torch.device(device)
         self._engines = engines
-        self._choices: dict[tuple[tuple[int, ...], ...], tuple[Engine, LoadedEngine, Profile, int]] = {}
+        self._choices: dict[tuple[str | None, int], tuple[LoadedEngine, Profile, int]] = {}
         first = engines[0][0]
         self.name = first.component
         self.inputs = {tensor.name: tensor for tensor in first.inputs}
@@ -51,7 +51,9 @@ class EngineComponent:
         ready = {name: tensor.to(self.device, self.dtype(name)).contiguous() for name, tensor in inputs.items()}
         batched = [name for name, tensor in self.inputs.items() if tensor.shape and isinstance(tensor.shape[0], str)]
         rows = ready[batched[0]].shape[0]
-        _, loaded, profile, most = self._choose(resolution, rows)
+        if (choice := self._choices.get((resolution, rows))) is None:
+            choice = self._choices[resolution, rows] = self._choose(resolution, rows)
+        loaded, profile, most = choice
         if rows <= most:
             return loaded.run(ready, profile)
         pieces = []
@@ -60,10 +62,10 @@ class EngineComponent:
             pieces.append(self.run(chunk, resolution))
         return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
-    def _choose(self, resolution: str | None, rows: int) -> tuple[Engine, LoadedEngine, Profile, int]:
+    def _choose(self, resolution: str | None, rows: int) -> tuple[LoadedEngine, Profile, int]:
         """The profile with the smallest batch that holds `rows`, else the one with the largest."""
         found = [
-            (engine, loaded, profile, self._most_rows(profile))
+            (loaded, profile, self._most_rows(profile))
             for engine, loaded in self._engines
             for profile in engine.profiles
             if resolution is None or resolution in profile.resolutions
@@ -73,8 +75,8 @@ class EngineComponent:
                 f"resolution {resolution} is not in the bundle's {self.name}: it has {', '.join(self.resolutions)}; "
                 f"ask for one of them, or add it with python -m engines build --resolutions {resolution}"
             )
-        enough = [choice for choice in found if choice[3] >= rows]
-        return min(enough, key=lambda choice: choice[3]) if enough else max(found, key=lambda choice: choice[3])
+        enough = [choice for choice in found if choice[2] >= rows]
+        return min(enough, key=lambda choice: choice[2]) if enough else max(found, key=lambda choice: choice[2])
 
     def _most_rows(self, profile: Profile) -> int:
         return max(shape.max[0] for shape in profile.shapes.values() if shape.max)

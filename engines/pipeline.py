@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from distill.errors import UserError
 from distill.files import read_json
@@ -71,12 +71,16 @@ def load(
     *,
     device: str | None = None,
     cuda_graphs: bool = True,
+    specialization: Literal["eager", "lazy", "none"] | None = None,
     runtime_cache: str | Path | None = None,
+    weights: str | Path | None = None,
     threads: int | None = None,
 ) -> StableDiffusionXLPipeline:
     """A diffusers StableDiffusionXLPipeline whose unet, vae and text encoders are the bundle's engines.
 
-    `device` is "cpu" or "cuda[:n]"; None takes the flavor's own. Everything is verified before it is opened: the
+    `device` is "cpu" or "cuda[:n]"; None takes the flavor's own. `cuda_graphs`, `specialization` and `runtime_cache`
+    (a folder, by default inside the bundle) concern TensorRT only; `weights` is an ONNX folder of the same architecture
+    whose weights replace those of plans built with --refit or --strip. Everything is verified before it is opened: the
     manifest, then GPU, driver and version, then each file's hash. Raises UserError with what was found, what is
     needed and the command that mends it.
     """
@@ -94,7 +98,14 @@ def load(
     for record in manifest.files:
         checked_path(bundle, record, mend)
     cache = Path(runtime_cache) if runtime_cache else bundle / ".runtime-cache"
-    options = LoadOptions(device=place, cuda_graphs=cuda_graphs, runtime_cache=cache, threads=threads)
+    options = LoadOptions(
+        device=place,
+        cuda_graphs=cuda_graphs,
+        specialization=specialization,
+        runtime_cache=cache,
+        weights=Path(weights) if weights else None,
+        threads=threads,
+    )
     shared = backend.open_bundle(bundle, options)
 
     def component(name: str) -> EngineComponent:

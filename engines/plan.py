@@ -137,7 +137,7 @@ def plan_builds(
     layout = layout or DEFAULT_LAYOUTS[flavor]
     installed = backend.version()
     for target in targets:
-        backend.check_build(target.compute_capabilities)
+        backend.check_build(target.compute_capabilities, options or {})
     jobs = []
     for name in _components(folder, components):
         component = folder.components[name]

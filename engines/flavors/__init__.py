@@ -18,6 +18,8 @@ from engines.bundle import Engine, Profile, TensorInfo
 if TYPE_CHECKING:
     import torch
 
+Options = dict[str, bool | int | str]
+"""Builder options that are switched on."""
 Report = Callable[[str, float], None]
 """Told the name of the phase and the fraction done, 0 to 1."""
 
@@ -45,7 +47,11 @@ class LoadOptions(BaseModel):
 
     device: str
     cuda_graphs: bool = True
+    specialization: str | None = None
+    """TensorRT-RTX only: `eager` compiles for a new shape before its first run, `lazy` beside it, `none` not at all."""
     runtime_cache: Path | None = None
+    weights: Path | None = None
+    """ONNX folder whose weights replace those of the plans (built with --refit or --strip)."""
     threads: int | None = None
 
 
@@ -68,7 +74,7 @@ class Flavor(Protocol):
 
     def default_device(self) -> str: ...
 
-    def check_build(self, compute_capabilities: tuple[str, ...]) -> None:
+    def check_build(self, compute_capabilities: tuple[str, ...], options: Options) -> None:
         """Raises UserError where this machine cannot build for these GPUs."""
 
     def build(self, request: BuildRequest, report: Report) -> list[TensorInfo]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.errors import UserError
 from engines.bundle import Engine, Profile, TensorInfo, checked_path, rebuild_command
-from engines.flavors import BuildRequest, LoadOptions, Report
+from engines.flavors import BuildRequest, LoadOptions, Options, Report
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,7 @@ class OnnxRuntimeFlavor:
 
         return "cuda:0" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
 
-    def check_build(self, compute_capabilities: tuple[str, ...]) -> None:
+    def check_build(self, compute_capabilities: tuple[str, ...], options: Options) -> None:
         self.version()
 
     def build(self, request: BuildRequest, report: Report) -> list[TensorInfo]:

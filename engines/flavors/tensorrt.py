@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.errors import UserError
 from engines.bundle import Engine, TensorInfo, checked_bytes, rebuild_command
-from engines.flavors import BuildRequest, LoadOptions, Report, version_mismatch
+from engines.flavors import BuildRequest, LoadOptions, Options, Report, version_mismatch
 from engines.gpus import gpu_at_hand
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ class TensorRTFlavor:
     def default_device(self) -> str:
         return "cuda:0"
 
-    def check_build(self, compute_capabilities: tuple[str, ...]) -> None:
+    def check_build(self, compute_capabilities: tuple[str, ...], options: Options) -> None:
+        if options.get("refit") and self.name == "tensorrt" and self.version().startswith("11.3"):
+            raise UserError("TensorRT 11.3 gives wrong output from --refit plans; install another version, or omit it")
         self.version()
         if self.name == "tensorrt-rtx":
             return
@@ -93,6 +95,7 @@ class TensorRTFlavor:
             weight_streaming=bool(request.options.get("weight_streaming")),
             hardware_compatibility_level=_hardware_level(trt, request.options),
         )(builder, network)
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # one activation arena, and always capturable
         if self.name == "tensorrt-rtx":
             target_capabilities(trt, config, request.compute_capabilities)
         with request.out.open("wb") as file:
@@ -137,7 +140,8 @@ class TensorRTFlavor:
 
         mend = f"mend it with: {rebuild_command(bundle, engine)}"
         plan = checked_bytes(bundle, engine.files[0], mend)
-        return TensorRTEngine(engine, plan, shared, mend)
+        folder = shared.options.weights
+        return TensorRTEngine(engine, plan, shared, mend, folder / engine.component / "model.onnx" if folder else None)
 
 
 def serves(engine: Engine, capability: str) -> bool:

@@ -1,0 +1,50 @@
+"""The few things a plan needs of CUDA, so that what is done with them can be tested without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class CudaDevice:
+    """A stream of its own on one GPU. TensorRT synchronises with the host when it is given the default stream, so
+    every plan runs here, and the two streams are ordered by events, which the host does not wait for."""
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+        self.stream = torch.cuda.Stream(self.device)
+
+    @property
+    def stream_handle(self) -> int:
+        return int(self.stream.cuda_stream)
+
+    @property
+    def title(self) -> str:
+        """GPU and driver, as part of a file name: what compiled kernels belong to."""
+        import pynvml
+
+        pynvml.nvmlInit()
+        name = torch.cuda.get_device_name(self.device).replace(" ", "-").replace("/", "-")
+        return f"{name}_{pynvml.nvmlSystemGetDriverVersion()}"
+
+    def empty(self, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    @contextmanager
+    def ordered(self) -> Iterator[None]:
+        """Work inside comes after what the caller's stream has been given, and before what it is given next."""
+        callers = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(callers)
+        with torch.cuda.stream(self.stream):
+            yield
+        callers.wait_stream(self.stream)
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """The kernels that `work` launches, as one CUDA graph to be launched again at the cost of one call."""
+        graph = torch.cuda.CUDAGraph()
+        self.stream.synchronize()  # once for each shape: capture must not meet work that is still in flight
+        with torch.cuda.graph(graph, stream=self.stream):
+            work()
+        return graph.replay

@@ -1,0 +1,227 @@
+"""The manifest and its verification: whatever is damaged is refused, in one line that says how to mend it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from distill.errors import UserError
+from engines.bundle import Manifest, _inside, read_manifest, verify_bundle
+from engines.pipeline import load, select_engines
+
+DAMAGED_BUNDLES = int(os.environ.get("SLIMXL_DAMAGED_BUNDLES", "2000"))
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, toy_bundle: Path) -> Path:
+    """A copy that may be damaged."""
+    copy = tmp_path / "bundle"
+    shutil.copytree(toy_bundle, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory, toy_bundle: Path) -> Path:
+    """A copy that a test damages and mends again."""
+    copy = tmp_path_factory.mktemp("scratch") / "bundle"
+    shutil.copytree(toy_bundle, copy)
+    return copy
+
+
+def edit(bundle: Path, change: Any) -> None:
+    content = json.loads((bundle / "manifest.json").read_text())
+    change(content)
+    (bundle / "manifest.json").write_text(json.dumps(content))
+
+
+def test_sound_bundle(toy_bundle: Path, toy_manifest: Manifest) -> None:
+    assert verify_bundle(toy_bundle) == []
+    assert toy_manifest.schema_version == 1 and toy_manifest.source.name == "toy"
+
+
+def test_manifest_survives_a_round_trip(toy_manifest: Manifest) -> None:
+    assert Manifest.model_validate_json(toy_manifest.model_dump_json()) == toy_manifest
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda m: m.update(schema_version=7), "schema version 7, this slimxl reads 1"),
+        (lambda m: m.pop("schema_version"), "schema version None"),
+        (lambda m: m.update(schema_version=True), "schema version True"),
+        (lambda m: m.update(extra=1), "damaged at extra"),
+        (lambda m: m["engines"][0]["files"][0].update(path="../../etc/passwd"), "not a plain relative path"),
+        (lambda m: m["engines"][0]["files"][0].update(path="/etc/passwd"), "not a plain relative path"),
+        (lambda m: m["engines"][0]["files"][0].update(path="C:/windows"), "not a plain relative path"),
+        (lambda m: m["engines"][0]["files"][0].update(path="unet\\x.plan"), "not a plain relative path"),
+        (lambda m: m["engines"][0]["files"][0].update(sha256="0"), "damaged at engines.0.files.0.sha256"),
+        (lambda m: m["engines"][0]["files"][0].update(size_bytes=-1), "size_bytes"),
+        (lambda m: m["engines"][0].update(flavor="pickle"), "damaged at engines.0.flavor"),
+        (lambda m: m["engines"][0]["profiles"][0].update(index=3), "profile 3 at position 0"),
+        (lambda m: m["engines"][0]["profiles"][0]["shapes"]["sample"].update(min=[9, 9, 9, 9]), "min <= opt <= max"),
+        (lambda m: m["engines"].append(m["engines"][0]), "two records name the same file"),
+    ],
+)
+def test_damaged_manifest_is_refused(bundle: Path, change: Any, message: str) -> None:
+    edit(bundle, change)
+    with pytest.raises(UserError, match=message) as caught:
+        read_manifest(bundle)
+    assert "python -m engines build" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '"\ud800"', "nul\0"])
+def test_text_that_is_no_manifest_is_refused(bundle: Path, text: str) -> None:
+    (bundle / "manifest.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UserError):
+        read_manifest(bundle)
+
+
+def test_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is not a bundle \(no manifest.json\); build it with"):
+        read_manifest(tmp_path)
+
+
+def test_a_link_that_leads_out_is_refused(bundle: Path, tmp_path: Path) -> None:
+    record = read_manifest(bundle).engines[0].files[0]
+    outside = tmp_path / "outside"
+    shutil.copyfile(bundle / record.path, outside)
+    (bundle / record.path).unlink()
+    (bundle / record.path).symlink_to(outside)
+    assert any("leads out of the bundle" in fault for fault in verify_bundle(bundle))
+
+
+def test_missing_foreign_and_truncated_files_are_named(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    plans = [engine for engine in manifest.engines if engine.flavor == "tensorrt-rtx"]
+    (bundle / plans[0].files[0].path).unlink()
+    shutil.copyfile(bundle / plans[2].files[0].path, bundle / plans[1].files[0].path)
+    os.truncate(bundle / plans[3].files[0].path, 100)
+    faults = verify_bundle(bundle)
+    assert len(faults) == 3
+    assert "is missing from" in faults[0]
+    assert "bytes, the manifest says" in faults[1] and "has 100 bytes" in faults[2]
+    for fault in faults:
+        assert "--flavor tensorrt-rtx --layout ranged --gpus a100,rtx4090" in fault
+
+
+@st.composite
+def damage(draw: st.DrawFn) -> tuple[str, float, Any]:
+    """What is done to a file, where (as a fraction of it), and with what."""
+    kind = draw(st.sampled_from(["flip", "truncate", "append", "zero", "swap", "remove", "empty"]))
+    return kind, draw(st.floats(0, 1, exclude_max=True)), draw(st.integers(1, 255))
+
+
+def _apply(path: Path, other: Path, kind: str, where: float, value: int) -> None:
+    data = path.read_bytes()
+    at = int(where * len(data))
+    match kind:
+        case "flip":
+            path.write_bytes(data[:at] + bytes([data[at] ^ value]) + data[at + 1 :])
+        case "truncate":
+            path.write_bytes(data[:at])
+        case "append":
+            path.write_bytes(data + bytes([value]))
+        case "zero":
+            path.write_bytes(data[:at] + bytes(len(data) - at) + b"\0")
+        case "swap":
+            path.write_bytes(other.read_bytes())
+        case "remove":
+            path.unlink()
+        case "empty":
+            path.write_bytes(b"")
+
+
+@settings(max_examples=DAMAGED_BUNDLES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data(), damage())
+def test_every_damaged_file_is_found(scratch: Path, data: st.DataObject, how: tuple[str, float, Any]) -> None:
+    """Over thousands of damaged bundles: exactly the damaged file is named, and nothing is opened."""
+    records = read_manifest(scratch).all_files
+    record = data.draw(st.sampled_from(records))
+    other = data.draw(st.sampled_from([r for r in records if r.sha256 != record.sha256]))
+    path = scratch / record.path
+    original = path.read_bytes()
+    try:
+        _apply(path, scratch / other.path, *how)
+        faults = verify_bundle(scratch)
+        assert len(faults) == 1 and faults[0].startswith(record.path), faults
+    finally:
+        path.write_bytes(original)
+
+
+@settings(max_examples=DAMAGED_BUNDLES // 2, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.floats(0, 1, exclude_max=True), st.sampled_from(["flip", "truncate", "append"]), st.integers(1, 255))
+def test_every_damaged_manifest_is_refused_or_harmless(scratch: Path, where: float, kind: str, value: int) -> None:
+    """A changed manifest is refused with one line, or still describes this very bundle, or its hashes show it."""
+    path = scratch / "manifest.json"
+    original = path.read_bytes()
+    intact = read_manifest(scratch)
+    try:
+        _apply(path, path, kind, where, value)
+        try:
+            manifest = read_manifest(scratch)
+        except UserError as error:
+            assert "\n" not in str(error)
+            return
+        for record in manifest.all_files:
+            assert (scratch / record.path).resolve().is_relative_to(scratch.resolve())
+        same_files = {r.path: r.sha256 for r in manifest.all_files} == {r.path: r.sha256 for r in intact.all_files}
+        assert same_files or verify_bundle(scratch)
+    finally:
+        path.write_bytes(original)
+
+
+@given(st.text(min_size=1, max_size=40))
+def test_paths_that_climb_are_never_inside(text: str) -> None:
+    for path in (f"../{text}", f"{text}/../../x", f"/{text}", f"a\\..\\{text}", f"{text}/.."):
+        with pytest.raises(ValueError):
+            _inside(path)
+
+
+def test_hash_is_compared_before_anything_is_deserialised(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    engine = next(e for e in read_manifest(bundle).engines if e.flavor == "onnxruntime" and e.component == "unet")
+    path = bundle / engine.files[-1].path
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+    opened = []
+    real = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *a, **k: opened.append(a[0]) or real(*a, **k))
+    with pytest.raises(UserError, match="has sha256 .* the manifest says .* mend it with: python -m engines build"):
+        load(bundle, flavor="onnxruntime")
+    assert not any("unet" in path for path in opened)
+
+
+@pytest.mark.parametrize(
+    "gpu, version, message",
+    [
+        (None, None, "found no GPU or no driver"),
+        (("NVIDIA H100", "9.0"), None, r"for compute capability 8.0, 8.9 .* this GPU is NVIDIA H100 with 9.0"),
+        (("NVIDIA A100", "8.0"), "1.2.3.4", "built by tensorrt-rtx 1.2.3.4, installed is"),
+        (("NVIDIA A100", "8.0"), None, None),
+        (("NVIDIA L40S", "8.9"), None, None),
+    ],
+)
+def test_gpu_and_version_are_checked_before_files(
+    toy_manifest: Manifest, monkeypatch: pytest.MonkeyPatch, gpu: Any, version: str | None, message: str | None
+) -> None:
+    from engines.flavors import find_flavor, tensorrt
+
+    monkeypatch.setattr(tensorrt, "gpu_at_hand", lambda: gpu)
+    if version:
+        engines = [engine.model_copy(update={"flavor_version": version}) for engine in toy_manifest.engines]
+        toy_manifest = toy_manifest.model_copy(update={"engines": engines})
+    if message is None:
+        assert len(select_engines(toy_manifest, find_flavor("tensorrt-rtx"), "cuda:0")) == 4
+        return
+    with pytest.raises(UserError, match=message):
+        select_engines(toy_manifest, find_flavor("tensorrt-rtx"), "cuda:0")
