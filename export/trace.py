@@ -10,24 +10,30 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.fx.experimental._config as _fx_config
 from onnx_ir import Model
+from torch._subclasses import FakeTensorMode
 from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 
-from export.components import COMPONENTS, Component, Config, TensorSpec
+from export.components import Component, Config, TensorSpec
 from export.graph import name_dimensions, optimize
+from export.opening import CannotOpen, choose_axes, open_dimensions, sized
 from export.wrappers import example
 
 aten = torch.ops.aten
 MAX_BATCH = 63
 """diffusers' upsampler takes another way from 64 on; a guidance batch of 31 images is enough."""
 
+_ELEMENTWISE = {aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.sub.Tensor, aten.cat.default, aten.concat.default}
 _ASSERTS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg}
 _DIRECT = {
     str(operator)
@@ -60,15 +66,27 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _dynamic_shapes(specs: list[TensorSpec], multiple: int) -> tuple[dict[int, Any] | None, ...]:
-    dims = {
-        "batch": Dim("batch", min=1, max=MAX_BATCH),
-        "height": multiple * Dim("rows", min=1, max=4096),
-        "width": multiple * Dim("columns", min=1, max=4096),
-    }
-    return tuple(
-        {index: dims[axis] for index, axis in enumerate(spec.axes) if axis is not None} or None for spec in specs
-    )
+@contextmanager
+def _without_repeated_work(*, skip_promotion: bool) -> Iterator[None]:
+    """Spares the exporter two things: building the table of translations anew for each graph, and running a whole graph
+    symbolically to find mixed types where `make_lean` has seen that there are none. Private parts of torch: where they
+    have moved, exporting is slower and nothing else."""
+    from torch.onnx._internal.exporter import _fx_passes, _registration
+
+    with ExitStack() as stack:
+        if skip_promotion and hasattr(_fx_passes, "insert_type_promotion_nodes"):
+            stack.enter_context(mock.patch.object(_fx_passes, "insert_type_promotion_nodes", lambda graph_module: None))
+        registry = getattr(_registration, "ONNXRegistry", None)
+        if registry is not None and hasattr(registry, "from_torchlib"):
+            make = registry.from_torchlib
+            cached = staticmethod(lambda opset_version: _registry(make, opset_version))
+            stack.enter_context(mock.patch.object(registry, "from_torchlib", cached))
+        yield
+
+
+@cache
+def _registry(make: Callable[[int], Any], opset: int) -> Any:
+    return make(opset)
 
 
 def _replacement(node: Node) -> Node | None:
@@ -82,6 +100,15 @@ def _replacement(node: Node) -> Node | None:
         return source
     is_cast = node.target in (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default)
     return source if is_cast and node.meta["val"].dtype == source.meta["val"].dtype else None
+
+
+def _mixes_types(node: Node) -> bool:
+    """True where an elementwise operator is given tensors of unlike types, which ONNX does not promote."""
+    if node.target not in _ELEMENTWISE:
+        return False
+    result = node.meta["val"].dtype
+    values = [argument.meta["val"] for argument in node.all_input_nodes]
+    return any(not isinstance(value, torch.Tensor) or value.dtype != result for value in values)
 
 
 def make_lean(program: ExportedProgram) -> bool:
@@ -104,23 +131,44 @@ def make_lean(program: ExportedProgram) -> bool:
             )
     graph.eliminate_dead_code()
     program.graph_module.recompile()
-    return all(str(node.target) in _DIRECT for node in graph.nodes if node.op == "call_function")
+    return all(str(node.target) in _DIRECT and not _mixes_types(node) for node in graph.nodes if node.op == "call_function")
 
 
-def capture(module: nn.Module, inputs: list[TensorSpec], multiple: int, *, dynamic: bool) -> ExportedProgram:
-    """The network as a graph of ATen operators. Its weights are shared with `module`, not copied."""
-    shapes = _dynamic_shapes(inputs, multiple) if dynamic else None
+def capture_with_symbols(
+    module: nn.Module, inputs: Sequence[TensorSpec], multiple: int
+) -> ExportedProgram:
+    """The network as a graph of ATen operators with symbols for open dimensions. Weights are shared, not copied."""
+    dims = {
+        "batch": Dim("batch", min=1, max=MAX_BATCH),
+        "height": multiple * Dim("rows", min=1, max=4096),
+        "width": multiple * Dim("columns", min=1, max=4096),
+    }
+    shapes = tuple(
+        {index: dims[axis] for index, axis in enumerate(spec.axes) if axis is not None} or None for spec in inputs
+    )
     arguments = tuple(example(spec.dtype, spec.shape) for spec in inputs)
-    patch: Callable[..., Any] = torch.fx.experimental._config.patch  # type: ignore[attr-defined]
-    with _quiet(), torch.no_grad(), patch(backed_size_oblivious=True):
+    with _quiet(), torch.no_grad(), _fx_config.patch(backed_size_oblivious=True):
         return torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
 
 
-def convert(program: ExportedProgram, inputs: list[TensorSpec], outputs: list[TensorSpec], opset: int) -> Model:
-    """The ONNX graph with the component's names, optimised, its weights still those of the program."""
-    if make_lean(program):
-        program.run_decompositions = lambda *args, **kwargs: program  # type: ignore[method-assign]
+def capture(module: nn.Module, inputs: Sequence[TensorSpec], shapes: Sequence[tuple[int, ...]]) -> ExportedProgram:
+    """The network at exactly these input shapes. Nothing is computed, so the shapes may be of any size."""
     with _quiet(), torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            arguments = tuple(
+                torch.empty(shape, dtype=getattr(torch, spec.dtype)) for spec, shape in zip(inputs, shapes, strict=True)
+            )
+        return torch.export.export(module, arguments, strict=False)
+
+
+def convert(
+    program: ExportedProgram, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], opset: int
+) -> Model:
+    """The ONNX graph with the component's names, optimised, its weights still those of the program."""
+    is_direct = make_lean(program)
+    if is_direct:
+        program.run_decompositions = lambda *args, **kwargs: program  # type: ignore[method-assign]
+    with _quiet(), torch.no_grad(), _without_repeated_work(skip_promotion=is_direct):
         onnx_program = torch.onnx.export(
             program,
             (),
@@ -133,23 +181,38 @@ def convert(program: ExportedProgram, inputs: list[TensorSpec], outputs: list[Te
         )
     if onnx_program is None:
         raise RuntimeError("torch.onnx.export returned no program")
-    model = onnx_program.model
-    optimize(model)
-    name_dimensions(model, inputs, outputs)
-    return model
+    optimize(onnx_program.model)
+    return onnx_program.model
 
 
 def trace(
-    component: Component | str,
+    component: Component,
     module: nn.Module,
     config: Config,
-    inputs: list[TensorSpec],
-    outputs: list[TensorSpec],
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
     *,
     opset: int,
     dynamic: bool,
 ) -> Model:
-    """`module` (see `wrappers.wrap`) as an ONNX graph. The shapes of `inputs` are examples where `dynamic`, else exact."""
-    component = COMPONENTS[component] if isinstance(component, str) else component
-    program = capture(module, inputs, component.size_multiple(config), dynamic=dynamic)
-    return convert(program, inputs, outputs, opset)
+    """`module` (see `wrappers.wrap`) as an ONNX graph, at the shapes of `inputs` or, where `dynamic`, at any."""
+    if not dynamic:
+        return convert(capture(module, inputs, [spec.shape for spec in inputs]), inputs, outputs, opset)
+    multiple = component.size_multiple(config)
+    names = list(dict.fromkeys(axis for spec in inputs for axis in spec.axes if axis is not None))
+    try:
+        if names == ["batch"]:
+            raise CannotOpen("one symbol alone is quick, and text encoders count the batch")
+        axes = choose_axes(names, multiple, _fixed_sizes(module, inputs))
+        model = convert(capture(module, inputs, [sized(spec, axes) for spec in inputs]), inputs, outputs, opset)
+        open_dimensions(model, inputs, axes)
+    except CannotOpen:
+        model = convert(capture_with_symbols(module, inputs, multiple), inputs, outputs, opset)
+        name_dimensions(model, inputs, outputs)
+    return model
+
+
+def _fixed_sizes(module: nn.Module, inputs: Sequence[TensorSpec]) -> set[int]:
+    weights = (size for tensor in (*module.parameters(), *module.buffers()) for size in tensor.shape)
+    fixed = (size for spec in inputs for size, axis in zip(spec.shape, spec.axes, strict=True) if axis is None)
+    return {*weights, *fixed}

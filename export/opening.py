@@ -1,0 +1,228 @@
+"""Opens the dimensions of a graph that was traced with fixed sizes, which is several times quicker than symbols.
+
+The trick is to trace with sizes that cannot be mistaken: batch, height and width are made of three primes that divide
+no dimension of any weight. Every size in these networks is a product (no sums), so in the traced graph a number shows
+by its factors which axes it is made of: 137 · 2 · 131 is columns times twice the rows. Such numbers may stand in two
+kinds of places only, the target of a Reshape or an Expand. There a size is kept by reference (0: as the input has it,
+-1: what is left), or computed once from the input's shape. A number anywhere else means that the network does
+something with sizes that this cannot express: `CannotOpen`, and the caller traces with symbols.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+import onnx_ir as ir
+
+from export.components import TensorSpec
+
+_PRIMES = (131, 137, 139, 149, 151, 157, 163, 167, 173, 179, 181, 191, 193, 197, 199, 211, 223, 227, 229, 233)
+"""Not 127: it divides the largest int64, which in a Slice means "to the end"."""
+
+
+class CannotOpen(Exception):
+    """The graph uses a size in a place where it cannot be left open."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An open axis: its size is `multiple` · a whole number, which is `prime` in the traced graph."""
+
+    name: str
+    prime: int
+    multiple: int
+
+    @property
+    def size(self) -> int:
+        return self.prime * self.multiple
+
+
+def choose_axes(names: Iterable[str], multiple: int, fixed_sizes: Iterable[int]) -> list[Axis]:
+    """An axis for each name, with primes that divide none of `fixed_sizes`; a batch may be any number, the others must
+    be multiples of `multiple`."""
+    fixed = {size for size in fixed_sizes if size}
+    primes = iter([prime for prime in _PRIMES if all(size % prime for size in fixed)])
+    try:
+        return [Axis(name, next(primes), 1 if name == "batch" else multiple) for name in names]
+    except StopIteration:
+        raise CannotOpen(f"no primes left beside the sizes {sorted(fixed)}") from None
+
+
+def sized(spec: TensorSpec, axes: Sequence[Axis]) -> tuple[int, ...]:
+    """The shape of an input for tracing."""
+    sizes = {axis.name: axis.size for axis in axes}
+    return tuple(sizes.get(name or "", size) for name, size in zip(spec.axes, spec.shape, strict=True))
+
+
+@dataclass
+class _Opener:
+    graph: ir.Graph
+    axes: Sequence[Axis]
+    new_nodes: list[ir.Node] = field(default_factory=list)
+    values: dict[object, ir.Value] = field(default_factory=dict)
+
+    def factors(self, size: int) -> tuple[int, tuple[int, ...]]:
+        """`size` as coefficient · product of the primes to these powers."""
+        powers = []
+        for axis in self.axes:
+            power = 0
+            while size and size % axis.prime == 0:
+                size, power = size // axis.prime, power + 1
+            powers.append(power)
+        return size, tuple(powers)
+
+    def is_open(self, size: int) -> bool:
+        return any(self.factors(size)[1])
+
+    def dimension(self, size: int) -> int | str:
+        """`size` as it reads in the open graph: itself, or an expression of axis names."""
+        coefficient, powers = self.factors(size)
+        words = []
+        for axis, power in zip(self.axes, powers, strict=True):
+            for _ in range(power):
+                if coefficient % axis.multiple == 0:
+                    coefficient //= axis.multiple
+                    words.append(axis.name)
+                elif axis.multiple % coefficient == 0:
+                    words.append(f"({axis.name}/{axis.multiple // coefficient})")
+                    coefficient = 1
+                else:
+                    words.append(f"({axis.name}/{axis.multiple})")
+        if not words:
+            return size
+        return "*".join(([str(coefficient)] if coefficient != 1 else []) + words)
+
+    def _constant(self, numbers: Sequence[int]) -> ir.Value:
+        key = ("constant", *numbers)
+        if key not in self.values:
+            name = "sizes_" + "_".join(map(str, numbers)).replace("-", "m")
+            tensor = ir.tensor(np.array(numbers, dtype=np.int64), name=name)
+            value = ir.Value(name=name, shape=ir.Shape([len(numbers)]), type=ir.TensorType(ir.DataType.INT64))
+            value.const_value = tensor
+            self.graph.register_initializer(value)
+            self.values[key] = value
+        return self.values[key]
+
+    def _node(self, key: object, kind: str, inputs: list[ir.Value], length: int = 1, **attributes: int) -> ir.Value:
+        """One int64 vector computed at the start of the graph; each `key` once."""
+        if key not in self.values:
+            node = ir.node(kind, inputs, attributes or None)
+            node.name = f"size_node_{len(self.new_nodes)}"
+            [output] = node.outputs
+            output.name = f"size_{len(self.new_nodes)}"
+            output.shape, output.type = ir.Shape([length]), ir.TensorType(ir.DataType.INT64)
+            self.new_nodes.append(node)
+            self.values[key] = output
+        return self.values[key]
+
+    def _axis(self, axis: Axis) -> ir.Value:
+        """The size of an axis, read from the first input that has it."""
+        for value in self.graph.inputs:
+            for index, size in enumerate(value.shape or ()):
+                if size == axis.name:
+                    return self._node(axis.name, "Shape", [value], start=index, end=index + 1)
+        raise CannotOpen(f"no input has the axis {axis.name}")
+
+    def computed(self, size: int) -> ir.Value:
+        """A size as a vector of one element."""
+        coefficient, powers = self.factors(size)
+        terms = []
+        for axis, power in zip(self.axes, powers, strict=True):
+            for _ in range(power):
+                whole, divisor = self._axis(axis), axis.multiple
+                if coefficient % divisor == 0:
+                    coefficient, divisor = coefficient // divisor, 1
+                elif divisor % coefficient == 0:
+                    coefficient, divisor = 1, divisor // coefficient
+                key = (axis.name, divisor)
+                terms.append(self._node(key, "Div", [whole, self._constant([divisor])]) if divisor > 1 else whole)
+        if coefficient != 1 or not terms:
+            terms.append(self._constant([coefficient]))
+        result = terms[0]
+        for term in terms[1:]:
+            result = self._node((result.name, "*", term.name), "Mul", [result, term])
+        return result
+
+    def vector(self, entries: Sequence[int | ir.Value]) -> ir.Value:
+        """A shape of literal numbers and computed sizes."""
+        if all(isinstance(entry, int) for entry in entries):
+            return self._constant([entry for entry in entries if isinstance(entry, int)])
+        parts = [self._constant([entry]) if isinstance(entry, int) else entry for entry in entries]
+        key = ("vector", *(part.name for part in parts))
+        return self._node(key, "Concat", parts, len(parts), axis=0) if len(parts) > 1 else parts[0]
+
+    def reshape_target(self, data: Sequence[int], target: Sequence[int]) -> ir.Value:
+        entries: list[int | ir.Value] = []
+        unresolved = []
+        for index, size in enumerate(target):
+            if not self.is_open(size):
+                entries.append(size)
+            elif index < len(data) and data[index] == size:
+                entries.append(0)
+            else:
+                unresolved.append(index)
+                entries.append(size)
+        if unresolved:  # one size is what is left over; of two, the one that is harder to compute
+            left_over = max(unresolved, key=lambda index: (sum(self.factors(target[index])[1]), index))
+            for index in unresolved:
+                entries[index] = -1 if index == left_over else self.computed(target[index])
+        return self.vector(entries)
+
+    def expand_target(self, data: Sequence[int], target: Sequence[int]) -> ir.Value:
+        padded = [1] * (len(target) - len(data)) + list(data)
+        return self.vector(
+            [
+                size if not self.is_open(size) else 1 if size == old else self.computed(size)
+                for size, old in zip(target, padded, strict=True)
+            ]
+        )
+
+
+def _ints(value: ir.Value | None) -> list[int]:
+    if value is None or value.const_value is None or value.const_value.dtype not in (ir.DataType.INT64, ir.DataType.INT32):
+        return []
+    return [int(number) for number in value.const_value.numpy().ravel()] if prod(value.const_value.shape) < 4096 else []
+
+
+def _fixed_shape(value: ir.Value) -> list[int]:
+    if value.shape is None or not all(isinstance(size, int) for size in value.shape):
+        raise CannotOpen(f"{value.name} has no known shape")
+    return [int(size) for size in value.shape]  # type: ignore[arg-type]
+
+
+def open_dimensions(model: ir.Model, inputs: Sequence[TensorSpec], axes: Sequence[Axis]) -> None:
+    """Rewrites, in place, a graph traced with inputs of the shapes `sized`. Raises CannotOpen."""
+    graph = model.graph
+    opener = _Opener(graph, axes)
+    nodes = list(graph)
+    for initializer in graph.initializers.values():
+        if initializer.shape is not None and any(isinstance(n, int) and opener.is_open(n) for n in initializer.shape):
+            raise CannotOpen(f"the constant {initializer.name} has an open shape {initializer.shape}")
+    rewrites: list[tuple[ir.Node, list[int], list[int]]] = []
+    for node in nodes:
+        for attribute in node.attributes.values():
+            numbers = attribute.value if attribute.type == ir.AttributeType.INTS else [attribute.value]
+            if attribute.type in (ir.AttributeType.INT, ir.AttributeType.INTS) and any(map(opener.is_open, numbers)):
+                raise CannotOpen(f"{node.op_type} {node.name} has the attribute {attribute}")
+        for index, value in enumerate(node.inputs):
+            numbers = _ints(value)
+            if not any(map(opener.is_open, numbers)):
+                continue
+            if node.op_type not in ("Reshape", "Expand") or index != 1 or node.inputs[0] is None:
+                raise CannotOpen(f"{node.op_type} {node.name} takes the size {numbers}")
+            rewrites.append((node, _fixed_shape(node.inputs[0]), _fixed_shape(node.outputs[0])))
+    for value in [*graph.inputs, *graph.outputs, *(output for node in nodes for output in node.outputs)]:
+        if value.shape is not None:
+            dims = [opener.dimension(size) if isinstance(size, int) else size for size in value.shape]
+            value.shape = ir.Shape(dims)
+    for node, data, target in rewrites:
+        is_reshape = node.op_type == "Reshape"
+        node.replace_input_with(1, (opener.reshape_target if is_reshape else opener.expand_target)(data, target))
+        node.attributes.pop("allowzero", None)
+    if opener.new_nodes:
+        graph.insert_before(nodes[0], opener.new_nodes)
+    for value in [value for value in graph.initializers.values() if not value.uses() and not value.is_graph_output()]:
+        graph.initializers.pop(str(value.name))
