@@ -8,6 +8,6 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "build": ["build_bundle"],
         "bundle": ["Manifest", "read_manifest", "verify_bundle"],
         "gpus": ["GPUS"],
-        "pipeline": ["load"],
+        "pipeline": ["load", "refit"],
     },
 )

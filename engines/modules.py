@@ -28,7 +28,7 @@ class EngineComponent:
 
     def __init__(self, engines: list[tuple[Engine, LoadedEngine]], device: str) -> None:
         self.device = torch.device(device)
-        self._engines = engines
+        self.engines = engines
         self._choices: dict[tuple[str | None, int], tuple[LoadedEngine, Profile, int]] = {}
         first = engines[0][0]
         self.name = first.component
@@ -37,7 +37,7 @@ class EngineComponent:
 
     @property
     def resolutions(self) -> list[str]:
-        return list(dict.fromkeys(text for engine, _ in self._engines for text in engine.resolutions))
+        return list(dict.fromkeys(text for engine, _ in self.engines for text in engine.resolutions))
 
     def dtype(self, name: str) -> torch.dtype:
         """Of an input or output."""
@@ -66,7 +66,7 @@ class EngineComponent:
         """The profile with the smallest batch that holds `rows`, else the one with the largest."""
         found = [
             (loaded, profile, self._most_rows(profile))
-            for engine, loaded in self._engines
+            for engine, loaded in self.engines
             for profile in engine.profiles
             if resolution is None or resolution in profile.resolutions
         ]

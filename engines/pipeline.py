@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from distill.errors import UserError
 from distill.files import read_json
@@ -63,6 +63,28 @@ def select_engines(manifest: Manifest, flavor: Flavor, device: str) -> dict[str,
             f"--onnx ONNX --out BUNDLE --flavor {flavor.name} --components {','.join(missing)}"
         )
     return selected
+
+
+def refit(pipeline: StableDiffusionXLPipeline, onnx: str | Path) -> list[str]:
+    """Gives the pipeline's plans the weights of another ONNX folder of the same architecture (a fine-tune, a merged
+    LoRA), in place: nothing is rebuilt, and CUDA graphs stay. Returns the components it changed.
+
+    Raises UserError where no plan was built with --refit, or where the folder does not fit.
+    """
+    changed = []
+    modules: Any = pipeline.components
+    for module in (modules[name] for name in ("unet", "vae", "text_encoder", "text_encoder_2")):
+        model = Path(onnx) / module.component.name / "model.onnx"
+        for engine, loaded in module.component.engines:
+            if engine.options.get("refit") and model.is_file():
+                loaded.refit(model)
+                changed.append(engine.component)
+    if not changed:
+        raise UserError(
+            "no engine of this pipeline can take other weights: build with --flavor tensorrt --refit on the GPU, "
+            f"or build a bundle of its own: python -m engines build --onnx {onnx} --out BUNDLE"
+        )
+    return list(dict.fromkeys(changed))
 
 
 def load(

@@ -196,7 +196,7 @@ def test_hash_is_compared_before_anything_is_deserialised(bundle: Path, monkeypa
     opened = []
     real = onnxruntime.InferenceSession
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *a, **k: opened.append(a[0]) or real(*a, **k))
-    with pytest.raises(UserError, match="has sha256 .* the manifest says .* mend it with: python -m engines build"):
+    with pytest.raises(UserError, match=r"has sha256 .* the manifest says .* mend it with: python -m engines build"):
         load(bundle, flavor="onnxruntime")
     assert not any("unet" in path for path in opened)
 

@@ -130,7 +130,8 @@ def make_toy_onnx(root: Path, precision: str = "fp32", seed: int = 0, source: st
             ["a", "red", "circle"], bos_token_id=1022, eos_token_id=1023, max_length=TEXT_LENGTH
         )
         tokenizer.save_pretrained(root / name.replace("text_encoder", "tokenizer"))
-    EulerDiscreteScheduler().save_pretrained(root / "scheduler")
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1, **betas).save_pretrained(root / "scheduler")
     index = {"_class_name": "StableDiffusionXLPipeline", "scheduler": ["diffusers", "EulerDiscreteScheduler"]}
     (root / "model_index.json").write_text(json.dumps(index))
     about = {

@@ -1,0 +1,165 @@
+"""A stand-in for the TensorRT modules and for CUDA: plans that double their first input, and a record of every call.
+
+It checks what the real library would: that memory is bound, large enough and aligned, and that addresses are set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+WEIGHTS = {"scale": 2.0}
+
+
+class FakeDevice:
+    """CUDA's streams and graphs, by doing the work at once."""
+
+    title = "Fake-GPU_1.0"
+    stream_handle = 7
+
+    def __init__(self) -> None:
+        self.captures = 0
+        self.ordered_depth = 0
+
+    def empty(self, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    @contextmanager
+    def ordered(self) -> Iterator[None]:
+        self.ordered_depth += 1
+        yield
+        self.ordered_depth -= 1
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """A graph is captured without being run."""
+        self.captures += 1
+        return work
+
+
+class FakeContext:
+    def __init__(self, plan: FakePlan) -> None:
+        self.plan = plan
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        self.memory = (0, 0)
+        self.profile = 0
+        self.enqueued = 0
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self.profile = index
+        return index < self.plan.profiles
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = tuple(shape)
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes["sample"]
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return True
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        return 16 * int(np.prod(self.shapes["sample"]))
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert address % 256 == 0
+        self.memory = (address, size)
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert stream == FakeDevice.stream_handle
+        assert self.memory[1] >= self.update_device_memory_size_for_shapes(), "activation memory too small"
+        self.enqueued += 1
+        count = int(np.prod(self.shapes["sample"]))
+        source = np.ctypeslib.as_array((ctypes.c_float * count).from_address(self.addresses["sample"]))
+        target = np.ctypeslib.as_array((ctypes.c_float * count).from_address(self.addresses["out_sample"]))
+        target[:] = source * self.plan.scale
+        return True
+
+
+class FakePlan:
+    refittable = True
+
+    def __init__(self, profiles: int) -> None:
+        self.profiles = profiles
+        self.scale = 2.0
+        self.contexts: list[FakeContext] = []
+        self.configs: list[Any] = []
+
+    def create_runtime_config(self) -> Any:
+        config = SimpleNamespace(cache=None)
+        config.set_execution_context_allocation_strategy = lambda strategy: setattr(config, "allocation", strategy)
+        config.create_runtime_cache = FakeCache
+        config.set_runtime_cache = lambda cache: setattr(config, "cache", cache)
+        self.configs.append(config)
+        return config
+
+    def create_execution_context(self, how: Any) -> FakeContext:
+        self.contexts.append(FakeContext(self))
+        return self.contexts[-1]
+
+    def get_device_memory_size_for_profile_v2(self, index: int) -> int:
+        return 100_000 * (index + 1)
+
+
+class FakeCache:
+    def __init__(self) -> None:
+        self.content = b"compiled"
+        self.loaded: bytes | None = None
+
+    def deserialize(self, blob: bytes) -> bool:
+        self.loaded = blob
+        return True
+
+    def serialize(self) -> bytes:
+        return self.content
+
+
+class FakeRefitter:
+    def __init__(self, plan: FakePlan, logger: Any) -> None:
+        self.plan = plan
+
+    def get_missing_weights(self) -> list[str]:
+        return []
+
+    def refit_cuda_engine_async(self, stream: int) -> bool:
+        self.plan.scale = WEIGHTS["scale"]
+        return True
+
+
+class FakeTensorRT:
+    """The module. `plan` is what every deserialisation gives."""
+
+    def __init__(self, profiles: int = 1, header_reasons: int = 0) -> None:
+        self.plan = FakePlan(profiles)
+        self.deserialised: list[bytes] = []
+        self.Logger = type("Logger", (), {"WARNING": 2, "__init__": lambda self, level: None})
+        self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
+        self.CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole", DISABLED="disabled")
+        self.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager", LAZY="lazy", NONE="none")
+        self.EngineValidity = SimpleNamespace(INVALID="invalid", VALID="valid")
+        members = {"VERSION_MISMATCH": 1, "UNSUPPORTED_CC": 2, "OLD_CUDA_DRIVER": 4}
+        self.EngineInvalidityDiagnostics = SimpleNamespace(__members__=members)
+        self.Refitter = FakeRefitter
+        self.header_reasons = header_reasons
+
+    def Runtime(self, logger: Any) -> Any:
+        def deserialise(plan: bytes) -> FakePlan:
+            self.deserialised.append(plan)
+            return self.plan
+
+        verdict = ("invalid" if self.header_reasons else "valid", self.header_reasons)
+        return SimpleNamespace(
+            engine_header_size=64, get_engine_validity=lambda header: verdict, deserialize_cuda_engine=deserialise
+        )
+
+    def OnnxParserRefitter(self, refitter: FakeRefitter, logger: Any) -> Any:
+        return SimpleNamespace(refit_from_file=lambda path: Path(path).is_file())

@@ -1,0 +1,86 @@
+"""verify, inspect, list and prune, as commands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from engines.__main__ import main
+from engines.bundle import Manifest, read_manifest, verify_bundle
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, toy_bundle: Path) -> Path:
+    shutil.copytree(toy_bundle, tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    monkeypatch.setattr("sys.argv", ["engines", *map(str, arguments)])
+    return main()
+
+
+def test_verify(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "verify", bundle) == 0
+    assert "8 engines, every hash as recorded" in capsys.readouterr().out
+    victim = bundle / read_manifest(bundle).engines[4].files[0].path
+    victim.write_bytes(victim.read_bytes() + b"x")
+    assert run(monkeypatch, "verify", bundle) == 2
+    printed = capsys.readouterr().out
+    assert "1 fault(s)" in printed and "python -m engines build --onnx ONNX" in printed
+
+
+def test_inspect(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "inspect", bundle) == 0
+    printed = capsys.readouterr().out
+    for text in ("a100 rtx4090 (8.0 8.9)", "sample [1, 4, 12, 12] to [2, 4, 28, 28]", "in  input_ids: int64"):
+        assert text in printed
+    assert run(monkeypatch, "inspect", bundle, "--json") == 0
+    assert Manifest.model_validate_json(capsys.readouterr().out) == read_manifest(bundle)
+
+
+def test_list(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = bundle.parent / "broken"
+    broken.mkdir()
+    (broken / "manifest.json").write_text(json.dumps({"schema_version": 9}))
+    assert run(monkeypatch, "list", bundle.parent) == 0
+    printed = capsys.readouterr().out
+    assert "toy" in printed and "damaged" in printed and "tensorrt-rtx" in printed
+    assert run(monkeypatch, "list", bundle / "unet") == 2
+    assert "no bundle in" in capsys.readouterr().err
+
+
+def test_prune(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    stray = bundle / "unet" / "old.plan"
+    stray.write_bytes(b"old")
+    assert run(monkeypatch, "prune", bundle, "--keep-flavors", "onnxruntime", "--dry-run") == 0
+    assert "would remove" in capsys.readouterr().out and stray.exists()
+    assert len(read_manifest(bundle).engines) == 8
+    assert run(monkeypatch, "prune", bundle, "--keep-flavors", "onnxruntime") == 0
+    assert "4 engine(s) kept" in capsys.readouterr().out
+    assert read_manifest(bundle).flavors == ["onnxruntime"] and verify_bundle(bundle) == []
+    assert not list(bundle.rglob("*.plan"))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--keep-gpus", "rtx9999"], "unknown GPU"),
+        (["--keep-flavors", "tpu"], "unknown flavor"),
+        (["--keep-resolutions", "1x1"], "unknown resolution"),
+        (["--keep-flavors", "tensorrt"], "would leave no engine"),
+    ],
+)
+def test_prune_refuses(
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert run(monkeypatch, "prune", bundle, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert len(read_manifest(bundle).engines) == 8

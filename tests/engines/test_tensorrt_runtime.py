@@ -1,0 +1,182 @@
+"""How plans are run, against a stand-in for TensorRT and CUDA: the memory, the graphs, the caches, the copies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distill.errors import UserError
+from engines.bundle import Engine, Manifest, Profile, ShapeRange
+from engines.flavors import LoadOptions
+from engines.flavors.tensorrt_runtime import ALIGNMENT, Arena, RuntimeCache, TensorRTEngine
+from tests.engines import fake_tensorrt
+from tests.engines.fake_tensorrt import FakeCache, FakeDevice, FakeTensorRT
+
+SIZES = ["128x128", "224x96", "96x224"]
+
+
+def profile(index: int, sizes: list[str], exact: bool) -> Profile:
+    shapes = [[2, 4, int(s.split("x")[1]) // 8, int(s.split("x")[0]) // 8] for s in sizes]
+    low = [min(side) for side in zip(*shapes, strict=True)]
+    high = [max(side) for side in zip(*shapes, strict=True)]
+    if not exact:
+        low[0] = 1
+    return Profile(
+        index=index, resolutions=sizes, batch=1, shapes={"sample": ShapeRange(min=low, opt=shapes[0], max=high)}
+    )
+
+
+def make(
+    manifest: Manifest, tmp_path: Path, flavor: str = "tensorrt", layout: str = "ranged", **options: Any
+) -> tuple[TensorRTEngine, FakeTensorRT, Arena, Engine]:
+    ranged = layout == "ranged"
+    profiles = [profile(0, SIZES, False)] if ranged else [profile(i, [s], True) for i, s in enumerate(SIZES)]
+    unet = next(engine for engine in manifest.engines if engine.component == "unet")
+    sample = [tensor.model_copy(update={"dtype": "float32"}) for tensor in unet.inputs if tensor.name == "sample"]
+    outputs = [tensor.model_copy(update={"dtype": "float32"}) for tensor in unet.outputs]
+    engine = unet.model_copy(
+        update={"flavor": flavor, "layout": layout, "profiles": profiles, "inputs": sample, "outputs": outputs}
+        | {"options": options.pop("built_with", {})}
+    )
+    trt = FakeTensorRT(profiles=len(profiles), header_reasons=options.pop("header_reasons", 0))
+    settings = LoadOptions(device="cpu", runtime_cache=tmp_path / "cache", **options)
+    arena = Arena(trt, tmp_path, settings, FakeDevice())  # type: ignore[arg-type]
+    return TensorRTEngine(engine, b"plan", arena, "mend it", settings.weights), trt, arena, engine
+
+
+def sample(size: str, value: float = 1.0) -> torch.Tensor:
+    width, height = map(int, size.split("x"))
+    return torch.full((2, 4, height // 8, width // 8), value)
+
+
+@pytest.mark.parametrize("flavor", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("layout", ["ranged", "shared"])
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_every_size_in_any_order(
+    toy_manifest: Manifest, tmp_path: Path, flavor: str, layout: str, cuda_graphs: bool
+) -> None:
+    loaded, trt, arena, engine = make(toy_manifest, tmp_path, flavor, layout, cuda_graphs=cuda_graphs)
+    for value, size in enumerate([*SIZES, *reversed(SIZES), SIZES[0]], start=1):
+        index = 0 if layout == "ranged" else SIZES.index(size)
+        result = loaded.run({"sample": sample(size, value)}, engine.profiles[index])["out_sample"]
+        assert torch.equal(result, sample(size, 2.0 * value))
+    ran = [context for context in trt.plan.contexts if context.enqueued]
+    assert len(ran) == 3, "one context for each size, made once"
+    assert [context.profile for context in ran] == ([0, 0, 0] if layout == "ranged" else [0, 1, 2])
+    assert len({context.memory for context in ran}) == 1, "all share one activation buffer"
+    captured_here = flavor == "tensorrt" and cuda_graphs
+    assert arena.device.captures == (3 if captured_here else 0)  # type: ignore[attr-defined]
+
+
+def test_results_belong_to_the_caller(toy_manifest: Manifest, tmp_path: Path) -> None:
+    loaded, _, _, engine = make(toy_manifest, tmp_path)
+    first = loaded.run({"sample": sample("128x128", 1)}, engine.profiles[0])["out_sample"]
+    loaded.run({"sample": sample("128x128", 5)}, engine.profiles[0])
+    assert torch.equal(first, sample("128x128", 2))
+
+
+def test_an_input_changed_in_place_is_copied_again_and_an_unchanged_one_is_not(
+    toy_manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, _, _, engine = make(toy_manifest, tmp_path)
+    latent = sample("128x128", 1)
+    loaded.run({"sample": latent}, engine.profiles[0])
+    copies = []
+    real = torch.Tensor.copy_
+    monkeypatch.setattr(
+        torch.Tensor, "copy_", lambda self, *a, **k: copies.append(a[0] is latent) or real(self, *a, **k)
+    )
+    loaded.run({"sample": latent}, engine.profiles[0])
+    assert copies.count(True) == 0
+    latent.mul_(3)
+    assert torch.equal(loaded.run({"sample": latent}, engine.profiles[0])["out_sample"], sample("128x128", 6))
+    assert copies.count(True) == 1
+    with torch.inference_mode():
+        untracked = sample("128x128", 1)
+        for value in (1, 4):
+            untracked.fill_(value)
+            result = loaded.run({"sample": untracked}, engine.profiles[0])["out_sample"]
+            assert torch.equal(result, sample("128x128", 2 * value))
+
+
+def test_arena_holds_the_largest_need_and_a_range_is_asked_for_its_own_sizes(
+    toy_manifest: Manifest, tmp_path: Path
+) -> None:
+    _, _, ranged, _ = make(toy_manifest, tmp_path)
+    assert ranged.size_bytes == 16 * 2 * 4 * 12 * 28 + ALIGNMENT, "of 224x96, not of the range's corner 224x224"
+    _, _, shared, _ = make(toy_manifest, tmp_path, layout="shared")
+    assert shared.size_bytes == 300_000 + ALIGNMENT
+
+
+def test_graph_is_captured_anew_when_the_arena_moves(toy_manifest: Manifest, tmp_path: Path) -> None:
+    loaded, trt, arena, engine = make(toy_manifest, tmp_path)
+    loaded.run({"sample": sample("128x128")}, engine.profiles[0])
+    old = next(context.memory for context in trt.plan.contexts if context.enqueued)
+    arena.reserve(10_000_000)
+    result = loaded.run({"sample": sample("128x128", 3)}, engine.profiles[0])["out_sample"]
+    assert torch.equal(result, sample("128x128", 6))
+    assert arena.device.captures == 2  # type: ignore[attr-defined]
+    assert next(context.memory for context in trt.plan.contexts if context.enqueued) != old
+
+
+@pytest.mark.parametrize(
+    "layout, asked, strategy", [("ranged", None, "eager"), ("shared", None, "none"), ("ranged", "lazy", "lazy")]
+)
+def test_rtx_settings_follow_the_layout(
+    toy_manifest: Manifest, tmp_path: Path, layout: str, asked: str | None, strategy: str
+) -> None:
+    _, trt, _, _ = make(toy_manifest, tmp_path, "tensorrt-rtx", layout, specialization=asked)
+    config = trt.plan.configs[0]
+    assert config.dynamic_shapes_kernel_specialization_strategy == strategy
+    assert config.cuda_graph_strategy == "whole" and config.allocation == "user" and config.cache is not None
+
+
+def test_header_is_judged_before_the_plan_is_deserialised(toy_manifest: Manifest, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot run here: version mismatch, old cuda driver; mend it"):
+        make(toy_manifest, tmp_path, "tensorrt-rtx", header_reasons=5)
+
+
+def test_runtime_cache_is_kept_and_a_damaged_one_ignored(tmp_path: Path) -> None:
+    first = RuntimeCache(tmp_path, "gpu", FakeCache())
+    first.save()
+    again = FakeCache()
+    RuntimeCache(tmp_path, "gpu", again)
+    assert again.loaded == b"compiled"
+    path = tmp_path / "gpu.kernels"
+    path.write_bytes(path.read_bytes()[:-1] + b"X")
+    damaged = FakeCache()
+    RuntimeCache(tmp_path, "gpu", damaged)
+    assert damaged.loaded is None
+
+
+def test_runtime_cache_in_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cache = RuntimeCache(tmp_path / "file", "gpu", FakeCache())
+    cache.save()
+
+
+def test_refit_exchanges_weights_and_keeps_contexts(
+    toy_manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, trt, _, engine = make(toy_manifest, tmp_path, built_with={"refit": True})
+    loaded.run({"sample": sample("128x128", 1)}, engine.profiles[0])
+    contexts = len(trt.plan.contexts)
+    monkeypatch.setitem(fake_tensorrt.WEIGHTS, "scale", 5.0)
+    onnx = tmp_path / "model.onnx"
+    onnx.write_bytes(b"")
+    loaded.refit(onnx)
+    result = loaded.run({"sample": sample("128x128", 1)}, engine.profiles[0])["out_sample"]
+    assert torch.equal(result, sample("128x128", 5)) and len(trt.plan.contexts) == contexts
+    with pytest.raises(UserError, match="does not fit"):
+        loaded.refit(tmp_path / "absent.onnx")
+    trt.plan.refittable = False
+    with pytest.raises(UserError, match="built without --refit"):
+        loaded.refit(onnx)
+
+
+def test_a_plan_without_weights_needs_them(toy_manifest: Manifest, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a plan without weights"):
+        make(toy_manifest, tmp_path, built_with={"strip": True})
