@@ -113,17 +113,20 @@ def train(
 
 
 @app.command
-def teach(*, out: Path, vae_steps: int = 3000, minutes: float = 55, seed: int = 0) -> None:
+def teach(
+    *, out: Path, vae_steps: int = 3000, vae_whole_steps: int = 1200, minutes: float = 50, seed: int = 0
+) -> None:
     """Make the mini teacher anew: its VAE, then its UNet and text encoders, on the shapes world.
 
     Args:
         out: The pipeline folder to write.
-        vae_steps: Optimiser steps of the VAE.
+        vae_steps: Optimiser steps of the VAE on crops.
+        vae_whole_steps: And on whole pictures.
         minutes: Training time of the UNet and text encoders.
     """
     from distill.teach import teach_mini
 
-    teach_mini(out, vae_steps=vae_steps, minutes=minutes, seed=seed)
+    teach_mini(out, vae_steps=vae_steps, vae_whole_steps=vae_whole_steps, minutes=minutes, seed=seed)
 
 
 @app.command

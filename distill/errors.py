@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -20,7 +21,12 @@ def unknown(kind: str, got: str, allowed: Iterable[str]) -> UserError:
 
 
 def exit_on_user_error(command: Callable[[], int | None]) -> int:
-    """Run `command`; a UserError becomes one line on stderr and exit code 2, Ctrl-C becomes 130."""
+    """Run `command`; a UserError becomes one line on stderr and exit code 2, Ctrl-C becomes 130.
+
+    The libraries' own notices are kept out of the user's sight, unless the environment asks for them.
+    """
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
         return command() or 0
     except UserError as error:

@@ -21,11 +21,12 @@ def prediction_loss(noise_pred: torch.Tensor, target: torch.Tensor, weight: torc
 
 
 def feature_loss(student: torch.Tensor, teacher: torch.Tensor, *, normalize: bool) -> torch.Tensor:
-    """Mean square error of two features; normalised, it is divided by the teacher feature's own mean square, so that
-    no level outweighs another by its scale (LAPTOP-Diff, arXiv 2404.11098, eq. 9)."""
-    teacher = teacher.detach().float()
-    error = (student.float() - teacher).square().mean()
-    return error / teacher.square().mean().clamp_min(1e-12) if normalize else error
+    """Mean square error of two features (batch, ...); normalised, each sample's is divided by the mean square of its
+    teacher feature, so that no level outweighs another by its scale (LAPTOP-Diff, arXiv 2404.11098, eq. 9). By sample
+    and not by batch, so that processes sharing a batch compute what one would."""
+    teacher = teacher.detach().float().flatten(1)
+    error = (student.float().flatten(1) - teacher).square().mean(1)
+    return (error / teacher.square().mean(1).clamp_min(1e-12) if normalize else error).mean()
 
 
 def feature_losses(

@@ -31,6 +31,12 @@ POSITIONS = (
     "top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right",
 )  # fmt: skip
 
+WORDS = tuple(
+    dict.fromkeys(
+        " ".join(["a", *SIZES, *COLORS, *SHAPES, "at the", *POSITIONS, "and on", *BACKGROUNDS, "background"]).split()
+    )
+)
+
 _PALETTE = {**COLORS, **BACKGROUNDS}
 _PALETTE_NAMES = tuple(_PALETTE)
 _PALETTE_RGB = np.array(list(_PALETTE.values()), np.float32)

@@ -145,8 +145,10 @@ def load_component(folder: Path, component: str, dtype: torch.dtype) -> Any:
 
 def load_pipeline(folder: Path, dtype: torch.dtype) -> Any:
     """The whole checkpoint folder as a diffusers StableDiffusionXLPipeline on the CPU."""
+    import diffusers
     from diffusers import StableDiffusionXLPipeline
 
+    diffusers.utils.logging.disable_progress_bar()
     components = {component: load_component(folder, component, dtype) for component in COMPONENT_FOLDERS}
     return StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=dtype, add_watermarker=False, **components)
 
@@ -219,6 +221,7 @@ def _random_checkpoint(name: str, workdir: Path) -> Path:
     from safetensors.torch import save_file
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+    from distill.shapes import WORDS
     from distill.tokenizer import make_clip_tokenizer
 
     architecture = find_architecture(name)
@@ -239,16 +242,17 @@ def _random_checkpoint(name: str, workdir: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     special = {key: family.text_encoder[key] for key in ("bos_token_id", "eos_token_id")}
     length = family.text_encoder["max_position_embeddings"]
+    words = () if family is SDXL_FAMILY else WORDS
     with replacing(folder) as temporary:
         for component, module in modules.items():
-            module.to(dtype).save_config(temporary / component) if component in ("unet", "vae") else (
-                module.config.save_pretrained(temporary / component)
-            )
+            is_diffusers = component in ("unet", "vae")
+            (module.save_config if is_diffusers else module.config.save_pretrained)(temporary / component)
             tensors = {key: _random_tensor(key, value, dtype, generator) for key, value in module.state_dict().items()}
-            stem = "diffusion_pytorch_model" if component in ("unet", "vae") else "model"
+            stem = "diffusion_pytorch_model" if is_diffusers else "model"
             save_file(tensors, temporary / component / f"{stem}.safetensors", metadata={"format": "pt"})
-        make_clip_tokenizer([], max_length=length, **special).save_pretrained(temporary / "tokenizer")
-        make_clip_tokenizer([], max_length=length, pad_token="!", **special).save_pretrained(temporary / "tokenizer_2")
+        for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+            tokenizer = make_clip_tokenizer(words, max_length=length, pad_token=pad, **special)
+            tokenizer.save_pretrained(temporary / name)
         EulerDiscreteScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
         ).save_pretrained(temporary / "scheduler")

@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
-from rich.console import Console
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from distill.architectures import ARCHITECTURES, MINI_FAMILY, Resolution
-from distill.shapes import ATTRIBUTES, Scene, follows, random_scene, render
+from distill.progress import say
+from distill.shapes import ATTRIBUTES, WORDS, Scene, follows, random_scene, render
 from distill.tokenizer import make_clip_tokenizer
 
-WORDS = """a red green blue yellow purple orange cyan pink white black gray brown circle square triangle star cross
-ring small large at the top left right center bottom and on background""".split()
-console = Console()
 
 
 def _to_tensor(images: np.ndarray) -> torch.Tensor:
@@ -81,48 +78,70 @@ def _crops(pool: np.ndarray, batch: int, side: int, rng: np.random.Generator) ->
     return _to_tensor(np.stack(crops))
 
 
-def teach_vae(out: Path, *, steps: int = 3200, batch: int = 16, learning_rate: float = 8e-4, seed: int = 0) -> AutoencoderKL:
-    """Trains the mini VAE and saves it under `out/vae`, its scaling factor measured from its own latents."""
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    pool = _pictures(3000, MINI_FAMILY.resolutions[0], rng)[1]
-    vae = AutoencoderKL(**MINI_FAMILY.vae)
-    with torch.no_grad():  # begin with a narrow posterior: at its default width the noise drowns the means for long
-        vae.quant_conv.weight[4:].zero_()
-        vae.quant_conv.bias[4:].fill_(-5.0)
+def _whole(pools: list[np.ndarray], batch: int, rng: np.random.Generator) -> torch.Tensor:
+    """Whole pictures of one resolution: a group norm's statistics over a picture differ from those over a crop."""
+    pool = pools[rng.integers(len(pools))]
+    return _to_tensor(pool[rng.integers(0, len(pool), batch)])
+
+
+def _train_vae(
+    vae: AutoencoderKL, draw: Callable[[int], torch.Tensor], out: Path, *, steps: int, learning_rate: float, title: str
+) -> None:
+    """L1 + 2 x MSE + a little KL on `draw(step)`, things weighing four times the background; saves into `out/vae`."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, steps, 100))
     ema = EMAModel(vae.parameters(), decay=0.995)
     started = time.monotonic()
     for step in range(steps):
-        # small crops are cheap and hold whole shapes; larger ones at the end teach what lies between them
-        small = step < 0.75 * steps
-        images = _crops(pool, 2 * batch if small else batch, 32 if small else 64, rng)
+        images = draw(step)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(images).latent_dist
             decoded = vae.decode(posterior.sample()).sample.float()
+        is_thing = (images - images[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.05
+        weight = 1 + 3 * is_thing.float()
         error = (decoded - images).abs()
-        loss = error.mean() + 2 * error.square().mean() + 1e-5 * posterior.kl().mean() / 64
+        loss = ((error + 2 * error.square()) * weight).mean() + 1e-5 * posterior.kl().mean() / 64
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 3.0)
         optimizer.step()
         schedule.step()
         ema.step(vae.parameters())
-        if (step + 1) % 250 == 0:
+        if (step + 1) % 200 == 0:
             ema.store(vae.parameters())
             ema.copy_to(vae.parameters())
-            read = _reads(vae, np.random.default_rng(1), 8)
+            read = _reads(vae, np.random.default_rng(1), 16)
             vae.save_pretrained(out / "vae")
             ema.restore(vae.parameters())
             words = " ".join(f"{name} {share:.3f}" for name, share in read.items())
-            console.print(f"vae {step + 1}/{steps} loss {loss.item():.4f} {time.monotonic() - started:.0f} s: {words}")
+            say(f"{title} {step + 1}/{steps} loss {loss.item():.4f} {time.monotonic() - started:.0f} s: {words}")
     ema.copy_to(vae.parameters())
+
+
+def teach_vae(out: Path, *, steps: int, whole_steps: int, batch: int = 16, seed: int = 0) -> AutoencoderKL:
+    """Trains the mini VAE, `steps` on crops and `whole_steps` on whole pictures, and saves it under `out/vae`, its
+    scaling factor measured from its own latents."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    pools = [_pictures(1000, resolution, rng)[1] for resolution in MINI_FAMILY.resolutions]
+    vae = AutoencoderKL(**MINI_FAMILY.vae)
+    with torch.no_grad():  # begin with a narrow posterior: at its default width the noise drowns the means for long
+        vae.quant_conv.weight[4:].zero_()
+        vae.quant_conv.bias[4:].fill_(-5.0)
+
+    def crops(step: int) -> torch.Tensor:
+        small = step < 0.75 * steps
+        return _crops(pools[0], 2 * batch if small else batch, 32 if small else 64, rng)
+
+    _train_vae(vae, crops, out, steps=steps, learning_rate=8e-4, title="vae, crops")
+    _train_vae(
+        vae, lambda _: _whole(pools, batch // 2, rng), out, steps=whole_steps, learning_rate=5e-4, title="vae, whole"
+    )
     with torch.no_grad():
-        latents = torch.cat([vae.encode(_to_tensor(pool[i : i + 64])).latent_dist.mode() for i in range(0, 512, 64)])
+        latents = torch.cat([vae.encode(_to_tensor(pools[0][i : i + 64])).latent_dist.mode() for i in range(0, 512, 64)])
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     vae.save_pretrained(out / "vae")
-    console.print(f"vae done, scaling factor {vae.config.scaling_factor}, reads {_reads(vae, np.random.default_rng(2))}")
+    say(f"vae: scaling factor {vae.config.scaling_factor}, reads {_reads(vae, np.random.default_rng(2))}")
     return vae
 
 
@@ -136,7 +155,7 @@ def _latent_pool(vae: AutoencoderKL, per_resolution: int, seed: int) -> list[tup
             chunks = [vae.encode(_to_tensor(images[i : i + 64])).latent_dist.mode() for i in range(0, len(images), 64)]
         latents = torch.cat(chunks).float() * vae.config.scaling_factor
         pool.append((resolution, [scene.caption for scene in scenes], latents))
-        console.print(f"latents of {resolution}: {len(scenes)}")
+        say(f"latents of {resolution}: {len(scenes)}")
     return pool
 
 
@@ -190,7 +209,7 @@ def teach_unet(
     minutes: float = 55,
     batch: int = 16,
     learning_rate: float = 8e-4,
-    per_resolution: int = 3000,
+    per_resolution: int = 700,
     seed: int = 0,
 ) -> StableDiffusionXLPipeline:
     """Trains the UNet and both text encoders on the task loss for `minutes`, and saves the pipeline under `out`.
@@ -238,13 +257,13 @@ def teach_unet(
         losses.append(loss.item())
         if (step + 1) % 50 == 0:
             seconds = time.monotonic() - started
-            console.print(f"unet step {step + 1} loss {np.mean(losses[-50:]):.4f} {seconds:.0f} s {seconds / (step + 1):.2f} s/step")
+            say(f"unet step {step + 1} loss {np.mean(losses[-50:]):.4f} {seconds:.0f} s {seconds / (step + 1):.2f} s/step")
         if time.monotonic() - started > next_save:
             next_save += 600
             ema.store(parameters)
             ema.copy_to(parameters)
             pipe.save_pretrained(out, safe_serialization=True)
-            console.print(f"follows: {judge(pipe, count=18)}")
+            say(f"follows: {judge(pipe, count=18)}")
             ema.restore(parameters)
             unet.train()
     ema.copy_to(parameters)
@@ -275,9 +294,11 @@ def judge(pipe: StableDiffusionXLPipeline, *, count: int = 90, steps: int = 25, 
     return shares | {"all": float(np.mean([all(result.values()) for result in results]))}
 
 
-def teach_mini(out: Path, *, vae_steps: int, minutes: float, seed: int) -> None:
+def teach_mini(out: Path, *, vae_steps: int, vae_whole_steps: int, minutes: float, seed: int) -> None:
     """The whole making of the mini teacher; a VAE already under `out` is kept."""
     have_vae = (out / "vae" / "config.json").exists()
-    vae = AutoencoderKL.from_pretrained(out / "vae") if have_vae else teach_vae(out, steps=vae_steps, seed=seed)
+    vae = AutoencoderKL.from_pretrained(out / "vae") if have_vae else teach_vae(
+        out, steps=vae_steps, whole_steps=vae_whole_steps, seed=seed
+    )
     pipe = teach_unet(vae, out, minutes=minutes, seed=seed)
-    console.print(f"follows: {judge(pipe)}")
+    say(f"follows: {judge(pipe)}")

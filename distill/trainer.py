@@ -93,7 +93,10 @@ def train(
     """
     options = options or TrainOptions()
     accelerator = Accelerator(
-        mixed_precision=options.mixed_precision, gradient_accumulation_steps=options.accumulation, step_scheduler_with_optimizer=False
+        cpu=not torch.accelerator.is_available(),  # or every process of a GPU-less torchrun takes itself for the only one
+        mixed_precision=options.mixed_precision,
+        gradient_accumulation_steps=options.accumulation,
+        step_scheduler_with_optimizer=False,
     )
     per_process, rest = divmod(recipe.batch_size, accelerator.num_processes * options.accumulation)
     if rest or not per_process:

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from distill.architectures import MINI_FAMILY, Resolution
+from distill.shapes import ATTRIBUTES, SHAPES, WORDS, Scene, Thing, follows, random_scene, read_scene, render
+from distill.tokenizer import make_clip_tokenizer
+
+SCENE = Scene((Thing("large", "red", "circle", "top left"), Thing("small", "blue", "ring", "bottom")), "white")
+
+
+@pytest.mark.parametrize("resolution", MINI_FAMILY.resolutions, ids=str)
+def test_the_reader_reads_every_picture_right(resolution: Resolution) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        scene = random_scene(rng)
+        assert read_scene(render(scene, resolution, rng)) == scene
+
+
+def test_captions_are_read_back() -> None:
+    assert Scene.parse(SCENE.caption) == SCENE
+    with pytest.raises(ValueError, match="not a caption"):
+        Scene.parse("a photograph of a cat")
+
+
+@pytest.mark.parametrize(
+    ("attribute", "other"),
+    [
+        ("color", SCENE.things[0]._replace(color="green")),
+        ("shape", SCENE.things[0]._replace(shape="square")),
+        ("size", SCENE.things[0]._replace(size="small")),
+    ],
+)
+def test_each_wrong_attribute_is_told_from_the_others(attribute: str, other: Thing) -> None:
+    image = render(Scene((other, SCENE.things[1]), "white"), MINI_FAMILY.resolutions[0])
+    assert {name for name, right in follows(SCENE, image).items() if not right} == {attribute}
+
+
+def test_a_missing_thing_and_a_wrong_background_are_told() -> None:
+    image = render(Scene(SCENE.things[:1], "gray"), MINI_FAMILY.resolutions[0])
+    result = follows(SCENE, image)
+    assert not result["background"] and not result["position"] and set(result) == set(ATTRIBUTES)
+
+
+def test_noise_follows_nothing() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    assert not all(follows(SCENE, noise).values())
+
+
+def test_every_word_is_one_token_and_anything_else_is_bytes() -> None:
+    tokenizer = make_clip_tokenizer(WORDS, bos_token_id=1022, eos_token_id=1023, max_length=32)
+    assert len(tokenizer(SCENE.caption).input_ids) == len(SCENE.caption.split()) + 2
+    ids = tokenizer("héllo 漢").input_ids
+    assert ids[0] == 1022 and ids[-1] == 1023 and max(ids[1:-1]) < 1022
+    assert set(SHAPES) <= set(WORDS)

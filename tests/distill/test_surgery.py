@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from distill.architectures import ARCHITECTURES, SDXL_DEPTH, SSD_1B_DEPTH, VEGA_DEPTH
+from distill.errors import UserError
+from distill.sources import component_tensors
+from distill.surgery import make_layer_map, make_student_unet, plan_surgery, unet_shapes
+from distill.trainer import relative_map
+
+
+@pytest.mark.parametrize("preset", ["first", "spread", "similarity"])
+@pytest.mark.parametrize(("teacher", "student"), [("sdxl", "ssd-1b"), ("sdxl", "vega")])
+def test_every_tensor_is_accounted_for_at_full_size(teacher: str, student: str, preset: str) -> None:
+    depths = [ARCHITECTURES[name].depth for name in (teacher, student)]
+    shapes = [unet_shapes(ARCHITECTURES[name]) for name in (teacher, student)]
+    plan = plan_surgery(*shapes, make_layer_map(preset, *depths))
+    assert set(plan.sources) == set(shapes[1])
+    assert set(plan.sources.values()).isdisjoint(plan.unused)
+    assert set(plan.sources.values()) | set(plan.unused) == set(shapes[0])
+    assert any(key.startswith("mid_block.resnets.1.") for key in plan.unused)
+
+
+@pytest.mark.parametrize("preset", ["first", "spread", "similarity"])
+def test_vegas_blocks_are_among_ssd_1bs(preset: str) -> None:
+    ssd_1b = make_layer_map(preset, SDXL_DEPTH, SSD_1B_DEPTH)
+    relative = relative_map(make_layer_map(preset, SDXL_DEPTH, VEGA_DEPTH), ssd_1b)
+    assert relative.keys() == ssd_1b.keys()
+
+
+def test_copied_weights_are_the_teachers(mini_sdxl: Path, tmp_path: Path) -> None:
+    student = ARCHITECTURES["mini-ssd-1b"]
+    plan = make_student_unet(mini_sdxl, student, "similarity", tmp_path / "unet")
+    path = "down_blocks.2.attentions.0.transformer_blocks"
+    assert plan.sources[f"{path}.3.attn1.to_q.weight"] == f"{path}.6.attn1.to_q.weight"
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    teacher = UNet2DConditionModel.from_pretrained(mini_sdxl / "unet").state_dict()
+    for key, value in unet.state_dict().items():
+        assert torch.equal(value, teacher[plan.sources[key]]), key
+
+
+def test_config_json_says_what_the_weights_are(mini_sdxl: Path, tmp_path: Path) -> None:
+    make_student_unet(mini_sdxl, ARCHITECTURES["mini-vega"], "first", tmp_path / "unet")
+    built = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(tmp_path / "unet"))
+    assert built.state_dict().keys() == component_tensors(tmp_path / "unet").keys()
+
+
+def test_explicit_indices_are_kept_and_checked() -> None:
+    path = "down_blocks.2.attentions.0"
+    assert make_layer_map({path: (0, 3, 5, 9)}, SDXL_DEPTH, SSD_1B_DEPTH)[path] == (0, 3, 5, 9)
+    for wrong in [(0, 1), (0, 1, 2, 10), (3, 2, 1, 0), (1, 1, 2, 3)]:
+        with pytest.raises(UserError, match="rising indices below 10"):
+            make_layer_map({path: wrong}, SDXL_DEPTH, SSD_1B_DEPTH)
+    with pytest.raises(UserError, match="unknown transformer"):
+        make_layer_map({"mid_block.attentions.0": (0,)}, SDXL_DEPTH, SSD_1B_DEPTH)
+    with pytest.raises(UserError, match="unknown layer map 'last'"):
+        make_layer_map("last", SDXL_DEPTH, SSD_1B_DEPTH)
+
+
+def test_a_student_deeper_than_its_teacher_is_refused() -> None:
+    with pytest.raises(UserError, match="its teacher only"):
+        make_layer_map("first", VEGA_DEPTH, SSD_1B_DEPTH)
+
+
+def test_maps_that_are_not_nested_are_refused() -> None:
+    held = make_layer_map("first", SDXL_DEPTH, SSD_1B_DEPTH)
+    wanted = make_layer_map("spread", SDXL_DEPTH, VEGA_DEPTH)
+    with pytest.raises(UserError, match="nested"):
+        relative_map(wanted, held)

@@ -1,0 +1,135 @@
+"""What is planned: names, keys, memory; against the published figures of real builds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distill.architectures import MINI_FAMILY, Resolution
+from distill.errors import UserError
+from engines.build import require_memory
+from engines.bundle import Layout
+from engines.gpus import GPUS, resolve_targets
+from engines.onnx_folder import OnnxComponent, read_onnx_folder
+from engines.plan import Job, parse_resolutions, plan_builds, plan_options
+
+RTX = frozenset({"7.5", "8.0", "8.6", "8.9", "12.0", "12.1"})
+
+
+def plan(folder: Path, **change: object) -> list[Job]:
+    settings = {"gpus": ["rtx4090"], "flavor": "tensorrt-rtx"} | change
+    return plan_builds(read_onnx_folder(folder), **settings)  # type: ignore[arg-type]
+
+
+def test_targets() -> None:
+    (one,) = resolve_targets(["rtx4090", "a100", "l40s"], "tensorrt-rtx", RTX)
+    assert one.compute_capabilities == ("8.0", "8.9") and one.gpus == ("a100", "rtx4090", "l40s")
+    assert one.label == "sm80-sm89"
+    each = resolve_targets(["rtx4090", "a100"], "tensorrt", frozenset({"8.0", "8.9"}))
+    assert [target.label for target in each] == ["sm80", "sm89"]
+    (portable,) = resolve_targets(["rtx"], "tensorrt-rtx", RTX)
+    assert portable.compute_capabilities == ("8.6", "8.9", "12.0")
+    assert resolve_targets(["anything"], "onnxruntime", None)[0].label == "any"
+
+
+@pytest.mark.parametrize("name", ["h100", "h200"])
+def test_gpu_that_rtx_cannot_target(name: str) -> None:
+    with pytest.raises(UserError, match=rf"cannot target {name} .* use --flavor onnxruntime"):
+        resolve_targets([name], "tensorrt-rtx", RTX)
+    assert GPUS[name].compute_capability == "9.0"
+
+
+def test_key_changes_with_everything_an_engine_depends_on(toy_onnx_fp16: Path) -> None:
+    changes = [
+        {},
+        {"gpus": ["a100"]},
+        {"layout": "shared"},
+        {"resolutions": "128x128"},
+        {"batches": [2]},
+        {"options": {"weight_streaming": True}},
+        {"flavor": "onnxruntime"},
+    ]
+    jobs = [plan(toy_onnx_fp16, **change)[0] for change in changes]
+    assert len({job.key for job in jobs}) == len(jobs) == len({job.path for job in jobs})
+    assert plan(toy_onnx_fp16)[0].key == jobs[0].key
+    assert plan(toy_onnx_fp16, gpus=["l40s"])[0].key == jobs[0].key, "same silicon, same plan"
+
+
+def test_file_name_says_what_it_is(toy_onnx_fp16: Path) -> None:
+    job = plan(toy_onnx_fp16, gpus=["a100", "rtx5090"], resolutions="224x96", batches=[1, 4])[0]
+    assert job.path.startswith(f"unet/unet_224x96_b1-4_sm80-sm120_tensorrt-rtx-{job.flavor_version}_")
+    assert job.path.endswith(f"_{job.key[:8]}.plan")
+
+
+@pytest.mark.parametrize("layout, plans", [("per-resolution", 9), ("shared", 1), ("ranged", 1)])
+def test_every_layout_covers_every_size_and_batch(toy_onnx_fp16: Path, layout: Layout, plans: int) -> None:
+    jobs = [job for job in plan(toy_onnx_fp16, layout=layout, batches=[1, 2]) if job.component.name == "unet"]
+    assert len(jobs) == plans
+    for resolution in MINI_FAMILY.resolutions:
+        for rows in (1, 2, 4):  # one image with and without guidance, two images with it
+            shape = (rows, 4, resolution.height // 8, resolution.width // 8)
+            serving = [
+                profile
+                for job in jobs
+                for profile in job.profiles
+                if str(resolution) in profile.resolutions and profile.shapes["sample"].admits(shape)
+            ]
+            assert serving, (layout, resolution, rows)
+
+
+def test_static_graph_is_refused_for_other_sizes(toy_onnx_fp16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = read_onnx_folder(toy_onnx_fp16)
+    unet = folder.components["unet"]
+    fixed = [tensor.model_copy(update={"shape": [2, 4, 16, 16]}) for tensor in unet.inputs[:1]]
+    monkeypatch.setitem(unet.__dict__, "inputs", fixed + unet.inputs[1:])
+    with pytest.raises(UserError, match=r"for 160x128 .* export with --resolutions dynamic"):
+        plan_builds(folder, gpus=["a100"], flavor="tensorrt-rtx", resolutions="160x128", components=["unet"])
+
+
+@pytest.mark.parametrize(
+    "weights_gb, profiles, measured_gb",
+    [(1.49, 1, 5.0), (1.49, 9, 6.1), (2.663, 1, 8.8), (2.663, 9, 10.7), (5.135, 1, 17.1), (5.135, 9, 19.7)],
+)
+def test_memory_estimate_is_above_what_was_measured_but_not_by_much(
+    toy_onnx_fp16: Path, weights_gb: float, profiles: int, measured_gb: float
+) -> None:
+    job = plan(toy_onnx_fp16, layout="shared")[0]
+    component = OnnxComponent("unet", job.component.folder, job.component.config)
+    component.__dict__["weights_bytes"] = int(weights_gb * 1e9)
+    sized = Job(**{**job.__dict__, "component": component, "profiles": job.profiles[:profiles]})
+    assert measured_gb <= sized.memory_bytes / 1e9 <= 1.25 * measured_gb
+    with pytest.raises(UserError, match=r"needs about .* GB of memory"):
+        require_memory([sized], int(sized.memory_bytes * 0.9))
+    require_memory([sized], sized.memory_bytes)
+
+
+def test_resolutions() -> None:
+    family = list(MINI_FAMILY.resolutions)
+    assert parse_resolutions("all", family) == family
+    assert parse_resolutions("128x128, 224X96,128x128", family) == [Resolution(128, 128), Resolution(224, 96)]
+
+
+@pytest.mark.parametrize(
+    "flavor, chosen, message",
+    [
+        ("tensorrt-rtx", {"version_compatible": True}, "belong to --flavor tensorrt"),
+        ("tensorrt-rtx", {"hardware_compatible": "ampere+"}, "--gpus rtx"),
+        ("tensorrt-rtx", {"refit": True}, "need a GPU while building"),
+        ("tensorrt-rtx", {"strip": True}, "need a GPU while building"),
+    ],
+)
+def test_options_that_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, flavor: str, chosen: dict[str, object], message: str
+) -> None:
+    monkeypatch.setattr("engines.gpus.gpu_at_hand", lambda: None)
+    with pytest.raises(UserError, match=message):
+        plan_options(flavor, **chosen)  # type: ignore[arg-type]
+
+
+def test_options_that_are_off_leave_no_trace() -> None:
+    assert plan_options("tensorrt") == {}
+    assert plan_options("tensorrt", refit=True, hardware_compatible="same") == {
+        "refit": True,
+        "hardware_compatible": "same",
+    }
