@@ -1,4 +1,4 @@
-"""`python -m engines build|verify|inspect|list|prune`."""
+"""`python -m engines build|verify|inspect|list|prune|bench`."""
 
 from __future__ import annotations
 
@@ -113,6 +113,46 @@ def prune(
     from engines.prune import prune_bundle
 
     return prune_bundle(bundle, _names(keep_gpus), _names(keep_flavors), _names(keep_resolutions), dry_run)
+
+
+def bench(
+    onnx: Path,
+    out: Path,
+    gpus: str = "a100,rtx4090",
+    flavor: Flavors = "tensorrt-rtx",
+    layouts: str = "per-resolution,shared,ranged",
+    components: str = "unet,vae_decoder",
+    keep: bool = False,
+) -> int:
+    """Build every layout and compare time, memory and disk, as ratios to one static plan for each resolution.
+
+    Args:
+        onnx: ONNX folder left by `python -m export onnx`.
+        out: Where layouts.json goes (and the bundles, with --keep).
+        gpus: As for build.
+        flavor: As for build.
+        layouts: Some of per-resolution, shared, ranged.
+        components: Which ones.
+        keep: Keep the bundles.
+    """
+    from distill.errors import unknown
+    from engines.bundle import LAYOUTS
+    from engines.compare import compare_layouts
+
+    chosen = _names(layouts)
+    for name in chosen:
+        if name not in LAYOUTS:
+            raise unknown("layout", name, LAYOUTS)
+    compare_layouts(
+        onnx,
+        out,
+        gpus=_names(gpus),
+        flavor=flavor,
+        layouts=chosen,  # type: ignore[arg-type]
+        components=_names(components),
+        keep=keep,
+    )
+    return 0
 
 
 COMMANDS: dict[str, Callable[..., int]] = {

@@ -72,8 +72,8 @@ def refit(pipeline: StableDiffusionXLPipeline, onnx: str | Path) -> list[str]:
     Raises UserError where no plan was built with --refit, or where the folder does not fit.
     """
     changed = []
-    modules: Any = pipeline.components
-    for module in (modules[name] for name in ("unet", "vae", "text_encoder", "text_encoder_2")):
+    parts: Any = pipeline
+    for module in (parts.unet, parts.vae, parts.text_encoder, parts.text_encoder_2):
         model = Path(onnx) / module.component.name / "model.onnx"
         for engine, loaded in module.component.engines:
             if engine.options.get("refit") and model.is_file():

@@ -57,7 +57,7 @@ def test_key_changes_with_everything_an_engine_depends_on(toy_onnx_fp16: Path) -
 
 
 def test_file_name_says_what_it_is(toy_onnx_fp16: Path) -> None:
-    job = plan(toy_onnx_fp16, gpus=["a100", "rtx5090"], resolutions="224x96", batches=[1, 4])[0]
+    job = plan(toy_onnx_fp16, gpus=["a100", "rtx5090"], layout="shared", resolutions="224x96", batches=[1, 4])[0]
     assert job.path.startswith(f"unet/unet_224x96_b1-4_sm80-sm120_tensorrt-rtx-{job.flavor_version}_")
     assert job.path.endswith(f"_{job.key[:8]}.plan")
 

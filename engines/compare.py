@@ -1,0 +1,130 @@
+"""Compares the layouts: build time, peak memory and disk of each, as ratios to nine static builds and to the weights.
+
+Each layout is built anew in a folder of its own, one after another, on the same machine; only ratios travel to
+another one. What this cannot say is which layout runs faster: that is measured on a GPU, by the bench room.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from distill.files import write_json
+from engines.build import build_bundle
+from engines.bundle import LAYOUTS, Engine, Layout
+from engines.reports import console, size
+
+BASELINE = "per-resolution"
+
+
+@dataclass(frozen=True)
+class LayoutCost:
+    """What the engines of one component cost in one layout."""
+
+    layout: str
+    component: str
+    plans: int
+    profiles: int
+    build_s: float
+    peak_rss_bytes: int
+    disk_bytes: int
+    weights_bytes: int
+
+    @property
+    def disk_over_weights(self) -> float:
+        return self.disk_bytes / self.weights_bytes
+
+
+def layout_cost(layout: str, component: str, engines: Sequence[Engine]) -> LayoutCost:
+    """Sums time and disk over the plans of one component; memory is the most that any of them took."""
+    mine = [engine for engine in engines if engine.component == component]
+    return LayoutCost(
+        layout=layout,
+        component=component,
+        plans=len(mine),
+        profiles=sum(len(engine.profiles) for engine in mine),
+        build_s=sum(engine.build.seconds for engine in mine),
+        peak_rss_bytes=max(engine.build.peak_rss_bytes for engine in mine),
+        disk_bytes=sum(engine.size_bytes for engine in mine),
+        weights_bytes=mine[0].weights_bytes,
+    )
+
+
+def ratios(cost: LayoutCost, baseline: LayoutCost) -> dict[str, float]:
+    """Time, memory and disk against nine static builds."""
+    return {
+        "time": cost.build_s / baseline.build_s,
+        "memory": cost.peak_rss_bytes / baseline.peak_rss_bytes,
+        "disk": cost.disk_bytes / baseline.disk_bytes,
+    }
+
+
+def compare_layouts(
+    onnx: Path,
+    out: Path,
+    *,
+    gpus: list[str],
+    flavor: str = "tensorrt-rtx",
+    layouts: Sequence[Layout] = LAYOUTS,  # type: ignore[assignment]
+    components: Sequence[str] = ("unet", "vae_decoder"),
+    keep: bool = False,
+) -> list[LayoutCost]:
+    """Builds every layout, writes `out/layouts.json` and prints the table. Raises UserError as `build_bundle` does."""
+    costs: list[LayoutCost] = []
+    for layout in layouts:
+        console.print(f"layout {layout}", markup=False)
+        folder = out / layout
+        shutil.rmtree(folder, ignore_errors=True)
+        manifest = build_bundle(onnx, folder, gpus=gpus, flavor=flavor, layout=layout, components=list(components))
+        costs += [layout_cost(layout, component, manifest.engines) for component in components]
+        if not keep:
+            shutil.rmtree(folder)
+    console.print(cost_table(costs))
+    version = manifest.engines[0].flavor_version
+    write_json(
+        out / "layouts.json",
+        {
+            "model": manifest.source.name,
+            "flavor": f"{flavor} {version}",
+            "gpus": gpus,
+            "machine": f"{platform.machine()}, Python {platform.python_version()}",
+            "layouts": [asdict(cost) | {"ratios": ratios(cost, base)} for cost, base in with_baselines(costs)],
+        },
+    )
+    return costs
+
+
+def with_baselines(costs: Sequence[LayoutCost]) -> list[tuple[LayoutCost, LayoutCost]]:
+    """Each cost beside that of its component's static builds, or of the first layout where those were not built."""
+    pairs = []
+    for cost in costs:
+        rivals = [other for other in costs if other.component == cost.component]
+        pairs.append((cost, next((other for other in rivals if other.layout == BASELINE), rivals[0])))
+    return pairs
+
+
+def cost_table(costs: Sequence[LayoutCost]) -> Table:
+    """One row per layout and component."""
+    table = Table(title="layouts (ratios to static builds, one for each resolution)", title_justify="left")
+    for column in ("component", "layout", "plans x profiles", "time", "", "peak memory", "", "disk", "", "x weights"):
+        table.add_column(column)
+    for cost, base in with_baselines(costs):
+        ratio = ratios(cost, base)
+        table.add_row(
+            cost.component,
+            cost.layout,
+            f"{cost.plans} x {cost.profiles // cost.plans}",
+            f"{cost.build_s:.1f} s",
+            f"{ratio['time']:.2f}",
+            size(cost.peak_rss_bytes),
+            f"{ratio['memory']:.2f}",
+            size(cost.disk_bytes),
+            f"{ratio['disk']:.3f}",
+            f"{cost.disk_over_weights:.3f}",
+        )
+    return table
