@@ -59,6 +59,11 @@ class ModelConfigs:
         parts = (architecture.unet_config, family.vae, family.text_encoder, family.text_encoder_2)
         return cls(*(json.dumps(part, sort_keys=True) for part in parts))
 
+    @property
+    def is_narrow(self) -> bool:
+        """Whether the UNet is one of the mini family's width."""
+        return bool(self.parsed("unet")["block_out_channels"][0] < 128)
+
     def parsed(self, part: str) -> dict[str, Any]:
         """The config of `unet`, `vae`, `text_encoder` or `text_encoder_2`."""
         return {key: value for key, value in json.loads(getattr(self, part)).items() if not key.startswith("_")}

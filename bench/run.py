@@ -78,7 +78,10 @@ def _references(entrants: list[Entrant], workload: Workload, device: str) -> dic
     """For each contestant its fp32 picture, or why there is none. One checkpoint is loaded at a time, then dropped."""
     from bench.pipelines import EagerContestant
 
+    import torch
+
     found: dict[str, Pictures | str] = {}
+    threads = torch.get_num_threads()
     for entrant in entrants:
         folder = entrant.checkpoint()
         if folder is None:
@@ -86,7 +89,10 @@ def _references(entrants: list[Entrant], workload: Workload, device: str) -> dic
             continue
         reference = EagerContestant(f"{entrant.name} in fp32", str(folder), device)
         reference.__dict__["folder"] = folder
+        # not timed; a narrow net gains nothing from threads, and loses much where the cores are shared
+        torch.set_num_threads(1 if entrant.configs.is_narrow else threads)
         found[entrant.name] = timed_draw(reference, workload, make_clock(device))[1]
+        torch.set_num_threads(threads)
         del reference
         gc.collect()
     return found
