@@ -8,7 +8,7 @@ OUT ?= out
 MODEL ?=
 GPUS ?= a100,rtx4090
 FLAVOR ?= tensorrt-rtx
-LAYOUT ?= auto
+LAYOUT ?=
 RESOLUTIONS ?= all
 BATCHES ?= 1
 PRECISION ?= fp16
@@ -19,7 +19,9 @@ READY := $(VENV)/.ready
 MINI := mini-sdxl mini-ssd-1b mini-vega
 NAME = $(subst /,--,$(subst :,-,$(patsubst %.safetensors,%,$(MODEL))))
 
-.PHONY: help setup report students onnx engines bench test lint clean bench-export bench-engines bench-gpu
+NEED_MODEL = test -n "$(MODEL)" || { echo "error: MODEL is not set; e.g. MODEL=random:vega, a Hugging Face id, a folder, a .safetensors file" >&2; exit 2; }
+
+.PHONY: help setup report students onnx engines test clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -32,15 +34,34 @@ $(READY): pyproject.toml constraints.txt
 
 setup: $(READY)  ## install everything into .venv
 
+report: $(READY)  ## the main job: students, ONNX, engines, and the latency report, in OUT/report
+	$(MAKE) --no-print-directory students
+	$(MAKE) --no-print-directory --jobs 2 $(addprefix bundle-,$(MINI))
+	$(BIN)/python -m bench run --contestants $(foreach m,$(MINI),$(m)=bundle@onnxruntime:$(OUT)/bundles/$(m)) --artifacts $(foreach m,$(MINI),$(m)=$(call CHECKPOINT,$(m)) $(m)=$(OUT)/onnx/$(m)-fp16 $(m)=$(OUT)/bundles/$(m)) --baseline mini-sdxl --steps 20 --seconds 60 --out $(OUT)/results.json
+	$(BIN)/python -m bench report --results $(OUT)/results.json --out $(OUT)/report
+	@echo "open $(OUT)/report/index.html"
+
 students: $(READY)  ## the mini students, distilled from the mini teacher
 	$(BIN)/python -m distill cache --data shapes:1800 --model mini:sdxl --out $(OUT)/cache
 	$(BIN)/python -m distill train --recipe mini-ssd-1b --cache $(OUT)/cache --out $(OUT)/students/mini-ssd-1b
 	$(BIN)/python -m distill train --recipe mini-vega --start $(OUT)/students/mini-ssd-1b --cache $(OUT)/cache --out $(OUT)/students/mini-vega
 
-engines: $(READY)  ## engines of MODEL for GPUS (FLAVOR, LAYOUT, RESOLUTIONS, BATCHES)
-	@test -n "$(MODEL)" || { echo "error: MODEL is not set: make engines MODEL=random:vega (or a hub id, a folder, a .safetensors file)" >&2; exit 2; }
+# One mini model: fp16 graphs for TensorRT-RTX, fp32 ones for ONNX Runtime on the CPU, both in one bundle.
+CHECKPOINT = $(if $(filter mini-sdxl,$(1)),distill/mini/teacher,$(OUT)/students/$(1))
+bundle-%: $(READY)
+	$(BIN)/python -m export onnx --model $(call CHECKPOINT,$*) --precision fp16 --out $(OUT)/onnx/$*-fp16
+	$(BIN)/python -m engines build --onnx $(OUT)/onnx/$*-fp16 --out $(OUT)/bundles/$* --gpus $(GPUS) --flavor tensorrt-rtx
+	$(BIN)/python -m export onnx --model $(call CHECKPOINT,$*) --precision fp32 --out $(OUT)/onnx/$*-fp32
+	$(BIN)/python -m engines build --onnx $(OUT)/onnx/$*-fp32 --out $(OUT)/bundles/$* --flavor onnxruntime
+
+onnx: $(READY)  ## the ONNX folder of MODEL (PRECISION)
+	@$(NEED_MODEL)
 	$(BIN)/python -m export onnx --model $(MODEL) --precision $(PRECISION) --out $(OUT)/onnx/$(NAME)
-	$(BIN)/python -m engines build --onnx $(OUT)/onnx/$(NAME) --out $(OUT)/bundles/$(NAME) --gpus $(GPUS) --flavor $(FLAVOR) --layout $(LAYOUT) --resolutions $(RESOLUTIONS) --batches $(BATCHES)
+
+engines: $(READY)  ## engines of MODEL for GPUS (FLAVOR, LAYOUT, RESOLUTIONS, BATCHES)
+	@$(NEED_MODEL)
+	$(MAKE) --no-print-directory onnx
+	$(BIN)/python -m engines build --onnx $(OUT)/onnx/$(NAME) --out $(OUT)/bundles/$(NAME) --gpus $(GPUS) --flavor $(FLAVOR) $(if $(LAYOUT),--layout $(LAYOUT)) --resolutions $(RESOLUTIONS) --batches $(BATCHES)
 
 test: $(READY)  ## lint, types and every test, the full-size ones too
 	$(BIN)/ruff check .

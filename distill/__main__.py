@@ -59,7 +59,9 @@ def fetch(*, model: str, workdir: Path = WORKDIR) -> None:
 
 
 @app.command
-def cache(*, data: str, model: str = "mini:sdxl", out: Path, seed: int = 0, batch: int = 16, workdir: Path = WORKDIR) -> None:
+def cache(
+    *, data: str, model: str = "mini:sdxl", out: Path, seed: int = 0, batch: int = 16, workdir: Path = WORKDIR
+) -> None:
     """Precompute VAE latents and text embeddings of a data set. Under torchrun the processes share the shards.
 
     Args:
@@ -70,7 +72,7 @@ def cache(*, data: str, model: str = "mini:sdxl", out: Path, seed: int = 0, batc
     from distill.cache import make_cache
     from distill.sources import resolve
 
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     make_cache(resolve(model, workdir), data, out, seed=seed, batch=batch, rank=rank, processes=processes)
 
 
@@ -114,7 +116,13 @@ def train(
 
 @app.command
 def teach(
-    *, out: Path, vae_steps: int = 3000, vae_whole_steps: int = 1200, minutes: float = 50, seed: int = 0
+    *,
+    out: Path,
+    vae_steps: int = 3000,
+    vae_whole_steps: int = 1200,
+    minutes: float = 50,
+    decoder_steps: int = 600,
+    seed: int = 0,
 ) -> None:
     """Make the mini teacher anew: its VAE, then its UNet and text encoders, on the shapes world.
 
@@ -123,10 +131,19 @@ def teach(
         vae_steps: Optimiser steps of the VAE on crops.
         vae_whole_steps: And on whole pictures.
         minutes: Training time of the UNet and text encoders.
+        decoder_steps: Optimiser steps of the VAE's decoder alone, last.
     """
     from distill.teach import teach_mini
 
-    teach_mini(out, vae_steps=vae_steps, vae_whole_steps=vae_whole_steps, minutes=minutes, seed=seed)
+    result = teach_mini(
+        out,
+        vae_steps=vae_steps,
+        vae_whole_steps=vae_whole_steps,
+        minutes=minutes,
+        decoder_steps=decoder_steps,
+        seed=seed,
+    )
+    print(json.dumps(result, indent=1))
 
 
 @app.command

@@ -70,7 +70,9 @@ def make_cache(
     key = cache_key(checkpoint, data, seed)
     stated = out / "cache.json"
     if stated.exists() and read_json(stated) != key:
-        raise UserError(f"{out} is a cache of other data or another VAE or text encoder; choose another --out or remove it")
+        raise UserError(
+            f"{out} is a cache of other data or another VAE or text encoder; choose another --out or remove it"
+        )
     family = find_architecture_of(checkpoint).family
     source = open_source(data, family, seed)
     ranges = [range(i, min(i + SAMPLES_PER_SHARD, len(source))) for i in range(0, len(source), SAMPLES_PER_SHARD)]
@@ -133,7 +135,7 @@ class LatentCache:
         self._open: dict[Path, Any] = {}
         for path in sorted(folder.glob("shard-*.safetensors")):
             with safe_open(path, "pt") as shard:
-                for name in shard.keys():
+                for name in shard:
                     resolution, _, field = name.partition("/")
                     if field == "latents":
                         count = shard.get_slice(name).get_shape()[0]

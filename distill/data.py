@@ -1,9 +1,9 @@
 """Captioned pictures, from wherever they lie, one sample at a time.
 
-    shapes:N          N pictures of the procedural world, made as they are read
-    folder            pictures with captions beside them (`name.txt`) or in `metadata.jsonl` (file_name, text)
-    pattern.tar       WebDataset shards (`data-{000..099}.tar`) with jpg/png/webp and txt
-    hf:org/name       a Hugging Face dataset with columns `image` and `text` (needs the `datasets` package)
+shapes:N          N pictures of the procedural world, made as they are read
+folder            pictures with captions beside them (`name.txt`) or in `metadata.jsonl` (file_name, text)
+pattern.tar       WebDataset shards (`data-{000..099}.tar`) with jpg/png/webp and txt
+hf:org/name       a Hugging Face dataset with columns `image` and `text` (needs the `datasets` package)
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Where a checkpoint comes from. Every room is given a source and gets a local diffusers folder.
 
-    org/name              a Hugging Face model id
-    path/to/folder        a diffusers StableDiffusionXLPipeline folder
-    path/to/file.safetensors   a single-file checkpoint (as ZavyChromaXL and JuggernautXL ship)
-    random:NAME           an architecture of the catalogue at its true size with random weights (nothing to download)
-    mini:sdxl             the mini teacher that ships with the package
+org/name              a Hugging Face model id
+path/to/folder        a diffusers StableDiffusionXLPipeline folder
+path/to/file.safetensors   a single-file checkpoint (as ZavyChromaXL and JuggernautXL ship)
+random:NAME           an architecture of the catalogue at its true size with random weights (nothing to download)
+mini:sdxl             the mini teacher that ships with the package
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def read_safetensors_header(path: Path) -> dict[str, TensorRecord]:
             raise UserError(f"{path} has no safetensors header: damaged or of another format") from None
     begin = 8 + length
     records = {
-        key: TensorRecord(path, entry["dtype"], tuple(entry["shape"]), *(begin + offset for offset in entry["data_offsets"]))
+        key: TensorRecord(
+            path, entry["dtype"], tuple(entry["shape"]), *(begin + offset for offset in entry["data_offsets"])
+        )
         for key, entry in header.items()
         if key != "__metadata__"
     }
@@ -254,7 +256,11 @@ def _random_checkpoint(name: str, workdir: Path) -> Path:
             tokenizer = make_clip_tokenizer(words, max_length=length, pad_token=pad, **special)
             tokenizer.save_pretrained(temporary / name)
         EulerDiscreteScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
         ).save_pretrained(temporary / "scheduler")
         index = {
             "_class_name": "StableDiffusionXLPipeline",

@@ -30,7 +30,9 @@ def transformer_depths(depth: Depth) -> dict[str, int]:
     depths = {f"down_blocks.{i}.attentions.{j}": n for i, block in enumerate(depth.down) for j, n in enumerate(block)}
     if depth.mid:
         depths["mid_block.attentions.0"] = depth.mid
-    return depths | {f"up_blocks.{i}.attentions.{j}": n for i, block in enumerate(depth.up) for j, n in enumerate(block)}
+    return depths | {
+        f"up_blocks.{i}.attentions.{j}": n for i, block in enumerate(depth.up) for j, n in enumerate(block)
+    }
 
 
 def _first(teacher: int, student: int) -> tuple[int, ...]:
@@ -82,9 +84,7 @@ def make_layer_map(spec: str | LayerMap, teacher: Depth, student: Depth) -> Laye
         explicit = None if isinstance(spec, str) else spec.get(path)
         indices = tuple(explicit) if explicit else PRESETS[spec if isinstance(spec, str) else "first"](available, count)
         if len(indices) != count or sorted(set(indices)) != list(indices) or indices[-1] >= available:
-            raise UserError(
-                f"layer map at {path}: {list(indices)} must be {count} rising indices below {available}"
-            )
+            raise UserError(f"layer map at {path}: {list(indices)} must be {count} rising indices below {available}")
         layer_map[path] = indices
     return layer_map
 
@@ -97,7 +97,9 @@ class SurgeryPlan:
     unused: tuple[str, ...]
 
 
-def plan_surgery(teacher: Mapping[str, tuple[int, ...]], student: Mapping[str, tuple[int, ...]], layer_map: LayerMap) -> SurgeryPlan:
+def plan_surgery(
+    teacher: Mapping[str, tuple[int, ...]], student: Mapping[str, tuple[int, ...]], layer_map: LayerMap
+) -> SurgeryPlan:
     """Accounts for every tensor; both mappings are key -> shape. Raises UserError for a student tensor that the
     teacher has not, or has in another shape."""
     sources = {}

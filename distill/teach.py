@@ -25,7 +25,6 @@ from distill.shapes import ATTRIBUTES, WORDS, Scene, follows, random_scene, rend
 from distill.tokenizer import make_clip_tokenizer
 
 
-
 def _to_tensor(images: np.ndarray) -> torch.Tensor:
     """uint8 (batch, height, width, 3) to float (batch, 3, height, width) in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
@@ -84,10 +83,17 @@ def _whole(pools: list[np.ndarray], batch: int, rng: np.random.Generator) -> tor
     return _to_tensor(pool[rng.integers(0, len(pool), batch)])
 
 
+def _reconstruction_loss(decoded: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """L1 + 2 x MSE of (batch, 3, height, width), things weighing four times the background."""
+    is_thing = (images - images[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.05
+    error = (decoded - images).abs()
+    return ((error + 2 * error.square()) * (1 + 3 * is_thing.float())).mean()
+
+
 def _train_vae(
     vae: AutoencoderKL, draw: Callable[[int], torch.Tensor], out: Path, *, steps: int, learning_rate: float, title: str
 ) -> None:
-    """L1 + 2 x MSE + a little KL on `draw(step)`, things weighing four times the background; saves into `out/vae`."""
+    """Trains the whole VAE on `draw(step)`, with a little KL; saves into `out/vae` as it goes."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, steps, 100))
     ema = EMAModel(vae.parameters(), decay=0.995)
@@ -97,10 +103,7 @@ def _train_vae(
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(images).latent_dist
             decoded = vae.decode(posterior.sample()).sample.float()
-        is_thing = (images - images[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.05
-        weight = 1 + 3 * is_thing.float()
-        error = (decoded - images).abs()
-        loss = ((error + 2 * error.square()) * weight).mean() + 1e-5 * posterior.kl().mean() / 64
+        loss = _reconstruction_loss(decoded, images) + 1e-5 * posterior.kl().mean() / 64
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 3.0)
@@ -138,14 +141,56 @@ def teach_vae(out: Path, *, steps: int, whole_steps: int, batch: int = 16, seed:
         vae, lambda _: _whole(pools, batch // 2, rng), out, steps=whole_steps, learning_rate=5e-4, title="vae, whole"
     )
     with torch.no_grad():
-        latents = torch.cat([vae.encode(_to_tensor(pools[0][i : i + 64])).latent_dist.mode() for i in range(0, 512, 64)])
+        latents = torch.cat(
+            [vae.encode(_to_tensor(pools[0][i : i + 64])).latent_dist.mode() for i in range(0, 512, 64)]
+        )
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     vae.save_pretrained(out / "vae")
     say(f"vae: scaling factor {vae.config.scaling_factor}, reads {_reads(vae, np.random.default_rng(2))}")
     return vae
 
 
-def _latent_pool(vae: AutoencoderKL, per_resolution: int, seed: int) -> list[tuple[Resolution, list[str], torch.Tensor]]:
+def polish_decoder(vae: AutoencoderKL, out: Path, *, steps: int, batch: int = 8, seed: int = 0) -> None:
+    """Trains the decoder alone, so that latents keep their meaning and a UNet taught on them stays right."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng([seed, 1])
+    pools = []
+    for resolution in MINI_FAMILY.resolutions:
+        images = _pictures(160, resolution, rng)[1]
+        with torch.no_grad():
+            pools.append(
+                (
+                    images,
+                    torch.cat(
+                        [vae.encode(_to_tensor(images[i : i + 32])).latent_dist.mode() for i in range(0, 160, 32)]
+                    ),
+                )
+            )
+    decoder = [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
+    optimizer = torch.optim.AdamW(decoder, lr=5e-4, betas=(0.9, 0.99), weight_decay=1e-4)
+    ema = EMAModel(vae.parameters(), decay=0.99)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 5e-4 * _cosine(step, steps, 50)
+        images, latents = pools[rng.integers(len(pools))]
+        chosen = rng.integers(0, len(images), batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            decoded = vae.decode(latents[chosen] + 0.05 * torch.randn_like(latents[chosen])).sample.float()
+        loss = _reconstruction_loss(decoded, _to_tensor(images[chosen]))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(decoder, 3.0)
+        optimizer.step()
+        ema.step(vae.parameters())
+        if (step + 1) % 100 == 0:
+            say(f"decoder {step + 1}/{steps} loss {loss.item():.4f}")
+    ema.copy_to(vae.parameters())
+    vae.save_pretrained(out / "vae")
+    say(f"decoder: reads {_reads(vae, np.random.default_rng(2))}")
+
+
+def _latent_pool(
+    vae: AutoencoderKL, per_resolution: int, seed: int
+) -> list[tuple[Resolution, list[str], torch.Tensor]]:
     """For each resolution its captions and scaled latents (count, 4, height / 8, width / 8)."""
     rng = np.random.default_rng(seed)
     pool = []
@@ -172,7 +217,11 @@ def make_mini_pipeline(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
         tokenizer_2=make_clip_tokenizer(WORDS, max_length=length, pad_token="!", **special),
         unet=UNet2DConditionModel(**ARCHITECTURES["mini-sdxl"].unet_config),
         scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
         ),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
@@ -257,7 +306,9 @@ def teach_unet(
         losses.append(loss.item())
         if (step + 1) % 50 == 0:
             seconds = time.monotonic() - started
-            say(f"unet step {step + 1} loss {np.mean(losses[-50:]):.4f} {seconds:.0f} s {seconds / (step + 1):.2f} s/step")
+            say(
+                f"unet step {step + 1} loss {np.mean(losses[-50:]):.4f} {seconds:.0f} s {seconds / (step + 1):.2f} s/step"
+            )
         if time.monotonic() - started > next_save:
             next_save += 600
             ema.store(parameters)
@@ -273,7 +324,14 @@ def teach_unet(
 
 
 @torch.no_grad()
-def judge(pipe: StableDiffusionXLPipeline, *, count: int = 90, steps: int = 25, guidance_scale: float = 5.0, seed: int = 10_000) -> dict[str, float]:
+def judge(
+    pipe: StableDiffusionXLPipeline,
+    *,
+    count: int = 90,
+    steps: int = 25,
+    guidance_scale: float = 5.0,
+    seed: int = 10_000,
+) -> dict[str, float]:
     """How often pictures of unseen captions show what they say: shares per attribute over the nine resolutions."""
     rng = np.random.default_rng(seed)
     scenes, results = [], []
@@ -289,16 +347,23 @@ def judge(pipe: StableDiffusionXLPipeline, *, count: int = 90, steps: int = 25, 
             output_type="np",
         ).images
         scenes += some
-        results += [follows(scene, np.rint(image * 255).astype(np.uint8)) for scene, image in zip(some, images, strict=True)]
+        results += [
+            follows(scene, np.rint(image * 255).astype(np.uint8)) for scene, image in zip(some, images, strict=True)
+        ]
     shares = {attribute: float(np.mean([result[attribute] for result in results])) for attribute in ATTRIBUTES}
     return shares | {"all": float(np.mean([all(result.values()) for result in results]))}
 
 
-def teach_mini(out: Path, *, vae_steps: int, vae_whole_steps: int, minutes: float, seed: int) -> None:
-    """The whole making of the mini teacher; a VAE already under `out` is kept."""
+def teach_mini(
+    out: Path, *, vae_steps: int, vae_whole_steps: int, minutes: float, decoder_steps: int, seed: int
+) -> dict[str, float]:
+    """The whole making of the mini teacher; a VAE already under `out` is kept. Returns what `judge` says of it."""
     have_vae = (out / "vae" / "config.json").exists()
-    vae = AutoencoderKL.from_pretrained(out / "vae") if have_vae else teach_vae(
-        out, steps=vae_steps, whole_steps=vae_whole_steps, seed=seed
+    vae = (
+        AutoencoderKL.from_pretrained(out / "vae")
+        if have_vae
+        else teach_vae(out, steps=vae_steps, whole_steps=vae_whole_steps, seed=seed)
     )
     pipe = teach_unet(vae, out, minutes=minutes, seed=seed)
-    say(f"follows: {judge(pipe)}")
+    polish_decoder(vae, out, steps=decoder_steps, seed=seed)
+    return judge(pipe)

@@ -5,6 +5,7 @@ Every given word becomes one token; any other text falls back to bytes, as in CL
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 from collections.abc import Iterable
@@ -41,7 +42,7 @@ def _merges_of(words: Iterable[str]) -> list[tuple[str, str]]:
     for word in words:
         pieces = [*word[:-1], word[-1] + END_OF_WORD]
         while len(pieces) > 1:
-            pairs = list(zip(pieces, pieces[1:], strict=False))
+            pairs = list(itertools.pairwise(pieces))
             pair = min(pairs, key=lambda p: ranks.get(p, len(ranks)))
             ranks.setdefault(pair, len(ranks))
             pieces = _merge(pieces, pair)

@@ -26,12 +26,13 @@ from diffusers.training_utils import EMAModel
 
 from distill.architectures import Depth, find_architecture
 from distill.cache import LatentCache, seed_of
+from distill.checkpoints import resume, save_state, save_student
 from distill.errors import UserError
 from distill.files import read_json, replacing, sha256_json, write_json
 from distill.losses import feature_losses, min_snr_weight, prediction_loss
-from distill.progress import say, track
+from distill.progress import track
 from distill.recipes import Recipe, Stage
-from distill.sources import checkpoint_hash, find_architecture_of, load_component, load_pipeline, read_config, resolve
+from distill.sources import checkpoint_hash, find_architecture_of, load_component, read_config, resolve
 from distill.surgery import LayerMap, make_layer_map, make_student_unet
 from distill.taps import FeatureRecorder, make_taps
 
@@ -79,11 +80,19 @@ def check_successor(first: Path, teacher: Path) -> None:
     for folder in (first, teacher):
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
         if scheduler.get("prediction_type", "epsilon") != "epsilon":
-            raise UserError(f"teacher {folder} predicts {scheduler['prediction_type']!r}; SDXL's distillation needs 'epsilon'")
+            raise UserError(
+                f"teacher {folder} predicts {scheduler['prediction_type']!r}; SDXL's distillation needs 'epsilon'"
+            )
 
 
 def train(
-    recipe: Recipe, *, cache: Path, out: Path, workdir: Path, start: Path | None = None, options: TrainOptions | None = None
+    recipe: Recipe,
+    *,
+    cache: Path,
+    out: Path,
+    workdir: Path,
+    start: Path | None = None,
+    options: TrainOptions | None = None,
 ) -> None:
     """Runs all stages of `recipe` on the latent cache; `out` becomes a diffusers pipeline folder of the last student.
 
@@ -93,7 +102,7 @@ def train(
     """
     options = options or TrainOptions()
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # or every process of a GPU-less torchrun takes itself for the only one
+        cpu=not torch.accelerator.is_available(),  # else each process of a GPU-less torchrun thinks it is alone
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.accumulation,
         step_scheduler_with_optimizer=False,
@@ -168,7 +177,9 @@ def _run_stage(
     initial = out / "stages" / f"{number + 1:02d}-initial"
     if accelerator.is_main_process and not initial.exists():
         source = previous or teacher_folder
-        make_student_unet(source, student_spec, relative_map(layer_map, _layer_map_of(previous) if previous else None), initial)
+        make_student_unet(
+            source, student_spec, relative_map(layer_map, _layer_map_of(previous) if previous else None), initial
+        )
     accelerator.wait_for_everyone()
 
     device = accelerator.device
@@ -193,20 +204,33 @@ def _run_stage(
         accelerator.register_for_checkpointing(ema)
 
     state = out / "state"
-    first_step = _resume(accelerator, state, number, out / "losses.jsonl")
+    first_step = resume(accelerator, state, number, out / "losses.jsonl")
     alphas_cumprod = _alphas_cumprod(teacher_folder).to(device)
     started = time.monotonic()
     steps = range(first_step, stage.steps)
     title = f"{recipe.name} {number + 1}/{len(recipe.stages)} {stage.name}"
     for step in track(steps, title, done=first_step) if accelerator.is_main_process else steps:
-        terms = _step(accelerator, recipe, number, step, latents, model, teacher, taps, recorders, alphas_cumprod, optimizer, options)
+        terms = _step(
+            accelerator,
+            recipe,
+            number,
+            step,
+            latents,
+            model,
+            teacher,
+            taps,
+            recorders,
+            alphas_cumprod,
+            optimizer,
+            options,
+        )
         if ema:
             ema.step(student.parameters())
         if not math.isfinite(terms["total"]):
             broken = [name for name, value in terms.items() if not math.isfinite(value)]
             raise UserError(
-                f"{title}: step {step} is not finite ({', '.join(broken[:4])}); the last good state is kept in {state}; "
-                "lower the learning rate or use bf16 instead of fp16"
+                f"{title}: step {step} is not finite ({', '.join(broken[:4])}); the last good state is in {state}; lower "
+                " the learning rate or use bf16 instead of fp16"
             )
         done = step + 1
         if accelerator.is_main_process and (done % options.log_every == 0 or done == stage.steps):
@@ -221,14 +245,14 @@ def _run_stage(
             with (out / "losses.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
         if done % options.checkpoint_every == 0 and done < stage.steps:
-            _save_state(accelerator, state, number, done)
+            save_state(accelerator, state, number, done)
     accelerator.wait_for_everyone()
     for recorder in recorders:
         recorder.remove()
     if accelerator.is_main_process:
         if ema:
             ema.copy_to(student.parameters())
-        _save_student(accelerator.unwrap_model(model).eval(), teacher_folder, folder, layer_map, recipe, number)
+        save_student(accelerator.unwrap_model(model).eval(), teacher_folder, folder, layer_map, recipe, number)
         shutil.rmtree(initial)
         if state.exists():
             shutil.rmtree(state)
@@ -273,7 +297,11 @@ def _step(
                 ).sample
             with accelerator.autocast(), recorders[0].recording():
                 noise_pred = model(part["noisy"], part["timesteps"], part["prompt_embeds"], **inputs).sample
-            weight = min_snr_weight(alphas_cumprod, part["timesteps"], losses.min_snr_gamma) if losses.min_snr_gamma else None
+            weight = (
+                min_snr_weight(alphas_cumprod, part["timesteps"], losses.min_snr_gamma)
+                if losses.min_snr_gamma
+                else None
+            )
             terms = {
                 "task": losses.task * prediction_loss(noise_pred, part["noise"], weight),
                 "output": losses.output * warm * prediction_loss(noise_pred, teacher_pred, weight),
@@ -287,7 +315,9 @@ def _step(
             optimizer.step()
             optimizer.zero_grad()
         for name, value in {**terms, "total": total}.items():
-            totals[name] = totals.get(name, torch.zeros((), device=accelerator.device)) + value.detach() / options.accumulation
+            totals[name] = (
+                totals.get(name, torch.zeros((), device=accelerator.device)) + value.detach() / options.accumulation
+            )
     values = accelerator.reduce(torch.stack(list(totals.values())), reduction="mean").tolist()
     return dict(zip(totals, values, strict=True))
 
@@ -331,70 +361,3 @@ def _alphas_cumprod(teacher_folder: Path) -> torch.Tensor:
     config = read_json(teacher_folder / "scheduler" / "scheduler_config.json")
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
     return DDPMScheduler(**{name: config[name] for name in names if name in config}).alphas_cumprod.float()
-
-
-def _save_state(accelerator: Accelerator, state: Path, number: int, step: int) -> None:
-    """An atomic checkpoint: all processes write into one temporary folder, which is then renamed."""
-    temporary = state.with_name(".state.partial")
-    if accelerator.is_main_process and temporary.exists():
-        shutil.rmtree(temporary)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary), safe_serialization=True)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_json(temporary / "progress.json", {"stage": number, "step": step})
-        with replacing(state) as target:
-            temporary.rename(target)
-    accelerator.wait_for_everyone()
-
-
-def _resume(accelerator: Accelerator, state: Path, number: int, log: Path) -> int:
-    """Loads the last checkpoint of stage `number`; returns its step and cuts the log back to it."""
-    step = 0
-    if (state / "progress.json").exists() and read_json(state / "progress.json")["stage"] == number:
-        accelerator.load_state(str(state))
-        step = read_json(state / "progress.json")["step"]
-        say(f"going on from stage {number + 1}, step {step}")
-    if accelerator.is_main_process and log.exists():
-        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        kept = [line for line in lines if (int(line["stage"].split("-")[0]), line["step"]) <= (number + 1, step)]
-        with replacing(log) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    accelerator.wait_for_everyone()
-    return step
-
-
-def _save_student(
-    student: UNet2DConditionModel, teacher_folder: Path, folder: Path, layer_map: LayerMap, recipe: Recipe, number: int
-) -> None:
-    """A whole pipeline folder: the student's UNet, everything else as the teacher has it, pictures at fixed seeds."""
-    dtype = torch.float32 if read_config(teacher_folder, "unet")["block_out_channels"][0] < 320 else torch.float16
-    with replacing(folder) as temporary:
-        shutil.copytree(teacher_folder, temporary, ignore=shutil.ignore_patterns("unet", "samples", "*.jsonl", "slimxl.json"))
-        student.to(dtype).save_pretrained(temporary / "unet", safe_serialization=True)
-        write_json(
-            temporary / "slimxl.json",
-            {
-                "student": recipe.stages[number].student,
-                "layer_map": {path: list(blocks) for path, blocks in layer_map.items()},
-                "stages_done": number + 1,
-                "parameters": sum(p.numel() for p in student.parameters()),
-                "recipe": recipe.as_dict(),
-            },
-        )
-        draw_validation(temporary, recipe.validation_prompts, temporary / "samples.png")
-
-
-def draw_validation(checkpoint: Path, prompts: tuple[str, ...], path: Path, *, steps: int = 20, seed: int = 0) -> None:
-    """One row of pictures of `prompts`, at the model's own base resolution and a fixed seed."""
-    from PIL import Image
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = load_pipeline(checkpoint, torch.float16 if device == "cuda" else torch.float32).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    images = pipe(list(prompts), num_inference_steps=steps, generator=generators).images
-    row = Image.new("RGB", (sum(image.width for image in images), images[0].height))
-    for i, image in enumerate(images):
-        row.paste(image, (i * image.width, 0))
-    row.save(path, format="PNG")

@@ -2,7 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from distill.architectures import ARCHITECTURES, FAMILIES, SSD_1B_DEPTH, Architecture, Depth, Resolution, find_architecture
+from distill.architectures import (
+    ARCHITECTURES,
+    FAMILIES,
+    SSD_1B_DEPTH,
+    Architecture,
+    Depth,
+    Resolution,
+    find_architecture,
+)
 from distill.catalogue import catalogue_row
 from distill.errors import UserError
 
@@ -52,7 +60,7 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda f: f.name)
-def test_nine_resolutions_that_fit_the_unet(family) -> None:  # noqa: ANN001
+def test_nine_resolutions_that_fit_the_unet(family) -> None:
     assert len(set(family.resolutions)) == 9
     assert all(r.width % family.size_multiple == 0 == r.height % family.size_multiple for r in family.resolutions)
 

@@ -30,7 +30,9 @@ def _picture(folder: Path, name: str, size: tuple[int, int], caption: str | None
         (folder / f"{name}.txt").write_text(caption)
 
 
-@pytest.mark.parametrize(("size", "bucket"), [((4000, 4000), "1024x1024"), ((3000, 1200), "1536x640"), ((700, 900), "896x1152")])
+@pytest.mark.parametrize(
+    ("size", "bucket"), [((4000, 4000), "1024x1024"), ((3000, 1200), "1536x640"), ((700, 900), "896x1152")]
+)
 def test_a_picture_goes_to_the_bucket_of_its_shape(size: tuple[int, int], bucket: str) -> None:
     assert nearest_bucket(*size, SDXL_FAMILY) == Resolution.parse(bucket)
 
@@ -78,7 +80,7 @@ def test_too_many_bad_samples_stop_the_run(mini_vega: Path, tmp_path: Path) -> N
         (lambda folder: None, "no folder and no known form"),
     ],
 )
-def test_an_unusable_data_set_is_refused_at_once(make, message: str, tmp_path: Path) -> None:  # noqa: ANN001
+def test_an_unusable_data_set_is_refused_at_once(make, message: str, tmp_path: Path) -> None:
     make(tmp_path / "data")
     with pytest.raises(UserError, match=message):
         open_source(str(tmp_path / "data"), MINI_FAMILY, 0)
@@ -94,7 +96,9 @@ def test_webdataset_shards_are_read(mini_vega: Path, tmp_path: Path) -> None:
     assert [source.read(i).caption for i in range(len(source))] == ["caption 0", "caption 1", "caption 2"]
 
 
-def test_a_cache_resumes_and_is_the_same_from_any_number_of_processes(mini_vega: Path, tmp_path: Path, monkeypatch) -> None:  # noqa: ANN001
+def test_a_cache_resumes_and_is_the_same_from_any_number_of_processes(
+    mini_vega: Path, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setattr("distill.cache.SAMPLES_PER_SHARD", 4)
     make_cache(mini_vega, "shapes:10", tmp_path / "one")
     for rank in (1, 0):

@@ -23,9 +23,11 @@ from distill.trainer import TrainOptions, check_successor, train
 HALF = "-/1,1/1,1:0:1,1,1/1,1,1/-"  # half of Vega's last transformers: a student that trains in a moment
 
 
-def small_recipe(teacher: str, **changes) -> Recipe:  # noqa: ANN003
+def small_recipe(teacher: str, **changes) -> Recipe:
     losses = LossWeights(level="layer", normalize=True)
-    stage = Stage(name="whole", teacher=teacher, student=HALF, steps=6, layer_map="first", losses=losses, warmup_steps=2)
+    stage = Stage(
+        name="whole", teacher=teacher, student=HALF, steps=6, layer_map="first", losses=losses, warmup_steps=2
+    )
     shorter = replace(stage, name="shorten-up", student="-/1,1/2,2:0:1,1,1/1,1,1/-", steps=3, learning_rate=1e-3)
     defaults = {"batch_size": 4, "ema_decay": 0.9, "validation_prompts": ("a small red ring at the top",)}
     return Recipe(name="small", stages=(shorter, stage), **defaults | changes)
@@ -105,14 +107,10 @@ def _run(cache: Path, teacher: Path, out: Path, *launcher: str) -> subprocess.Po
     path = out.with_suffix(".py")
     path.write_text(script)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(path), str(cache), str(teacher), str(out)], env=environment
-    )
+    return subprocess.Popen([sys.executable, *launcher, str(path), str(cache), str(teacher), str(out)], env=environment)
 
 
-def test_killed_at_random_points_the_run_ends_in_the_same_bytes(
-    cache: Path, mini_vega: Path, tmp_path: Path
-) -> None:
+def test_killed_at_random_points_the_run_ends_in_the_same_bytes(cache: Path, mini_vega: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     assert _run(cache, mini_vega, whole).wait() == 0
     killed = tmp_path / "killed"
@@ -128,7 +126,13 @@ def test_killed_at_random_points_the_run_ends_in_the_same_bytes(
     assert _run(cache, mini_vega, killed).wait() == 0
     for name in ("unet/diffusion_pytorch_model.safetensors", "samples.png"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
-    steps = [[(json.loads(line)["stage"], json.loads(line)["step"], json.loads(line)["loss"]) for line in (run / "losses.jsonl").open()] for run in (whole, killed)]
+    steps = [
+        [
+            (json.loads(line)["stage"], json.loads(line)["step"], json.loads(line)["loss"])
+            for line in (run / "losses.jsonl").open()
+        ]
+        for run in (whole, killed)
+    ]
     assert steps[0] == steps[1]
 
 
@@ -149,10 +153,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(cache: Path, mini_vega: Path, t
 
 def test_a_batch_that_cannot_be_shared_is_refused(cache: Path, mini_vega: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be shared"):
-        train(small_recipe(str(mini_vega)), cache=cache, out=tmp_path, workdir=tmp_path, options=TrainOptions(accumulation=3))
+        train(
+            small_recipe(str(mini_vega)),
+            cache=cache,
+            out=tmp_path,
+            workdir=tmp_path,
+            options=TrainOptions(accumulation=3),
+        )
 
 
-def test_a_successor_of_another_depth_or_prediction_is_refused(mini_vega: Path, mini_sdxl: Path, tmp_path: Path) -> None:
+def test_a_successor_of_another_depth_or_prediction_is_refused(
+    mini_vega: Path, mini_sdxl: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="mid_block_type is 'UNetMidBlock2D', was 'UNetMidBlock2DCrossAttn'"):
         check_successor(mini_sdxl, mini_vega)
     copy = tmp_path / "v"
