@@ -10,18 +10,20 @@ from html import escape
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 420, 240
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 14, 34
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 24, 34
 
 
 @dataclass
 class Series:
-    """`points` are (x, y) or (x, y, low, high); `colour` is the index of a contestant's colour."""
+    """`points` are (x, y) or (x, y, low, high); `colour` is the index of a contestant's colour;
+    `shift` moves the dots sideways by so many pixels, for whiskers that would lie on each other."""
 
     label: str
     colour: int
     points: list[tuple[float, ...]]
     dots: bool = True
-    dashed: bool = False
+    line: bool = True
+    shift: float = 0.0
 
 
 @dataclass
@@ -114,13 +116,13 @@ def line_chart(series: list[Series], x: Axis, y: Axis, title: str) -> Markup:
         f'<text class="axis-label" x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 4}" text-anchor="middle">'
         f"{escape(x.label)}</text>"
     )
-    parts.append(f'<text class="axis-label" x="4" y="{TOP - 4}">{escape(y.label)}</text>')
+    parts.append(f'<text class="axis-label" x="4" y="{TOP - 12}">{escape(y.label)}</text>')
     for one in series:
         path = " ".join(f"{to_x(point[0]):.1f},{to_y(point[1]):.1f}" for point in one.points)
-        dash = " dashed" if one.dashed else ""
-        parts.append(f'<polyline class="line c{one.colour}{dash}" points="{path}"/>')
+        if one.line:
+            parts.append(f'<polyline class="line c{one.colour}" points="{path}"/>')
         for point in one.points if one.dots else []:
-            at_x, at_y = to_x(point[0]), to_y(point[1])
+            at_x, at_y = to_x(point[0]) + one.shift, to_y(point[1])
             if len(point) == 4:
                 parts.append(
                     f'<line class="whisker c{one.colour}" x1="{at_x:.1f}" x2="{at_x:.1f}" '

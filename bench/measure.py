@@ -255,7 +255,8 @@ def measure_cells(
 ) -> list[Cell]:
     """Every workload twice, there and back again, so that a drift of the machine does not look like an effect of size
     or steps. `plan.min_rounds` and `max_rounds` are shared by both visits; the first workload gets a triple share of
-    the time. Once half as much again as `seconds` has gone, every visit left is a single round. `on_visit(cell, last)` is called after each visit.
+    the time. Once half as much again as `seconds` has gone, every visit left is a single round. `on_visit(cell, last)`
+    is called after each visit.
     """
     cells = [Cell(workload) for workload in workloads]
     visits = [*cells, *reversed(cells)] if plan.max_rounds > 1 else cells

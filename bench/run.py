@@ -22,7 +22,7 @@ from bench.options import RunOptions, check_options
 from bench.peaks import Peak, find_peak
 from bench.results import CellRecord, ContestantRecord, PictureRecord, Results, write_results
 from bench.summary import summarise
-from bench.workload import Workload, make_workloads, parse_numbers, parse_resolutions
+from bench.workload import Workload, make_workloads, parse_numbers, parse_resolutions, parse_scales
 from distill.architectures import Family
 
 console = Console(highlight=False, soft_wrap=True)
@@ -76,9 +76,9 @@ def _measure(
 
 def _references(entrants: list[Entrant], workload: Workload, device: str) -> dict[str, Pictures | str]:
     """For each contestant its fp32 picture, or why there is none. One checkpoint is loaded at a time, then dropped."""
-    from bench.pipelines import EagerContestant
-
     import torch
+
+    from bench.pipelines import EagerContestant
 
     found: dict[str, Pictures | str] = {}
     threads = torch.get_num_threads()
@@ -197,7 +197,7 @@ def run_bench(options: RunOptions) -> Results:
         parse_resolutions(options.resolutions, family),
         parse_numbers(options.steps, "steps"),
         batches=parse_numbers(options.batches, "batches"),
-        guidance_scales=[float(part) for part in options.guidance.split(",")],
+        guidance_scales=parse_scales(options.guidance),
         scheduler=options.scheduler,
         seed=options.seed,
         prompts=tuple(family_prompts(family, 6)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from markupsafe import Markup
@@ -145,8 +147,9 @@ def resolution_chart(results: Results) -> Markup:
     cells = sorted(_varied(results, "resolution"), key=pixels)
     if len(cells) < 2:
         return Markup("")
+    series = _latency_series(results, cells, pixels)
     return line_chart(
-        _latency_series(results, cells, pixels),
+        [replace(one, line=False, shift=4.0 * (index - (len(series) - 1) / 2)) for index, one in enumerate(series)],
         Axis("thousand pixels"),
         Axis("ms an image", zero=True),
         "latency against picture size",
@@ -330,3 +333,14 @@ def loudest_words(results: Results) -> list[dict[str, Any]]:
         for cell in results.cells
         for name, why in cell.failures.items()
     ]
+
+
+def fault_counts(results: Results) -> list[tuple[str, int]]:
+    """How many rows each kind of fault was said of, the most frequent first."""
+    kinds = Counter(word.partition(":")[0] for one in loudest_words(results) for word in one["words"])
+    return kinds.most_common()
+
+
+def main_faults(results: Results) -> list[str]:
+    """What is said against the very rows that the headline stands on."""
+    return list(dict.fromkeys(word for row in results.cells[0].rows for word in row.diagnosis))

@@ -7,10 +7,9 @@ and the prompts are part of it too, so that two contestants can be asked for the
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import product
 
 from distill.architectures import Family, Resolution
-from distill.errors import UserError
+from distill.errors import UserError, unknown
 
 SCHEDULERS = {  # name on the command line -> class in diffusers; "default" is the checkpoint's own
     "default": None,
@@ -73,8 +72,6 @@ class Workload:
         if self.batch < 1:
             raise UserError(f"batch {self.batch}: at least 1 is needed")
         if self.scheduler not in SCHEDULERS:
-            from distill.errors import unknown
-
             raise unknown("scheduler", self.scheduler, SCHEDULERS)
         if family is not None:
             multiple = family.size_multiple
@@ -109,6 +106,14 @@ def parse_numbers(text: str, what: str) -> list[int]:
     return numbers
 
 
+def parse_scales(text: str) -> list[float]:
+    """A comma-separated list of guidance scales. Raises UserError."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"guidance {text!r} is not a comma-separated list of numbers, e.g. 5,1") from None
+
+
 def make_workloads(
     resolutions: list[Resolution],
     steps: list[int],
@@ -139,8 +144,3 @@ def make_workloads(
         *(replace(main, guidance_scale=scale) for scale in guidance_scales[1:]),
     ]
     return list(dict.fromkeys([main, *others]))
-
-
-def full_product(main: Workload, resolutions: list[Resolution], steps: list[int]) -> list[Workload]:
-    """Every resolution with every step count."""
-    return [replace(main, resolution=resolution, steps=count) for resolution, count in product(resolutions, steps)]

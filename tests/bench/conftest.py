@@ -1,0 +1,51 @@
+"""Results of fake contestants, made by the real road once for all tests that read them."""
+
+import pytest
+
+from bench.options import RunOptions
+from bench.run import run_bench
+
+
+def fake_options(out, **changes):
+    values = {
+        "contestants": ["teacher=fake:denoise=4,vae_decode=2", "vega=fake:denoise=2,vae_decode=2"],
+        "out": out,
+        "resolutions": "1024x1024,1152x896",
+        "steps": "3,6",
+        "seconds": 60.0,
+        "min_rounds": 6,
+        "max_rounds": 8,
+        "pictures": 0,
+        "device": "cpu",
+    }
+    return RunOptions(**(values | changes))
+
+
+class VirtualTime:
+    """A clock that moves a nanosecond a look, and by whole delays where a fake waits."""
+
+    def __init__(self, monkeypatch):
+        self.now_ns = 0
+        monkeypatch.setattr("bench.measure.time.perf_counter_ns", self.look)
+        monkeypatch.setattr("bench.fake.busy_wait", self.wait)
+
+    def look(self):
+        self.now_ns += 1
+        return self.now_ns
+
+    def wait(self, milliseconds):
+        self.now_ns += int(milliseconds * 1e6)
+
+
+@pytest.fixture
+def virtual_time(monkeypatch):
+    return VirtualTime(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def results_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "results.json"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        VirtualTime(monkeypatch)
+        run_bench(fake_options(path))
+    return path

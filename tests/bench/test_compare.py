@@ -1,0 +1,72 @@
+import json
+
+import pytest
+
+from bench.compare import compare_files, judge
+from bench.results import read_results
+from distill.errors import UserError
+
+
+def changed(path, results_path, change):
+    value = json.loads(results_path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+    return path
+
+
+def scale(factor):
+    def change(value):
+        for cell in value["cells"]:
+            for row in cell["rows"]:
+                if row["contestant"] == "vega":
+                    row["total_ms"] = {key: number * factor for key, number in row["total_ms"].items()}
+
+    return change
+
+
+def test_a_file_against_itself_shows_no_change(results_path, capsys):
+    assert compare_files(results_path, results_path, 0.02) == 0
+    assert "no regression" in capsys.readouterr().out
+
+
+def test_slower_beyond_noise_exits_1_and_faster_does_not(tmp_path, results_path, capsys):
+    slow = changed(tmp_path / "slow.json", results_path, scale(1.5))
+    assert compare_files(results_path, slow, 0.02) == 1
+    assert "slower" in capsys.readouterr().out
+    assert compare_files(slow, results_path, 0.02) == 0
+    assert "faster" in capsys.readouterr().out
+
+
+def test_within_overlapping_intervals_nothing_is_said(results_path):
+    row = read_results(results_path).cells[0].rows[0]
+    near = row.model_copy(update={"total_ms": row.total_ms.model_copy(update={"value": row.total_ms.high})})
+    assert judge(row, near, 0.0) == "same"
+
+
+def test_a_vanished_contestant_and_a_failed_guard_are_regressions(tmp_path, results_path):
+    def drop(value):
+        for cell in value["cells"]:
+            cell["rows"] = [row for row in cell["rows"] if row["contestant"] != "vega"]
+
+    assert compare_files(results_path, changed(tmp_path / "a.json", results_path, drop), 0.02) == 1
+
+    def passed(state):
+        def change(value):
+            for record in value["contestants"]:
+                record["quality"]["passed"] = state
+
+        return change
+
+    good = changed(tmp_path / "good.json", results_path, passed(True))
+    bad = changed(tmp_path / "bad.json", results_path, passed(False))
+    assert compare_files(good, bad, 0.02) == 1
+    assert compare_files(bad, good, 0.02) == 0
+
+
+def test_files_with_nothing_in_common_are_a_users_mistake(tmp_path, results_path):
+    def rename(value):
+        for cell in value["cells"]:
+            cell["name"] += " elsewhere"
+
+    with pytest.raises(UserError, match="share no workload"):
+        compare_files(results_path, changed(tmp_path / "x.json", results_path, rename), 0.02)

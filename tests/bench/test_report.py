@@ -1,0 +1,178 @@
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from bench.charts import Axis, Series, line_chart, log_ticks, nice_ticks, number
+from bench.quality import png_base64
+from bench.report import write_report
+from bench.results import Estimate
+from bench.words import count, interval, milliseconds, signed_percent, size, times
+from distill.errors import UserError
+
+VOID = {"meta", "link", "img", "br", "circle", "line", "polyline", "path"}
+
+
+class Balanced(HTMLParser):
+    """Fails on a tag that is closed out of order or never."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.faults, self.addresses = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.addresses += [value for key, value in attributes if key in ("src", "href") and value]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.faults.append((tag, self.getpos()))
+
+
+@pytest.fixture(scope="module")
+def report(results_path, tmp_path_factory):
+    """A report with pictures, losses and engines put into the fakes' results."""
+    value = json.loads(results_path.read_text())
+    png = png_base64(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8))
+    value["pictures"] = [
+        {
+            "contestant": name,
+            "prompt": "a <b>bold</b> prompt",
+            "seed": 7,
+            "resolution": "64x64",
+            "steps": 3,
+            "guidance_scale": 5.0,
+            "png_base64": png,
+            "follows": None,
+        }
+        for name in ("teacher", "vega")
+    ]
+    losses = [
+        {"stage": "one", "steps": 20, "seconds": 9.0, "points": [[1, 0.5, {"task": 0.4}], [20, 0.1, {"task": 0.09}]]}
+    ]
+    checkpoint = {"kind": "checkpoint", "folder": "vega", "bytes": 10, "weights_bytes": 9, "unet_bytes": 8}
+    engine = {
+        "component": "unet", "flavor": "tensorrt-rtx", "flavor_version": "1.7.1", "layout": "ranged",
+        "gpus": ["a100", "rtx4090"], "compute_capabilities": ["8.0", "8.9"], "precision": "fp16",
+        "resolutions": ["1024x1024"], "batches": [1], "weights_bytes": 5, "onnx_sha256": "b" * 64, "weights_sha256": None,
+        "key": "k", "profiles": 1, "file": "unet/x.plan", "sha256": "a" * 64, "bytes": 1_500_000_000,
+        "build_seconds": 13.0, "build_peak_rss_bytes": 5_000_000_000, "build_tools": {},
+    }  # fmt: skip
+    bundle = {
+        "kind": "bundle",
+        "folder": "b",
+        "bytes": 9,
+        "source": {"name": "s", "sha256": "c" * 64},
+        "engines": [engine],
+    }
+    value["contestants"][1]["artifacts"] = [checkpoint | {"record": None, "losses": losses}, bundle]
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "results.json").write_text(json.dumps(value))
+    write_report([folder / "results.json", results_path], folder / "out", "a <title>")
+    return folder / "out"
+
+
+def test_the_page_is_whole_and_needs_nothing_from_outside(report):
+    page = (report / "index.html").read_text()
+    parser = Balanced()
+    parser.feed(page)
+    assert parser.faults == [] and parser.open == []
+    assert all(one.startswith(("data:", "#")) for one in parser.addresses), parser.addresses
+    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)
+    assert "{{" not in page and "{%" not in page
+
+
+def test_what_users_gave_is_escaped(report):
+    page = (report / "index.html").read_text()
+    assert "a &lt;b&gt;bold&lt;/b&gt; prompt" in page and "<b>bold" not in page
+    assert "a &lt;title&gt;" in page
+
+
+def test_the_page_shows_pictures_losses_and_engines(report):
+    page = (report / "index.html").read_text()
+    encoded = re.search(r"data:image/png;base64,([^\"]+)", page).group(1)
+    assert base64.b64decode(encoded).startswith(b"\x89PNG")
+    assert "20 steps in 9.0 s: 0.5 → 0.1" in page
+    assert "built here, not run here" in page and "compute capability 8.0, 8.9" in page
+    assert "1.5 GB" in page
+
+
+def test_nothing_predicted_looks_measured(report):
+    page = (report / "index.html").read_text()
+    start, end = page.index('<section id="floors">'), page.index('<section id="quality">')
+    floors = page[start:end]
+    assert "predicted" in floors and "published" in floors
+    assert '"measured"' not in floors
+    rest = page[:start] + page[end:]
+    assert 'class="predicted about"' not in rest
+    told = json.loads((report / "report.json").read_text())
+    assert {one["kind"] for one in told["predicted"]} == {"predicted"}
+    assert {one["kind"] for one in told["published"]} == {"published"}
+    assert told["headline"]["kind"] == "measured"
+
+
+def test_the_json_keeps_the_raw_samples(report):
+    told = json.loads((report / "report.json").read_text())
+    row = told["results"][0]["cells"][0]["rows"][0]
+    assert len(row["samples"]) >= 6 and len(row["samples"][0]["steps_ms"]) == 3
+    assert len(told["results"]) == 2
+
+
+def test_the_markdown_has_the_same_figures(report):
+    told = json.loads((report / "report.json").read_text())
+    text = (report / "report.md").read_text()
+    for model in told["headline"]["models"]:
+        assert f"**{milliseconds(model['total_ms']['value'])}**" in text
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(tables) > 20
+    for above, below in pairwise(tables):
+        if set(below) <= set("|-: "):
+            assert above.count("|") == below.count("|")
+
+
+def test_a_refused_row_is_struck_through(results_path, tmp_path):
+    value = json.loads(results_path.read_text())
+    value["cells"][0]["rows"][1] |= {"refused": True, "speedup": None, "diagnosis": ["refused: faster than the floor"]}
+    (tmp_path / "r.json").write_text(json.dumps(value))
+    write_report([tmp_path / "r.json"], tmp_path / "out")
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert 'class="big refused"' in page and "refused: faster than the floor" in page
+
+
+def test_no_results_is_a_users_mistake(tmp_path):
+    with pytest.raises(UserError, match="no results files"):
+        write_report([], tmp_path)
+
+
+def test_numbers_are_written_one_way():
+    assert [milliseconds(value) for value in (0.123, 12.34, 1234.5, 54_321.0, None)] == [
+        "0.12 ms", "12.3 ms", "1,234 ms", "54.3 s", "–",
+    ]  # fmt: skip
+    assert [size(value) for value in (900, 1_500, 2_000_000, 5.182e9)] == ["900 B", "1.5 kB", "2 MB", "5.18 GB"]
+    assert [count(value) for value in (745_225_604, 2_567_463_684)] == ["745 M", "2.57 B"]
+    assert times(1.996) == "2.00×" and signed_percent(-0.001) == "0 %" and signed_percent(0.217) == "+22 %"
+    assert interval(Estimate(value=5.0)) == "too few runs"
+    assert interval(Estimate(value=2.0, low=1.9, high=2.1), "x") == "1.90–2.10×"
+
+
+def test_ticks_are_round_and_within_the_range():
+    assert nice_ticks(0, 103) == [0, 50, 100]
+    assert nice_ticks(0.2, 1.1, 4) == [0.25, 0.5, 0.75, 1.0]
+    assert log_ticks(0.03, 30) == [0.1, 1.0, 10.0]
+    assert [number(value) for value in (0, 12_000, 0.0123, 345.6)] == ["0", "12k", "0.0123", "346"]
+
+
+def test_a_chart_draws_every_point_and_escapes_its_labels():
+    series = Series("<x>", 1, [(1.0, 10.0, 9.0, 11.0), (2.0, 20.0, 19.0, 21.0)])
+    chart = line_chart([series], Axis("step"), Axis("ms", zero=True), "a & b")
+    assert chart.count("<circle") == 2 and chart.count('class="whisker') == 2
+    assert "&lt;x&gt;" in chart and "<x>" not in chart and "a &amp; b" in chart
+    assert line_chart([Series("empty", 0, [])], Axis("x"), Axis("y"), "none") == ""

@@ -1,0 +1,122 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import fake_options
+
+from bench.contestants import Spec, parse_specs
+from bench.results import read_results
+from bench.run import run_bench
+from bench.workload import Workload, make_workloads, parse_numbers, parse_resolutions
+from distill.architectures import MINI_FAMILY, Resolution
+from distill.errors import UserError
+
+
+def test_a_run_of_fakes_gives_back_their_speedup(results_path):
+    results = read_results(results_path)
+    main = results.cells[0]
+    rows = {row.contestant: row for row in main.rows}
+    assert rows["vega"].speedup.value == pytest.approx(14 / 8, rel=1e-3)
+    assert rows["vega"].speedup.low <= rows["vega"].speedup.value <= rows["vega"].speedup.high
+    assert rows["teacher"].percentiles_ms == {"p90": None, "p95": None, "p99": None}
+    for row in main.rows:
+        assert sum(row.stages_ms.values()) == pytest.approx(row.total_ms.value)
+        assert len(row.samples) == 8
+    assert [cell.workload["steps"] for cell in results.cells] == [3, 3, 6]
+
+
+def test_absent_readings_are_null_and_say_why(results_path):
+    results = read_results(results_path)
+    assert results.gpu["identity"]["name"] is None and results.gpu["reason"]
+    assert results.gpu["missing"]["power_w"]
+    for record in results.contestants:
+        assert record.energy["j_per_image"] is None and record.energy["why"]
+        assert record.costs is None and "fake" in record.costs_why
+        assert record.quality["passed"] is None
+
+
+def test_a_contestant_that_cannot_load_is_one_line(tmp_path):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    with pytest.raises(UserError, match="neither a checkpoint"):
+        run_bench(fake_options(tmp_path / "r.json", artifacts=[f"vega={folder}"]))
+    assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"contestants": []}, "no contestants"),
+        ({"contestants": ["vega"]}, "NAME=KIND"),
+        ({"contestants": ["a=fake:", "a=fake:"]}, "twice"),
+        ({"contestants": ["a=warp:x"]}, "unknown kind"),
+        ({"contestants": ["a=eager@int3:x"]}, "unknown precision"),
+        ({"baseline": "nobody"}, "unknown baseline"),
+        ({"max_rounds": 0, "min_rounds": 0}, "at least 1"),
+        ({"steps": "0"}, "at least 1"),
+        ({"steps": "many"}, "whole numbers"),
+        ({"guidance": "strong"}, "guidance"),
+        ({"resolutions": "1000"}, "WIDTHxHEIGHT"),
+        ({"resolutions": "1000x1000"}, "multiples of 32"),
+        ({"scheduler": "eulr"}, "did you mean 'euler'"),
+        ({"device": "tpu"}, "unknown device"),
+        ({"artifacts": ["nobody=."]}, "unknown contestant"),
+    ],
+)
+def test_bad_input_is_said_before_anything_is_loaded(tmp_path, changes, word):
+    with pytest.raises(UserError, match=word):
+        run_bench(fake_options(tmp_path / "r.json", **changes))
+
+
+def test_specs_keep_colons_of_the_source():
+    spec = Spec.parse("vega=eager@fp16:random:vega")
+    assert (spec.name, spec.kind, spec.option, spec.source) == ("vega", "eager", "fp16", "random:vega")
+    assert str(spec) == "eager@fp16:random:vega"
+    assert len(parse_specs(["a=fake:", "b=optimum:x"])) == 2
+
+
+def test_workloads_change_one_thing_at_a_time():
+    found = make_workloads(
+        parse_resolutions("all", MINI_FAMILY),
+        parse_numbers("8,4", "steps"),
+        batches=[1, 2],
+        guidance_scales=[5.0, 1.0],
+        scheduler="default",
+        seed=0,
+        prompts=("a",),
+    )
+    assert len(found) == 9 + 1 + 1 + 1
+    assert found[0] == Workload(resolution=Resolution(128, 128), steps=8, prompts=("a",))
+    assert found[-1].unet_batch == 1 and found[0].unet_batch == 2
+    assert found[-2].batch_prompts() == ["a", "a"]
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "no results file"),
+        ('{"schema_version": "slimxl.bench.results/0"}', "results/0"),
+        ('{"schema_version": "slimxl.bench.results/1"}', "created_utc"),
+    ],
+)
+def test_a_results_file_of_another_kind_is_one_line(tmp_path, content, word):
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=word):
+        read_results(path)
+    with pytest.raises(UserError, match="does not exist"):
+        read_results(tmp_path / "absent.json")
+
+
+def test_results_without_a_run_are_refused(tmp_path, results_path):
+    value = json.loads(results_path.read_text())
+    for cell in value["cells"]:
+        cell["rows"] = []
+    path = tmp_path / "empty.json"
+    path.write_text(json.dumps(value))
+    with pytest.raises(UserError, match="no finished run"):
+        read_results(path)
