@@ -1,6 +1,6 @@
 """The ONNX folder: which components are written, when one is up to date, and what is recorded about each.
 
-    unet/ vae_decoder/ vae_encoder/ text_encoder/ text_encoder_2/    model.onnx, model.onnx.data, config.json, export.json
+    unet/ vae_decoder/ vae_encoder/ text_encoder/ text_encoder_2/    model.onnx(.data), config.json, export.json
     tokenizer/ tokenizer_2/ scheduler/ model_index.json              copied from the checkpoint
     slimxl.json                                                      what the folder was made from, and how
 
@@ -27,6 +27,8 @@ OPSETS = (23, 18, 19, 20, 21, 22)
 """23 keeps Attention and GroupNormalization whole; below, they are spelled out."""
 PIPELINE_PARTS = ("tokenizer", "tokenizer_2", "scheduler")
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "slimxl")
+GRAPH_MODULES = ("components", "wrappers", "trace", "opening", "graph", "write")
+"""What decides the bytes of a graph: where one of these has changed, nothing is up to date."""
 CHECK_BELOW_BYTES = 500_000_000
 """Components up to this size are compared with torch before they get their name; larger ones by `verify`."""
 
@@ -98,6 +100,7 @@ def make_job(checkpoint: Path, name: str, options: ExportOptions) -> Job:
     folder = checkpoint / component.source
     inputs = {
         "schema": SCHEMA,
+        "code": [sha256_file(Path(__file__).parent / f"{module}.py") for module in GRAPH_MODULES],
         "component": name,
         "config": config,
         "weights": [sha256_file(path) for path in component_weights(folder)],

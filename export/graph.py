@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript.optimizer import fold_constants
@@ -9,11 +11,13 @@ from onnxscript.optimizer import fold_constants
 from export.components import TensorSpec
 
 
-def optimize(model: ir.Model) -> None:
-    """Inlines, folds constants, and removes what is unused or computed twice. In place, exact."""
+def optimize(model: ir.Model, *, infer_shapes: bool = False) -> None:
+    """Inlines, folds constants, and removes what is unused or computed twice. In place, exact.
+
+    Translations that spell an operator out leave their inner values without shapes: those can be inferred."""
     common.InlinePass()(model)
     for _ in range(2):
-        fold_constants(model, onnx_shape_inference=False)
+        fold_constants(model, onnx_shape_inference=infer_shapes, should_fold=_is_no_weight)
         common.RemoveUnusedNodesPass()(model)
     for step in (
         common.IdentityEliminationPass(),
@@ -30,7 +34,13 @@ def optimize(model: ir.Model) -> None:
         step(model)
 
 
-def name_dimensions(model: ir.Model, inputs: list[TensorSpec], outputs: list[TensorSpec]) -> None:
+def _is_no_weight(node: ir.Node) -> bool | None:
+    """Weights stay as the checkpoint has them, under their own names: a runtime transposes them at load, and graphs of
+    several resolutions can share them."""
+    return False if node.op_type == "Transpose" else None
+
+
+def name_dimensions(model: ir.Model, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
     """Open dimensions of inputs and outputs get their axis' name; symbols inside the graph are expressed by them."""
     names: dict[str, str] = {}
     for value, spec in zip(model.graph.inputs, inputs, strict=True):
@@ -47,6 +57,34 @@ def name_dimensions(model: ir.Model, inputs: list[TensorSpec], outputs: list[Ten
     for value, spec in zip(model.graph.outputs, outputs, strict=True):
         if value.shape is None or len(value.shape) != len(spec.shape):
             raise RuntimeError(f"output {spec.name} has shape {value.shape}, expected the rank of {spec.shape}")
+
+
+def specialise(model: ir.Model, inputs: Sequence[TensorSpec]) -> None:
+    """Fixes, in place, the open dimensions of a graph at the shapes of `inputs`, and folds what was computed from them.
+    The weights are not looked at, so they may stay in their file."""
+    sizes: dict[str, int] = {}
+    for value, spec in zip(model.graph.inputs, inputs, strict=True):
+        sizes |= {axis: size for axis, size in zip(spec.axes, spec.shape, strict=True) if axis is not None}
+        value.shape = ir.Shape(spec.shape)
+    for value in [*model.graph.outputs, *(output for node in model.graph for output in node.outputs)]:
+        if value.shape is not None:
+            dims = [dim if isinstance(dim, int) else _evaluated(str(dim.value), sizes) for dim in value.shape]
+            value.shape = ir.Shape([dim for dim in dims if dim is not None]) if None not in dims else None
+    fold_constants(model, onnx_shape_inference=False, should_fold=_is_no_weight)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def _evaluated(expression: str, sizes: dict[str, int]) -> int | None:
+    """The value of a product such as 2*(height/4)*width; None for any other expression."""
+    result = 1
+    for term in expression.split("*"):
+        name, _, divisor = term.strip("()").partition("/")
+        size = int(name) if name.isdigit() else sizes.get(name)
+        if size is None or not (divisor or "1").isdigit():
+            return None
+        result *= size // int(divisor or 1)
+    return result
 
 
 def _renamed(dim: int | ir.SymbolicDim, names: dict[str, str], symbols: dict[str, str]) -> int | ir.SymbolicDim:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from math import gcd
 
 import numpy as np
 import onnx_ir as ir
@@ -61,6 +61,7 @@ def sized(spec: TensorSpec, axes: Sequence[Axis]) -> tuple[int, ...]:
 class _Opener:
     graph: ir.Graph
     axes: Sequence[Axis]
+    fixed_sizes: frozenset[int]
     new_nodes: list[ir.Node] = field(default_factory=list)
     values: dict[object, ir.Value] = field(default_factory=dict)
 
@@ -74,23 +75,27 @@ class _Opener:
             powers.append(power)
         return size, tuple(powers)
 
+    def check(self, size: int) -> None:
+        """Raises CannotOpen where `size` cannot be a product of axes and fixed sizes: it must be a sum, as of padding."""
+        rest = self.factors(max(size, 1))[0]
+        for fixed in self.fixed_sizes:
+            while (common := gcd(rest, fixed)) > 1:
+                rest //= common
+        if rest > 1:
+            raise CannotOpen(f"the size {size} is no product of axes and of fixed sizes")
+
     def is_open(self, size: int) -> bool:
         return any(self.factors(size)[1])
 
-    def dimension(self, size: int) -> int | str:
-        """`size` as it reads in the open graph: itself, or an expression of axis names."""
+    def expression(self, size: int) -> int | str:
+        """`size` as it reads in the open graph: itself, or a product of axis names."""
         coefficient, powers = self.factors(size)
         words = []
         for axis, power in zip(self.axes, powers, strict=True):
             for _ in range(power):
-                if coefficient % axis.multiple == 0:
-                    coefficient //= axis.multiple
-                    words.append(axis.name)
-                elif axis.multiple % coefficient == 0:
-                    words.append(f"({axis.name}/{axis.multiple // coefficient})")
-                    coefficient = 1
-                else:
-                    words.append(f"({axis.name}/{axis.multiple})")
+                common = gcd(coefficient, axis.multiple)
+                coefficient //= common
+                words.append(axis.name if common == axis.multiple else f"({axis.name}/{axis.multiple // common})")
         if not words:
             return size
         return "*".join(([str(coefficient)] if coefficient != 1 else []) + words)
@@ -122,7 +127,7 @@ class _Opener:
         """The size of an axis, read from the first input that has it."""
         for value in self.graph.inputs:
             for index, size in enumerate(value.shape or ()):
-                if size == axis.name:
+                if size == axis.size:
                     return self._node(axis.name, "Shape", [value], start=index, end=index + 1)
         raise CannotOpen(f"no input has the axis {axis.name}")
 
@@ -132,11 +137,8 @@ class _Opener:
         terms = []
         for axis, power in zip(self.axes, powers, strict=True):
             for _ in range(power):
-                whole, divisor = self._axis(axis), axis.multiple
-                if coefficient % divisor == 0:
-                    coefficient, divisor = coefficient // divisor, 1
-                elif divisor % coefficient == 0:
-                    coefficient, divisor = 1, divisor // coefficient
+                whole, common = self._axis(axis), gcd(coefficient, axis.multiple)
+                coefficient, divisor = coefficient // common, axis.multiple // common
                 key = (axis.name, divisor)
                 terms.append(self._node(key, "Div", [whole, self._constant([divisor])]) if divisor > 1 else whole)
         if coefficient != 1 or not terms:
@@ -182,21 +184,29 @@ class _Opener:
 
 
 def _ints(value: ir.Value | None) -> list[int]:
-    if value is None or value.const_value is None or value.const_value.dtype not in (ir.DataType.INT64, ir.DataType.INT32):
+    """The numbers of a small integer constant; nothing for any other value."""
+    constant = value.const_value if value is not None else None
+    if constant is None or constant.dtype not in (ir.DataType.INT64, ir.DataType.INT32) or constant.size > 4096:
         return []
-    return [int(number) for number in value.const_value.numpy().ravel()] if prod(value.const_value.shape) < 4096 else []
+    return [int(number) for number in constant.numpy().ravel()]
 
 
-def _fixed_shape(value: ir.Value) -> list[int]:
-    if value.shape is None or not all(isinstance(size, int) for size in value.shape):
-        raise CannotOpen(f"{value.name} has no known shape")
-    return [int(size) for size in value.shape]  # type: ignore[arg-type]
+def _known_shape(value: ir.Value | None) -> list[int]:
+    """The shape where it is known in numbers, else nothing."""
+    shape = value.shape if value is not None else None
+    return [size for size in shape if isinstance(size, int)] if shape is not None and shape.is_static() else []
 
 
-def open_dimensions(model: ir.Model, inputs: Sequence[TensorSpec], axes: Sequence[Axis]) -> None:
+def open_dimensions(
+    model: ir.Model,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    axes: Sequence[Axis],
+    fixed_sizes: Iterable[int],
+) -> None:
     """Rewrites, in place, a graph traced with inputs of the shapes `sized`. Raises CannotOpen."""
     graph = model.graph
-    opener = _Opener(graph, axes)
+    opener = _Opener(graph, axes, frozenset(size for size in fixed_sizes if size > 1))
     nodes = list(graph)
     for initializer in graph.initializers.values():
         if initializer.shape is not None and any(isinstance(n, int) and opener.is_open(n) for n in initializer.shape):
@@ -209,20 +219,28 @@ def open_dimensions(model: ir.Model, inputs: Sequence[TensorSpec], axes: Sequenc
                 raise CannotOpen(f"{node.op_type} {node.name} has the attribute {attribute}")
         for index, value in enumerate(node.inputs):
             numbers = _ints(value)
+            is_target = node.op_type in ("Reshape", "Expand") and index == 1
+            if is_target:
+                for number in numbers:
+                    opener.check(number)
             if not any(map(opener.is_open, numbers)):
                 continue
-            if node.op_type not in ("Reshape", "Expand") or index != 1 or node.inputs[0] is None:
+            if not is_target:
                 raise CannotOpen(f"{node.op_type} {node.name} takes the size {numbers}")
-            rewrites.append((node, _fixed_shape(node.inputs[0]), _fixed_shape(node.outputs[0])))
-    for value in [*graph.inputs, *graph.outputs, *(output for node in nodes for output in node.outputs)]:
-        if value.shape is not None:
-            dims = [opener.dimension(size) if isinstance(size, int) else size for size in value.shape]
-            value.shape = ir.Shape(dims)
+            if -1 in numbers and not _known_shape(node.outputs[0]):
+                raise CannotOpen(f"{node.op_type} {node.name} leaves a size over in an unknown shape")
+            rewrites.append((node, _known_shape(node.inputs[0]), _known_shape(node.outputs[0]) or numbers))
     for node, data, target in rewrites:
-        is_reshape = node.op_type == "Reshape"
-        node.replace_input_with(1, (opener.reshape_target if is_reshape else opener.expand_target)(data, target))
+        make = opener.reshape_target if node.op_type == "Reshape" else opener.expand_target
         node.attributes.pop("allowzero", None)
-    if opener.new_nodes:
-        graph.insert_before(nodes[0], opener.new_nodes)
+        node.replace_input_with(1, make(data, target))
+    for value, spec in [*zip(graph.inputs, inputs, strict=True), *zip(graph.outputs, outputs, strict=True)]:
+        value.shape = ir.Shape([opener.expression(size) for size in _known_shape(value)])
+        if [axis is not None for axis in spec.axes] != [isinstance(size, ir.SymbolicDim) for size in value.shape]:
+            raise CannotOpen(f"{spec.name} has the shape {value.shape}, not {spec.axes}")
+    outside = {id(value) for value in graph.outputs}
+    for value in (output for node in nodes for output in node.outputs if id(output) not in outside):
+        value.shape = None  # sizes that are sums cannot be told from fixed ones; every reader infers shapes anyway
+    graph.insert_before(nodes[0], opener.new_nodes)
     for value in [value for value in graph.initializers.values() if not value.uses() and not value.is_graph_output()]:
         graph.initializers.pop(str(value.name))

@@ -19,8 +19,8 @@ from unittest import mock
 import torch
 import torch.fx.experimental._config as _fx_config
 from onnx_ir import Model
-from torch._subclasses import FakeTensorMode
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 
@@ -30,10 +30,18 @@ from export.opening import CannotOpen, choose_axes, open_dimensions, sized
 from export.wrappers import example
 
 aten = torch.ops.aten
+WHOLE_ATTENTION_OPSET = 23
 MAX_BATCH = 63
 """diffusers' upsampler takes another way from 64 on; a guidance batch of 31 images is enough."""
 
-_ELEMENTWISE = {aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.sub.Tensor, aten.cat.default, aten.concat.default}
+_ELEMENTWISE = {
+    aten.add.Tensor,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.sub.Tensor,
+    aten.cat.default,
+    aten.concat.default,
+}
 _ASSERTS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg}
 _DIRECT = {
     str(operator)
@@ -131,12 +139,12 @@ def make_lean(program: ExportedProgram) -> bool:
             )
     graph.eliminate_dead_code()
     program.graph_module.recompile()
-    return all(str(node.target) in _DIRECT and not _mixes_types(node) for node in graph.nodes if node.op == "call_function")
+    return all(
+        str(node.target) in _DIRECT and not _mixes_types(node) for node in graph.nodes if node.op == "call_function"
+    )
 
 
-def capture_with_symbols(
-    module: nn.Module, inputs: Sequence[TensorSpec], multiple: int
-) -> ExportedProgram:
+def capture_with_symbols(module: nn.Module, inputs: Sequence[TensorSpec], multiple: int) -> ExportedProgram:
     """The network as a graph of ATen operators with symbols for open dimensions. Weights are shared, not copied."""
     dims = {
         "batch": Dim("batch", min=1, max=MAX_BATCH),
@@ -147,7 +155,8 @@ def capture_with_symbols(
         {index: dims[axis] for index, axis in enumerate(spec.axes) if axis is not None} or None for spec in inputs
     )
     arguments = tuple(example(spec.dtype, spec.shape) for spec in inputs)
-    with _quiet(), torch.no_grad(), _fx_config.patch(backed_size_oblivious=True):
+    patch = _fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with _quiet(), torch.no_grad(), patch:
         return torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
 
 
@@ -161,13 +170,11 @@ def capture(module: nn.Module, inputs: Sequence[TensorSpec], shapes: Sequence[tu
         return torch.export.export(module, arguments, strict=False)
 
 
-def convert(
-    program: ExportedProgram, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], opset: int
-) -> Model:
+def convert(program: ExportedProgram, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], opset: int) -> Model:
     """The ONNX graph with the component's names, optimised, its weights still those of the program."""
     is_direct = make_lean(program)
     if is_direct:
-        program.run_decompositions = lambda *args, **kwargs: program  # type: ignore[method-assign]
+        program.run_decompositions = lambda *args, **kwargs: program
     with _quiet(), torch.no_grad(), _without_repeated_work(skip_promotion=is_direct):
         onnx_program = torch.onnx.export(
             program,
@@ -181,7 +188,7 @@ def convert(
         )
     if onnx_program is None:
         raise RuntimeError("torch.onnx.export returned no program")
-    optimize(onnx_program.model)
+    optimize(onnx_program.model, infer_shapes=opset < WHOLE_ATTENTION_OPSET)
     return onnx_program.model
 
 
@@ -191,21 +198,18 @@ def trace(
     config: Config,
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
-    *,
     opset: int,
-    dynamic: bool,
 ) -> Model:
-    """`module` (see `wrappers.wrap`) as an ONNX graph, at the shapes of `inputs` or, where `dynamic`, at any."""
-    if not dynamic:
-        return convert(capture(module, inputs, [spec.shape for spec in inputs]), inputs, outputs, opset)
+    """`module` (see `wrappers.wrap`) as an ONNX graph with open dimensions; the shapes of `inputs` are examples."""
     multiple = component.size_multiple(config)
     names = list(dict.fromkeys(axis for spec in inputs for axis in spec.axes if axis is not None))
     try:
         if names == ["batch"]:
             raise CannotOpen("one symbol alone is quick, and text encoders count the batch")
-        axes = choose_axes(names, multiple, _fixed_sizes(module, inputs))
+        fixed_sizes = _fixed_sizes(module, inputs)
+        axes = choose_axes(names, multiple, fixed_sizes)
         model = convert(capture(module, inputs, [sized(spec, axes) for spec in inputs]), inputs, outputs, opset)
-        open_dimensions(model, inputs, axes)
+        open_dimensions(model, inputs, outputs, axes, fixed_sizes)
     except CannotOpen:
         model = convert(capture_with_symbols(module, inputs, multiple), inputs, outputs, opset)
         name_dimensions(model, inputs, outputs)

@@ -1,4 +1,4 @@
-"""The networks as plain functions of positional tensors in the order of `components.py`: what is traced and compared."""
+"""The networks as plain functions of tensors in the order of `components.py`: what is traced and compared."""
 
 from __future__ import annotations
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -19,7 +18,8 @@ from distill.files import replacing, sha256_file, write_json
 from distill.sources import load_component
 from export.components import COMPONENTS, FLOAT_DTYPES, Config
 from export.folder import CHECK_BELOW_BYTES, Job, library_versions
-from export.parity import compare, within_bounds
+from export.graph import specialise
+from export.parity import Parity, compare, within_bounds
 from export.trace import trace
 from export.wrappers import wrap
 
@@ -35,13 +35,36 @@ def trace_resolution(name: str, config: Config) -> Resolution:
 def parameters_and_flops(name: str, network: nn.Module, config: Config, resolution: Resolution) -> tuple[int, int]:
     """Parameters the component uses, and the floating-point operations of one call of batch 1 at `resolution`."""
     meta = wrap(name, network)
-    used = meta.vae.decoder if name == "vae_decoder" else meta.vae.encoder if name == "vae_encoder" else meta
-    parameters = sum(parameter.numel() for parameter in used.parameters())  # type: ignore[union-attr, operator]
+    other_half = {"vae_decoder": ("encoder.", "quant_conv."), "vae_encoder": ("decoder.", "post_quant_conv.")}
+    unused = other_half.get(name, ("-",))
+    parameters = sum(tensor.numel() for key, tensor in network.named_parameters() if not key.startswith(unused))
     inputs = COMPONENTS[name].inputs(config, resolution, 1, "fp32")
     arguments = [torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta") for spec in inputs]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         meta.to_empty(device="meta").float()(*arguments)
     return parameters, counter.get_total_flops()
+
+
+def _save(model: ir.Model, folder: Path, job: Job, resolutions: Sequence[Resolution]) -> dict[str, str]:
+    """Writes the weights once, and one graph for each resolution, or the open one where there are none.
+
+    Returns the file name of each resolution's graph. model.onnx is the first one's.
+    """
+    ir.save(model, folder / "model.onnx", external_data="model.onnx.data")
+    graphs = {}
+    for resolution in resolutions:
+        fixed = ir.load(folder / "model.onnx")
+        inputs = COMPONENTS[job.name].inputs(job.config, resolution, job.options.batch, job.precision)
+        specialise(fixed, inputs)
+        graphs[str(resolution)] = f"model.{resolution}.onnx"
+        ir.save(fixed, folder / graphs[str(resolution)])
+    if len(graphs) == 1:
+        (folder / graphs.popitem()[1]).replace(folder / "model.onnx")
+    elif graphs:
+        first = str(resolutions[0])
+        (folder / graphs[first]).replace(folder / "model.onnx")
+        graphs[first] = "model.onnx"
+    return graphs
 
 
 def write_component(job: Job, folder: Path, progress: Callable[[str], None]) -> None:
@@ -50,29 +73,31 @@ def write_component(job: Job, folder: Path, progress: Callable[[str], None]) -> 
     options, name = job.options, job.name
     component = COMPONENTS[name]
     network = load_component(job.checkpoint, component.source, TORCH_DTYPES[job.precision])
+    loaded = time.monotonic()
     module = wrap(name, network)
-    dynamic = not options.resolutions
-    resolution = trace_resolution(name, job.config) if dynamic else options.resolutions[0]
+    fixed = options.resolutions[:1] if name.startswith("text") else options.resolutions  # no picture goes in
+    resolution = fixed[0] if fixed else trace_resolution(name, job.config)
     inputs = component.inputs(job.config, resolution, options.batch, job.precision)
     outputs = component.outputs(job.config, resolution, options.batch, job.precision)
-    model = trace(component, module, job.config, inputs, outputs, opset=options.opset, dynamic=dynamic)
+    model = trace(component, module, job.config, inputs, outputs, options.opset)
     traced = time.monotonic()
     with replacing(folder) as temporary:
         temporary.mkdir()
-        ir.save(model, temporary / "model.onnx", external_data="model.onnx.data")
+        graphs = _save(model, temporary, job, fixed)
         nodes = len(list(model.graph))
         del model
         write_json(temporary / "config.json", job.config)
-        onnx.checker.check_model(str(temporary / "model.onnx"), full_check=True)
-        checked: list[dict[str, Any]] = []
-        if options.check and (temporary / "model.onnx.data").stat().st_size < CHECK_BELOW_BYTES:
-            results = compare(
-                name, temporary / "model.onnx", module, job.config, resolution, options.batch, job.precision
-            )
-            if not within_bounds(results, job.precision):
-                raise RuntimeError(f"{name}: the graph disagrees with torch at {resolution}: {results}")
-            checked = [asdict(result) for result in results]
-        del module
+        saved = time.monotonic()
+        for file in temporary.glob("*.onnx"):
+            onnx.checker.check_model(str(file), full_check=True)
+        checked: list[Parity] = []
+        if options.check and sum(file.stat().st_size for file in temporary.iterdir()) < CHECK_BELOW_BYTES:
+            batches = (options.batch,) if fixed else (options.batch, options.batch + 1)
+            model_file = temporary / "model.onnx"
+            checked = list(compare(name, model_file, module, job.config, [resolution], batches, job.precision))
+            if not within_bounds(checked, job.precision):
+                raise RuntimeError(f"{name}: the graph disagrees with torch: {checked}")
+        verified = time.monotonic()
         parameters, flops = parameters_and_flops(name, network, job.config, job.base)
         write_json(
             temporary / "export.json",
@@ -81,7 +106,8 @@ def write_component(job: Job, folder: Path, progress: Callable[[str], None]) -> 
                 "component": name,
                 "precision": job.precision,
                 "opset": options.opset,
-                "dynamic": dynamic,
+                "dynamic": not fixed,
+                "graphs": graphs,
                 "inputs": [asdict(spec) for spec in inputs],
                 "outputs": [asdict(spec) for spec in outputs],
                 "nodes": nodes,
@@ -89,9 +115,16 @@ def write_component(job: Job, folder: Path, progress: Callable[[str], None]) -> 
                 "flops_per_call": flops,
                 "flops_at": {"resolution": str(job.base), "batch": 1},
                 "sha256": {path.name: sha256_file(path) for path in sorted(temporary.glob("model*.onnx*"))},
-                "checked": checked,
+                "checked": [asdict(result) for result in checked],
                 "versions": library_versions(),
             },
         )
-    seconds = time.monotonic() - started
-    progress(f"{name}: {job.precision}, {nodes} nodes, {seconds:.1f} s (graph {traced - started:.1f} s)")
+    seconds = [
+        ("load", loaded - started),
+        ("trace", traced - loaded),
+        ("save", saved - traced),
+        ("check", verified - saved),
+        ("describe", time.monotonic() - verified),
+    ]
+    steps = ", ".join(f"{step} {duration:.1f}" for step, duration in seconds)
+    progress(f"{name}: {job.precision}, {nodes} nodes, {time.monotonic() - started:.1f} s ({steps})")
