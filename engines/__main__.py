@@ -28,6 +28,7 @@ def build(
     layout: Layouts | None = None,
     resolutions: str = "all",
     batches: str = "1",
+    guidance: Literal["always", "never", "any"] = "always",
     components: str = "",
     memory_gb: float | None = None,
     replace: bool = False,
@@ -47,6 +48,7 @@ def build(
         layout: Default: shared for tensorrt, ranged for tensorrt-rtx.
         resolutions: `all`, or sizes such as 1024x1024,1152x896.
         batches: Numbers of images at once, separated by commas.
+        guidance: What exact profiles of the UNet are for: with it, without it (LCM, Turbo), or either.
         components: Only these, separated by commas (vae_encoder is built only when named).
         memory_gb: Memory a build may use; default: what is free.
         replace: Drop engines of another checkpoint from the bundle.
@@ -68,6 +70,7 @@ def build(
         layout=layout,
         resolutions=resolutions,
         batches=parse_batches(batches),
+        guidance=guidance,
         components=_names(components) or None,
         options=options,
         memory_gb=memory_gb,

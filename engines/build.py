@@ -7,12 +7,7 @@ two, the bundle's manifest still names only files that are there, and the same c
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,8 +31,10 @@ from engines.bundle import (
     write_manifest,
 )
 from engines.flavors import BuildRequest
+from engines.layouts import Guidance
 from engines.onnx_folder import OnnxFolder, read_onnx_folder
 from engines.plan import Job, plan_builds, tool_versions
+from engines.process import run_worker
 from engines.progress import BuildProgress, duration
 
 LOCK = ".lock"
@@ -91,6 +88,7 @@ def build_bundle(
     layout: Layout | None = None,
     resolutions: str = "all",
     batches: list[int] | None = None,
+    guidance: Guidance = "always",
     components: list[str] | None = None,
     options: dict[str, bool | int | str] | None = None,
     memory_gb: float | None = None,
@@ -110,6 +108,7 @@ def build_bundle(
         layout=layout,
         resolutions=resolutions,
         batches=batches,
+        guidance=guidance,
         components=components,
         options=options,
     )
@@ -279,76 +278,3 @@ def _build_one(job: Job, out: Path, budget_bytes: int, progress: BuildProgress) 
         options=job.options,
         build=BuildRecord(seconds=result["seconds"], peak_rss_bytes=result["peak_rss_bytes"], tools=tool_versions(job)),
     )
-
-
-def run_worker(request: BuildRequest, budget_bytes: int, progress: BuildProgress) -> dict[str, Any]:
-    """Runs one build in a process of its own and returns its last event.
-
-    Raises UserError where it fails, dies, or goes over its memory budget (it is ended then, before the system picks
-    a victim of its own).
-    """
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "engines.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        )
-        assert process.stdin and process.stdout
-        watch = _MemoryWatch(process, budget_bytes)
-        try:
-            process.stdin.write(request.model_dump_json().encode() + b"\n")
-            process.stdin.flush()
-            result: dict[str, Any] = {}
-            for line in process.stdout:
-                event = json.loads(line)
-                if "phase" in event:
-                    progress.update(event["phase"], event["fraction"])
-                else:
-                    result = event
-            process.wait()
-        finally:
-            watch.stop()
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        if watch.exceeded_bytes:
-            raise UserError(
-                f"building {request.component} went over its memory budget of {budget_bytes / 1e9:.1f} GB and was "
-                "stopped; use --layout ranged, fewer resolutions, raise --memory-gb, or build on a larger machine"
-            )
-        if process.returncode or "outputs" not in result:
-            log.seek(0)
-            lines = [text.strip() for text in log.read().decode(errors="replace").splitlines() if text.strip()]
-            said = next((line for line in reversed(lines) if "[E]" in line or "Error" in line), "".join(lines[-1:]))
-            reason = result.get("error") or f"the builder ended with status {process.returncode}"
-            raise UserError(f"building {request.component} failed: {reason}: {said[:500]}")
-        return result
-
-
-class _MemoryWatch:
-    """Looks at the process's resident memory a few times a second and kills it over the budget."""
-
-    def __init__(self, process: subprocess.Popen[bytes], budget_bytes: int) -> None:
-        import threading
-
-        self.exceeded_bytes = 0
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, args=(process, budget_bytes), daemon=True)
-        self._thread.start()
-
-    def _watch(self, process: subprocess.Popen[bytes], budget_bytes: int) -> None:
-        while not self._stopped.wait(0.25):
-            try:
-                used = psutil.Process(process.pid).memory_info().rss
-            except psutil.Error:
-                return
-            if used > budget_bytes:
-                self.exceeded_bytes = used
-                process.kill()
-                return
-
-    def stop(self) -> None:
-        self._stopped.set()
-        self._thread.join()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,6 +56,16 @@ class EngineComponent:
         if (choice := self._choices.get((resolution, rows))) is None:
             choice = self._choices[resolution, rows] = self._choose(resolution, rows)
         loaded, profile, most = choice
+        least = self._least_rows(profile)
+        if rows < least:
+            _warn_of_padding(self.name)
+            padded = {
+                name: torch.cat([tensor, tensor[-1:].expand(least - rows, *tensor.shape[1:])])
+                if name in batched
+                else tensor
+                for name, tensor in ready.items()
+            }
+            return {name: tensor[:rows] for name, tensor in loaded.run(padded, profile).items()}
         if rows <= most:
             return loaded.run(ready, profile)
         pieces = []
@@ -63,7 +75,7 @@ class EngineComponent:
         return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
     def _choose(self, resolution: str | None, rows: int) -> tuple[LoadedEngine, Profile, int]:
-        """The profile with the smallest batch that holds `rows`, else the one with the largest."""
+        """The profile that takes the fewest rows beyond `rows`, else the one that takes the most at once."""
         found = [
             (loaded, profile, self._most_rows(profile))
             for engine, loaded in self.engines
@@ -76,10 +88,27 @@ class EngineComponent:
                 f"ask for one of them, or add it with python -m engines build --resolutions {resolution}"
             )
         enough = [choice for choice in found if choice[2] >= rows]
-        return min(enough, key=lambda choice: choice[2]) if enough else max(found, key=lambda choice: choice[2])
+
+        def waste(choice: tuple[LoadedEngine, Profile, int]) -> tuple[int, int]:
+            return max(0, self._least_rows(choice[1]) - rows), choice[2]
+
+        return min(enough, key=waste) if enough else max(found, key=lambda choice: choice[2])
 
     def _most_rows(self, profile: Profile) -> int:
-        return max(shape.max[0] for shape in profile.shapes.values() if shape.max)
+        return max(shape.max[0] for shape in profile.shapes.values())
+
+    def _least_rows(self, profile: Profile) -> int:
+        return max(shape.min[0] for shape in profile.shapes.values())
+
+
+@cache
+def _warn_of_padding(component: str) -> None:
+    """Once for each component."""
+    warnings.warn(
+        f"the {component} plan was built for a larger batch: this call is padded. For sampling without guidance build with "
+        "--guidance never (or any); for fewer images at once, with --batches",
+        stacklevel=2,
+    )
 
 
 class _EngineModule(torch.nn.Module):

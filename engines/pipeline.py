@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distill.errors import UserError
 from distill.files import read_json
-from engines.bundle import Engine, Manifest, checked_path, read_manifest, rebuild_command
+from engines.bundle import Engine, Layout, Manifest, checked_path, read_manifest, rebuild_command
 from engines.flavors import FLAVORS, Flavor, LoadOptions, find_flavor
+from engines.layouts import DEFAULT_LAYOUTS
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
@@ -42,9 +43,15 @@ def choose_flavor(manifest: Manifest, flavor: str | None, device: str | None = N
     raise UserError("; ".join(reasons) or "the bundle has no engines; build some with python -m engines build")
 
 
-def select_engines(manifest: Manifest, flavor: Flavor, device: str) -> dict[str, list[Engine]]:
-    """For each component the engines of this flavor that fit the device. Raises UserError where one is missing or
-    where what is there does not fit GPU, driver or version: nothing has been opened by then."""
+def select_engines(
+    manifest: Manifest, flavor: Flavor, device: str, layout: str | None = None
+) -> dict[str, list[Engine]]:
+    """For each component the engines of this flavor that fit the device, in one layout: the named one (only the UNet
+    must have it), else the one that serves most sizes, else the flavor's default.
+
+    Raises UserError where one is missing or where what is there does not fit GPU, driver or version: nothing has been
+    opened by then.
+    """
     selected: dict[str, list[Engine]] = {}
     refusal: UserError | None = None
     for engine in manifest.engines:
@@ -62,7 +69,32 @@ def select_engines(manifest: Manifest, flavor: Flavor, device: str) -> dict[str,
             f"the bundle has no {flavor.name} engine for {', '.join(missing)}; build it with: python -m engines build "
             f"--onnx ONNX --out BUNDLE --flavor {flavor.name} --components {','.join(missing)}"
         )
-    return selected
+    return {name: _one_layout(engines, flavor.name, layout) for name, engines in selected.items()}
+
+
+def _one_layout(engines: list[Engine], flavor: str, layout: str | None) -> list[Engine]:
+    """Weights are held once for each plan, so no two plans that serve the same sizes are loaded."""
+    layouts = {engine.layout for engine in engines}
+    if layout and engines[0].component == "unet" and layout not in layouts:
+        raise UserError(
+            f"the bundle's unet has no engine in layout {layout}, it has {', '.join(sorted(layouts))}; "
+            f"add it with: python -m engines build --onnx ONNX --out BUNDLE --layout {layout}"
+        )
+
+    def worth(name: str) -> tuple[bool, int, bool]:
+        sizes = {text for engine in engines if engine.layout == name for text in engine.resolutions}
+        return name == layout, len(sizes), name == DEFAULT_LAYOUTS[flavor]
+
+    chosen = max(layouts, key=worth)
+    engines = [engine for engine in engines if engine.layout == chosen]
+    kept: list[Engine] = []
+    served: set[tuple[str, int]] = set()
+    for engine in sorted(engines, key=lambda engine: -len(engine.resolutions) * len(engine.batches)):
+        pairs = {(text, profile.batch) for profile in engine.profiles for text in profile.resolutions}
+        if not pairs <= served:
+            kept.append(engine)
+            served |= pairs
+    return kept
 
 
 def refit(pipeline: StableDiffusionXLPipeline, onnx: str | Path) -> list[str]:
@@ -92,6 +124,7 @@ def load(
     flavor: str | None = None,
     *,
     device: str | None = None,
+    layout: Layout | None = None,
     cuda_graphs: bool = True,
     specialization: Literal["eager", "lazy", "none"] | None = None,
     runtime_cache: str | Path | None = None,
@@ -100,7 +133,8 @@ def load(
 ) -> StableDiffusionXLPipeline:
     """A diffusers StableDiffusionXLPipeline whose unet, vae and text encoders are the bundle's engines.
 
-    `device` is "cpu" or "cuda[:n]"; None takes the flavor's own. `cuda_graphs`, `specialization` and `runtime_cache`
+    `device` is "cpu" or "cuda[:n]"; None takes the flavor's own; `layout` matters where the bundle has
+    several. `cuda_graphs`, `specialization` and `runtime_cache`
     (a folder, by default inside the bundle) concern TensorRT only; `weights` is an ONNX folder of the same architecture
     whose weights replace those of plans built with --refit or --strip. Everything is verified before it is opened: the
     manifest, then GPU, driver and version, then each file's hash. Raises UserError with what was found, what is
@@ -115,7 +149,7 @@ def load(
     manifest = read_manifest(bundle)
     backend = choose_flavor(manifest, flavor, device)
     place = device or backend.default_device()
-    selected = select_engines(manifest, backend, place)
+    selected = select_engines(manifest, backend, place, layout)
     mend = f"mend it with: {rebuild_command(bundle)}"
     for record in manifest.files:
         checked_path(bundle, record, mend)

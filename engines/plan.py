@@ -11,7 +11,7 @@ from distill.files import sha256_json
 from engines.bundle import Engine, Layout, Profile
 from engines.flavors import Flavor, find_flavor
 from engines.gpus import Target, resolve_targets
-from engines.layouts import DEFAULT_LAYOUTS, plan_profiles
+from engines.layouts import DEFAULT_LAYOUTS, Guidance, plan_profiles
 from engines.onnx_folder import OnnxComponent, OnnxFolder
 
 RECIPE_VERSION = 1
@@ -120,6 +120,7 @@ def plan_builds(
     layout: Layout | None = None,
     resolutions: str = "all",
     batches: list[int] | None = None,
+    guidance: Guidance = "always",
     components: list[str] | None = None,
     options: dict[str, bool | int | str] | None = None,
 ) -> list[Job]:
@@ -141,7 +142,7 @@ def plan_builds(
     jobs = []
     for name in _components(folder, components):
         component = folder.components[name]
-        for profiles in plan_profiles(component, layout, chosen, wanted_batches):
+        for profiles in plan_profiles(component, layout, chosen, wanted_batches, guidance):
             for target in targets:
                 jobs.append(
                     Job(

@@ -201,6 +201,33 @@ def test_hash_is_compared_before_anything_is_deserialised(bundle: Path, monkeypa
     assert not any("unet" in path for path in opened)
 
 
+def test_no_two_plans_that_serve_the_same_are_loaded(toy_manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    from engines.flavors import find_flavor, tensorrt
+
+    monkeypatch.setattr(tensorrt, "gpu_at_hand", lambda: ("NVIDIA A100", "8.0"))
+    flavor = find_flavor("tensorrt-rtx")
+    unet = next(e for e in toy_manifest.engines if e.flavor == "tensorrt-rtx" and e.component == "unet")
+    profile = unet.profiles[0]
+
+    def variant(layout: str, *sizes: str) -> Any:
+        profiles = [profile.model_copy(update={"resolutions": list(sizes)})]
+        return unet.model_copy(update={"layout": layout, "resolutions": list(sizes), "profiles": profiles})
+
+    def chosen(*variants: Any, layout: str | None = None) -> list[Any]:
+        others = [e for e in toy_manifest.engines if e.component != "unet"]
+        manifest = toy_manifest.model_copy(update={"engines": [*others, *variants]})
+        return select_engines(manifest, flavor, "cuda:0", layout)["unet"]
+
+    ranged, shared = variant("ranged", "128x128", "224x96"), variant("shared", "128x128", "224x96")
+    static = [variant("per-resolution", size) for size in ("128x128", "224x96", "96x224")]
+    assert chosen(shared, ranged) == [ranged]
+    assert chosen(shared, ranged, layout="shared") == [shared]
+    assert chosen(shared, ranged, *static) == static, "the layout that serves most sizes"
+    assert chosen(variant("ranged", "128x128"), ranged, ranged) == [ranged]
+    with pytest.raises(UserError, match="no engine in layout shared, it has ranged"):
+        chosen(ranged, layout="shared")
+
+
 @pytest.mark.parametrize(
     "gpu, version, message",
     [

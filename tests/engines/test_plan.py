@@ -64,7 +64,7 @@ def test_file_name_says_what_it_is(toy_onnx_fp16: Path) -> None:
 
 @pytest.mark.parametrize("layout, plans", [("per-resolution", 9), ("shared", 1), ("ranged", 1)])
 def test_every_layout_covers_every_size_and_batch(toy_onnx_fp16: Path, layout: Layout, plans: int) -> None:
-    jobs = [job for job in plan(toy_onnx_fp16, layout=layout, batches=[1, 2]) if job.component.name == "unet"]
+    jobs = plan(toy_onnx_fp16, layout=layout, batches=[1, 2], guidance="any", components=["unet"])
     assert len(jobs) == plans
     for resolution in MINI_FAMILY.resolutions:
         for rows in (1, 2, 4):  # one image with and without guidance, two images with it
@@ -76,6 +76,17 @@ def test_every_layout_covers_every_size_and_batch(toy_onnx_fp16: Path, layout: L
                 if str(resolution) in profile.resolutions and profile.shapes["sample"].admits(shape)
             ]
             assert serving, (layout, resolution, rows)
+
+
+@pytest.mark.parametrize("guidance, rows", [("always", (4, 4)), ("never", (2, 2)), ("any", (2, 4))])
+def test_exact_profiles_are_exact_in_batch_too(toy_onnx_fp16: Path, guidance: str, rows: tuple[int, int]) -> None:
+    (job,) = plan(toy_onnx_fp16, layout="shared", batches=[2], guidance=guidance, components=["unet"])
+    for profile in job.profiles:
+        assert (profile.shapes["sample"].min[0], profile.shapes["sample"].max[0]) == rows
+        assert profile.shapes["sample"].min[1:] == profile.shapes["sample"].max[1:]
+    (ranged,) = plan(toy_onnx_fp16, layout="ranged", batches=[2], guidance=guidance, components=["unet"])
+    shape = ranged.profiles[0].shapes["sample"]
+    assert (shape.min[0], shape.max[0]) == (1, rows[1])
 
 
 def test_static_graph_is_refused_for_other_sizes(toy_onnx_fp16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
