@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from bench.options import RunOptions
+from bench.suite import SuiteOptions
 from distill.errors import exit_on_user_error
 
 
@@ -48,8 +49,15 @@ def compare(before: tyro.conf.Positional[Path], after: tyro.conf.Positional[Path
     return compare_files(before, after, tolerance)
 
 
+def gpu(options: Annotated[SuiteOptions, tyro.conf.OmitArgPrefixes]) -> int:
+    """Everything one session on a GPU can measure, within minutes, as JSON and a report."""
+    from bench.suite import run_suite
+
+    return run_suite(options)
+
+
 def main() -> int:
-    commands: dict[str, Callable[..., int]] = {"run": run, "report": report, "compare": compare}
+    commands: dict[str, Callable[..., int]] = {"run": run, "report": report, "compare": compare, "gpu": gpu}
     return exit_on_user_error(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m bench"))
 
 

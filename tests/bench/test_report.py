@@ -14,7 +14,7 @@ from bench.results import Estimate
 from bench.words import count, interval, milliseconds, signed_percent, size, times
 from distill.errors import UserError
 
-VOID = {"meta", "link", "img", "br", "circle", "line", "polyline", "path"}
+VOID = {"meta", "link", "img", "br"}
 
 
 class Balanced(HTMLParser):
