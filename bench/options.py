@@ -46,6 +46,19 @@ class RunOptions:
     energy_seconds: float = 10.0
     reference: bool = True
     """Compare each contestant with its checkpoint in fp32 (needs a checkpoint among its artifacts)."""
+    captions: Path | None = None
+    """Text file, one caption a line: FID and CLIP score over its first `caption-count` lines."""
+    caption_count: int = 200
+    fid_reference: Path | None = None
+    """.npz with mu and sigma of the reference pictures' features."""
+    fid_extractor: Path | None = None
+    """TorchScript file, uint8 pictures (batch, 3, height, width) to features."""
+    clip_model: str | None = None
+    """Folder or hub id of a CLIP model for the CLIP score."""
+    fid_band: tuple[float, float] | None = None
+    """Low and high: outside of it the quality guard fails. MLPerf's for SDXL: 23.01 23.95."""
+    clip_band: tuple[float, float] | None = None
+    """Low and high. MLPerf's for SDXL: 31.69 31.81."""
     device: str | None = None
     """cpu or cuda; the GPU if there is one."""
     workdir: Path = Path("out/sources")

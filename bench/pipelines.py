@@ -161,9 +161,8 @@ class CompiledContestant(EagerContestant):
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
         pipe.fuse_qkv_projections()
-        mode = "max-autotune-no-cudagraphs" if self.device.startswith("cuda") else "default"
-        pipe.unet = torch.compile(pipe.unet, mode=mode, dynamic=False)
-        pipe.vae.decode = torch.compile(pipe.vae.decode, mode=mode, dynamic=False)
+        pipe.unet = torch.compile(pipe.unet, dynamic=False)
+        pipe.vae.decode = torch.compile(pipe.vae.decode, dynamic=False)
         return pipe
 
 

@@ -25,7 +25,7 @@ from bench.summary import summarise
 from bench.workload import Workload, make_workloads, parse_numbers, parse_resolutions, parse_scales
 from distill.architectures import Family
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False)
 
 
 def _say(text: str) -> None:
@@ -109,11 +109,41 @@ def _quality(
         pictures = timed_draw(entrant.contestant, workload, make_clock(entrant.contestant.device))[1]
         reference = references.get(entrant.name, "the reference was switched off")
         quality = guard(pictures, None, reference) if isinstance(reference, str) else guard(pictures, reference)
-        verdicts[entrant.name] = asdict(quality)
+        fidelity = _fidelity(entrant, workload, options)
+        if fidelity is not None and fidelity["words"]:
+            quality.passed = False
+            quality.words += fidelity["words"]
+        verdicts[entrant.name] = asdict(quality) | {"fidelity": fidelity}
         word = {True: "passed", False: "FAILED", None: "not checked"}[quality.passed]
         psnr = "identical" if quality.identical else f"{quality.psnr_db:.0f} dB" if quality.psnr_db else ""
         _say(f"  {entrant.name}: {word} {psnr} {'; '.join(quality.words)}".rstrip())
     return verdicts
+
+
+def _fidelity(entrant: Entrant, workload: Workload, options: RunOptions) -> dict[str, Any] | None:
+    """FID and CLIP score over the user's captions at the main workload; None where no captions were given."""
+    if options.captions is None:
+        return None
+    from bench.fidelity import FidelityOptions, measure_fidelity
+
+    clock = make_clock(entrant.contestant.device)
+
+    def draw(caption: str, seed: int) -> Any:
+        one = workload.for_picture(caption, seed, workload.resolution)
+        return timed_draw(entrant.contestant, one, clock)[1].images[0]
+
+    return measure_fidelity(
+        draw,
+        FidelityOptions(
+            captions=options.captions,
+            count=options.caption_count,
+            fid_reference=options.fid_reference,
+            fid_extractor=options.fid_extractor,
+            clip_model=options.clip_model,
+            fid_band=options.fid_band,
+            clip_band=options.clip_band,
+        ),
+    )
 
 
 def _draw(entrants: list[Entrant], main: Workload, family: Family, options: RunOptions) -> list[PictureRecord]:

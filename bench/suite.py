@@ -23,7 +23,7 @@ from distill.architectures import ARCHITECTURES
 from distill.errors import UserError, unknown
 from distill.files import write_json
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False)
 FLAVOR_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 
@@ -152,9 +152,8 @@ def run_compiled(session: Session) -> None:
 def _command(session: Session, *arguments: str) -> str | None:
     """Runs a room's command within the time left; None where it went well, else why not."""
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=max(1.0, session.left_s - 30)
-        )
+        command, timeout_s = [sys.executable, "-m", *arguments], max(1.0, session.left_s - 30)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired:
         return "no time left"
     lines = (done.stderr.strip() or done.stdout.strip()).splitlines()

@@ -61,7 +61,7 @@ def measure_training(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return loss.item()
 
     seconds = []
     for index in range(steps + 2):

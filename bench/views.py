@@ -65,6 +65,9 @@ def quality_word(quality: dict[str, Any]) -> dict[str, str]:
         parts.append(f"PSNR {quality['psnr_db']:.1f} dB")
     if quality.get("latent_cosine") is not None:
         parts.append(f"latent cosine {quality['latent_cosine']:.5f}")
+    for name, value in (quality.get("fidelity") or {}).items():
+        if name in ("fid", "clip") and value is not None:
+            parts.append(f"{'FID' if name == 'fid' else 'CLIP score'} {value:.2f}")
     return {"state": state, "text": "; ".join(parts + list(quality.get("words", [])))}
 
 

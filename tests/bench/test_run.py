@@ -64,6 +64,7 @@ def test_a_contestant_that_cannot_load_is_one_line(tmp_path):
         ({"scheduler": "eulr"}, "did you mean 'euler'"),
         ({"device": "tpu"}, "unknown device"),
         ({"artifacts": ["nobody=."]}, "unknown contestant"),
+        ({"captions": Path("no-such-file.txt")}, "does not exist"),
     ],
 )
 def test_bad_input_is_said_before_anything_is_loaded(tmp_path, changes, word):

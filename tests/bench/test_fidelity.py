@@ -1,0 +1,99 @@
+import numpy as np
+import pytest
+import torch
+
+from bench.fidelity import FidelityOptions, fid, frechet_distance, judge, measure_fidelity, read_captions
+from distill.errors import UserError
+
+
+class MeanColour(torch.nn.Module):
+    """A stand-in for Inception: the mean and the spread of each channel."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        values = images.float() / 255
+        return torch.cat([values.mean((2, 3)), values.std((2, 3))], 1)
+
+
+def draw(caption: str, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 100 if "dark" in caption else 256, (16, 16, 3), np.uint8)
+
+
+@pytest.fixture
+def references(tmp_path):
+    torch.jit.script(MeanColour()).save(str(tmp_path / "net.pt"))
+    features = np.concatenate(
+        [MeanColour()(torch.from_numpy(draw("light", seed))[None].permute(0, 3, 1, 2)).numpy() for seed in range(64)]
+    )
+    np.savez(tmp_path / "stats.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
+    return tmp_path
+
+
+def options(folder, caption, **changes):
+    (folder / "captions.txt").write_text(f"{caption}\n" * 64)
+    values = {"fid_reference": folder / "stats.npz", "fid_extractor": folder / "net.pt"}
+    return FidelityOptions(captions=folder / "captions.txt", **(values | changes))
+
+
+def test_the_distance_of_known_gaussians():
+    eye = np.eye(3)
+    assert frechet_distance(np.zeros(3), eye, np.zeros(3), eye) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(np.zeros(3), eye, np.full(3, 2.0), eye) == pytest.approx(12)
+    assert frechet_distance(np.zeros(3), eye, np.zeros(3), 4 * eye) == pytest.approx(3 * (1 + 4 - 2 * 2))
+    singular = np.diag([1.0, 0.0, 0.0])
+    assert frechet_distance(np.zeros(3), singular, np.zeros(3), eye) == pytest.approx(1 + 3 - 2)
+
+
+def test_the_same_pictures_score_zero_and_darker_ones_do_not(references):
+    same = measure_fidelity(draw, options(references, "light", fid_band=(0.0, 0.01)))
+    assert same["fid"] == pytest.approx(0, abs=1e-6) and same["words"] == []
+    dark = measure_fidelity(draw, options(references, "dark", fid_band=(0.0, 0.01)))
+    assert dark["fid"] > 0.1 and "above the band" in dark["words"][0]
+
+
+def test_a_band_has_two_sides():
+    assert judge("FID", 23.5, (23.01, 23.95)) == []
+    assert "below" in judge("FID", 20.0, (23.01, 23.95))[0]
+    assert "above" in judge("FID", 25.0, (23.01, 23.95))[0]
+    assert judge("FID", 99.0, None) == []
+
+
+def test_what_was_not_given_is_none_and_says_why(references):
+    found = measure_fidelity(draw, options(references, "light", fid_reference=None, fid_extractor=None))
+    assert found["fid"] is None and found["clip"] is None
+    assert len(found["notes"]) == 2
+
+
+def test_bad_references_are_one_line(references):
+    with pytest.raises(UserError, match="both"):
+        measure_fidelity(draw, options(references, "light", fid_extractor=None))
+    with pytest.raises(UserError, match="mu"):
+        measure_fidelity(draw, options(references, "light", fid_reference=references / "net.pt"))
+    with pytest.raises(UserError, match="TorchScript"):
+        measure_fidelity(draw, options(references, "light", fid_extractor=references / "stats.npz"))
+    with pytest.raises(UserError, match="does not exist"):
+        read_captions(references / "none.txt", 3)
+    with pytest.raises(UserError, match="CLIP model"):
+        measure_fidelity(draw, options(references, "light", clip_model=str(references)))
+    with pytest.raises(UserError, match="features"):
+        fid(np.zeros((4, 3)), (np.zeros(6), np.eye(6)))
+
+
+def test_the_clip_score_is_a_cosine_times_a_hundred(references):
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    from distill.tokenizer import make_clip_tokenizer
+
+    torch.manual_seed(0)
+    text = {"vocab_size": 1024, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "max_position_embeddings": 16, "eos_token_id": 1023}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(references / "clip")
+    make_clip_tokenizer(["light"], max_length=16, bos_token_id=1022, eos_token_id=1023).save_pretrained(
+        references / "clip"
+    )
+    size = {"height": 16, "width": 16}
+    CLIPImageProcessor(size=size, crop_size=size).save_pretrained(references / "clip")
+    found = measure_fidelity(draw, options(references, "light", clip_model=str(references / "clip"), count=3))
+    assert 0 <= found["clip"] <= 100 and found["count"] == 3
