@@ -118,15 +118,23 @@ def judge(name: str, value: float, band: tuple[float, float] | None) -> list[str
     return [f"{name} {value:.2f} is {'below' if value < band[0] else 'above'} the band {band[0]:g} to {band[1]:g}"]
 
 
+def check_references(options: Any) -> None:
+    """Raises UserError for captions or reference statistics that cannot be used, before anything is drawn."""
+    read_captions(options.captions, 1)
+    if (options.fid_reference is None) != (options.fid_extractor is None):
+        raise UserError("FID needs both --fid-reference and --fid-extractor; give both or neither")
+    if options.fid_reference is not None:
+        read_statistics(options.fid_reference)
+
+
 def measure_fidelity(draw: Callable[[str, int], np.ndarray], options: FidelityOptions) -> dict[str, Any]:
     """Draws a picture a caption (`draw(caption, seed)` gives uint8 (height, width, 3)) and scores them.
 
     Returns {"fid", "clip", "count", "words", "notes"}; a score without its reference is None, and `notes` say why.
     Raises UserError for references that cannot be read.
     """
+    check_references(options)
     captions = read_captions(options.captions, options.count)
-    if (options.fid_reference is None) != (options.fid_extractor is None):
-        raise UserError("FID needs both --fid-reference and --fid-extractor; give both or neither")
     extract = feature_extractor(options.fid_extractor) if options.fid_extractor else None
     reference = read_statistics(options.fid_reference) if options.fid_reference else None
     score = clip_scorer(options.clip_model) if options.clip_model else None

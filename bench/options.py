@@ -79,6 +79,10 @@ def check_options(options: RunOptions, specs: list[Spec]) -> str:
 
     if options.device == "cuda" and default_device() != "cuda":
         raise UserError("device cuda: torch sees no NVIDIA GPU here; leave --device away to run on the CPU")
+    if options.captions is not None:
+        from bench.fidelity import check_references
+
+        check_references(options)
     names = [spec.name for spec in specs]
     baseline = options.baseline or names[0]
     if baseline not in names:

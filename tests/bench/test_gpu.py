@@ -1,0 +1,60 @@
+"""NVML is faked here: what matters is that each reading stands alone, and that an absent one says why."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from bench.gpu import Gpu, energy_per_image
+from bench.host import OtherLoad, cpu_identity, package_versions, peak_rss_bytes
+
+
+def fake_gpu(**functions):
+    gpu = Gpu.__new__(Gpu)
+    gpu.reason, gpu.missing, gpu._handle = None, {}, "handle"
+    gpu._nvml = SimpleNamespace(**functions)
+    return gpu
+
+
+def test_one_absent_reading_does_not_hide_the_others():
+    def broken(_):
+        raise RuntimeError("Not Supported")
+
+    gpu = fake_gpu(nvmlDeviceGetName=lambda _: b"NVIDIA H200", nvmlDeviceGetUUID=broken)
+    found = gpu.identity()
+    assert found["name"] == "NVIDIA H200" and found["uuid"] is None
+    assert gpu.missing["uuid"] == "Not Supported"
+
+
+def test_throttle_reasons_are_words():
+    bits = {
+        f"nvmlClocksEventReason{name}": 1 << index
+        for index, name in enumerate(
+            ("SwPowerCap", "HwSlowdown", "SyncBoost", "SwThermalSlowdown", "HwThermalSlowdown", "HwPowerBrakeSlowdown")
+        )
+    }
+    gpu = fake_gpu(nvmlDeviceGetCurrentClocksEventReasons=lambda _: 0b010001, **bits)
+    assert gpu.throttle_reasons() == ["power cap", "hardware thermal slowdown"]
+
+
+def test_energy_comes_from_the_counter_over_the_whole_time():
+    joules = iter([1000.0, 1300.0])
+    gpu = fake_gpu(nvmlDeviceGetTotalEnergyConsumption=lambda _: next(joules) * 1e3)
+    found = energy_per_image(gpu, lambda: 3, seconds=0.0001)
+    assert found["j_per_image"] == pytest.approx(300 / 3) or found["j_per_image"] < 100
+    assert found["mean_power_w"] > 0
+
+
+def test_without_a_gpu_everything_is_none_and_says_why():
+    gpu = fake_gpu()
+    gpu._handle, gpu.reason = None, "no driver"
+    assert set(gpu.identity().values()) == {None} and gpu.missing["name"] == "no driver"
+    assert energy_per_image(gpu, lambda: 1) == {"j_per_image": None, "why": "no driver"}
+
+
+def test_the_host_says_what_it_is():
+    found = cpu_identity()
+    assert found["model"] and found["cores_logical"] >= 1 and found["memory_bytes"] > 1e8
+    assert found["governor"] or found["missing"]["governor"]
+    assert package_versions()["torch"]
+    assert peak_rss_bytes() > 1e7
+    assert OtherLoad().percent() >= 0

@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+import torch
+
+from bench.contestants import Spec, make_contestant
+from bench.fake import FakeContestant
+from bench.measure import CpuClock, timed_draw
+from bench.pipelines import OptimumContestant
+from bench.workload import Workload
+from distill.architectures import ARCHITECTURES, MINI_FAMILY, Resolution
+from distill.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A mini pipeline of Vega's depth with random weights."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    from distill.teach import make_mini_pipeline
+
+    torch.manual_seed(0)
+    pipe = make_mini_pipeline(AutoencoderKL(**MINI_FAMILY.vae))
+    pipe.unet = UNet2DConditionModel(**ARCHITECTURES["mini-vega"].unet_config)
+    path = tmp_path_factory.mktemp("mini") / "vega"
+    pipe.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def eager(folder):
+    contestant = make_contestant(Spec.parse(f"vega=eager@fp32:{folder}"), "cpu")
+    contestant.load()
+    return contestant
+
+
+WORKLOAD = Workload(
+    resolution=Resolution(96, 64), steps=3, prompts=("a small red circle", "a large blue ring"), batch=2
+)
+
+
+def test_every_stage_of_a_real_pipeline_is_seen_and_they_sum_to_the_total(eager):
+    sample, pictures = timed_draw(eager, WORKLOAD, CpuClock())
+    assert all(milliseconds > 0 for milliseconds in sample.stages_ms.values()), sample.stages_ms
+    assert set(sample.stages_ms) == {"prepare", "tokenise", "text_encoders", "denoise", "vae_decode", "post_process"}
+    assert len(sample.steps_ms) == WORKLOAD.steps
+    assert sample.unaccounted < 0.01
+    assert sample.stages_ms["denoise"] > sample.stages_ms["tokenise"]
+    assert pictures.images.shape == (2, 64, 96, 3) and pictures.images.dtype == np.uint8
+    assert pictures.latents.shape == (2, 4, 8, 12)
+
+
+def test_the_picture_is_diffusers_own(eager, folder):
+    from diffusers import StableDiffusionXLPipeline
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        WORKLOAD.batch_prompts(),
+        width=96,
+        height=64,
+        num_inference_steps=3,
+        guidance_scale=5.0,
+        generator=torch.Generator("cpu").manual_seed(0),
+        output_type="np",
+    ).images
+    found = timed_draw(eager, WORKLOAD, CpuClock())[1].images
+    assert (found == (expected * 255).round().astype(np.uint8)).all()
+
+
+def test_seed_scheduler_and_guidance_reach_the_pipeline(eager):
+    from dataclasses import replace
+
+    def draw(**changes):
+        return timed_draw(eager, replace(WORKLOAD, **changes), CpuClock())[1].images
+
+    base = draw()
+    assert (draw() == base).all()
+    for changes in ({"seed": 1}, {"scheduler": "ddim"}, {"guidance_scale": 1.0}):
+        assert (draw(**changes) != base).any(), changes
+    assert (draw() == base).all()  # and nothing of it stays
+
+
+def test_the_hooks_cost_next_to_nothing():
+    """All marks of a 50-step picture, over the shortest picture worth timing (20 ms)."""
+    clock = CpuClock()
+    costs = []
+    for _ in range(50):
+        clock.start()
+        for _ in range(60):
+            clock.mark("denoise")
+        costs.append(sum(milliseconds for _, milliseconds in clock.finish()[0]))
+    assert min(costs) / 20 < 0.01
+
+
+def test_a_folder_that_is_no_onnx_folder_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"unet/model\.onnx"):
+        OptimumContestant("x", str(tmp_path)).load()
+
+
+def test_kinds_become_contestants():
+    assert isinstance(make_contestant(Spec.parse("a=fake:denoise=1"), "cpu"), FakeContestant)
+    bundle = make_contestant(Spec.parse("a=bundle@onnxruntime:some/where"), "cpu")
+    assert (bundle.flavor, bundle.device, bundle.source) == ("onnxruntime", "cpu", "some/where")
+    assert make_contestant(Spec.parse("a=eager:random:vega"), "cuda").precision == "fp16"
+    assert make_contestant(Spec.parse("a=compiled@bf16:random:vega"), "cuda").precision == "bf16"
