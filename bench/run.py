@@ -24,12 +24,36 @@ from bench.results import CellRecord, ContestantRecord, PictureRecord, Results, 
 from bench.summary import summarise
 from bench.workload import Workload, make_workloads, parse_numbers, parse_resolutions, parse_scales
 from distill.architectures import Family
+from distill.errors import UserError
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
 
 def _say(text: str) -> None:
     console.print(text)
+
+
+def _load_all(entrants: list[Entrant], main: Workload, gpu: Gpu) -> tuple[list[Entrant], list[str]]:
+    """Those that loaded, and a note on each that did not: out of memory on one leaves the others their turn.
+
+    Raises UserError where a contestant says itself what is wrong with it, or where none is left.
+    """
+    loaded, notes = [], []
+    for entrant in entrants:
+        try:
+            load_entrant(entrant, main, gpu)
+        except UserError:
+            raise
+        except Exception as error:
+            notes.append(f"{entrant.name} did not load: {type(error).__name__}: {error}")
+            _say(f"  {notes[-1]}")
+            continue
+        loaded.append(entrant)
+        load_ms, first_ms = entrant.cold["load_ms"], entrant.cold["first_image_ms"]
+        _say(f"  {entrant.name}: loaded in {load_ms / 1e3:.1f} s, first image {first_ms / 1e3:.2f} s")
+    if not loaded:
+        raise UserError(f"no contestant could be loaded; {notes[0]}")
+    return loaded, notes
 
 
 def _measure(
@@ -245,10 +269,10 @@ def run_bench(options: RunOptions) -> Results:
     before = gpu.state()
     import_quietly()
     _say(f"bench on {device}: {len(entrants)} contestants, {len(workloads)} workloads; cold start")
-    for entrant in entrants:
-        load_entrant(entrant, main, gpu)
-        load_ms, first_ms = entrant.cold["load_ms"], entrant.cold["first_image_ms"]
-        _say(f"  {entrant.name}: loaded in {load_ms / 1e3:.1f} s, first image {first_ms / 1e3:.2f} s")
+    entrants, notes = _load_all(entrants, main, gpu)
+    if baseline not in [entrant.name for entrant in entrants]:
+        notes.append(f"the baseline {baseline} did not load; speed-ups are against {entrants[0].name}")
+        baseline = entrants[0].name
     _say("timed rounds, interleaved")
     cells = _measure(entrants, workloads, options, baseline, peak, gpu)
     energy = {entrant.name: _energy(entrant, main, gpu, options.energy_seconds) for entrant in entrants}
@@ -272,6 +296,7 @@ def run_bench(options: RunOptions) -> Results:
         ],
         cells=cells,
         pictures=pictures,
+        notes=notes,
     )
     write_results(options.out, results)
     _say(f"wrote {options.out} after {results.seconds:.0f} s")

@@ -38,6 +38,25 @@ def test_absent_readings_are_null_and_say_why(results_path):
         assert record.quality["passed"] is None
 
 
+def test_one_that_breaks_at_loading_leaves_the_others_their_turn(tmp_path, monkeypatch, virtual_time):
+    from bench.fake import FakeContestant
+    from bench.report import write_report
+
+    def load(self):
+        if self.name == "teacher":
+            raise MemoryError("out of memory")
+
+    monkeypatch.setattr(FakeContestant, "load", load)
+    results = run_bench(fake_options(tmp_path / "r.json"))
+    assert [record.name for record in results.contestants] == ["vega"]
+    assert "teacher did not load: MemoryError: out of memory" in results.notes
+    assert results.baseline == "vega"
+    write_report([tmp_path / "r.json"], tmp_path / "out")
+    assert "teacher did not load" in (tmp_path / "out" / "index.html").read_text()
+    with pytest.raises(UserError, match="no contestant could be loaded"):
+        run_bench(fake_options(tmp_path / "r.json", contestants=["teacher=fake:"]))
+
+
 def test_a_contestant_that_cannot_load_is_one_line(tmp_path):
     folder = tmp_path / "empty"
     folder.mkdir()
