@@ -30,6 +30,7 @@ def onnx(
     resolutions: str = "dynamic",
     batch: int = 2,
     vae: str = "stock",
+    vae_precision: Literal["auto", "fp16", "fp32"] = "auto",
     lora: tuple[Path, ...] = (),
     lora_scale: tuple[float, ...] = (),
     reuse: tuple[Path, ...] = (),
@@ -47,6 +48,7 @@ def onnx(
         resolutions: dynamic (one graph for all sizes), all (one static graph for each of the family's), or WxH,...
         batch: Of the static graphs, images times two under guidance.
         vae: stock, fp16-fix, tiny, or a folder with a VAE.
+        vae_precision: auto is fp32 for the stock VAE and for one that says force_upcast, else as the rest.
         lora: LoRA files to fuse, in order.
         lora_scale: One for each LoRA; 1 where absent.
         reuse: Other ONNX folders to take equal components from.
@@ -70,11 +72,12 @@ def onnx(
         resolutions=sizes,
         batch=batch,
         vae=vae,
+        vae_precision=vae_precision,
         loras=tuple(zip(lora, [*lora_scale, *[1.0] * (len(lora) - len(lora_scale))], strict=True)),
         reuse=reuse,
         check=check,
     )
-    export_checkpoint(checkpoint, out, options=options, source_name=model, progress=_say)
+    export_checkpoint(checkpoint, out, options=options, source_name=model, workdir=workdir, progress=_say)
 
 
 def _say(line: str) -> None:
@@ -108,7 +111,7 @@ def verify(
 
     about = read_json(folder / "slimxl.json")
     checkpoint = resolve(model or about["source"]["name"], workdir)
-    results = verify_folder(folder, checkpoint, components=_words(components), batch=batch, seed=seed)
+    results = verify_folder(folder, checkpoint, components=_words(components), batch=batch, seed=seed, workdir=workdir)
     table = Table("component", "output", "worst at", title="ONNX Runtime against torch in float32")
     for column in ("relative error", "cosine", "bound"):
         table.add_column(column, justify="right")
@@ -125,8 +128,7 @@ def verify(
             figures = (f"{worst.relative:.1e}", f"{worst.cosine:.8f}", bound, "ok" if passed else "FAILED")
             table.add_row(name, output, worst.resolution, *figures)
     Console(width=None if sys.stdout.isatty() else 130).print(table)
-    seeds = {row.seed for rows in results.values() for row in rows}
-    print(f"seeds {', '.join(map(str, sorted(seeds)))}")
+    print(f"seed {next((row.seed for rows in results.values() for row in rows), seed)}")
     return int(failed)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from distill.architectures import Resolution
 from distill.errors import UserError, unknown
 from distill.files import read_json, replacing, require_free_disk, sha256_file, sha256_json, write_json
 from distill.sources import checkpoint_hash, component_weights, find_architecture_of, read_config
-from export.components import COMPONENTS, FLOAT_DTYPES, unet_config, vae_scale_factor
+from export.checkpoint import check_keys, prepare
+from export.components import COMPONENTS, FLOAT_DTYPES, Config, unet_config, vae_scale_factor
 
 SCHEMA = 1
 OPSETS = (23, 18, 19, 20, 21, 22)
@@ -43,6 +44,7 @@ class ExportOptions:
     resolutions: tuple[Resolution, ...] = ()
     batch: int = 2
     vae: str = "stock"
+    vae_precision: str = "auto"
     loras: tuple[tuple[Path, float], ...] = ()
     reuse: tuple[Path, ...] = ()
     check: bool = True
@@ -53,6 +55,8 @@ class ExportOptions:
                 raise unknown("component", name, COMPONENTS)
         if self.precision not in FLOAT_DTYPES:
             raise unknown("precision", self.precision, FLOAT_DTYPES)
+        if self.vae_precision not in ("auto", *FLOAT_DTYPES):
+            raise unknown("VAE precision", self.vae_precision, ("auto", *FLOAT_DTYPES))
         if self.opset not in OPSETS:
             raise UserError(
                 f"opset {self.opset} is not supported: allowed are {', '.join(map(str, sorted(OPSETS)))} (23 keeps "
@@ -70,7 +74,7 @@ class Job:
     precision: str
     options: ExportOptions
     base: Resolution
-    key: str = field(default="")
+    key: str
 
 
 def library_versions() -> dict[str, str]:
@@ -83,27 +87,37 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def component_precision(name: str, precision: str, vae: str) -> str:
-    """SDXL's stock VAE overflows in fp16, so it stays in fp32 whatever the rest is."""
-    return "fp32" if name.startswith("vae") and vae == "stock" else precision
+def component_precision(name: str, options: ExportOptions, vae_config: Config) -> str:
+    """SDXL's stock VAE overflows in fp16, so it stays in fp32 whatever the rest is, unless told otherwise. Any other
+    VAE follows the rest where its config does not say `force_upcast`."""
+    if not name.startswith("vae"):
+        return options.precision
+    if options.vae_precision != "auto":
+        return options.vae_precision
+    return "fp32" if options.vae == "stock" or vae_config.get("force_upcast") else options.precision
+
+
+def make_config(checkpoint: Path, name: str) -> dict[str, Any]:
+    """config.json of an exported component."""
+    config = read_config(checkpoint, COMPONENTS[name].source)
+    if name != "unet":
+        return config
+    vae, text = read_config(checkpoint, "vae"), read_config(checkpoint, "text_encoder")
+    return unet_config(config, vae_config=vae, text_config=text)
 
 
 def make_job(checkpoint: Path, name: str, options: ExportOptions) -> Job:
-    component = COMPONENTS[name]
-    config = read_config(checkpoint, component.source)
-    vae_config = read_config(checkpoint, "vae")
-    if name == "unet":
-        text_config = read_config(checkpoint, "text_encoder")
-        config = unet_config(config, vae_config=vae_config, text_config=text_config)
-    precision = component_precision(name, options.precision, options.vae)
+    config = make_config(checkpoint, name)
+    precision = component_precision(name, options, read_config(checkpoint, "vae"))
+    for resolution in options.resolutions:  # every size is checked before anything is written
+        COMPONENTS[name].inputs(config, resolution, options.batch, precision)
     base = find_architecture_of(checkpoint).family.resolutions[0]
-    folder = checkpoint / component.source
     inputs = {
         "schema": SCHEMA,
         "code": [sha256_file(Path(__file__).parent / f"{module}.py") for module in GRAPH_MODULES],
         "component": name,
         "config": config,
-        "weights": [sha256_file(path) for path in component_weights(folder)],
+        "weights": [sha256_file(path) for path in component_weights(checkpoint / COMPONENTS[name].source)],
         "precision": precision,
         "opset": options.opset,
         "resolutions": [str(resolution) for resolution in options.resolutions],
@@ -133,73 +147,71 @@ def export_checkpoint(
     *,
     options: ExportOptions | None = None,
     source_name: str | None = None,
+    workdir: Path = Path("out/models"),
     progress: Callable[[str], None] = print,
 ) -> None:
     """Writes the ONNX folder `out` of the diffusers folder `checkpoint`. Components that are up to date are kept.
 
-    Raises UserError for bad input, and RuntimeError where an exported graph disagrees with torch.
+    A checkpoint with another VAE or with LoRAs is made under `workdir` first. Raises UserError for bad input, and
+    RuntimeError where an exported graph disagrees with torch.
     """
     options = options or ExportOptions()
-    family = find_architecture_of(checkpoint).family
-    for resolution in options.resolutions:
-        for name in options.components:  # every size is checked before anything is written
-            job_config = make_config(checkpoint, name)
-            COMPONENTS[name].inputs(job_config, resolution, options.batch, "fp32")
-    jobs = [make_job(checkpoint, name, options) for name in options.components]
-    stale = [job for job in jobs if not is_current(out / job.name, job.key)]
-    for job in [job for job in stale if any(is_current(folder / job.name, job.key) for folder in options.reuse)]:
-        folder = next(folder for folder in options.reuse if is_current(folder / job.name, job.key))
-        with replacing(out / job.name) as temporary:
-            shutil.copytree(folder / job.name, temporary)
-        progress(f"{job.name}: taken from {folder}")
-        stale.remove(job)
+    original_hash = checkpoint_hash(checkpoint)
+    prepared = prepare(checkpoint, options.vae, options.loras, workdir)
+    jobs = [make_job(prepared, name, options) for name in options.components]
+    for part in PIPELINE_PARTS:
+        if not (prepared / part).is_dir():
+            raise UserError(f"{checkpoint} is no whole SDXL checkpoint: it has no {part}/")
+    stale = []
+    for job in jobs:
+        donors = [folder for folder in (out, *options.reuse) if is_current(folder / job.name, job.key)]
+        if not donors:
+            stale.append(job)
+        elif donors[0] == out:
+            progress(f"{job.name}: up to date")
+        else:
+            with replacing(out / job.name) as temporary:
+                shutil.copytree(donors[0] / job.name, temporary)
+            progress(f"{job.name}: taken from {donors[0]}")
     if stale:
         from export.write import write_component
 
+        for source in sorted({COMPONENTS[job.name].source for job in stale}):
+            check_keys(prepared, source)
         _check_free_disk(stale, out)
         for job in stale:
             write_component(job, out / job.name, progress)
-    for job in jobs:
-        if job not in stale:
-            progress(f"{job.name}: up to date")
-    _copy_pipeline_parts(checkpoint, out)
-    vae_config = read_config(checkpoint, "vae")
-    write_json(
-        out / "slimxl.json",
-        {
-            "schema": SCHEMA,
-            "source": {"name": source_name or checkpoint.name, "sha256": checkpoint_hash(checkpoint)},
-            "precision": options.precision,
-            "opset": options.opset,
-            "shapes": [str(resolution) for resolution in options.resolutions] or "dynamic",
-            "resolutions": [str(resolution) for resolution in options.resolutions or family.resolutions],
-            "vae": {
-                "identity": options.vae,
-                "precision": component_precision("vae_decoder", options.precision, options.vae),
-                "scaling_factor": vae_config.get("scaling_factor"),
-                "scale_factor": vae_scale_factor(vae_config),
-            },
-            "loras": [
-                {"sha256": sha256_file(path), "file": path.name, "scale": scale} for path, scale in options.loras
-            ],
-            "versions": library_versions(),
+    _copy_pipeline_parts(prepared, out)
+    write_json(out / "slimxl.json", _about(prepared, original_hash, source_name or checkpoint.name, options))
+
+
+def _about(prepared: Path, original_hash: str, source_name: str, options: ExportOptions) -> dict[str, Any]:
+    """slimxl.json. `source` is what was given, `exported_sha256` the checkpoint after the change of VAE and LoRAs."""
+    vae_config = read_config(prepared, "vae")
+    resolutions = options.resolutions or find_architecture_of(prepared).family.resolutions
+    return {
+        "schema": SCHEMA,
+        "source": {"name": source_name, "sha256": original_hash},
+        "exported_sha256": checkpoint_hash(prepared),
+        "precision": options.precision,
+        "opset": options.opset,
+        "shapes": [str(resolution) for resolution in options.resolutions] or "dynamic",
+        "resolutions": [str(resolution) for resolution in resolutions],
+        "vae": {
+            "identity": options.vae,
+            "class": vae_config.get("_class_name"),
+            "precision": component_precision("vae_decoder", options, vae_config),
+            "scaling_factor": vae_config.get("scaling_factor"),
+            "pixels_per_latent": vae_scale_factor(vae_config),
+            "sha256": [sha256_file(path) for path in component_weights(prepared / "vae")],
         },
-    )
-
-
-def make_config(checkpoint: Path, name: str) -> dict[str, Any]:
-    """config.json of an exported component."""
-    config = read_config(checkpoint, COMPONENTS[name].source)
-    if name != "unet":
-        return config
-    vae, text = read_config(checkpoint, "vae"), read_config(checkpoint, "text_encoder")
-    return unet_config(config, vae_config=vae, text_config=text)
+        "loras": [{"file": str(path), "sha256": sha256_file(path), "scale": scale} for path, scale in options.loras],
+        "versions": library_versions(),
+    }
 
 
 def _copy_pipeline_parts(checkpoint: Path, out: Path) -> None:
     for part in PIPELINE_PARTS:
-        if not (checkpoint / part).is_dir():
-            raise UserError(f"{checkpoint} is no whole SDXL checkpoint: it has no {part}/")
         with replacing(out / part) as temporary:
             shutil.copytree(checkpoint / part, temporary)
     with replacing(out / "model_index.json") as temporary:

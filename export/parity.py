@@ -11,7 +11,7 @@ fp16  The graph rounds each result to 2^-11 = 4.9e-4. Residual streams add the r
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from distill.architectures import Resolution
-from distill.errors import UserError
+from distill.errors import UserError, unknown
 from distill.files import read_json
 from export.components import COMPONENTS, Config
 
@@ -76,7 +76,6 @@ def compare(
     generator = torch.Generator().manual_seed(seed)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # the graph itself is tested
     session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     reference = module.float()
     top = config.get("vocab_size", 2)
@@ -111,7 +110,13 @@ def within_bounds(results: Iterable[Parity], precision: str) -> bool:
 
 
 def verify_folder(
-    folder: Path, checkpoint: Path, *, components: tuple[str, ...] = (), batch: int = 2, seed: int | None = None
+    folder: Path,
+    checkpoint: Path,
+    *,
+    components: Sequence[str] = (),
+    batch: int = 2,
+    seed: int | None = None,
+    workdir: Path = Path("out/models"),
 ) -> dict[str, list[Parity]]:
     """Compares every component of an ONNX folder with its checkpoint in every resolution of slimxl.json.
 
@@ -119,25 +124,37 @@ def verify_folder(
     folder was made from.
     """
     from distill.sources import checkpoint_hash, load_component
+    from export.checkpoint import prepare
     from export.wrappers import wrap
     from export.write import TORCH_DTYPES
 
+    seed = secrets.randbits(31) if seed is None else seed
     about = read_json(folder / "slimxl.json")
     if checkpoint_hash(checkpoint) != about["source"]["sha256"]:
-        raise UserError(
-            f"{folder} was made from {about['source']['name']}, not from {checkpoint}; give its own --model"
-        )
+        made_from = about["source"]["name"]
+        raise UserError(f"{folder} was made from {made_from}, not from {checkpoint}; give its own --model")
+    loras = [(Path(lora["file"]), lora["scale"]) for lora in about["loras"]]
+    prepared = prepare(checkpoint, about["vae"]["identity"], loras, workdir)
     results: dict[str, list[Parity]] = {}
-    for name in components or [name for name in COMPONENTS if (folder / name / "export.json").is_file()]:
-        export = read_json(folder / name / "export.json")
-        config = read_json(folder / name / "config.json")
-        network = load_component(checkpoint, COMPONENTS[name].source, TORCH_DTYPES[export["precision"]])
+    present = [name for name in COMPONENTS if (folder / name / "export.json").is_file()]
+    for name in components or present:
+        if name not in present:
+            raise unknown("component of this folder", name, present)
+        export, config = read_json(folder / name / "export.json"), read_json(folder / name / "config.json")
+        network = load_component(prepared, COMPONENTS[name].source, TORCH_DTYPES[export["precision"]])
+        module = wrap(name, network)
         resolutions = [Resolution.parse(text) for text in about["resolutions"]]
         if name.startswith("text"):  # no picture goes in
             resolutions = resolutions[:1]
-        model = folder / name / "model.onnx"
-        found = compare(name, model, wrap(name, network), config, resolutions, [batch], export["precision"], seed)
-        results[name] = list(found)
+        graphs: dict[str, list[Resolution]] = {}
+        for resolution in resolutions:
+            graphs.setdefault(export["graphs"].get(str(resolution), "model.onnx"), []).append(resolution)
+        batches = [batch if export["dynamic"] else export["inputs"][0]["shape"][0]]
+        results[name] = [
+            parity
+            for file, sizes in graphs.items()
+            for parity in compare(name, folder / name / file, module, config, sizes, batches, export["precision"], seed)
+        ]
         if not within_bounds(results[name], export["precision"]):
             (folder / name).rename(folder / f"{name}.failed")
     return results

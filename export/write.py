@@ -21,6 +21,7 @@ from export.folder import CHECK_BELOW_BYTES, Job, library_versions
 from export.graph import specialise
 from export.parity import Parity, compare, within_bounds
 from export.trace import trace
+from export.vae_safety import require_finite
 from export.wrappers import wrap
 
 TORCH_DTYPES = {name: getattr(torch, dtype) for name, dtype in FLOAT_DTYPES.items()}
@@ -97,6 +98,8 @@ def write_component(job: Job, folder: Path, progress: Callable[[str], None]) -> 
             checked = list(compare(name, model_file, module, job.config, [resolution], batches, job.precision))
             if not within_bounds(checked, job.precision):
                 raise RuntimeError(f"{name}: the graph disagrees with torch: {checked}")
+        if name == "vae_decoder":
+            require_finite(temporary / "model.onnx", job.config, resolution, options.batch, job.precision)
         verified = time.monotonic()
         parameters, flops = parameters_and_flops(name, network, job.config, job.base)
         write_json(

@@ -1,0 +1,168 @@
+"""The checkpoint that is really exported: with another VAE, with LoRAs fused, and whole.
+
+Both changes make a new diffusers folder, whose unchanged parts are links to the old one, so everything after this
+knows only plain checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distill.errors import UserError
+from distill.files import read_json, replacing, sha256_file, sha256_json
+from distill.sources import (
+    component_tensors,
+    component_weights,
+    load_component,
+    read_config,
+    read_safetensors_header,
+)
+
+VAE_SOURCES = {"fp16-fix": "madebyollin/sdxl-vae-fp16-fix", "tiny": "madebyollin/taesdxl"}
+VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
+Lora = tuple[Path, float]
+
+
+def vae_folder(vae: str) -> Path:
+    """The local folder of `--vae`: a known name is fetched from the Hugging Face hub, anything else is a folder.
+
+    Raises UserError where it cannot be had or is no VAE.
+    """
+    folder = Path(vae)
+    if vae in VAE_SOURCES:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        patterns = ["config.json", "diffusion_pytorch_model.safetensors"]
+        try:
+            folder = Path(snapshot_download(VAE_SOURCES[vae], allow_patterns=patterns))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"--vae {vae} is {VAE_SOURCES[vae]}, which cannot be had from the Hugging Face hub ({reason}); check the "
+                "network, or give a local folder"
+            ) from None
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--vae {vae!r}: allowed are stock, {', '.join(VAE_SOURCES)}, or a folder with config.json")
+    kind = read_json(folder / "config.json").get("_class_name")
+    if kind not in VAE_CLASSES:
+        raise UserError(f"--vae {vae}: its config.json says {kind!r}, allowed are {', '.join(VAE_CLASSES)}")
+    component_weights(folder)
+    return folder
+
+
+def _linked(checkpoint: Path, folder: Path, without: Sequence[str]) -> None:
+    folder.mkdir()
+    for path in checkpoint.iterdir():
+        if path.is_dir() and path.name not in without:
+            (folder / path.name).symlink_to(path.resolve())
+    shutil.copyfile(checkpoint / "model_index.json", folder / "model_index.json")
+
+
+def with_vae(checkpoint: Path, vae: str, workdir: Path) -> Path:
+    """`checkpoint` with the VAE that `vae` names."""
+    if vae == "stock":
+        return checkpoint
+    source = vae_folder(vae).resolve()
+    digest = sha256_json([str(checkpoint.resolve()), *(sha256_file(path) for path in component_weights(source))])
+    folder = workdir / f"{checkpoint.name}-vae-{digest[:12]}"
+    if not folder.exists():
+        with replacing(folder) as temporary:
+            _linked(checkpoint, temporary, ["vae"])
+            (temporary / "vae").symlink_to(source)
+            index = read_json(checkpoint / "model_index.json")
+            index["vae"] = ["diffusers", read_json(source / "config.json")["_class_name"]]
+            (temporary / "model_index.json").write_text(json.dumps(index, indent=1))
+    return folder
+
+
+def with_loras(checkpoint: Path, loras: Sequence[Lora], workdir: Path) -> Path:
+    """`checkpoint` with LoRAs fused in the given order, computed in float32 and kept in the checkpoint's own dtype.
+
+    Raises UserError for a file that is no LoRA, or of another architecture.
+    """
+    if not loras:
+        return checkpoint
+    for path, _ in loras:
+        if not path.is_file():
+            raise UserError(f"--lora {path} does not exist; give a .safetensors file")
+        if not any("lora" in key for key in read_safetensors_header(path)):
+            raise UserError(f"--lora {path} holds no LoRA weights: none of its keys names one")
+    recipe = [str(checkpoint.resolve()), *((sha256_file(path), scale) for path, scale in loras)]
+    folder = workdir / f"{checkpoint.name}-lora-{sha256_json(recipe)[:12]}"
+    if not folder.exists():
+        _fuse(checkpoint, loras, folder)
+    return folder
+
+
+def _fuse(checkpoint: Path, loras: Sequence[Lora], folder: Path) -> None:
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+
+    parts: dict[str, Any] = {
+        name: load_component(checkpoint, name, torch.float32) for name in ("unet", "text_encoder", "text_encoder_2")
+    }
+    pipe = StableDiffusionXLPipeline.from_pretrained(checkpoint, vae=None, add_watermarker=False, **parts)
+    for index, (path, scale) in enumerate(loras):
+        name = f"lora_{index}"
+        try:
+            pipe.load_lora_weights(str(path.resolve().parent), weight_name=path.name, adapter_name=name)
+        except (ValueError, RuntimeError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise UserError(f"--lora {path} does not fit {checkpoint.name}: {reason}") from None
+        fused = [part for part in parts if name in getattr(getattr(pipe, part), "peft_config", {})]
+        if not fused:
+            raise UserError(f"--lora {path} does not fit {checkpoint.name}: it changes no layer of it")
+        pipe.fuse_lora(components=fused, lora_scale=scale, adapter_names=[name])
+        pipe.unload_lora_weights()
+    with replacing(folder) as temporary:
+        _linked(checkpoint, temporary, list(parts))
+        for name, part in parts.items():
+            dtypes = {record.dtype for record in component_tensors(checkpoint / name).values()}
+            half = "F16" in dtypes
+            (part.half() if half else part).save_pretrained(temporary / name, safe_serialization=True)
+
+
+def _modern(key: str) -> str:
+    """Key names that diffusers and transformers translate when they load."""
+    for old, new in ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")):
+        key = key.replace(old, new)
+    return key.removeprefix("text_model.")
+
+
+def check_keys(checkpoint: Path, component: str) -> None:
+    """Raises UserError where a weight is missing or of another shape: loading alone would fill it at random."""
+    import torch
+    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = read_config(checkpoint, component)
+    classes: dict[str, Any] = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}
+    with torch.device("meta"):
+        if component == "unet":
+            network: Any = UNet2DConditionModel.from_config(config)
+        elif component == "vae":
+            network = classes[config.get("_class_name", "AutoencoderKL")].from_config(config)
+        else:
+            kind = CLIPTextModel if component == "text_encoder" else CLIPTextModelWithProjection
+            network = kind(CLIPTextConfig.from_dict(config))
+    needed = {_modern(key): tuple(tensor.shape) for key, tensor in network.named_parameters()}
+    found = {_modern(key): record.shape for key, record in component_tensors(checkpoint / component).items()}
+    missing = sorted(needed.keys() - found.keys())
+    if missing:
+        raise UserError(
+            f"{checkpoint / component} lacks {len(missing)} of {len(needed)} weights, the first is {missing[0]}; fetch the "
+            "checkpoint again"
+        )
+    for key, shape in needed.items():  # linear layers may be stored as 1x1 convolutions
+        if tuple(n for n in shape if n != 1) != tuple(n for n in found[key] if n != 1):
+            raise UserError(f"{checkpoint / component}: {key} has shape {found[key]}, its config.json means {shape}")
+
+
+def prepare(checkpoint: Path, vae: str, loras: Sequence[Lora], workdir: Path) -> Path:
+    """The folder to export: LoRAs first, then the VAE. Raises UserError."""
+    return with_vae(with_loras(checkpoint, loras, workdir), vae, workdir)

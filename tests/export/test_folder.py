@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from polygraphy.tools import main as polygraphy
+from safetensors.torch import load_file, save_file
+
+import export.write
+from distill.architectures import MINI_FAMILY, Resolution
+from distill.catalogue import count_parameters
+from distill.errors import UserError
+from distill.files import read_json, sha256_file
+from distill.sources import load_component
+from export.components import COMPONENTS
+from export.folder import ExportOptions, export_checkpoint
+
+SMALL = ("text_encoder",)
+
+
+def test_the_layout_is_optimums(onnx_fp32: Path) -> None:
+    for name in COMPONENTS:
+        files = {path.name for path in (onnx_fp32 / name).iterdir()}
+        assert files == {"model.onnx", "model.onnx.data", "config.json", "export.json"}
+    for part in (
+        "tokenizer/vocab.json",
+        "tokenizer_2/vocab.json",
+        "scheduler/scheduler_config.json",
+        "model_index.json",
+    ):
+        assert (onnx_fp32 / part).is_file()
+    assert not list(onnx_fp32.glob(".*"))
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_readers_accept_every_file(onnx_fp32: Path, onnx_fp16: Path, name: str, capsys: pytest.CaptureFixture) -> None:
+    for folder in (onnx_fp32, onnx_fp16):
+        file = folder / name / "model.onnx"
+        onnx.checker.check_model(str(file), full_check=True)
+        assert polygraphy.main(["inspect", "model", str(file)]) in (0, None)
+        assert "ONNX Opset: 23" in capsys.readouterr().out
+
+
+def test_metadata_says_what_is_there(onnx_fp16: Path, mini_vega: Path) -> None:
+    about = read_json(onnx_fp16 / "slimxl.json")
+    assert about["resolutions"] == [str(resolution) for resolution in MINI_FAMILY.resolutions]
+    assert (about["precision"], about["vae"]["precision"], about["opset"]) == ("fp16", "fp32", 23)
+    assert {"torch", "diffusers", "onnx", "transformers"} <= set(about["versions"])
+    unet = read_json(onnx_fp16 / "unet" / "export.json")
+    for name, digest in unet["sha256"].items():
+        assert sha256_file(onnx_fp16 / "unet" / name) == digest
+    assert set(unet["sha256"]) == {"model.onnx", "model.onnx.data"}
+    import torch
+
+    assert unet["parameters"] == count_parameters(load_component(mini_vega, "unet", torch.float32))
+    assert unet["parameters"] * 2 <= (onnx_fp16 / "unet" / "model.onnx.data").stat().st_size * 1.02
+    halves = [read_json(onnx_fp16 / half / "export.json")["parameters"] for half in ("vae_decoder", "vae_encoder")]
+    assert sum(halves) == count_parameters(load_component(mini_vega, "vae", torch.float32))
+    assert unet["flops_per_call"] > 1e8
+
+
+def test_a_second_run_does_nothing_and_a_change_does(mini_vega: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def run(options: ExportOptions) -> int:
+        export_checkpoint(mini_vega, tmp_path / "out", options=options, progress=said.append)
+        return (tmp_path / "out" / "text_encoder" / "model.onnx").stat().st_mtime_ns
+
+    first = run(ExportOptions(components=SMALL))
+    assert run(ExportOptions(components=SMALL)) == first and said[-1] == "text_encoder: up to date"
+    assert run(ExportOptions(components=SMALL, precision="fp32")) != first
+
+
+def test_equal_components_are_taken_from_another_folder(onnx_fp16: Path, onnx_fp32: Path) -> None:
+    ours, theirs = (read_json(folder / "vae_decoder" / "export.json") for folder in (onnx_fp16, onnx_fp32))
+    assert ours == theirs
+    assert read_json(onnx_fp16 / "unet" / "export.json")["key"] != read_json(onnx_fp32 / "unet" / "export.json")["key"]
+
+
+def test_static_graphs_share_one_file_of_weights(mini_vega: Path, onnx_fp32: Path, tmp_path: Path) -> None:
+    sizes = (Resolution(128, 128), Resolution(224, 96), Resolution(96, 160))
+    options = ExportOptions(components=("unet",), precision="fp32", resolutions=sizes)
+    export_checkpoint(mini_vega, tmp_path / "out", options=options)
+    folder = tmp_path / "out" / "unet"
+    graphs = read_json(folder / "export.json")["graphs"]
+    assert list(graphs) == [str(size) for size in sorted(sizes, key=str)] and len(list(folder.glob("*.data"))) == 1
+    assert (folder / "model.onnx.data").stat().st_size == (onnx_fp32 / "unet" / "model.onnx.data").stat().st_size
+    config, rng = read_json(folder / "config.json"), np.random.default_rng(0)
+    open_session = onnxruntime.InferenceSession(str(onnx_fp32 / "unet" / "model.onnx"))
+    for size in sizes:
+        onnx.checker.check_model(str(folder / graphs[str(size)]), full_check=True)
+        session = onnxruntime.InferenceSession(str(folder / graphs[str(size)]))
+        specs = COMPONENTS["unet"].inputs(config, size, 2, "fp32")
+        assert [tuple(value.shape) for value in session.get_inputs()] == [spec.shape for spec in specs]
+        kinds = {node.op_type for node in onnx.load(folder / graphs[str(size)], load_external_data=False).graph.node}
+        assert "Shape" not in kinds
+        feed = {spec.name: np.float32(rng.standard_normal(spec.shape)) for spec in specs}
+        assert np.abs(session.run(None, feed)[0] - open_session.run(None, feed)[0]).max() < 1e-5
+
+
+def test_a_graph_that_disagrees_never_gets_its_name(
+    mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export.write, "within_bounds", lambda *_: False)
+    with pytest.raises(RuntimeError, match="disagrees with torch"):
+        export_checkpoint(mini_vega, tmp_path / "out", options=ExportOptions(components=SMALL))
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def copied(checkpoint: Path, folder: Path, drop: str) -> Path:
+    shutil.copytree(checkpoint, folder)
+    file = folder / "text_encoder" / "model.safetensors"
+    save_file(
+        {key: value for key, value in load_file(file).items() if drop not in key}, file, metadata={"format": "pt"}
+    )
+    return folder
+
+
+def test_missing_weights_are_named(mini_vega: Path, tmp_path: Path) -> None:
+    broken = copied(mini_vega, tmp_path / "broken", "layers.1.mlp.fc1.bias")
+    with pytest.raises(UserError, match=r"lacks 1 of \d+ weights.*layers\.1\.mlp\.fc1\.bias"):
+        export_checkpoint(broken, tmp_path / "out", options=ExportOptions(components=SMALL))
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_another_shape_are_named(mini_vega: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong"
+    shutil.copytree(mini_vega, wrong)
+    config = json.loads((wrong / "text_encoder" / "config.json").read_text())
+    (wrong / "text_encoder" / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))
+    with pytest.raises(UserError, match="has shape"):
+        export_checkpoint(wrong, tmp_path / "out", options=ExportOptions(components=SMALL))
+
+
+def test_a_full_disk_is_seen_before_writing(mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**6))
+    with pytest.raises(UserError, match=r"needs .* GB .*free some space"):
+        export_checkpoint(mini_vega, tmp_path / "out", options=ExportOptions(components=SMALL))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"opset": 17}, "opset 17.*allowed are 18, 19, 20, 21, 22, 23"),
+        ({"components": ("unit",)}, "unknown component 'unit'.*did you mean 'unet'"),
+        ({"precision": "int8"}, "unknown precision 'int8'"),
+        ({"vae_precision": "int8"}, "unknown VAE precision"),
+    ],
+)
+def test_unknown_options_list_the_known(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ExportOptions(**options)
+
+
+def test_a_size_the_model_cannot_take_writes_nothing(mini_vega: Path, tmp_path: Path) -> None:
+    options = ExportOptions(resolutions=(Resolution(128, 128), Resolution(120, 128)))
+    with pytest.raises(UserError, match="120x128.*multiples of 32"):
+        export_checkpoint(mini_vega, tmp_path / "out", options=options)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from distill.errors import UserError
+from export.parity import Parity, verify_folder, within_bounds
+
+
+def parity(relative: float, cosine: float) -> Parity:
+    return Parity(output="y", resolution="1", relative=relative, largest=0.0, cosine=cosine, seed=0)
+
+
+def test_bounds_tell_right_from_wrong_and_nan() -> None:
+    assert within_bounds([parity(5e-6, 1.0)], "fp32")
+    assert not within_bounds([parity(5e-3, 1.0)], "fp32") and within_bounds([parity(5e-3, 0.99999)], "fp16")
+    assert not within_bounds([parity(float("nan"), 1.0)], "fp16")
+    assert not within_bounds([parity(5e-3, 0.99)], "fp16")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_every_component_agrees_in_every_resolution(
+    precision: str, mini_vega: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(f"onnx_{precision}")
+    results = verify_folder(folder, mini_vega, batch=3)
+    assert set(results) == {"unet", "vae_decoder", "vae_encoder", "text_encoder", "text_encoder_2"}
+    assert len({row.resolution for row in results["unet"]}) == 9
+    for name, rows in results.items():
+        assert within_bounds(rows, "fp32" if name.startswith("vae") else precision), name
+    assert max(row.relative for row in results["unet"]) < (5e-6 if precision == "fp32" else 3e-3)
+
+
+def test_a_wrong_graph_loses_its_name(mini_vega: Path, onnx_fp32: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "onnx"
+    folder.mkdir()
+    shutil.copyfile(onnx_fp32 / "slimxl.json", folder / "slimxl.json")
+    shutil.copytree(onnx_fp32 / "vae_decoder", folder / "vae_decoder")
+    file = folder / "vae_decoder" / "model.onnx"
+    model = onnx.load(file)
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("conv_out.weight"))
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.01), weight.name))
+    onnx.save(model, file)
+    results = verify_folder(folder, mini_vega)
+    assert not within_bounds(results["vae_decoder"], "fp32")
+    assert (folder / "vae_decoder.failed").is_dir() and not (folder / "vae_decoder").exists()
+
+
+def test_another_checkpoint_is_refused(onnx_fp32: Path, mini_sdxl: Path) -> None:
+    with pytest.raises(UserError, match=r"made from random:mini-vega.*--model"):
+        verify_folder(onnx_fp32, mini_sdxl)
+
+
+def test_an_absent_component_is_named(onnx_fp32: Path, mini_vega: Path) -> None:
+    with pytest.raises(UserError, match="unknown component of this folder 'unit'.*unet"):
+        verify_folder(onnx_fp32, mini_vega, components=["unit"])
