@@ -1,4 +1,4 @@
-"""`python -m engines build|verify|inspect|list|prune|bench`."""
+"""`python -m engines build|verify|inspect|list|prune|bench|triton|serve`."""
 
 from __future__ import annotations
 
@@ -158,12 +158,90 @@ def bench(
     return 0
 
 
+def triton(
+    bundle: Path,
+    out: Path,
+    flavor: Flavors | None = None,
+    gpus: str = "",
+    instances: int = 1,
+    decoupled: bool = False,
+    plans: bool = False,
+    warm_up: bool = True,
+    execution_env: Path | None = None,
+) -> int:
+    """Write a Triton model repository that serves the bundle.
+
+    Args:
+        bundle: The bundle; it is checked, and read again by the server.
+        out: The model repository.
+        flavor: Which engines; default: the first that run where the server is.
+        gpus: CUDA device numbers separated by commas; none for the CPU.
+        instances: Copies of the model for each GPU.
+        decoupled: Answer with every step's number before the picture (gRPC streams only).
+        plans: Offer the bundle's tensorrt plans as models of their own, too.
+        warm_up: Draw one picture of every size before the model is ready.
+        execution_env: Virtual environment for the backend's Python (Triton before 2.52 needs one with NumPy 1.26).
+    """
+    from engines.reports import console
+    from engines.triton import parse_devices, serve_command, write_repository
+
+    names = write_repository(
+        bundle,
+        out,
+        flavor=flavor,
+        gpus=parse_devices(gpus),
+        instances=instances,
+        decoupled=decoupled,
+        plans=plans,
+        warm_up=warm_up,
+        execution_env=execution_env,
+    )
+    console.print(f"{out}: {', '.join(names)}; serve with: {serve_command(out)}", markup=False)
+    return 0
+
+
+def serve(
+    bundle: Path,
+    workdir: Path = Path("out/triton"),
+    flavor: Flavors | None = None,
+    gpus: str = "",
+    address: str = "127.0.0.1",
+    http_port: int = 8000,
+    grpc_port: int = 8001,
+) -> int:
+    """Serve a bundle by Triton, on this machine, until Ctrl-C or SIGTERM; installs the server if there is none.
+
+    Args:
+        bundle: What to serve.
+        workdir: Where the model repository and the server's environment go.
+        flavor: Which engines; default: the first that run here.
+        gpus: CUDA device numbers separated by commas; none for the CPU.
+        address: Loopback unless told otherwise; there is no authentication.
+        http_port: For HTTP.
+        grpc_port: For gRPC.
+    """
+    import os
+
+    from engines import triton_server
+    from engines.triton import parse_devices, write_repository
+
+    devices = parse_devices(gpus)
+    environment = triton_server.find_environment(workdir / "environment")
+    folder = environment.folder if environment else None
+    write_repository(bundle, workdir / "models", flavor=flavor, gpus=devices, execution_env=folder)
+    line = triton_server.command(workdir / "models", environment, address, http_port, grpc_port)
+    os.execvpe(line[0], line, triton_server.variables(environment))
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "build": build,
     "verify": verify,
     "inspect": inspect,
     "list": list_,
     "prune": prune,
+    "bench": bench,
+    "triton": triton,
+    "serve": serve,
 }
 
 
