@@ -132,6 +132,27 @@ def verify(
     return int(failed)
 
 
+@app.command
+def bench(*, model: str, out: Path, rounds: int = 3, latency_rounds: int = 20, workdir: Path = WORKDIR) -> None:
+    """Export with this and with `optimum-cli export onnx`, in turn, and compare time, memory, graphs and latency.
+
+    Args:
+        model: The checkpoint.
+        out: A JSON file to write; the exports themselves stay beside it.
+        rounds: Exports by each.
+        latency_rounds: UNet calls in ONNX Runtime by each.
+    """
+    from distill.files import write_json
+    from distill.sources import resolve
+    from export.bench import bench_export
+
+    scratch = out.parent / f"{out.stem}-exports"
+    result = bench_export(resolve(model, workdir), scratch, rounds=rounds, latency_rounds=latency_rounds, progress=_say)
+    write_json(out, result)
+    for measure, ratio in result["ratios"].items():
+        _say(f"optimum / this, {measure}: {ratio:.2f}")
+
+
 def main() -> int:
     return exit_on_user_error(lambda: app.cli(prog="python -m export", description=__doc__))
 
