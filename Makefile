@@ -42,7 +42,7 @@ report: $(READY)  ## the main job: students, ONNX, engines, and the latency repo
 	@echo "open $(OUT)/report/index.html"
 
 students: $(READY)  ## the mini students, distilled from the mini teacher
-	$(BIN)/python -m distill cache --data shapes:1800 --model mini:sdxl --out $(OUT)/cache
+	$(BIN)/python -m distill cache --data shapes:1200 --model mini:sdxl --out $(OUT)/cache
 	$(BIN)/python -m distill train --recipe mini-ssd-1b --cache $(OUT)/cache --out $(OUT)/students/mini-ssd-1b
 	$(BIN)/python -m distill train --recipe mini-vega --start $(OUT)/students/mini-ssd-1b --cache $(OUT)/cache --out $(OUT)/students/mini-vega
 
@@ -67,7 +67,7 @@ test: $(READY)  ## lint, types and every test, the full-size ones too
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --durations 15
 
 clean:  ## remove what was built (the virtual environment stays)
 	rm -rf $(OUT)
