@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rich.console import Console
 from rich.table import Table
 
 from distill.files import write_json
@@ -84,7 +85,7 @@ def compare_layouts(
         costs += [layout_cost(layout, component, manifest.engines) for component in components]
         if not keep:
             shutil.rmtree(folder)
-    console.print(cost_table(costs))
+    Console(highlight=False, width=max(console.width, 130)).print(cost_table(costs))
     version = manifest.engines[0].flavor_version
     write_json(
         out / "layouts.json",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
 import socket
@@ -176,13 +175,13 @@ def test_bad_requests_get_an_error_and_the_server_lives_on(server: Server) -> No
 def test_sigterm_drains(server: Server) -> None:
     """A request that is under way when the signal comes is still answered."""
     line = [str(server.environment.python), str(CLIENT), *map(str, server.ports)]
-    client = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=dict(os.environ), text=True)
-    assert client.stdin
+    client = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert client.stdin and client.stdout and client.stderr
     client.stdin.write(json.dumps([_request(steps=200, images=16)]))
     client.stdin.close()
-    time.sleep(2.5)
+    assert client.stderr.readline() == "sending\n"
+    time.sleep(1)
     server.process.send_signal(signal.SIGTERM)
-    assert client.stdout
     (answer,) = json.loads(client.stdout.read())
     client.wait(60)
     assert answer.get("shape") == [16, 128, 128, 3], answer

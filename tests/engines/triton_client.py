@@ -31,6 +31,7 @@ def ask(request: dict) -> dict:
         item = library.InferInput(name, array.shape, kind)
         item.set_data_from_numpy(array)
         inputs.append(item)
+    print("sending", file=sys.stderr, flush=True)
     try:
         answer = client.infer("slimxl", inputs)
     except Exception as error:
