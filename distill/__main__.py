@@ -115,6 +115,26 @@ def train(
 
 
 @app.command
+def importance(
+    *, model: str, cache: Path, student: str, out: Path, samples: int = 8, timesteps: int = 5, workdir: Path = WORKDIR
+) -> None:
+    """Rank a model's transformer blocks by what leaving each out changes; propose a layer map for a student.
+
+    Args:
+        model: The teacher.
+        cache: A latent cache of its VAE and text encoders.
+        student: The wanted architecture or depth pattern.
+        out: A folder for importance.json and importance.svg.
+        samples: Pictures to average over.
+        timesteps: Noise levels to average over.
+    """
+    from distill.importance import report_importance
+    from distill.sources import resolve
+
+    report_importance(resolve(model, workdir), cache, student, out, samples=samples, timesteps=timesteps)
+
+
+@app.command
 def teach(
     *,
     out: Path,

@@ -84,3 +84,12 @@ def _draw_validation(checkpoint: Path, prompts: tuple[str, ...], path: Path, *, 
     for i, image in enumerate(images):
         row.paste(image, (i * image.width, 0))
     row.save(path, format="PNG")
+
+
+def alphas_cumprod_of(teacher_folder: Path) -> torch.Tensor:
+    """Signal variance per timestep, from the teacher's own scheduler config."""
+    from diffusers import DDPMScheduler
+
+    config = read_json(teacher_folder / "scheduler" / "scheduler_config.json")
+    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+    return DDPMScheduler(**{name: config[name] for name in names if name in config}).alphas_cumprod.float()

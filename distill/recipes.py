@@ -7,7 +7,7 @@ in all. How the steps were divided, and which blocks were kept, was not publishe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -41,7 +41,7 @@ class Stage:
     teacher: str
     student: str
     steps: int
-    layer_map: str = "similarity"
+    layer_map: str | Mapping[str, tuple[int, ...]] = "similarity"
     losses: LossWeights = LossWeights()
     learning_rate: float = 1e-5
     warmup_steps: int = 500

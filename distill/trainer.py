@@ -26,7 +26,7 @@ from diffusers.training_utils import EMAModel
 
 from distill.architectures import Depth, find_architecture
 from distill.cache import LatentCache, seed_of
-from distill.checkpoints import resume, save_state, save_student
+from distill.checkpoints import alphas_cumprod_of, resume, save_state, save_student
 from distill.errors import UserError
 from distill.files import read_json, replacing, sha256_json, write_json
 from distill.losses import feature_losses, min_snr_weight, prediction_loss
@@ -205,7 +205,7 @@ def _run_stage(
 
     state = out / "state"
     first_step = resume(accelerator, state, number, out / "losses.jsonl")
-    alphas_cumprod = _alphas_cumprod(teacher_folder).to(device)
+    alphas_cumprod = alphas_cumprod_of(teacher_folder).to(device)
     started = time.monotonic()
     steps = range(first_step, stage.steps)
     title = f"{recipe.name} {number + 1}/{len(recipe.stages)} {stage.name}"
@@ -352,12 +352,3 @@ def _noised(
         "pooled_prompt_embeds": batch["pooled_prompt_embeds"] * kept[:, None],
         "time_ids": batch["time_ids"],
     }
-
-
-def _alphas_cumprod(teacher_folder: Path) -> torch.Tensor:
-    """Signal variance per timestep, from the teacher's own scheduler config."""
-    from diffusers import DDPMScheduler
-
-    config = read_json(teacher_folder / "scheduler" / "scheduler_config.json")
-    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
-    return DDPMScheduler(**{name: config[name] for name in names if name in config}).alphas_cumprod.float()

@@ -33,7 +33,9 @@ def test_the_shipped_teacher_is_whole_small_and_what_it_says() -> None:
     assert resolve("mini:sdxl", Path("unused")) == MINI_TEACHER
 
 
-def test_a_random_checkpoint_is_a_pipeline_that_runs_and_is_the_same_every_time(mini_vega: Path, tmp_path: Path) -> None:
+def test_a_random_checkpoint_is_a_pipeline_that_runs_and_is_the_same_every_time(
+    mini_vega: Path, tmp_path: Path
+) -> None:
     assert checkpoint_hash(resolve("random:mini-vega", tmp_path)) == checkpoint_hash(mini_vega)
     pipe = load_pipeline(mini_vega, torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -89,7 +91,7 @@ def test_a_file_of_another_format_is_named(tmp_path: Path) -> None:
         (lambda folder: next((folder / "vae").glob("*.safetensors")).unlink(), "holds no .safetensors weights"),
     ],
 )
-def test_what_is_missing_is_named(copy: Path, damage, message: str) -> None:  # noqa: ANN001
+def test_what_is_missing_is_named(copy: Path, damage, message: str) -> None:
     damage(copy)
     with pytest.raises(UserError, match=message):
         resolve(str(copy), copy)

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from distill.architectures import ARCHITECTURES, Depth
+from distill.importance import BlockScore, measure_importance, propose_layer_map
+from distill.surgery import transformer_depths
+
+
+def test_a_block_that_does_nothing_scores_nothing_and_is_dropped() -> None:
+    architecture = ARCHITECTURES["mini-vega"]
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**architecture.unet_config).eval()
+    idle = unet.get_submodule("down_blocks.2.attentions.0.transformer_blocks.0")
+    for layer in (idle.attn1.to_out[0], idle.attn2.to_out[0], idle.ff.net[2]):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    batch = {
+        "latents": torch.randn(2, 4, 8, 8),
+        "prompt_embeds": torch.randn(2, 4, 128),
+        "pooled_prompt_embeds": torch.randn(2, 64),
+        "time_ids": torch.zeros(2, 6),
+    }
+    scores = measure_importance(unet, architecture.depth, batch, torch.linspace(0.99, 0.01, 1000), (100, 900))
+    assert len(scores) == architecture.depth.transformer_blocks
+    by_place = {(score.path, score.index): score.score for score in scores}
+    assert by_place["down_blocks.2.attentions.0", 0] == 0
+    assert all(score > 0 for place, score in by_place.items() if place != ("down_blocks.2.attentions.0", 0))
+    shorter = Depth.parse("-/1,1/1,1:0:2,2,2/1,1,1/-")
+    assert propose_layer_map(scores, architecture.depth, shorter)["down_blocks.2.attentions.0"] == (1,)
+
+
+def test_the_proposed_map_keeps_the_order_of_the_teacher() -> None:
+    teacher, student = ARCHITECTURES["sdxl"].depth, ARCHITECTURES["ssd-1b"].depth
+    scores = [BlockScore(p, i, (float(i),)) for p, n in transformer_depths(teacher).items() for i in range(n)]
+    assert propose_layer_map(scores, teacher, student)["up_blocks.0.attentions.0"] == (6, 7, 8, 9)
