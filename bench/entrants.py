@@ -84,6 +84,17 @@ def family_prompts(family: Family, count: int) -> list[str]:
     return [random_scene(rng).caption for _ in range(count)]
 
 
+def _allocator_peak(device: str, *, reset: bool = False) -> int | None:
+    """The most bytes torch's allocator held on the GPU since the last reset; None on a CPU."""
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    if reset:
+        torch.cuda.reset_peak_memory_stats()
+    return int(torch.cuda.max_memory_allocated())
+
+
 def load_entrant(entrant: Entrant, workload: Workload, gpu: Gpu) -> None:
     """The cold start of one contestant, and what it added to memory."""
     import psutil
@@ -91,13 +102,14 @@ def load_entrant(entrant: Entrant, workload: Workload, gpu: Gpu) -> None:
     gc.collect()
     rss = psutil.Process().memory_info().rss
     used = gpu.state()["memory_used_bytes"]
+    _allocator_peak(entrant.contestant.device, reset=True)
     start = cold_start(entrant.contestant, workload)
     entrant.cold = {"load_ms": start.load_ms, "first_image_ms": start.first_image_ms}
     after = gpu.state()["memory_used_bytes"]
     entrant.memory = {
         "rss_added_bytes": psutil.Process().memory_info().rss - rss,
         "device_added_bytes": after - used if after is not None and used is not None else None,
-        "allocator_peak_bytes": None,
+        "allocator_peak_bytes": _allocator_peak(entrant.contestant.device),
         "why": gpu.reason,
     }
 

@@ -153,6 +153,7 @@ class CompiledContestant(EagerContestant):
     """diffusers with channels_last, fused QKV projections and torch.compile on the UNet and the VAE decoder."""
 
     runtime: str = "diffusers + torch.compile"
+    backend: str = "inductor"
 
     def make_pipeline(self) -> Any:
         import torch
@@ -161,8 +162,8 @@ class CompiledContestant(EagerContestant):
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
         pipe.fuse_qkv_projections()
-        pipe.unet = torch.compile(pipe.unet, dynamic=False)
-        pipe.vae.decode = torch.compile(pipe.vae.decode, dynamic=False)
+        pipe.unet = torch.compile(pipe.unet, backend=self.backend, dynamic=False)
+        pipe.vae.decode = torch.compile(pipe.vae.decode, backend=self.backend, dynamic=False)
         return pipe
 
 

@@ -28,6 +28,8 @@ SIZE_ROWS = (  # label, key of views.size_table, how it is written
     ("ONNX folder", "onnx_bytes", "size"),
     ("TensorRT plans", "plan_bytes", "size"),
     ("whole bundle", "bundle_bytes", "size"),
+    ("exported to ONNX in", "export_seconds", "seconds"),
+    ("TensorRT plans built in", "build_seconds", "seconds"),
 )
 REPORT_SCHEMA = "slimxl.bench.report/1"
 

@@ -264,9 +264,17 @@ def size_table(results: Results) -> list[dict[str, Any]]:
                 "onnx_bytes": onnx and onnx["bytes"],
                 "plan_bytes": sum(engine["bytes"] for engine in plans) if plans else None,
                 "bundle_bytes": bundle and bundle["bytes"],
+                "export_seconds": _export_seconds(onnx),
+                "build_seconds": sum(engine["build_seconds"] for engine in plans) if plans else None,
             }
         )
     return table
+
+
+def _export_seconds(onnx: dict[str, Any] | None) -> float | None:
+    """None where no component's record tells how long its export took."""
+    times = [part["seconds"] for part in (onnx or {}).get("components", {}).values() if "seconds" in part]
+    return sum(times) if times else None
 
 
 def build_table(results: Results) -> list[dict[str, Any]]:
@@ -313,6 +321,10 @@ def hash_table(results: Results) -> list[dict[str, str]]:
     table = []
     for record in results.contestants:
         for one in record.artifacts:
+            for component, part in one.get("components", {}).items():
+                hashes = part.get("sha256", {})
+                files = hashes.items() if isinstance(hashes, dict) else [("model.onnx", hashes)]
+                table += [{"what": f"{record.name}: {component}/{file}", "sha256": sha} for file, sha in files]
             if one["kind"] == "bundle":
                 table.append({"what": f"{record.name}: source checkpoint", "sha256": one["source"]["sha256"]})
                 table += [

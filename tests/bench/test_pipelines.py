@@ -67,6 +67,19 @@ def test_the_picture_is_diffusers_own(eager, folder):
     assert (found == (expected * 255).round().astype(np.uint8)).all()
 
 
+def test_compiled_fused_and_channels_last_draws_the_same_picture(eager, folder):
+    from bench.quality import guard
+
+    compiled = make_contestant(Spec.parse(f"vega=compiled@fp32:{folder}"), "cpu")
+    compiled.backend = "eager"  # the capture and the fusion are the pipeline's; what inductor makes of them is torch's
+    sample, pictures = timed_draw(compiled, WORKLOAD, CpuClock())
+    assert compiled.pipe.unet.mid_block is not None and hasattr(compiled.pipe.unet, "_orig_mod")
+    assert any("to_qkv" in name for name, _ in compiled.pipe.unet.named_modules())
+    assert len(sample.steps_ms) == WORKLOAD.steps
+    verdict = guard(pictures, timed_draw(eager, WORKLOAD, CpuClock())[1])
+    assert verdict.passed and (verdict.identical or verdict.psnr_db > 60)
+
+
 def test_seed_scheduler_and_guidance_reach_the_pipeline(eager):
     from dataclasses import replace
 
