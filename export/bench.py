@@ -23,6 +23,7 @@ from distill.errors import UserError
 from distill.sources import find_architecture_of
 from export.components import COMPONENTS
 from export.folder import library_versions, make_config
+from export.parity import cpu_session
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,19 +65,12 @@ def _sizes(folder: Path) -> dict[str, dict[str, int]]:
 
 def _unet_latency(folders: dict[str, Path], checkpoint: Path, rounds: int) -> dict[str, list[float]]:
     """Milliseconds of one UNet call of batch 2 at the family's smallest resolution, one thread, interleaved."""
-    import onnxruntime
-
     config = make_config(checkpoint, "unet")
     resolution = min(find_architecture_of(checkpoint).family.resolutions, key=lambda size: size.width * size.height)
     specs = COMPONENTS["unet"].inputs(config, resolution, 2, "fp32")
     rng = np.random.default_rng(0)
     feeds = {spec.name: rng.standard_normal(spec.shape) for spec in specs}
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    sessions = {
-        name: onnxruntime.InferenceSession(str(folder / "unet" / "model.onnx"), options)
-        for name, folder in folders.items()
-    }
+    sessions = {name: cpu_session(folder / "unet" / "model.onnx", threads=1) for name, folder in folders.items()}
     kinds = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(float16)": "float16"}
     times: dict[str, list[float]] = {name: [] for name in folders}
     for index in range(rounds + 2):

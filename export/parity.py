@@ -24,6 +24,7 @@ from distill.files import read_json
 from export.components import COMPONENTS, Config
 
 if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
     from torch import nn
 
 
@@ -55,6 +56,16 @@ def _metrics(got: np.ndarray, reference: np.ndarray) -> tuple[float, float, floa
     return float(np.linalg.norm(difference)) / max(norm, 1e-300), float(np.abs(difference).max()), cosine
 
 
+def cpu_session(model: Path, threads: int = 0) -> InferenceSession:
+    """ONNX Runtime on the CPU. Its threads sleep when they wait: spinning would starve torch and other processes."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+
+
 def compare(
     name: str,
     model: Path,
@@ -67,16 +78,13 @@ def compare(
 ) -> Iterable[Parity]:
     """Runs `model` in ONNX Runtime and `module` (`wrappers.wrap`) in float32 on the same random inputs, for every
     resolution and batch. A seed of None is drawn afresh and reported."""
-    import onnxruntime
     import torch
 
     from export.wrappers import example
 
     seed = secrets.randbits(31) if seed is None else seed
     generator = torch.Generator().manual_seed(seed)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    session = cpu_session(model)
     reference = module.float()
     top = config.get("vocab_size", 2)
     for resolution in resolutions:

@@ -13,17 +13,14 @@ import numpy as np
 from distill.architectures import Resolution
 from distill.errors import UserError
 from export.components import COMPONENTS, Config
+from export.parity import cpu_session
 
 LARGEST = 6.0
 
 
 def overflowing_share(model: Path, config: Config, resolution: Resolution, batch: int, precision: str) -> float:
     """The share of non-finite values in pictures decoded from latents of 1 to `LARGEST` standard deviations."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    session = cpu_session(model)
     [spec] = COMPONENTS["vae_decoder"].inputs(config, resolution, batch, precision)
     rng = np.random.default_rng(0)
     shares = []

@@ -28,8 +28,8 @@ TORCH_DTYPES = {name: getattr(torch, dtype) for name, dtype in FLOAT_DTYPES.item
 
 
 def trace_resolution(name: str, config: Config) -> Resolution:
-    """A small picture with unequal sides: what a graph with open dimensions is traced and first checked at."""
-    step = 8 * 2 ** (len(config.get("block_out_channels") or (1,)) - 1) if name == "unet" else 32
+    """A small picture with unequal sides: what a graph with open dimensions is first checked at."""
+    step = config["vae_scale_factor"] * COMPONENTS["unet"].size_multiple(config) if name == "unet" else 16
     return Resolution(5 * step, 4 * step)
 
 
@@ -91,15 +91,15 @@ def write_component(job: Job, folder: Path, progress: Callable[[str], None]) -> 
         saved = time.monotonic()
         for file in temporary.glob("*.onnx"):
             onnx.checker.check_model(str(file), full_check=True)
+        if name == "vae_decoder":
+            require_finite(temporary / "model.onnx", job.config, resolution, options.batch, job.precision)
         checked: list[Parity] = []
         if options.check and sum(file.stat().st_size for file in temporary.iterdir()) < CHECK_BELOW_BYTES:
-            batches = (options.batch,) if fixed else (options.batch, options.batch + 1)
+            batches = (options.batch,) if fixed else (1, 3)
             model_file = temporary / "model.onnx"
             checked = list(compare(name, model_file, module, job.config, [resolution], batches, job.precision))
             if not within_bounds(checked, job.precision):
                 raise RuntimeError(f"{name}: the graph disagrees with torch: {checked}")
-        if name == "vae_decoder":
-            require_finite(temporary / "model.onnx", job.config, resolution, options.batch, job.precision)
         verified = time.monotonic()
         parameters, flops = parameters_and_flops(name, network, job.config, job.base)
         write_json(

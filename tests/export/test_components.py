@@ -40,12 +40,12 @@ def test_a_consistency_unet_takes_the_guidance_embedding() -> None:
 
 @pytest.mark.parametrize("size", ["1000x1024", "1024x8", "1024x1040"])
 def test_a_size_the_unet_cannot_take_is_named(size: str) -> None:
-    with pytest.raises(UserError, match=f"{size}.*multiples of 32"):
+    with pytest.raises(UserError, match=rf"{size}.*multiples of 32"):
         COMPONENTS["unet"].inputs(SDXL_UNET, Resolution.parse(size), 2)
 
 
 def test_unknown_precision_lists_the_known() -> None:
-    with pytest.raises(UserError, match="'int4'.*fp16, fp32"):
+    with pytest.raises(UserError, match=r"'int4'.*fp16, fp32"):
         COMPONENTS["unet"].inputs(SDXL_UNET, Resolution(1024, 1024), 2, "int4")
 
 

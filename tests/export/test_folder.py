@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -39,12 +40,19 @@ def test_the_layout_is_optimums(onnx_fp32: Path) -> None:
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
-def test_readers_accept_every_file(onnx_fp32: Path, onnx_fp16: Path, name: str, capsys: pytest.CaptureFixture) -> None:
+def test_readers_accept_every_file(
+    onnx_fp32: Path,
+    onnx_fp16: Path,
+    name: str,
+    capfd: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for folder in (onnx_fp32, onnx_fp16):
         file = folder / name / "model.onnx"
         onnx.checker.check_model(str(file), full_check=True)
-        assert polygraphy.main(["inspect", "model", str(file)]) in (0, None)
-        assert "ONNX Opset: 23" in capsys.readouterr().out
+        monkeypatch.setattr(sys, "argv", ["polygraphy", "inspect", "model", str(file)])
+        assert not polygraphy()
+        assert "Opset: 23" in "".join(capfd.readouterr())
 
 
 def test_metadata_says_what_is_there(onnx_fp16: Path, mini_vega: Path) -> None:
@@ -100,7 +108,7 @@ def test_static_graphs_share_one_file_of_weights(mini_vega: Path, onnx_fp32: Pat
         assert [tuple(value.shape) for value in session.get_inputs()] == [spec.shape for spec in specs]
         kinds = {node.op_type for node in onnx.load(folder / graphs[str(size)], load_external_data=False).graph.node}
         assert "Shape" not in kinds
-        feed = {spec.name: np.float32(rng.standard_normal(spec.shape)) for spec in specs}
+        feed = {spec.name: np.asarray(rng.standard_normal(spec.shape), np.float32) for spec in specs}
         assert np.abs(session.run(None, feed)[0] - open_session.run(None, feed)[0]).max() < 1e-5
 
 
@@ -162,6 +170,6 @@ def test_unknown_options_list_the_known(options: dict, message: str) -> None:
 
 def test_a_size_the_model_cannot_take_writes_nothing(mini_vega: Path, tmp_path: Path) -> None:
     options = ExportOptions(resolutions=(Resolution(128, 128), Resolution(120, 128)))
-    with pytest.raises(UserError, match="120x128.*multiples of 32"):
+    with pytest.raises(UserError, match=r"120x128.*multiples of 32"):
         export_checkpoint(mini_vega, tmp_path / "out", options=options)
     assert not (tmp_path / "out").exists()

@@ -57,5 +57,5 @@ def test_another_checkpoint_is_refused(onnx_fp32: Path, mini_sdxl: Path) -> None
 
 
 def test_an_absent_component_is_named(onnx_fp32: Path, mini_vega: Path) -> None:
-    with pytest.raises(UserError, match="unknown component of this folder 'unit'.*unet"):
+    with pytest.raises(UserError, match=r"unknown component of this folder 'unit'.*unet"):
         verify_folder(onnx_fp32, mini_vega, components=["unit"])

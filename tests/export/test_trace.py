@@ -75,7 +75,7 @@ def test_opening_and_symbols_give_the_same_numbers(
         [spec] = COMPONENTS["vae_decoder"].inputs(config, size, 3, "fp32")
         feed = {spec.name: np.random.default_rng(0).standard_normal(spec.shape, dtype=np.float32)}
         with_symbols, opened = (session.run(None, feed)[0] for session in sessions)
-        assert (with_symbols == opened).all()
+        assert np.abs(with_symbols - opened).max() < 1e-5 * np.abs(opened).max()
 
 
 def test_only_known_operators_skip_decomposition() -> None:
