@@ -42,6 +42,7 @@ class SuiteOptions:
     steps: int = 30
     minutes: float = 8.5
     """The whole suite ends within this time; what does not fit is left out and said so."""
+    max_rounds: int = 40
     device: str | None = None
     """cuda unless told otherwise; cpu only makes sense for the mini models."""
     jobs: str = "eager,training,compiled,tensorrt,tensorrt-rtx,onnxruntime"
@@ -81,7 +82,7 @@ class Session:
             "steps": str(self.options.steps),
             "seconds": max(5.0, share * self.left_s),
             "min_rounds": 6,
-            "max_rounds": 40,
+            "max_rounds": self.options.max_rounds,
             "pictures": 0,
             "energy_seconds": 10.0,
             "device": self.device,

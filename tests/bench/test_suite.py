@@ -38,7 +38,8 @@ def test_the_eager_job_leaves_results_and_a_report(tmp_path):
         models="mini-ssd-1b,mini-vega",
         resolutions="64x64",
         steps=1,
-        minutes=0.7,
+        minutes=20,
+        max_rounds=6,
         jobs="eager,training",
     )
     assert run_suite(options) == 0
