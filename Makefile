@@ -6,6 +6,7 @@ SHELL := bash
 PYTHON ?= python3
 OUT ?= out
 MODEL ?=
+BUNDLE ?=
 GPUS ?= a100,rtx4090
 FLAVOR ?= tensorrt-rtx
 LAYOUT ?=
@@ -21,7 +22,7 @@ NAME = $(subst /,--,$(subst :,-,$(patsubst %.safetensors,%,$(MODEL))))
 
 NEED_MODEL = test -n "$(MODEL)" || { echo "error: MODEL is not set; e.g. MODEL=random:vega, a Hugging Face id, a folder, a .safetensors file" >&2; exit 2; }
 
-.PHONY: help setup report students onnx engines test clean
+.PHONY: help setup report students onnx engines bench-engines bench-gpu serve test clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -37,7 +38,7 @@ setup: $(READY)  ## install everything into .venv
 report: $(READY)  ## the main job: students, ONNX, engines, and the latency report, in OUT/report
 	$(MAKE) --no-print-directory students
 	$(MAKE) --no-print-directory --jobs 2 $(addprefix bundle-,$(MINI))
-	$(BIN)/python -m bench run --contestants $(foreach m,$(MINI),$(m)=bundle@onnxruntime:$(OUT)/bundles/$(m)) --artifacts $(foreach m,$(MINI),$(m)=$(call CHECKPOINT,$(m)) $(m)=$(OUT)/onnx/$(m)-fp16 $(m)=$(OUT)/bundles/$(m)) --baseline mini-sdxl --steps 20 --seconds 60 --out $(OUT)/results.json
+	$(BIN)/python -m bench run --contestants $(foreach m,$(MINI),$(m)=bundle@onnxruntime:$(OUT)/bundles/$(m)) --artifacts $(foreach m,$(MINI),$(m)=$(call CHECKPOINT,$(m)) $(m)=$(OUT)/onnx/$(m)-fp16 $(m)=$(OUT)/bundles/$(m)) --baseline mini-sdxl --resolutions all --steps 8,4,16 --seconds 40 --pictures 9 --picture-steps 20 --out $(OUT)/results.json
 	$(BIN)/python -m bench report --results $(OUT)/results.json --out $(OUT)/report
 	@echo "open $(OUT)/report/index.html"
 
@@ -50,9 +51,9 @@ students: $(READY)  ## the mini students, distilled from the mini teacher
 CHECKPOINT = $(if $(filter mini-sdxl,$(1)),distill/mini/teacher,$(OUT)/students/$(1))
 bundle-%: $(READY)
 	$(BIN)/python -m export onnx --model $(call CHECKPOINT,$*) --precision fp16 --out $(OUT)/onnx/$*-fp16
-	$(BIN)/python -m engines build --onnx $(OUT)/onnx/$*-fp16 --out $(OUT)/bundles/$* --gpus $(GPUS) --flavor tensorrt-rtx
+	$(BIN)/python -m engines build --onnx $(OUT)/onnx/$*-fp16 --out $(OUT)/bundles/$* --gpus $(GPUS) --flavor tensorrt-rtx --replace
 	$(BIN)/python -m export onnx --model $(call CHECKPOINT,$*) --precision fp32 --out $(OUT)/onnx/$*-fp32
-	$(BIN)/python -m engines build --onnx $(OUT)/onnx/$*-fp32 --out $(OUT)/bundles/$* --flavor onnxruntime
+	$(BIN)/python -m engines build --onnx $(OUT)/onnx/$*-fp32 --out $(OUT)/bundles/$* --flavor onnxruntime --replace
 
 onnx: $(READY)  ## the ONNX folder of MODEL (PRECISION)
 	@$(NEED_MODEL)
@@ -61,7 +62,19 @@ onnx: $(READY)  ## the ONNX folder of MODEL (PRECISION)
 engines: $(READY)  ## engines of MODEL for GPUS (FLAVOR, LAYOUT, RESOLUTIONS, BATCHES)
 	@$(NEED_MODEL)
 	$(MAKE) --no-print-directory onnx
-	$(BIN)/python -m engines build --onnx $(OUT)/onnx/$(NAME) --out $(OUT)/bundles/$(NAME) --gpus $(GPUS) --flavor $(FLAVOR) $(if $(LAYOUT),--layout $(LAYOUT)) --resolutions $(RESOLUTIONS) --batches $(BATCHES)
+	$(BIN)/python -m engines build --onnx $(OUT)/onnx/$(NAME) --out $(OUT)/bundles/$(NAME) --gpus $(GPUS) --flavor $(FLAVOR) $(if $(LAYOUT),--layout $(LAYOUT)) --resolutions $(RESOLUTIONS) --batches $(BATCHES) --replace
+
+bench-engines: $(READY)  ## layouts compared (time, memory, disk) on the ONNX folder of MODEL
+	@$(NEED_MODEL)
+	$(MAKE) --no-print-directory onnx
+	$(BIN)/python -m engines bench --onnx $(OUT)/onnx/$(NAME) --out $(OUT)/bench-engines/$(NAME)
+
+bench-gpu: $(READY)  ## everything a GPU can be measured for, within minutes, into bench/results
+	$(BIN)/python -m bench gpu
+
+serve: $(READY)  ## BUNDLE inside a Triton server on loopback
+	@test -n "$(BUNDLE)" || { echo "error: BUNDLE is not set; e.g. BUNDLE=out/bundles/mini-vega" >&2; exit 2; }
+	$(BIN)/python -m engines serve --bundle $(BUNDLE)
 
 test: $(READY)  ## lint, types and every test, the full-size ones too
 	$(BIN)/ruff check .

@@ -142,7 +142,10 @@ def teach_vae(out: Path, *, steps: int, whole_steps: int, batch: int = 16, seed:
     )
     with torch.no_grad():
         latents = torch.cat(
-            [vae.encode(_to_tensor(pools[0][i : i + 64])).latent_dist.mode() for i in range(0, 512, 64)]
+            [
+                vae.encode(_to_tensor(pools[0][i : i + 64])).latent_dist.mode()
+                for i in range(0, min(512, len(pools[0])), 64)
+            ]
         )
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     vae.save_pretrained(out / "vae")
@@ -162,7 +165,10 @@ def polish_decoder(vae: AutoencoderKL, out: Path, *, steps: int, batch: int = 8,
                 (
                     images,
                     torch.cat(
-                        [vae.encode(_to_tensor(images[i : i + 32])).latent_dist.mode() for i in range(0, 160, 32)]
+                        [
+                            vae.encode(_to_tensor(images[i : i + 32])).latent_dist.mode()
+                            for i in range(0, len(images), 32)
+                        ]
                     ),
                 )
             )
