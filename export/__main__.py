@@ -90,6 +90,7 @@ def verify(
     *,
     model: str | None = None,
     components: str = "",
+    resolutions: str = "",
     batch: int = 2,
     seed: int | None = None,
     workdir: Path = WORKDIR,
@@ -100,6 +101,7 @@ def verify(
         folder: The ONNX folder.
         model: The checkpoint, where it is no longer found under the name it was exported from.
         components: Only these, separated by commas.
+        resolutions: Only at these WxH,...; a graph with open dimensions takes others than the family's too.
         seed: Of the inputs; drawn afresh where not given, and reported.
     """
     from rich.console import Console
@@ -111,7 +113,10 @@ def verify(
 
     about = read_json(folder / "slimxl.json")
     checkpoint = resolve(model or about["source"]["name"], workdir)
-    results = verify_folder(folder, checkpoint, components=_words(components), batch=batch, seed=seed, workdir=workdir)
+    sizes = [Resolution.parse(word) for word in _words(resolutions)]
+    results = verify_folder(
+        folder, checkpoint, components=_words(components), sizes=sizes, batch=batch, seed=seed, workdir=workdir
+    )
     table = Table("component", "output", "worst at", title="ONNX Runtime against torch in float32")
     for column in ("relative error", "cosine", "bound"):
         table.add_column(column, justify="right")

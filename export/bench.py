@@ -101,8 +101,9 @@ def bench_export(
     model = str(checkpoint)
     commands = {
         "ours": ["-m", "export", "onnx", "--model", model, "--precision", "fp32", "--out", str(folders["ours"])],
-        "optimum": ["-m", "optimum.commands.optimum_cli", "export", "onnx", "--model", model, str(folders["optimum"])],
+        "optimum": ["-m", "optimum.commands.optimum_cli", "export", "onnx", "--model", model],
     }
+    commands["optimum"] += ["--task", "text-to-image", str(folders["optimum"])]
     runs: list[Run] = []
     for number in range(rounds):
         for name, words in commands.items():

@@ -122,11 +122,12 @@ def verify_folder(
     checkpoint: Path,
     *,
     components: Sequence[str] = (),
+    sizes: Sequence[Resolution] = (),
     batch: int = 2,
     seed: int | None = None,
     workdir: Path = Path("out/models"),
 ) -> dict[str, list[Parity]]:
-    """Compares every component of an ONNX folder with its checkpoint in every resolution of slimxl.json.
+    """Compares every component of an ONNX folder with its checkpoint, in `sizes` or every resolution of slimxl.json.
 
     A component that fails is renamed to NAME.failed. Raises UserError where the checkpoint is another one than the
     folder was made from.
@@ -151,17 +152,24 @@ def verify_folder(
         export, config = read_json(folder / name / "export.json"), read_json(folder / name / "config.json")
         network = load_component(prepared, COMPONENTS[name].source, TORCH_DTYPES[export["precision"]])
         module = wrap(name, network)
-        resolutions = [Resolution.parse(text) for text in about["resolutions"]]
+        resolutions = list(sizes) or [Resolution.parse(text) for text in about["resolutions"]]
         if name.startswith("text"):  # no picture goes in
             resolutions = resolutions[:1]
         graphs: dict[str, list[Resolution]] = {}
         for resolution in resolutions:
+            if name.startswith("text"):
+                graphs["model.onnx"] = [resolution]
+                continue
+            if export["graphs"] and str(resolution) not in export["graphs"]:
+                raise unknown("resolution of this folder's static graphs", str(resolution), export["graphs"])
             graphs.setdefault(export["graphs"].get(str(resolution), "model.onnx"), []).append(resolution)
         batches = [batch if export["dynamic"] else export["inputs"][0]["shape"][0]]
         results[name] = [
             parity
-            for file, sizes in graphs.items()
-            for parity in compare(name, folder / name / file, module, config, sizes, batches, export["precision"], seed)
+            for file, fitting in graphs.items()
+            for parity in compare(
+                name, folder / name / file, module, config, fitting, batches, export["precision"], seed
+            )
         ]
         if not within_bounds(results[name], export["precision"]):
             (folder / name).rename(folder / f"{name}.failed")

@@ -59,9 +59,7 @@ def _save(model: ir.Model, folder: Path, job: Job, resolutions: Sequence[Resolut
         specialise(fixed, inputs)
         graphs[str(resolution)] = f"model.{resolution}.onnx"
         ir.save(fixed, folder / graphs[str(resolution)])
-    if len(graphs) == 1:
-        (folder / graphs.popitem()[1]).replace(folder / "model.onnx")
-    elif graphs:
+    if graphs:
         first = str(resolutions[0])
         (folder / graphs[first]).replace(folder / "model.onnx")
         graphs[first] = "model.onnx"

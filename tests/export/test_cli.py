@@ -36,3 +36,14 @@ def test_export_then_verify(mini_vega: Path, tmp_path: Path) -> None:
     verified = run("verify", out, "--workdir", tmp_path)
     assert verified.returncode == 0, verified.stderr
     assert "text_embeds" in verified.stdout and "FAILED" not in verified.stdout
+
+
+def test_one_static_size_is_exported_and_no_other_is_verified(mini_vega: Path, tmp_path: Path) -> None:
+    out, component = tmp_path / "out", ["--components", "vae_decoder,text_encoder"]
+    size = ["--resolutions", "160x96", "--batch", "1"]
+    done = run("onnx", "--model", mini_vega, "--out", out, *component, *size, "--workdir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (out / "vae_decoder").glob("*.onnx")) == ["model.onnx"]
+    assert run("verify", out, "--workdir", tmp_path).returncode == 0
+    refused = run("verify", out, "--resolutions", "128x128", "--workdir", tmp_path)
+    assert refused.returncode == 2 and "static graphs '128x128': known are 160x96" in refused.stderr
