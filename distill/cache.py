@@ -135,7 +135,7 @@ class LatentCache:
         self._open: dict[Path, Any] = {}
         for path in sorted(folder.glob("shard-*.safetensors")):
             with safe_open(path, "pt") as shard:
-                for name in shard:
+                for name in shard.keys():  # noqa: SIM118 (not iterable itself)
                     resolution, _, field = name.partition("/")
                     if field == "latents":
                         count = shard.get_slice(name).get_shape()[0]
