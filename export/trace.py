@@ -137,6 +137,13 @@ def make_lean(program: ExportedProgram) -> bool:
                 node.args[:1],
                 {"dtype": node.meta["val"].dtype},
             )
+        elif node.target is aten.pad.default and node.args[2:] in (
+            (),
+            ("constant",),
+            ("constant", None),
+            ("constant", 0.0),
+        ):
+            node.target, node.args = aten.constant_pad_nd.default, node.args[:2]
     graph.eliminate_dead_code()
     program.graph_module.recompile()
     return all(
