@@ -22,7 +22,7 @@ NAME = $(subst /,--,$(subst :,-,$(patsubst %.safetensors,%,$(MODEL))))
 
 NEED_MODEL = test -n "$(MODEL)" || { echo "error: MODEL is not set; e.g. MODEL=random:vega, a Hugging Face id, a folder, a .safetensors file" >&2; exit 2; }
 
-.PHONY: help setup report students onnx engines bench-engines bench-gpu serve test clean
+.PHONY: help setup report students onnx engines bench-export bench-engines bench-gpu serve test clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -63,6 +63,10 @@ engines: $(READY)  ## engines of MODEL for GPUS (FLAVOR, LAYOUT, RESOLUTIONS, BA
 	@$(NEED_MODEL)
 	$(MAKE) --no-print-directory onnx
 	$(BIN)/python -m engines build --onnx $(OUT)/onnx/$(NAME) --out $(OUT)/bundles/$(NAME) --gpus $(GPUS) --flavor $(FLAVOR) $(if $(LAYOUT),--layout $(LAYOUT)) --resolutions $(RESOLUTIONS) --batches $(BATCHES) --replace
+
+bench-export: $(READY)  ## the exporter beside optimum's, in turn, on MODEL: time, memory, graph, latency
+	@$(NEED_MODEL)
+	$(BIN)/python -m export bench --model $(MODEL) --out $(OUT)/bench-export/$(NAME)
 
 bench-engines: $(READY)  ## layouts compared (time, memory, disk) on the ONNX folder of MODEL
 	@$(NEED_MODEL)
