@@ -66,7 +66,7 @@ engines: $(READY)  ## engines of MODEL for GPUS (FLAVOR, LAYOUT, RESOLUTIONS, BA
 
 bench-export: $(READY)  ## the exporter beside optimum's, in turn, on MODEL: time, memory, graph, latency
 	@$(NEED_MODEL)
-	$(BIN)/python -m export bench --model $(MODEL) --out $(OUT)/bench-export/$(NAME)
+	$(BIN)/python -m export bench --model $(MODEL) --out $(OUT)/bench-export/$(NAME).json
 
 bench-engines: $(READY)  ## layouts compared (time, memory, disk) on the ONNX folder of MODEL
 	@$(NEED_MODEL)
