@@ -82,14 +82,22 @@ def _shortened(steps: int, teacher: str, target: Depth, start: Depth = SDXL_DEPT
     return tuple(parts)
 
 
+def _succession(student: str) -> tuple[Stage, ...]:
+    """The whole student under each teacher in turn."""
+    teachers = (
+        ("sdxl", SDXL_BASE, 76_000),
+        ("zavychroma", ZAVY_CHROMA_XL, 50_000),
+        ("juggernaut", JUGGERNAUT_XL, 50_000),
+    )
+    return tuple(Stage(name=name, teacher=teacher, student=student, steps=steps) for name, teacher, steps in teachers)
+
+
 def ssd_1b() -> Recipe:
     return Recipe(
         name="ssd-1b",
         stages=(
             *_shortened(25_000, SDXL_BASE, SSD_1B_DEPTH),
-            Stage(name="sdxl", teacher=SDXL_BASE, student="ssd-1b", steps=76_000),
-            Stage(name="zavychroma", teacher=ZAVY_CHROMA_XL, student="ssd-1b", steps=50_000),
-            Stage(name="juggernaut", teacher=JUGGERNAUT_XL, student="ssd-1b", steps=50_000),
+            *_succession("ssd-1b"),
         ),
     )
 
@@ -100,9 +108,7 @@ def vega() -> Recipe:
         name="vega",
         stages=(
             *_shortened(25_000, SDXL_BASE, VEGA_DEPTH, SSD_1B_DEPTH),
-            Stage(name="sdxl", teacher=SDXL_BASE, student="vega", steps=76_000),
-            Stage(name="zavychroma", teacher=ZAVY_CHROMA_XL, student="vega", steps=50_000),
-            Stage(name="juggernaut", teacher=JUGGERNAUT_XL, student="vega", steps=50_000),
+            *_succession("vega"),
         ),
     )
 

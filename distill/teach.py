@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,7 @@ def _pictures(count: int, resolution: Resolution, rng: np.random.Generator) -> t
     return scenes, np.stack([render(scene, resolution, rng) for scene in scenes])
 
 
-def share_followed(scenes: list[Scene], images: np.ndarray) -> dict[str, float]:
+def share_followed(scenes: list[Scene], images: Sequence[np.ndarray] | np.ndarray) -> dict[str, float]:
     """For each attribute, and for `all` together, the share of pictures that show what their scene says."""
     results = [follows(scene, image) for scene, image in zip(scenes, images, strict=True)]
     shares = {attribute: float(np.mean([result[attribute] for result in results])) for attribute in ATTRIBUTES}
@@ -337,7 +337,8 @@ def judge(
 ) -> dict[str, float]:
     """How often pictures of unseen captions show what they say: shares per attribute over the nine resolutions."""
     rng = np.random.default_rng(seed)
-    scenes, results = [], []
+    scenes: list[Scene] = []
+    pictures: list[np.ndarray] = []
     for index, resolution in enumerate(MINI_FAMILY.resolutions):
         some = [random_scene(rng) for _ in range(count // len(MINI_FAMILY.resolutions))]
         images = pipe(
@@ -350,11 +351,8 @@ def judge(
             output_type="np",
         ).images
         scenes += some
-        results += [
-            follows(scene, np.rint(image * 255).astype(np.uint8)) for scene, image in zip(some, images, strict=True)
-        ]
-    shares = {attribute: float(np.mean([result[attribute] for result in results])) for attribute in ATTRIBUTES}
-    return shares | {"all": float(np.mean([all(result.values()) for result in results]))}
+        pictures += [np.rint(image * 255).astype(np.uint8) for image in images]
+    return share_followed(scenes, pictures)
 
 
 def teach_mini(
