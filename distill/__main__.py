@@ -59,6 +59,26 @@ def fetch(*, model: str, workdir: Path = WORKDIR) -> None:
 
 
 @app.command
+def surgery(*, model: str, student: str, layer_map: str = "first", out: Path, workdir: Path = WORKDIR) -> None:
+    """Make a student by copying chosen transformer blocks of a teacher, untrained, as a whole pipeline folder.
+
+    Args:
+        model: The teacher.
+        student: An architecture of the catalogue, or a depth pattern of your own.
+        layer_map: first, spread, similarity, or a JSON file of indices, as importance.json has them.
+        out: The folder to write; its surgery.json says where each tensor came from and which are unused.
+    """
+    from distill.architectures import find_architecture
+    from distill.sources import find_architecture_of, resolve
+    from distill.surgery import make_student, read_layer_map
+
+    teacher = resolve(model, workdir)
+    spec = find_architecture(student, find_architecture_of(teacher).family)
+    plan = make_student(teacher, spec, read_layer_map(layer_map), out)
+    print(f"{out}: {len(plan.sources)} tensors copied; the teacher's {len(plan.unused)} others are in surgery.json")
+
+
+@app.command
 def cache(
     *, data: str, model: str = "mini:sdxl", out: Path, seed: int = 0, batch: int = 16, workdir: Path = WORKDIR
 ) -> None:
@@ -138,16 +158,18 @@ def importance(
 def teach(
     *,
     out: Path,
+    start: Path | None = None,
     vae_steps: int = 3000,
     vae_whole_steps: int = 1200,
-    minutes: float = 50,
-    decoder_steps: int = 600,
+    minutes: float = 120,
+    decoder_steps: int = 3000,
     seed: int = 0,
 ) -> None:
     """Make the mini teacher anew: its VAE, then its UNet and text encoders, on the shapes world.
 
     Args:
         out: The pipeline folder to write.
+        start: A mini pipeline folder to teach further instead of a new one; its VAE's encoder stays as it is.
         vae_steps: Optimiser steps of the VAE on crops.
         vae_whole_steps: And on whole pictures.
         minutes: Training time of the UNet and text encoders.
@@ -157,6 +179,7 @@ def teach(
 
     result = teach_mini(
         out,
+        start=start,
         vae_steps=vae_steps,
         vae_whole_steps=vae_whole_steps,
         minutes=minutes,

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
-from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from distill.architectures import ARCHITECTURES, MINI_FAMILY, Resolution
@@ -159,7 +158,7 @@ def polish_decoder(vae: AutoencoderKL, out: Path, *, steps: int, batch: int = 8,
     rng = np.random.default_rng([seed, 1])
     pools = []
     for resolution in MINI_FAMILY.resolutions:
-        images = _pictures(160, resolution, rng)[1]
+        images = _pictures(400, resolution, rng)[1]
         with torch.no_grad():
             pools.append(
                 (
@@ -257,39 +256,88 @@ def _batches(pool: list, batch: int, rng: np.random.Generator) -> Iterator[tuple
             yield resolution, [captions[i] for i in indices], latents[indices]
 
 
+_TAUGHT = ("unet", "text_encoder", "text_encoder_2")
+_SAVE_EVERY = 300.0  # seconds
+
+
+def _loss_weights(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """Weight of the noise's squared error at each timestep (1000,): min(SNR + 1, 5) / SNR within [0.5, 25], mean 1.
+
+    What stands where is settled at high noise, where an error in the picture is small as an error in the noise: the
+    plain mean square hardly sees it. The cap of 5 is min-SNR's (arXiv 2303.09556), the + 1 that of v-prediction.
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    weights = ((snr + 1).clamp(max=5) / snr).clamp(0.5, 25)
+    return weights / weights.mean()
+
+
+class _Progress:
+    """What `teach_unet` needs to go on after being killed: one file, replaced whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds = 0.0
+        self.step = 0
+
+    def load(self, pipe: StableDiffusionXLPipeline, optimizer: torch.optim.Optimizer, ema: EMAModel) -> None:
+        if not self.path.exists():
+            return
+        state = torch.load(self.path, weights_only=True)
+        for name, weights in state["weights"].items():
+            getattr(pipe, name).load_state_dict(weights)
+        optimizer.load_state_dict(state["optimizer"])
+        ema.load_state_dict(state["ema"])
+        self.seconds, self.step = state["seconds"], state["step"]
+        say(f"unet: going on at step {self.step}, {self.seconds:.0f} s")
+
+    def save(self, pipe: StableDiffusionXLPipeline, optimizer: torch.optim.Optimizer, ema: EMAModel) -> None:
+        state = {
+            "weights": {name: getattr(pipe, name).state_dict() for name in _TAUGHT},
+            "optimizer": optimizer.state_dict(),
+            "ema": ema.state_dict(),
+            "seconds": self.seconds,
+            "step": self.step,
+        }
+        partial = self.path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(self.path)
+
+
 def teach_unet(
-    vae: AutoencoderKL,
+    pipe: StableDiffusionXLPipeline,
     out: Path,
     *,
-    minutes: float = 55,
-    batch: int = 16,
+    minutes: float,
+    batch: int = 32,
     learning_rate: float = 8e-4,
-    per_resolution: int = 400,
+    per_resolution: int = 1200,
     seed: int = 0,
-) -> StableDiffusionXLPipeline:
-    """Trains the UNet and both text encoders on the task loss for `minutes`, and saves the pipeline under `out`.
+) -> None:
+    """Trains the UNet and both text encoders of `pipe` on the task loss for `minutes`.
 
-    The learning rate falls with the time used, so the schedule is whole however fast the machine is.
+    The learning rate falls with the time used, so the schedule is whole however fast the machine is. Killed, it goes
+    on from `out/teach.state`, which is written as it goes.
     """
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    pipe = make_mini_pipeline(vae)
-    pipe.set_progress_bar_config(disable=True)
-    pool = _latent_pool(vae.eval(), per_resolution, seed)
+    pool = _latent_pool(pipe.vae.eval(), per_resolution, seed)
     unet = pipe.unet.train()
-    parameters = [*unet.parameters(), *pipe.text_encoder.parameters(), *pipe.text_encoder_2.parameters()]
+    parameters = [parameter for name in _TAUGHT for parameter in getattr(pipe, name).parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     ema = EMAModel(parameters, decay=0.999, foreach=True)
+    state = _Progress(out / "teach.state")
+    state.load(pipe, optimizer, ema)
+    rng = np.random.default_rng([seed, state.step])
+    torch.manual_seed(seed + state.step)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alphas_cumprod = torch.cumprod(1 - betas, 0).float()
-    started = time.monotonic()
+    weights = _loss_weights(alphas_cumprod)
+    batches = _batches(pool, batch, rng)
     losses: list[float] = []
-    next_save = 300.0
-    for step, (resolution, captions, latents) in enumerate(_batches(pool, batch, rng)):
-        used = (time.monotonic() - started) / (60 * minutes)
-        if used >= 1:
-            break
-        optimizer.param_groups[0]["lr"] = learning_rate * min(1, (step + 1) / 200) * (1 - 0.99 * used)
+    next_save = state.seconds + _SAVE_EVERY
+    while (used := state.seconds / (60 * minutes)) < 1:
+        started = time.monotonic()
+        resolution, captions, latents = next(batches)
+        optimizer.param_groups[0]["lr"] = learning_rate * min(1, (state.step + 1) / 200) * (1 - 0.99 * used)
         hidden, pooled = _encode_text(pipe, captions)
         kept = (torch.rand(batch) >= 0.1).float()
         timesteps = torch.randint(0, 1000, (batch,))
@@ -302,28 +350,24 @@ def teach_unet(
             "time_ids": torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).expand(batch, 6),
         }
         noise_pred = unet(noisy, timesteps, hidden * kept[:, None, None], added_cond_kwargs=added).sample
-        loss = functional.mse_loss(noise_pred, noise)
+        error = (noise_pred - noise).square().mean((1, 2, 3))
         optimizer.zero_grad()
-        loss.backward()
+        (weights[timesteps] * error).mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         ema.step(parameters)
-        losses.append(loss.item())
-        if (step + 1) % 50 == 0:
-            seconds = time.monotonic() - started
-            say(
-                f"unet step {step + 1} loss {np.mean(losses[-50:]):.4f} {seconds:.0f} s {seconds / (step + 1):.2f} s/step"
-            )
-        if time.monotonic() - started > next_save:
-            next_save += 300
-            ema.store(parameters)
-            ema.copy_to(parameters)
-            pipe.save_pretrained(out, safe_serialization=True)
-            ema.restore(parameters)
+        losses.append(error.mean().item())
+        state.step += 1
+        state.seconds += time.monotonic() - started
+        if state.step % 50 == 0:
+            say(f"unet step {state.step} mse {np.mean(losses[-50:]):.4f} {state.seconds:.0f} of {60 * minutes:.0f} s")
+        if state.seconds > next_save:
+            next_save += _SAVE_EVERY
+            state.save(pipe, optimizer, ema)
     ema.copy_to(parameters)
     unet.eval()
     pipe.save_pretrained(out, safe_serialization=True)
-    return pipe
+    state.path.unlink(missing_ok=True)
 
 
 @torch.no_grad()
@@ -356,15 +400,27 @@ def judge(
 
 
 def teach_mini(
-    out: Path, *, vae_steps: int, vae_whole_steps: int, minutes: float, decoder_steps: int, seed: int
+    out: Path,
+    *,
+    start: Path | None,
+    vae_steps: int,
+    vae_whole_steps: int,
+    minutes: float,
+    decoder_steps: int,
+    seed: int,
 ) -> dict[str, float]:
-    """The whole making of the mini teacher; a VAE already under `out` is kept. Returns what `judge` says of it."""
-    have_vae = (out / "vae" / "config.json").exists()
-    vae = (
-        AutoencoderKL.from_pretrained(out / "vae")
-        if have_vae
-        else teach_vae(out, steps=vae_steps, whole_steps=vae_whole_steps, seed=seed)
-    )
-    pipe = teach_unet(vae, out, minutes=minutes, seed=seed)
-    polish_decoder(vae, out, steps=decoder_steps, seed=seed)
-    return judge(pipe)
+    """The whole making of the mini teacher, stored in fp16, or the further teaching of the one at `start`; a VAE
+    already under `out` is kept. Returns what `judge` says of it."""
+    torch.set_flush_denormal(True)
+    out.mkdir(parents=True, exist_ok=True)
+    if start is not None:
+        pipe = StableDiffusionXLPipeline.from_pretrained(start, torch_dtype=torch.float32)
+    elif (out / "vae" / "config.json").exists():
+        pipe = make_mini_pipeline(AutoencoderKL.from_pretrained(out / "vae"))
+    else:
+        pipe = make_mini_pipeline(teach_vae(out, steps=vae_steps, whole_steps=vae_whole_steps, seed=seed))
+    pipe.set_progress_bar_config(disable=True)
+    teach_unet(pipe, out, minutes=minutes, seed=seed)
+    polish_decoder(pipe.vae, out, steps=decoder_steps, seed=seed)
+    pipe.to(torch.float16).save_pretrained(out, safe_serialization=True)
+    return judge(pipe.to(torch.float32))
