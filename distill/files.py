@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,12 +43,12 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary sibling of `path` to write (a file or a folder); it takes the name `path` only if the
     block ends well, and is removed otherwise. A killed process leaves `path` as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    _remove(temporary)
+    token = secrets.token_hex(4)  # not the process id: processes of several machines may share the folder
+    temporary = path.with_name(f".{path.name}.{token}.partial")
     try:
         yield temporary
         if path.is_dir() and temporary.is_dir():  # a folder cannot be renamed over a full one
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            old = path.with_name(f".{path.name}.{token}.old")
             path.rename(old)
             temporary.rename(path)
             _remove(old)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from distill.architectures import Architecture, Depth
 from distill.errors import UserError, unknown
-from distill.files import replacing, require_free_disk
-from distill.sources import TensorRecord, component_tensors, read_config
+from distill.files import read_json, replacing, require_free_disk, write_json
+from distill.sources import read_config
+from distill.tensors import component_tensors, write_safetensors
 
 LayerMap = Mapping[str, tuple[int, ...]]
 """Module path of a Transformer2DModel (`down_blocks.2.attentions.0`) -> the teacher's block index for each of the
@@ -89,6 +90,17 @@ def make_layer_map(spec: str | LayerMap, teacher: Depth, student: Depth) -> Laye
     return layer_map
 
 
+def read_layer_map(spec: str) -> str | LayerMap:
+    """A preset's name as it is; a .json file as the explicit indices it holds, or as its `layer_map`. Raises UserError."""
+    if not spec.endswith(".json"):
+        return spec
+    stated = read_json(Path(spec))
+    stated = stated.get("layer_map", stated) if isinstance(stated, dict) else None
+    if not isinstance(stated, dict) or not all(isinstance(blocks, list) for blocks in stated.values()):
+        raise UserError(f'{spec} is no layer map; it should read like {{"down_blocks.2.attentions.0": [0, 1, 2, 6]}}')
+    return {path: tuple(blocks) for path, blocks in stated.items()}
+
+
 @dataclass(frozen=True)
 class SurgeryPlan:
     """Student key -> teacher key, and the teacher's keys that nothing uses."""
@@ -127,29 +139,6 @@ def unet_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in unet.state_dict().items()}
 
 
-def _copy_tensors(records: Mapping[str, TensorRecord], out: Path, chunk_bytes: int = 1 << 24) -> None:
-    """Writes a safetensors file of the records' bytes under their new names (format: 8-byte header length, JSON
-    header, data; https://github.com/huggingface/safetensors#format)."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for key, record in records.items():
-        size = record.end - record.start
-        header[key] = {"dtype": record.dtype, "shape": list(record.shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with out.open("wb") as target:
-        target.write(len(encoded).to_bytes(8, "little") + encoded)
-        for record in records.values():
-            with record.file.open("rb") as source:
-                source.seek(record.start)
-                left = record.end - record.start
-                while left:
-                    chunk = source.read(min(chunk_bytes, left))
-                    target.write(chunk)
-                    left -= len(chunk)
-
-
 def make_student_unet(teacher: Path, student: Architecture, layer_map: str | LayerMap, out: Path) -> SurgeryPlan:
     """Writes the student's `unet/` folder to `out`, every tensor copied from the checkpoint folder `teacher`.
 
@@ -159,7 +148,7 @@ def make_student_unet(teacher: Path, student: Architecture, layer_map: str | Lay
     config = read_config(teacher, "unet")
     full_map = make_layer_map(layer_map, Depth.from_config(config), student.depth)
     plan = plan_surgery({key: record.shape for key, record in records.items()}, unet_shapes(student), full_map)
-    size = sum(records[source].end - records[source].start for source in plan.sources.values())
+    size = sum(records[source].nbytes for source in plan.sources.values())
     require_free_disk(out.parent, size, f"the student {student.name}")
     with replacing(out) as temporary:
         temporary.mkdir()
@@ -167,5 +156,20 @@ def make_student_unet(teacher: Path, student: Architecture, layer_map: str | Lay
         merged = {"_class_name": "UNet2DConditionModel", **kept, **student.unet_config}
         (temporary / "config.json").write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
         chosen = {key: records[source] for key, source in plan.sources.items()}
-        _copy_tensors(chosen, temporary / "diffusion_pytorch_model.safetensors")
+        write_safetensors(temporary / "diffusion_pytorch_model.safetensors", chosen)
+    return plan
+
+
+def make_student(teacher: Path, student: Architecture, layer_map: str | LayerMap, out: Path) -> SurgeryPlan:
+    """Writes the untrained student as a whole pipeline folder: its UNet, everything else as the teacher has it, and
+    `surgery.json`, which accounts for every tensor of both. Raises UserError as `make_student_unet` does."""
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another --out or remove it")
+    full_map = make_layer_map(layer_map, Depth.from_config(read_config(teacher, "unet")), student.depth)
+    with replacing(out) as temporary:
+        shutil.copytree(teacher, temporary, ignore=shutil.ignore_patterns("unet", "samples*", "*.jsonl", "slimxl.json"))
+        plan = make_student_unet(teacher, student, full_map, temporary / "unet")
+        write_json(temporary / "surgery.json", asdict(plan))
+        mapped = {path: list(blocks) for path, blocks in full_map.items()}
+        write_json(temporary / "slimxl.json", {"student": student.name, "layer_map": mapped, "stages_done": 0})
     return plan

@@ -1,19 +1,21 @@
-"""CLIP-format byte-pair tokenizers made from a word list, for models that are not downloaded.
+"""CLIP's byte-pair tokenizer, from its own merges (`clip/merges.txt.gz`) or from a word list: nothing is downloaded.
 
-Every given word becomes one token; any other text falls back to bytes, as in CLIP's own vocabulary.
+From a word list, every given word becomes one token; any other text falls back to bytes, as in CLIP's own vocabulary.
 """
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from transformers import CLIPTokenizer
 
 END_OF_WORD = "</w>"
+CLIP_MERGES = Path(__file__).parent / "clip" / "merges.txt.gz"
 
 
 def _byte_alphabet() -> list[str]:
@@ -35,7 +37,7 @@ def _merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
-def _merges_of(words: Iterable[str]) -> list[tuple[str, str]]:
+def merges_of(words: Iterable[str]) -> list[tuple[str, str]]:
     """Merges, in rank order, under which each ASCII word is one token. A later merge ranks below all earlier ones,
     so it cannot break a word that is already whole."""
     ranks: dict[tuple[str, str], int] = {}
@@ -49,15 +51,33 @@ def _merges_of(words: Iterable[str]) -> list[tuple[str, str]]:
     return list(ranks)
 
 
+def clip_merges() -> list[tuple[str, str]]:
+    """CLIP's merges in rank order: the 48,894 lines of OpenAI's bpe_simple_vocab_16e6.txt that CLIP uses."""
+    first_second = (line.split() for line in gzip.decompress(CLIP_MERGES.read_bytes()).decode().splitlines())
+    return [(first, second) for first, second in first_second]
+
+
 def make_clip_tokenizer(
     words: Iterable[str], *, bos_token_id: int, eos_token_id: int, max_length: int, pad_token: str = "<|endoftext|>"
 ) -> CLIPTokenizer:
+    """A CLIPTokenizer in which each word is one token; see `tokenizer_from_merges`."""
+    return tokenizer_from_merges(
+        merges_of(words),
+        bos_token_id=bos_token_id,
+        eos_token_id=eos_token_id,
+        max_length=max_length,
+        pad_token=pad_token,
+    )
+
+
+def tokenizer_from_merges(
+    merges: Sequence[tuple[str, str]], *, bos_token_id: int, eos_token_id: int, max_length: int, pad_token: str
+) -> CLIPTokenizer:
     """A CLIPTokenizer whose ids stay below the two special ids. SDXL pads its second tokenizer with '!' (id 0).
 
-    Raises ValueError where the words do not fit below `bos_token_id`.
+    Raises ValueError where the tokens do not fit below `bos_token_id`.
     """
     alphabet = _byte_alphabet()
-    merges = _merges_of(words)
     tokens = [*alphabet, *(letter + END_OF_WORD for letter in alphabet), *("".join(pair) for pair in merges)]
     if len(tokens) > bos_token_id:
         raise ValueError(f"{len(tokens)} tokens do not fit below id {bos_token_id}")

@@ -5,7 +5,7 @@ import pytest
 
 from distill.architectures import MINI_FAMILY, Resolution
 from distill.shapes import ATTRIBUTES, SHAPES, WORDS, Scene, Thing, follows, random_scene, read_scene, render
-from distill.tokenizer import make_clip_tokenizer
+from distill.tokenizer import clip_merges, make_clip_tokenizer, tokenizer_from_merges
 
 SCENE = Scene((Thing("large", "red", "circle", "top left"), Thing("small", "blue", "ring", "bottom")), "white")
 
@@ -54,3 +54,22 @@ def test_every_word_is_one_token_and_anything_else_is_bytes() -> None:
     ids = tokenizer("héllo 漢").input_ids
     assert ids[0] == 1022 and ids[-1] == 1023 and max(ids[1:-1]) < 1022
     assert set(SHAPES) <= set(WORDS)
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [  # as OpenAI's own tokenizer has them
+        ("a photo of a cat", [320, 1125, 539, 320, 2368]),
+        (
+            "isometric city block at night; neon (4k), trending on artstation",
+            [595, 38702, 1305, 4593, 536, 930, 282, 13919, 263, 275, 330, 2361, 6087, 525, 1486, 2631],
+        ),
+        ("héllo wörld —", [71, 3459, 19293, 86, 31762, 730, 2005]),
+    ],
+)
+def test_clips_own_tokenizer_is_clips(text: str, ids: list[int]) -> None:
+    tokenizer = tokenizer_from_merges(
+        clip_merges(), bos_token_id=49406, eos_token_id=49407, max_length=77, pad_token="<|endoftext|>"
+    )
+    assert len(tokenizer) == 49408
+    assert tokenizer(text).input_ids == [49406, *ids, 49407]

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,6 +47,47 @@ def test_a_random_checkpoint_is_a_pipeline_that_runs_and_is_the_same_every_time(
     assert image.shape == (128, 128, 3)
 
 
+def test_threads_and_processes_that_want_the_same_checkpoint_take_turns(mini_vega: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        folders = list(pool.map(lambda _: resolve("random:mini-vega", tmp_path), range(4)))
+    assert set(folders) == {tmp_path / "random-mini-vega"}
+    assert checkpoint_hash(folders[0]) == checkpoint_hash(mini_vega)
+    assert not list(tmp_path.glob(".*.partial")) and not list(tmp_path.glob(".*.old"))
+
+
+def test_whatever_killed_makers_leave_the_next_one_makes_it_whole(mini_vega: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "distill", "fetch", "--model", "random:mini-vega", "--workdir", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    seen = 0
+    for wait_s in (0.0, 0.05):
+        makers = [subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) for _ in range(2)]
+        while not (begun := list(tmp_path.glob(".random-*.partial/unet"))) and None in [m.poll() for m in makers]:
+            time.sleep(0.001)
+        time.sleep(wait_s)
+        seen += bool(begun)
+        for maker in makers:
+            maker.send_signal(signal.SIGKILL)
+            maker.wait()
+        shutil.rmtree(tmp_path / "random-mini-vega", ignore_errors=True)  # had one been quick enough to finish
+    assert seen == 2
+    assert checkpoint_hash(resolve("random:mini-vega", tmp_path)) == checkpoint_hash(mini_vega)
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: next((folder / "unet").glob("*.safetensors")).unlink(),
+        lambda folder: (folder / "model_index.json").unlink(),
+        lambda folder: (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"short"),
+    ],
+)
+def test_a_made_checkpoint_that_lost_a_part_is_made_again(damage, mini_vega: Path, tmp_path: Path) -> None:
+    folder = resolve("random:mini-vega", tmp_path)
+    damage(folder)
+    assert checkpoint_hash(resolve("random:mini-vega", tmp_path)) == checkpoint_hash(mini_vega)
+
+
 def test_a_depth_of_ones_own_is_recognised(tmp_path: Path) -> None:
     from distill.architectures import ARCHITECTURES
     from distill.surgery import make_student_unet
@@ -56,14 +101,6 @@ def test_a_depth_of_ones_own_is_recognised(tmp_path: Path) -> None:
     shutil.rmtree(vega / "unet")
     (tmp_path / "unet").rename(vega / "unet")
     assert find_architecture_of(vega).name == depth
-
-
-def test_an_sdxl_single_file_is_told_from_others(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({"model.weight": torch.zeros(2)}, tmp_path / "sd15.safetensors")
-    with pytest.raises(UserError, match="no second text encoder"):
-        resolve(str(tmp_path / "sd15.safetensors"), tmp_path)
 
 
 @pytest.mark.parametrize("cut", [0, 4, 100, -1])

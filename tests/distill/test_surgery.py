@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from distill.__main__ import main
 from distill.architectures import ARCHITECTURES, SDXL_DEPTH, SSD_1B_DEPTH, VEGA_DEPTH
 from distill.errors import UserError
-from distill.sources import component_tensors
-from distill.surgery import make_layer_map, make_student_unet, plan_surgery, unet_shapes
+from distill.sources import component_tensors, find_architecture_of, load_pipeline
+from distill.surgery import make_layer_map, make_student_unet, plan_surgery, read_layer_map, unet_shapes
 from distill.trainer import relative_map
 
 
@@ -41,6 +43,30 @@ def test_copied_weights_are_the_teachers(mini_sdxl: Path, tmp_path: Path) -> Non
     teacher = UNet2DConditionModel.from_pretrained(mini_sdxl / "unet").state_dict()
     for key, value in unet.state_dict().items():
         assert torch.equal(value, teacher[plan.sources[key]]), key
+
+
+def test_a_student_of_ones_own_depth_is_a_whole_pipeline(mini_sdxl: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    layer_map = tmp_path / "importance.json"
+    layer_map.write_text(json.dumps({"layer_map": {"down_blocks.2.attentions.1": [4, 7]}}))
+    depth = "-/1,1/3,2:0:2,2,1/1,1,1/-"
+    arguments = ["--model", mini_sdxl, "--student", depth, "--layer-map", layer_map, "--out", tmp_path / "student"]
+    monkeypatch.setattr("sys.argv", ["distill", "surgery", *map(str, arguments)])
+    assert main() == 0
+    pipe = load_pipeline(tmp_path / "student", torch.float32)
+    assert str(find_architecture_of(tmp_path / "student").depth) == depth
+    accounts = json.loads((tmp_path / "student" / "surgery.json").read_text())
+    assert accounts["sources"].keys() == pipe.unet.state_dict().keys()
+    teacher = component_tensors(mini_sdxl / "unet").keys()
+    assert set(accounts["sources"].values()) | set(accounts["unused"]) == set(teacher)
+    block = "down_blocks.2.attentions.1.transformer_blocks.{}.attn1.to_q.weight"
+    assert accounts["sources"][block.format(1)] == block.format(7)
+    assert main() == 2 and "exists already" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_layer_map_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "map.json").write_text("[1, 2]")
+    with pytest.raises(UserError, match="is no layer map"):
+        read_layer_map(str(tmp_path / "map.json"))
 
 
 def test_config_json_says_what_the_weights_are(mini_sdxl: Path, tmp_path: Path) -> None:

@@ -1,0 +1,127 @@
+"""A whole SDXL-format pipeline folder put together from tensors alone: what random and single-file checkpoints need.
+
+Configs come from the catalogue and tokenizers from `tokenizer.py`, so nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill.architectures import SDXL_FAMILY, Architecture, Family
+from distill.files import require_free_disk
+from distill.tensors import MadeTensor, WritableTensor, write_safetensors
+
+if TYPE_CHECKING:
+    import torch
+
+CLASSES = {
+    "scheduler": ("diffusers", "EulerDiscreteScheduler"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "tokenizer_2": ("transformers", "CLIPTokenizer"),
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+}
+
+
+def meta_components(architecture: Architecture) -> dict[str, Any]:
+    """The four networks of an architecture without memory for their weights."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    family = architecture.family
+    with torch.device("meta"):
+        return {
+            "unet": UNet2DConditionModel(**architecture.unet_config),
+            "vae": AutoencoderKL(**family.vae),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**family.text_encoder)),
+            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**family.text_encoder_2)),
+        }
+
+
+def component_shapes(component: str, module: Any) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a network and its shape, under the names that published checkpoints use (transformers 5.6 drops
+    `text_model.` from one of the two text encoders)."""
+    shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    if component != "text_encoder":
+        return shapes
+    return {f"text_model.{key.removeprefix('text_model.')}": shape for key, shape in shapes.items()}
+
+
+def assemble(
+    folder: Path,
+    architecture: Architecture,
+    tensors: Mapping[str, Mapping[str, WritableTensor]],
+    prediction_type: str = "epsilon",
+) -> None:
+    """Writes the pipeline folder; `tensors` holds those of each network by name. model_index.json comes last.
+
+    Raises UserError where the disk is too small.
+    """
+    from diffusers import EulerDiscreteScheduler
+
+    size = sum(tensor.nbytes for component in tensors.values() for tensor in component.values())
+    require_free_disk(folder.parent, size, str(folder.name))
+    for component, module in meta_components(architecture).items():
+        is_diffusers = CLASSES[component][0] == "diffusers"
+        (module.save_config if is_diffusers else module.config.save_pretrained)(folder / component)
+        stem = "diffusion_pytorch_model" if is_diffusers else "model"
+        write_safetensors(folder / component / f"{stem}.safetensors", tensors[component])
+    for name, pad_token in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        _tokenizer(architecture.family, pad_token).save_pretrained(folder / name)
+    EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+        timestep_spacing="leading",
+        steps_offset=1,
+    ).save_pretrained(folder / "scheduler")
+    index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True} | CLASSES
+    (folder / "model_index.json").write_text(json.dumps(index, indent=1))
+
+
+def _tokenizer(family: Family, pad_token: str) -> Any:
+    from distill.shapes import WORDS
+    from distill.tokenizer import clip_merges, merges_of, tokenizer_from_merges
+
+    return tokenizer_from_merges(
+        clip_merges() if family is SDXL_FAMILY else merges_of(WORDS),
+        bos_token_id=family.text_encoder["bos_token_id"],
+        eos_token_id=family.text_encoder["eos_token_id"],
+        max_length=family.text_encoder["max_position_embeddings"],
+        pad_token=pad_token,
+    )
+
+
+def random_tensors(architecture: Architecture) -> dict[str, dict[str, MadeTensor]]:
+    """Random weights in fp16 (mini: fp32), each made when it is written; the same every time."""
+    import torch
+
+    dtype, name = (torch.float16, "F16") if architecture.family is SDXL_FAMILY else (torch.float32, "F32")
+    generator = torch.Generator().manual_seed(0)
+
+    def made(component: str, module: Any) -> Iterator[tuple[str, MadeTensor]]:
+        for key, shape in component_shapes(component, module).items():
+            yield key, MadeTensor(name, shape, partial(_random_tensor, key, shape, dtype, generator))
+
+    return {component: dict(made(component, module)) for component, module in meta_components(architecture).items()}
+
+
+def _random_tensor(key: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Torch's own initial scale: uniform within 1/sqrt(fan_in); norms 1; biases 0. Keeps fp16 activations in range."""
+    import torch
+
+    tensor = torch.zeros(shape, dtype=dtype)
+    if len(shape) >= 2:
+        bound = (tensor.numel() / shape[0]) ** -0.5
+        tensor.uniform_(-bound, bound, generator=generator)
+    elif "norm" in key and key.endswith("weight"):
+        tensor.fill_(1)
+    return tensor

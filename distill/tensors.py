@@ -1,0 +1,160 @@
+"""Tensors on disk: safetensors files read by their headers and written as a stream.
+
+Nothing here holds more than one piece of a tensor, so copying, renaming and making checkpoints takes the same memory
+at any size. Format: 8-byte header length, JSON header, data; https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from distill.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK_BYTES = 1 << 24
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+class WritableTensor(Protocol):
+    """`dtype` is safetensors' name for it; `chunks` yields the bytes in order."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def chunks(self) -> Iterator[bytes]: ...
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """Where one tensor's bytes lie: `start`..`end` are offsets in `file`."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+    def chunks(self) -> Iterator[bytes]:
+        """Raises UserError where the file has become shorter."""
+        with self.file.open("rb") as source:
+            source.seek(self.start)
+            left = self.nbytes
+            while left:
+                chunk = source.read(min(CHUNK_BYTES, left))
+                if not chunk:
+                    raise UserError(f"{self.file} became shorter while it was read")
+                left -= len(chunk)
+                yield chunk
+
+    def part(self, index: int, count: int) -> TensorRecord:
+        """The `index`-th of `count` equal parts along the first axis."""
+        size = self.nbytes // count
+        start = self.start + index * size
+        return replace(self, shape=(self.shape[0] // count, *self.shape[1:]), start=start, end=start + size)
+
+
+@dataclass(frozen=True)
+class MadeTensor:
+    """A tensor that `make` gives only when it is written."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    make: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    def chunks(self) -> Iterator[bytes]:
+        import torch
+
+        yield self.make().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def transposed(record: TensorRecord) -> MadeTensor:
+    """The transpose of a matrix."""
+
+    def make() -> torch.Tensor:
+        import torch
+
+        item = {2: torch.int16, 4: torch.int32}[ITEM_BYTES[record.dtype]]
+        return torch.frombuffer(bytearray(b"".join(record.chunks())), dtype=item).reshape(record.shape).T
+
+    return MadeTensor(record.dtype, record.shape[::-1], make)
+
+
+def read_safetensors_header(path: Path) -> dict[str, TensorRecord]:
+    """The tensors of one file, from its header alone. Raises UserError for a truncated or foreign file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise UserError(f"{path} is no whole safetensors file ({size} bytes): truncated? fetch it again")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise UserError(f"{path} has no safetensors header: damaged or of another format") from None
+    begin = 8 + length
+    records = {
+        key: TensorRecord(
+            path, entry["dtype"], tuple(entry["shape"]), *(begin + offset for offset in entry["data_offsets"])
+        )
+        for key, entry in header.items()
+        if key != "__metadata__"
+    }
+    needed = max((record.end for record in records.values()), default=begin)
+    if needed != size:
+        raise UserError(f"{path} holds {size} bytes where its header says {needed}: truncated? fetch it again")
+    return records
+
+
+def component_weights(folder: Path) -> list[Path]:
+    """The safetensors files of a component folder: the plain ones, or where there are none the fp16 variant's.
+
+    Raises UserError where there is none at all.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    plain = [file for file in files if ".fp16" not in file.name]
+    if not files:
+        raise UserError(f"{folder} holds no .safetensors weights (pickled .bin weights are not read)")
+    return plain or files
+
+
+def component_tensors(folder: Path) -> dict[str, TensorRecord]:
+    """All tensors of a component folder, over its shards."""
+    return {key: record for file in component_weights(folder) for key, record in read_safetensors_header(file).items()}
+
+
+def write_safetensors(out: Path, tensors: Mapping[str, WritableTensor]) -> None:
+    """Writes one file, the widest dtype first so that each tensor stays aligned, else in the given order."""
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].nbytes // max(1, math.prod(item[1].shape))))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for key, tensor in ordered.items():
+        end = offset + tensor.nbytes
+        header[key] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with out.open("wb") as target:
+        target.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in ordered.values():
+            for chunk in tensor.chunks():
+                target.write(chunk)
