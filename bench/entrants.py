@@ -13,7 +13,7 @@ from bench.gpu import Gpu
 from bench.inventory import kind_of
 from bench.measure import cold_start
 from bench.workload import PROMPTS, Workload
-from distill.architectures import FAMILIES, SDXL_FAMILY, Family
+from distill.architectures import FAMILIES, SDXL_FAMILY, Family, find_architecture
 
 if TYPE_CHECKING:
     from bench.summary import Costs
@@ -30,17 +30,18 @@ class Entrant:
     why_no_costs: str | None = None
     cold: dict[str, float] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
+    kernels: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
         return self.spec.name
 
-    def checkpoint(self) -> Path | None:
-        """The diffusers folder with this contestant's weights, None where nobody said."""
+    def checkpoint(self) -> str | None:
+        """Where this contestant's weights come from, as a source that every room knows; None where nobody said."""
         for folder in self.folders:
             if kind_of(folder) == "checkpoint":
-                return folder
-        return self.contestant.folder if self.spec.kind in ("eager", "compiled") else None
+                return str(folder)
+        return self.spec.source if self.spec.kind in ("eager", "compiled") else None
 
     def costs(self, workload: Workload) -> Costs | None:
         from bench.roofline import component_costs
@@ -60,16 +61,22 @@ def find_family(entrants: list[Entrant]) -> Family:
 
 
 def find_configs(entrant: Entrant) -> None:
+    """Raises UserError for a source that cannot be had."""
     from bench.roofline import ModelConfigs
+    from distill.sources import resolve
 
     if entrant.spec.kind == "fake":
         entrant.why_no_costs = "a fake contestant computes nothing"
         return
-    folder = entrant.checkpoint()
-    if folder is None:
+    source = entrant.checkpoint()
+    if source is None:
         entrant.why_no_costs = "no checkpoint among its artifacts, so its FLOPs are not known"
         return
-    entrant.configs = ModelConfigs.of_folder(folder)
+    kind, _, name = source.partition(":")
+    if kind == "random":
+        entrant.configs = ModelConfigs.of_architecture(find_architecture(name))
+    else:
+        entrant.configs = ModelConfigs.of_folder(resolve(source, entrant.contestant.workdir))
 
 
 def family_prompts(family: Family, count: int) -> list[str]:

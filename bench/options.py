@@ -44,6 +44,10 @@ class RunOptions:
     """Pictures each contestant draws, the same prompts and seeds for all; 0 for none."""
     picture_steps: int = 20
     energy_seconds: float = 10.0
+    kernels: bool = False
+    """Say by kernel family where the denoise loop's time goes, by torch's profiler, after the timed rounds."""
+    load_seconds: float | None = None
+    """Contestants whose turn to load comes later than this are left out, and said so."""
     reference: bool = True
     """Compare each contestant with its checkpoint in fp32 (needs a checkpoint among its artifacts)."""
     captions: Path | None = None

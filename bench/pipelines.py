@@ -118,17 +118,16 @@ class PipelineContestant:
             last["latents"] = tensors["latents"]
             return tensors
 
-        with torch.inference_mode():
-            images = pipe(
-                workload.batch_prompts(),
-                width=workload.resolution.width,
-                height=workload.resolution.height,
-                num_inference_steps=workload.steps,
-                guidance_scale=workload.guidance_scale,
-                generator=torch.Generator("cpu").manual_seed(workload.seed),
-                callback_on_step_end=step_end,
-                output_type="np",
-            ).images
+        images = pipe(
+            workload.batch_prompts(),
+            width=workload.resolution.width,
+            height=workload.resolution.height,
+            num_inference_steps=workload.steps,
+            guidance_scale=workload.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(workload.seed),
+            callback_on_step_end=step_end,
+            output_type="np",
+        ).images
         pixels = (images * 255).round().astype(np.uint8)
         mark("post_process")
         latents = last["latents"].detach().float().cpu().numpy()  # after the last mark: not part of the total
@@ -137,32 +136,39 @@ class PipelineContestant:
 
 @dataclass
 class EagerContestant(PipelineContestant):
-    """diffusers as it comes. The VAE stays in fp32 where its config says that fp16 overflows (diffusers' own rule)."""
+    """diffusers as it comes. The VAE goes through fp32 where its config says that fp16 overflows (diffusers' own rule).
+
+    `random:NAME` is made on the device itself, never written to disk.
+    """
 
     def make_pipeline(self) -> Any:
-        from diffusers import StableDiffusionXLPipeline
+        from bench.random_weights import random_pipeline
+        from distill.sources import load_pipeline
 
-        pipe = StableDiffusionXLPipeline.from_pretrained(
-            self.folder, torch_dtype=_dtype(self.precision), add_watermarker=False
-        )
-        return pipe.to(self.device)
+        kind, _, name = self.source.partition(":")
+        if kind == "random":
+            return random_pipeline(name, self.device, _dtype(self.precision))
+        return load_pipeline(self.folder, _dtype(self.precision)).to(self.device)
 
 
 @dataclass
 class CompiledContestant(EagerContestant):
-    """diffusers with channels_last, fused QKV projections and torch.compile on the UNet and the VAE decoder."""
+    """diffusers with channels_last, fused QKV projections and torch.compile on the UNet and the VAE decoder; on a GPU
+    the UNet is replayed as CUDA graphs. The VAE is not: one that goes through fp32 has no fixed addresses."""
 
     runtime: str = "diffusers + torch.compile"
     backend: str = "inductor"
 
     def make_pipeline(self) -> Any:
         import torch
+        from diffusers import AutoencoderKL
 
         pipe = super().make_pipeline()
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
-        pipe.fuse_qkv_projections()
-        pipe.unet = torch.compile(pipe.unet, backend=self.backend, dynamic=False)
+        pipe.fuse_qkv_projections(vae=isinstance(pipe.vae, AutoencoderKL))
+        graphs = "reduce-overhead" if self.device.startswith("cuda") else None
+        pipe.unet = torch.compile(pipe.unet, backend=self.backend, mode=graphs, dynamic=False)
         pipe.vae.decode = torch.compile(pipe.vae.decode, backend=self.backend, dynamic=False)
         return pipe
 

@@ -30,16 +30,18 @@ class Known:
     total_ms: float
     floor_ms: float
     origin: str
+    resolution: str = "1024x1024"
+    batch: int = 1
 
     @property
     def efficiency(self) -> float:
         return self.floor_ms / self.total_ms
 
 
-def floor_ms(gpu: str, model: str, steps: int, resolution: Resolution = SQUARE) -> float:
-    """The floor of one guided picture of an architecture of the catalogue, VAE and text encoders included."""
+def floor_ms(gpu: str, model: str, steps: int, resolution: Resolution = SQUARE, batch: int = 1) -> float:
+    """The floor of one guided call of an architecture of the catalogue, VAE and text encoders included."""
     peak = PEAKS[gpu]
-    costs = component_costs(architecture_configs(model), Workload(resolution=resolution, steps=steps))
+    costs = component_costs(architecture_configs(model), Workload(resolution=resolution, steps=steps, batch=batch))
     return total_floor_ms(costs, peak.tflops, peak.terabytes_per_s)
 
 
@@ -103,4 +105,16 @@ def check_predictions(known: list[Known]) -> list[Check]:
         ]
         if others:
             checks.append(Check(one, one.floor_ms / median(others), len(others)))
+    return checks
+
+
+def check_on_measured(measured: list[Known]) -> list[Check]:
+    """For each GPU and runtime: calibrated once, on the first figure (the largest model at the main size), then held
+    against every other one: other models, sizes, batches."""
+    anchors: dict[tuple[str, str], Known] = {}
+    checks = []
+    for one in measured:
+        anchor = anchors.setdefault((one.gpu, one.runtime), one)
+        if one is not anchor:
+            checks.append(Check(one, one.floor_ms / anchor.efficiency, 1))
     return checks

@@ -9,9 +9,10 @@ from typing import Any
 
 from bench import views, words
 from bench.peaks import PEAKS
-from bench.predict import Check, Known, check_predictions, floor_ms, predict, published_known
+from bench.predict import Check, Known, check_on_measured, check_predictions, floor_ms, predict, published_known
 from bench.quality import MIN_LATENT_COSINE, MIN_PSNR_DB
-from bench.results import Results, read_results
+from bench.results import Inputs, Results, read_inputs
+from distill.architectures import Resolution
 from distill.errors import UserError
 from distill.files import replacing, write_json
 from distill.shapes import ATTRIBUTES
@@ -42,29 +43,47 @@ def machine_name(results: Results) -> str:
     return f"a CPU ({cpu['model']}, {cpu['cores_usable']} cores)"
 
 
-def known_latencies(all_results: list[Results]) -> list[Known]:
-    """Published figures, and those measured on a GPU of the catalogue at the size that predictions are made for."""
-    known = published_known()
+MEASURED = "measured by slimxl"
+
+
+def measured_latencies(all_results: list[Results]) -> list[Known]:
+    """What was measured with guidance on a GPU of the catalogue, of models of the catalogue, the baseline first."""
+    known = []
     for results in all_results:
         gpu = next((key for key, peak in PEAKS.items() if results.peak and peak.name == results.peak["name"]), None)
         if gpu is None:
             continue
+        models = {record.name: _model_of(record) for record in results.contestants}
         for cell in results.cells:
             load = cell.workload
-            if load["resolution"] != "1024x1024" or load["batch"] != 1 or load["guidance_scale"] <= 1:
-                continue
-            for row in cell.rows:
-                model = next(
-                    (name for name in MODELS if results.contestant(row.contestant).parameters == _parameters(name)),
-                    None,
-                )
-                if model is not None and not row.refused:
-                    floor = floor_ms(gpu, model, load["steps"])
-                    runtime = runtime_class(results.contestant(row.contestant).runtime)
-                    known.append(
-                        Known(gpu, model, load["steps"], runtime, row.total_ms.value, floor, "measured by slimxl")
+            for row in sorted(cell.rows, key=lambda row: row.contestant != results.baseline):
+                model = models[row.contestant]
+                if model is None or row.refused or load["guidance_scale"] <= 1:
+                    continue
+                size = Resolution.parse(load["resolution"])
+                known.append(
+                    Known(
+                        gpu,
+                        model,
+                        load["steps"],
+                        runtime_class(results.contestant(row.contestant).runtime),
+                        row.total_ms.value,
+                        floor_ms(gpu, model, load["steps"], size, load["batch"]),
+                        MEASURED,
+                        load["resolution"],
+                        load["batch"],
                     )
+                )
     return known
+
+
+def known_latencies(measured: list[Known]) -> list[Known]:
+    """Published figures, and those measured at the size that predictions are made for."""
+    return published_known() + [one for one in measured if (one.resolution, one.batch) == ("1024x1024", 1)]
+
+
+def _model_of(record: Any) -> str | None:
+    return next((name for name in MODELS if record.parameters == _parameters(name)), None)
 
 
 def _parameters(model: str) -> int | None:
@@ -94,12 +113,7 @@ def _named(one: Any, gpu: str) -> dict[str, Any]:
 
 
 def _check_row(check: Check) -> dict[str, Any]:
-    kind = "measured" if check.known.origin == "measured by slimxl" else "published"
-    return _named(check.known, check.known.gpu) | {
-        "predicted_ms": check.predicted_ms,
-        "error": check.error,
-        "kind": kind,
-    }
+    return _named(check.known, check.known.gpu) | {"predicted_ms": check.predicted_ms, "error": check.error}
 
 
 def absent_readings(results: Results) -> dict[str, list[str]]:
@@ -165,11 +179,13 @@ def method_lines(results: Results) -> list[str]:
     ]
 
 
-def make_context(all_results: list[Results], title: str) -> dict[str, Any]:
+def make_context(inputs: Inputs, title: str) -> dict[str, Any]:
     """Everything the templates show; the first results are the main ones."""
+    all_results = inputs.results
     results = all_results[0]
-    known = known_latencies(all_results)
-    checks = check_predictions(known)
+    measured = measured_latencies(all_results)
+    known = known_latencies(measured)
+    checks = [check for check in check_predictions(known) if check.known.origin != MEASURED]
     errors = [abs(check.error) for check in checks]
     cards = views.model_cards(results)
     follows = [card["record"].follows for card in cards if card["record"].follows]
@@ -198,10 +214,16 @@ def make_context(all_results: list[Results], title: str) -> dict[str, Any]:
         "prediction_models": MODELS,
         "predictions": _predictions(known),
         "calibration": [_named(one, one.gpu) for one in known if one.runtime == RUNTIME],
+        "failed": views.failed_guard(results),
         "checks": [_check_row(check) for check in checks],
         "sources": list(dict.fromkeys(check.known.origin for check in checks)),
         "median_error": median(errors),
         "worst_error": max(errors),
+        "measured_checks": [_check_row(check) for check in check_on_measured(measured)],
+        "kernels": views.kernel_table(all_results),
+        "training": [row for one in inputs.training for row in one["rows"]],
+        "acceptance": inputs.acceptance,
+        "sessions": inputs.sessions,
         "guard": {"psnr": f"{MIN_PSNR_DB:g}", "cosine": f"{MIN_LATENT_COSINE:g}"},
         "absent": absent_readings(results),
         "faults": views.loudest_words(results),
@@ -215,7 +237,7 @@ def make_context(all_results: list[Results], title: str) -> dict[str, Any]:
     }
 
 
-def report_json(context: dict[str, Any], all_results: list[Results]) -> dict[str, Any]:
+def report_json(context: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
     """The machine-readable report: conclusions, predictions with their kind, and the results with raw samples."""
     head = context["head"]
     return {
@@ -240,7 +262,7 @@ def report_json(context: dict[str, Any], all_results: list[Results]) -> dict[str
             asdict(one) | {"kind": "predicted"} for entry in context["predictions"] for one in entry["models"]
         ],
         "published": [
-            asdict(row["known"]) | {"kind": row["kind"], "predicted_ms": row["predicted_ms"], "error": row["error"]}
+            asdict(row["known"]) | {"kind": "published", "predicted_ms": row["predicted_ms"], "error": row["error"]}
             for row in context["checks"]
         ],
         "built": [
@@ -249,7 +271,14 @@ def report_json(context: dict[str, Any], all_results: list[Results]) -> dict[str
         ],
         "faults": context["faults"],
         "method": context["method"],
-        "results": [results.model_dump(mode="json", exclude={"pictures"}) for results in all_results],
+        "prediction_of_measured": [
+            asdict(row["known"]) | {"predicted_ms": row["predicted_ms"], "error": row["error"]}
+            for row in context["measured_checks"]
+        ],
+        "training": inputs.training,
+        "acceptance": inputs.acceptance,
+        "sessions": inputs.sessions,
+        "results": [results.model_dump(mode="json", exclude={"pictures"}) for results in inputs.results],
     }
 
 
@@ -289,12 +318,12 @@ def write_report(paths: list[Path], out: Path, title: str = "slimxl latency repo
 
     Raises UserError for no results, or a results file that cannot be read.
     """
-    if not paths:
+    inputs = read_inputs(paths)
+    if not inputs.results:
         raise UserError("no results files: give at least one, made by python -m bench run")
-    all_results = [read_results(path) for path in paths]
-    context = make_context(all_results, title)
+    context = make_context(inputs, title)
     for template, name in (("report.html.j2", "index.html"), ("report.md.j2", "report.md")):
         with replacing(out / name) as temporary:
             temporary.write_text(render(context, template), encoding="utf-8")
-    write_json(out / "report.json", report_json(context, all_results))
+    write_json(out / "report.json", report_json(context, inputs))
     print(f"wrote {out / 'index.html'}, report.md and report.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ class CellRecord(Record):
 
 
 class ContestantRecord(Record):
-    """`costs` maps a component to {calls, parameters, flops, bytes}; `cold` to load_ms and first_image_ms."""
+    """`costs` maps a component to {calls, parameters, flops, bytes}; `cold` to load_ms and first_image_ms; `kernels` is
+    what `kernels.profile_denoise` found."""
 
     name: str
     spec: str
@@ -67,6 +69,7 @@ class ContestantRecord(Record):
     cold: dict[str, float]
     memory: dict[str, Any]
     energy: dict[str, Any]
+    kernels: dict[str, Any] | None = None
     quality: dict[str, Any]
     follows: dict[str, Any] | None
     artifacts: list[dict[str, Any]]
@@ -127,3 +130,33 @@ def read_results(path: Path) -> Results:
     if not any(cell.rows for cell in results.cells):
         raise UserError(f"{path} holds no finished run; python -m bench run makes one")
     return results
+
+
+@dataclass
+class Inputs:
+    """What a report is made from: results, and the GPU suite's other files as they were written."""
+
+    results: list[Results] = field(default_factory=list)
+    training: list[dict[str, Any]] = field(default_factory=list)
+    acceptance: list[dict[str, Any]] = field(default_factory=list)
+    sessions: list[dict[str, Any]] = field(default_factory=list)
+
+
+def read_inputs(paths: list[Path]) -> Inputs:
+    """Each file by its schema. Raises UserError for a file of none of them."""
+    from bench import acceptance, suite, training
+
+    inputs = Inputs()
+    lists = {
+        training.SCHEMA: inputs.training,
+        acceptance.SCHEMA: inputs.acceptance,
+        suite.SCHEMA: inputs.sessions,
+    }
+    for path in paths:
+        value = read_json(path)
+        schema = value.get("schema_version") if isinstance(value, dict) else None
+        if schema in lists:
+            lists[schema].append(value)
+        else:
+            inputs.results.append(read_results(path))
+    return inputs

@@ -33,13 +33,22 @@ def _say(text: str) -> None:
     console.print(text)
 
 
-def _load_all(entrants: list[Entrant], main: Workload, gpu: Gpu) -> tuple[list[Entrant], list[str]]:
-    """Those that loaded, and a note on each that did not: out of memory on one leaves the others their turn.
+def _load_all(
+    entrants: list[Entrant], main: Workload, gpu: Gpu, seconds: float | None
+) -> tuple[list[Entrant], list[str]]:
+    """Those that loaded, and a note on each that did not: out of memory on one leaves the others their turn, and none
+    begins to load once `seconds` have passed.
 
     Raises UserError where a contestant says itself what is wrong with it, or where none is left.
     """
-    loaded, notes = [], []
+    loaded: list[Entrant] = []
+    notes: list[str] = []
+    begin = time.monotonic()
     for entrant in entrants:
+        if loaded and seconds is not None and time.monotonic() - begin > seconds:
+            notes.append(f"{entrant.name} was not loaded: the {seconds:.0f} s for loading had passed")
+            _say(f"  {notes[-1]}")
+            continue
         try:
             load_entrant(entrant, main, gpu)
         except UserError:
@@ -99,27 +108,30 @@ def _measure(
 
 
 def _references(entrants: list[Entrant], workload: Workload, device: str) -> dict[str, Pictures | str]:
-    """For each contestant its fp32 picture, or why there is none. One checkpoint is loaded at a time, then dropped."""
+    """For each contestant its fp32 picture, or why there is none. One checkpoint is loaded at a time, then dropped;
+    contestants with the same weights share a picture."""
     import torch
 
     from bench.pipelines import EagerContestant
 
-    found: dict[str, Pictures | str] = {}
+    drawn: dict[str | None, Pictures | str] = {None: "no fp32 reference: no checkpoint among its artifacts"}
     threads = torch.get_num_threads()
     for entrant in entrants:
-        folder = entrant.checkpoint()
-        if folder is None:
-            found[entrant.name] = "no fp32 reference: no checkpoint among its artifacts"
+        source = entrant.checkpoint()
+        if source in drawn:
             continue
-        reference = EagerContestant(f"{entrant.name} in fp32", str(folder), device)
-        reference.__dict__["folder"] = folder
+        reference = EagerContestant("reference", str(source), device, workdir=entrant.contestant.workdir)
         # not timed; a narrow net gains nothing from threads, and loses much where the cores are shared
         torch.set_num_threads(1 if entrant.configs.is_narrow else threads)
-        found[entrant.name] = timed_draw(reference, workload, make_clock(device))[1]
+        try:
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                drawn[source] = timed_draw(reference, workload, make_clock(device))[1]
+        except torch.OutOfMemoryError:
+            drawn[source] = "no fp32 reference: the device has too little memory left for it"
         torch.set_num_threads(threads)
         del reference
         gc.collect()
-    return found
+    return {entrant.name: drawn[entrant.checkpoint()] for entrant in entrants}
 
 
 def _quality(
@@ -218,6 +230,7 @@ def _contestant_record(
         cold=entrant.cold,
         memory=entrant.memory,
         energy=energy,
+        kernels=entrant.kernels,
         quality=quality,
         follows=share_following(seen),
         artifacts=[describe(folder) for folder in entrant.folders],
@@ -233,6 +246,16 @@ def _energy(entrant: Entrant, main: Workload, gpu: Gpu, seconds: float) -> dict[
         return main.batch
 
     return energy_per_image(gpu, draw, seconds)
+
+
+def _kernels(entrant: Entrant, main: Workload, cell: CellRecord) -> dict[str, Any]:
+    from bench.kernels import profile_denoise
+
+    step_ms = next((row.step_ms for row in cell.rows if row.contestant == entrant.name), None)
+    try:
+        return profile_denoise(entrant.contestant, main, step_ms)
+    except Exception as error:  # the profiler is torch's, and what it can read differs from driver to driver
+        return {"families_ms": None, "why": f"{type(error).__name__}: {error}"}
 
 
 def run_bench(options: RunOptions) -> Results:
@@ -269,14 +292,18 @@ def run_bench(options: RunOptions) -> Results:
     before = gpu.state()
     import_quietly()
     _say(f"bench on {device}: {len(entrants)} contestants, {len(workloads)} workloads; cold start")
-    entrants, notes = _load_all(entrants, main, gpu)
+    entrants, notes = _load_all(entrants, main, gpu, options.load_seconds)
     if baseline not in [entrant.name for entrant in entrants]:
         notes.append(f"the baseline {baseline} did not load; speed-ups are against {entrants[0].name}")
         baseline = entrants[0].name
     _say("timed rounds, interleaved")
     cells = _measure(entrants, workloads, options, baseline, peak, gpu)
-    energy = {entrant.name: _energy(entrant, main, gpu, options.energy_seconds) for entrant in entrants}
     after = gpu.state()
+    energy = {entrant.name: _energy(entrant, main, gpu, options.energy_seconds) for entrant in entrants}
+    if options.kernels:
+        _say("kernels of the denoise loop")
+        for entrant in entrants:
+            entrant.kernels = _kernels(entrant, main, cells[0])
     _say("quality against the fp32 reference")
     quality = _quality(entrants, main, options, device)
     _say(f"pictures: {options.pictures} prompts, the same seeds for all")

@@ -1,30 +1,40 @@
-"""`python -m bench gpu`: what one session on a GPU can say, in the order of its worth, within a given time.
+"""`python -m bench gpu`: all that one session on a GPU can say, in the order of its worth, within a given time.
 
-Each job writes its own results file as soon as it is done, so a session that is cut short keeps what it has. A job
-that cannot run (no TensorRT, no memory, no time) leaves a note with the reason, and the others go on.
+Every part runs in a process of its own, which is stopped when the time is over: one that fails, hangs or takes its
+process down leaves the others their turn. A part that does not fit the time left is not begun. The session file says
+what became of each; the same command again goes on with the parts that are not done.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from bench.options import RunOptions
-from distill.architectures import ARCHITECTURES
+from bench.parts import FUNCTIONS, Job, as_argument
+from distill.architectures import find_architecture
 from distill.errors import UserError, unknown
-from distill.files import write_json
+from distill.files import read_json, write_json
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
-FLAVOR_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+SCHEMA = "slimxl.bench.session/1"
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx", "onnxruntime": "onnxruntime"}
+REPORT_S = 25.0  # kept back for the report
+STOP_S = 10.0  # between what a part is told to keep within and the moment it is stopped
+NEEDS_S = {  # less than this and a part is not begun: what it takes on an 80 GB-class GPU to leave one figure
+    "eager": 60, "acceptance": 20, "compiled": 120, "training": 45, "batch": 45, "tensorrt": 120, "tensorrt-rtx": 90,
+    "onnxruntime": 90, "bf16": 45, "compiled-batch": 110,
+}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -35,237 +45,204 @@ class SuiteOptions:
     out: Path = Path("bench/results")
     """Folder for the JSON files and the report."""
     workdir: Path = Path("out/gpu")
-    """Folder for checkpoints, ONNX and bundles."""
+    """Folder for checkpoints, ONNX, bundles and logs."""
     models: str = "sdxl,ssd-1b,vega"
     """Architectures, comma-separated, the baseline first."""
-    resolutions: str = "1024x1024,1344x768,640x1536"
+    resolutions: str = "1024x1024,1536x640,640x1536"
+    """The first is where everything is measured, the others are for diffusers as it comes."""
     steps: int = 30
     minutes: float = 8.5
-    """The whole suite ends within this time; what does not fit is left out and said so."""
-    max_rounds: int = 40
-    device: str | None = None
-    """cuda unless told otherwise; cpu only makes sense for the mini models."""
-    jobs: str = "eager,training,compiled,tensorrt,tensorrt-rtx,onnxruntime"
+    """The whole command ends within this time; what does not fit is left for the next."""
+    device: str = "cuda"
+    """cpu tries the suite out, with the mini models."""
+    parts: str = ""
+    """Only these, comma-separated; all of them if not given."""
 
 
 @dataclass
 class Session:
-    """What the jobs share: the clock, the files written and the notes on what was left out."""
+    """The parts and what became of them: done, failed, stopped or not run, with the reason."""
 
     options: SuiteOptions
     models: list[str]
-    device: str
     stem: str
     deadline: float
-    written: list[Path] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def left_s(self) -> float:
-        return self.deadline - time.monotonic()
+        return self.deadline - time.monotonic() - REPORT_S
 
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-        console.print(f"  left out: {text}")
+    def path(self, part: str) -> Path:
+        return self.options.out / f"{self.stem}_{part.replace(':', '-')}.json"
 
-    def path(self, job: str) -> Path:
-        return self.options.out / f"{self.stem}_{job}.json"
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What must agree for one command to go on with the parts of another."""
+        chosen = asdict(self.options)
+        return {key: chosen[key] for key in ("models", "resolutions", "steps", "device")}
 
-    def bench(self, job: str, contestants: list[str], share: float, **changes: Any) -> None:
-        """One `bench run` whose timed rounds take `share` of the time left."""
-        from bench.run import run_bench
-
-        values: dict[str, Any] = {
-            "contestants": contestants,
-            "out": self.path(job),
-            "resolutions": self.options.resolutions,
-            "steps": str(self.options.steps),
-            "seconds": max(5.0, share * self.left_s),
-            "min_rounds": 6,
-            "max_rounds": self.options.max_rounds,
-            "pictures": 0,
-            "energy_seconds": 10.0,
-            "device": self.device,
-            "workdir": self.options.workdir / "sources",
-        }
-        run_bench(RunOptions(**(values | changes)))
-        self.written.append(self.path(job))
+    def record(self, part: str, state: str, why: str | None = None, **more: Any) -> None:
+        self.records[part] = {"part": part, "state": state, "why": why, **more}
+        value = {"schema_version": SCHEMA, "settings": self.settings, "parts": list(self.records.values())}
+        write_json(self.path("session"), value)
+        if state != "done":
+            console.print(f"  {part}: {state}: {why}")
 
 
-def _checkpoint(session: Session, model: str) -> Path:
-    from distill.sources import resolve
-
-    return resolve(f"random:{model}", session.options.workdir / "sources")
-
-
-def _precision(session: Session) -> str:
-    return "fp16" if session.device.startswith("cuda") else "fp32"
-
-
-def run_eager(session: Session) -> None:
-    """All models side by side in diffusers, three resolutions: the figure everything else is held against."""
-    specs = [f"{model}=eager@{_precision(session)}:random:{model}" for model in session.models]
-    session.bench("eager", specs, 0.22)
-
-
-def run_training(session: Session) -> None:
-    """The distillation step, teacher into each smaller model."""
-    import torch
-
-    from bench.gpu import Gpu
-    from bench.peaks import find_peak
-    from bench.training import measure_training
-
-    cuda = session.device.startswith("cuda")
-    peak = find_peak(Gpu().identity()["name"]) if cuda else None
-    rows = []
-    for student in session.models[1:]:
-        if cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        row = measure_training(session.models[0], student, device=session.device, batch=4 if cuda else 1, peak=peak)
-        rows.append(row)
-        console.print(f"  {student}: {row['samples_per_s']:.2f} samples/s")
-    path = session.path("training")
-    write_json(path, {"schema_version": "slimxl.bench.training/1", "device": session.stem, "rows": rows})
+def part_names(models: list[str]) -> list[str]:
+    """In the order of their worth."""
+    small_first = models[::-1]
+    return [
+        "eager",
+        "acceptance",
+        "compiled",
+        *(f"training:{model}" for model in models[1:]),
+        "batch",
+        *(f"{flavor}:{model}" for flavor in MODULES for model in small_first),
+        "bf16",
+        "compiled-batch",
+    ]
 
 
-def run_compiled(session: Session) -> None:
-    """torch.compile against eager, one model at a time, smallest first: compiling the largest takes longest."""
-    for model in reversed(session.models):
-        if session.left_s < 100:
-            session.note(f"torch.compile of {model}: {session.left_s:.0f} s left, it needs about 100")
-            continue
-        first = session.options.resolutions.split(",")[0]
-        precision = _precision(session)
-        session.bench(
-            f"compiled-{model}",
-            [
-                f"{model} eager=eager@{precision}:random:{model}",
-                f"{model} compiled=compiled@{precision}:random:{model}",
-            ],
-            0.12,
-            resolutions=first,
-            energy_seconds=0.0,
-        )
+def _chosen(options: SuiteOptions, models: list[str]) -> list[str]:
+    names = part_names(models)
+    wanted = [name for name in options.parts.split(",") if name]
+    for name in wanted:
+        if name not in names and name not in FUNCTIONS:
+            raise unknown("part", name, [*FUNCTIONS, *(name for name in names if ":" in name)])
+    return [name for name in names if not wanted or name in wanted or name.partition(":")[0] in wanted]
 
 
-def _command(session: Session, *arguments: str) -> str | None:
-    """Runs a room's command within the time left; None where it went well, else why not."""
-    try:
-        command, timeout_s = [sys.executable, "-m", *arguments], max(1.0, session.left_s - 30)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
-    except subprocess.TimeoutExpired:
-        return "no time left"
-    lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-    return None if done.returncode == 0 else (lines[-1] if lines else f"exit code {done.returncode}")
-
-
-def _run_flavor(session: Session, flavor: str) -> None:
-    """Exports, builds and runs each model that the time allows, smallest first, one static size each."""
-    module = FLAVOR_MODULES.get(flavor)
-    if module is not None and importlib.util.find_spec(module) is None:
-        return session.note(f"{flavor}: the package {module} is not installed (pip install 'slimxl[gpu]')")
-    first = session.options.resolutions.split(",")[0]
-    precision = _precision(session)
-    for model in reversed(session.models):
-        if session.left_s < 120:
-            session.note(f"{flavor} of {model}: {session.left_s:.0f} s left, it needs about 120")
-            continue
-        folder = _checkpoint(session, model)
-        onnx, bundle = (
-            session.options.workdir / f"onnx-{model}-{precision}",
-            session.options.workdir / f"bundle-{model}",
-        )
-        why = _command(
-            session, "export", "onnx", "--model", str(folder), "--out", str(onnx), "--precision", precision,
-            "--components", "unet,vae_decoder,text_encoder,text_encoder_2", "--no-check",
-        )  # fmt: skip
-        gpus = ["--gpus", "auto"] if module is not None else []
-        why = why or _command(
-            session, "engines", "build", "--onnx", str(onnx), "--out", str(bundle), "--flavor", flavor,
-            "--layout", "ranged" if module is None else "per-resolution", "--resolutions", first, *gpus,
-        )  # fmt: skip
-        if why is not None:
-            session.note(f"{flavor} of {model}: {why}")
-            continue
-        session.bench(
-            f"{flavor}-{model}",
-            [f"{model} eager=eager@{precision}:random:{model}", f"{model} {flavor}=bundle@{flavor}:{bundle}"],
-            0.12,
-            resolutions=first,
-            energy_seconds=0.0,
-            artifacts=[f"{model} {flavor}={folder}", f"{model} {flavor}={onnx}", f"{model} {flavor}={bundle}"],
-        )
-
-
-JOBS: dict[str, Callable[[Session], None]] = {
-    "eager": run_eager,
-    "training": run_training,
-    "compiled": run_compiled,
-    "tensorrt": lambda session: _run_flavor(session, "tensorrt"),
-    "tensorrt-rtx": lambda session: _run_flavor(session, "tensorrt-rtx"),
-    "onnxruntime": lambda session: _run_flavor(session, "onnxruntime"),
-}
-
-
-def _session(options: SuiteOptions) -> tuple[Session, list[str]]:
-    """Raises UserError for an unknown model or job, or where there is no GPU and none was waived."""
+def _open_session(options: SuiteOptions) -> Session:
+    """Raises UserError for an unknown model, where there is no GPU and none was waived, and for results of a session
+    with other settings."""
     from bench.contestants import default_device
     from bench.gpu import Gpu
+    from bench.workload import parse_resolutions
 
     models = [name for name in options.models.split(",") if name]
-    for name in models:
-        if name not in ARCHITECTURES:
-            raise unknown("architecture", name, ARCHITECTURES)
-    if not models or len({ARCHITECTURES[name].family.name for name in models}) > 1:
+    families = {find_architecture(name).family.name: find_architecture(name).family for name in models}
+    if len(families) != 1:
         raise UserError(f"models {options.models!r}: one or more architectures of one family are needed")
-    jobs = [name for name in options.jobs.split(",") if name]
-    for name in jobs:
-        if name not in JOBS:
-            raise unknown("job", name, JOBS)
-    device = options.device or "cuda"
-    if device == "cuda" and default_device() != "cuda":
+    [(family_name, family)] = families.items()
+    parse_resolutions(options.resolutions, family)
+    if options.device not in ("cuda", "cpu"):
+        raise unknown("device", options.device, ("cuda", "cpu"))
+    if options.device == "cuda" and default_device() != "cuda":
         raise UserError(
-            "torch sees no NVIDIA GPU here; `--device cpu --models mini-sdxl,mini-vega` tries the suite out"
+            "torch sees no NVIDIA GPU here; to try the suite out: --device cpu --models mini-sdxl,mini-vega "
+            "--resolutions 128x128 --steps 2"
         )
-    name = Gpu().identity()["name"] if device == "cuda" else "cpu"
-    words = str(name).lower().replace("nvidia", "").replace("geforce", "").split()
-    stem = f"{models[0].partition('-')[0] if models[0].startswith('mini') else 'sdxl'}_{'-'.join(words)}_{date.today()}"
-    return Session(options, models, device, stem, time.monotonic() + 60 * options.minutes), jobs
+    name = str(Gpu().identity()["name"] if options.device == "cuda" else "cpu")
+    words = "-".join(name.lower().replace("nvidia", "").replace("geforce", "").split())
+    stem = f"{family_name}_{words}_{date.today()}"
+    session = Session(options, models, stem, time.monotonic() + 60 * options.minutes)
+    if session.path("session").exists():
+        earlier = read_json(session.path("session"))
+        if earlier.get("settings") != session.settings:
+            raise UserError(
+                f"{session.path('session')} is of a session with other settings ({earlier.get('settings')}); choose "
+                "another --out, or remove it"
+            )
+        session.records = {one["part"]: one for one in earlier["parts"]}
+    return session
+
+
+def _absent(part: str, device: str) -> str | None:
+    """Why this machine cannot run a part whatever the time, where that can be told without trying."""
+    kind = part.partition(":")[0]
+    module = MODULES.get(kind)
+    if module is None:
+        return None
+    if importlib.util.find_spec(module) is None:
+        return f"the Python package {module} is not installed"
+    if kind == "onnxruntime" and device == "cuda":
+        import onnxruntime
+
+        providers = onnxruntime.get_available_providers()
+        if "CUDAExecutionProvider" not in providers:
+            return f"this onnxruntime has no CUDAExecutionProvider, only {', '.join(providers)}"
+    elif kind != "onnxruntime" and device == "cpu":
+        return f"{kind} runs on an NVIDIA GPU only"
+    return None
+
+
+def _stop(process: subprocess.Popen[Any]) -> None:
+    """The part and whatever it has started: compilers, builders."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _run_part(session: Session, part: str) -> None:
+    options, began = session.options, time.time()
+    timeout_s = session.left_s
+    job = Job(
+        part=part,
+        out=str(session.path(part)),
+        workdir=str(options.workdir),
+        models=session.models,
+        resolutions=options.resolutions,
+        steps=options.steps,
+        device=options.device,
+        seconds=timeout_s - STOP_S,
+        began=began,
+    )
+    options.workdir.mkdir(parents=True, exist_ok=True)
+    log = options.workdir / f"{part.replace(':', '-')}.log"
+    kernels = options.workdir / f"compiled-{part.replace(':', '-')}"
+    shutil.rmtree(kernels, ignore_errors=True)  # compilation is timed from nothing, and never from half-written files
+    with log.open("wb") as errors:
+        command = [sys.executable, "-m", "bench.parts", as_argument(job)]
+        environment = os.environ | {
+            "PYTHONUNBUFFERED": "1",  # what a stopped part has said is not lost
+            "TORCHINDUCTOR_CACHE_DIR": str(kernels.resolve()),
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+        }
+        process = subprocess.Popen(command, stderr=errors, start_new_session=True, env=environment)
+        try:
+            code: int | None = process.wait(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            code = None
+            _stop(process)
+        except BaseException:
+            _stop(process)
+            raise
+    seconds = round(time.time() - began, 1)
+    if code == 0:
+        return session.record(part, "done", seconds=seconds)
+    said = log.read_text(errors="replace").strip().splitlines()
+    if code is None:
+        return session.record(part, "stopped", f"not done after {seconds:.0f} s", seconds=seconds, log=said[-20:])
+    why = said[-1].removeprefix("error: ") if said and code > 0 else None
+    why = why or (f"ended by signal {-code}" if code < 0 else f"exit code {code}")
+    return session.record(part, "failed", why, seconds=seconds, log=said[-20:])
 
 
 def run_suite(options: SuiteOptions) -> int:
-    """Runs the jobs that fit, writes their JSON and the report; 1 where not one of them finished."""
-    session, jobs = _session(options)
-    for name in jobs:
-        if session.left_s < 20:
-            session.note(f"{name}: no time left")
+    """Runs the parts that fit and are not done yet, then makes the report of all that is there; 1 where no part is
+    done."""
+    session = _open_session(options)
+    for part in _chosen(options, session.models):
+        if session.records.get(part, {}).get("state") == "done" and session.path(part).exists():
+            console.print(f"{part}: done earlier")
             continue
-        console.print(f"{name}: {session.left_s:.0f} s left")
-        try:
-            JOBS[name](session)
-        except UserError as error:
-            session.note(f"{name}: {error}")
-        except Exception as error:
-            session.note(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        _forget(session.device)
-    write_json(session.path("notes"), {"schema_version": "slimxl.bench.notes/1", "left_out": session.notes})
-    if not session.written:
-        return 1
+        needed = NEEDS_S[part.partition(":")[0]]
+        why = _absent(part, options.device)
+        if why is None and session.left_s < needed:
+            why = f"{max(0.0, session.left_s):.0f} s left, it needs about {needed}"
+        if why is not None:
+            session.record(part, "not run", why)
+            continue
+        console.print(f"{part}: {session.left_s:.0f} s left")
+        _run_part(session, part)
+    files = [session.path(part) for part in part_names(session.models) if session.path(part).exists()]
     from bench.report import write_report
+    from bench.results import read_inputs
 
-    write_report(session.written, options.out / f"{session.stem}_report", "slimxl latency report")
+    if not any(one["state"] == "done" for one in session.records.values()):
+        return 1
+    if read_inputs(files).results:
+        write_report([*files, session.path("session")], options.out / f"{session.stem}_report", "slimxl on one GPU")
     return 0
-
-
-def _forget(device: str) -> None:
-    """Gives a finished job's memory back."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    if device.startswith("cuda"):
-        torch._dynamo.reset()
-        torch.cuda.empty_cache()

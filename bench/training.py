@@ -1,86 +1,253 @@
-"""How fast a distillation step is: teacher forward, student forward and backward, optimiser, at full size.
+"""How fast a distillation step is at full size: the trainer's own step, on random weights and random pictures.
 
-The work is that of the trainer's inner step on random latents; what a data loader would add is left out, since it
-runs beside the device.
+Noise, losses, precision and optimiser are `distill.step`'s and `distill.trainer`'s, so a change of theirs shows here;
+clipping and the one wait for the loss values are timed too, reading the cache and the moving average are not. Rows
+differ in one thing each: which features are compared, whether latents and text come from the cache or are encoded in
+every step (as the published scripts do), recomputation, compilation.
 """
 
 from __future__ import annotations
 
+import gc
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from bench.peaks import Peak
 from bench.roofline import architecture_configs, component_costs
 from bench.stats import median_interval
 from bench.workload import Workload
-from distill.architectures import ARCHITECTURES, Resolution
+from distill.architectures import Resolution, find_architecture
+
+SCHEMA = "slimxl.bench.training/1"
+WARMUP = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One arrangement of the step. `features` None compares predictions alone."""
+
+    features: str | None = "sub-block"
+    cache: bool = True
+    recompute: bool = True
+    compiled: bool = False
+
+    @property
+    def title(self) -> str:
+        parts = [f"{self.features} features" if self.features else "no features"]
+        parts += ["cached latents and text" if self.cache else "VAE and text encoders in every step"]
+        parts += ["gradient checkpointing"] * self.recompute + ["compiled blocks"] * self.compiled
+        return ", ".join(parts)
+
+
+VARIANTS = (  # in the order of their worth; the first is the recipe's, the second as published
+    Variant(),
+    Variant(cache=False),
+    Variant(features=None),
+    Variant(features="self-attention"),
+    Variant(features="block"),
+    Variant(features="layer"),
+    Variant(recompute=False),
+    Variant(compiled=True),
+    Variant(recompute=False, compiled=True),
+)
 
 
 def step_flops(teacher: str, student: str, resolution: Resolution, batch: int) -> float:
-    """FLOPs of one step: one teacher forward, and three times the student's forward (backward is two of them)."""
+    """FLOPs of one step: one teacher forward, and three times the student's forward (backward is two of them).
+    Recomputation and encoding are not counted: they are cost, not purpose."""
     workload = Workload(resolution=resolution, steps=1, batch=batch, guidance_scale=1.0)
     costs = [component_costs(architecture_configs(name), workload)["unet"][1].flops for name in (teacher, student)]
     return costs[0] + 3 * costs[1]
 
 
-def measure_training(
-    teacher: str, student: str, *, device: str, batch: int, peak: Peak | None, steps: int = 8, seed: int = 0
-) -> dict[str, Any]:
-    """Samples per second and MFU of the distillation step in bf16, the first two steps left out as warm-up."""
+class Bench:
+    """Teacher, student and optimiser as the trainer sets them up, in bf16 mixed precision, for one pair of models."""
+
+    def __init__(self, teacher: str, student: str, device: str, batch: int) -> None:
+        import torch
+        from accelerate import Accelerator
+        from diffusers import DDPMScheduler, UNet2DConditionModel
+
+        from distill.trainer import make_optimizer
+
+        self.teacher_spec, self.student_spec = find_architecture(teacher), find_architecture(student)
+        self.family, self.batch, self.device = self.teacher_spec.family, batch, device
+        self.resolution = self.family.resolutions[0]
+        self.accelerator = Accelerator(cpu=not device.startswith("cuda"), mixed_precision="bf16")
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.teacher = UNet2DConditionModel(**self.teacher_spec.unet_config).to(torch.bfloat16).eval()
+            self.student = UNet2DConditionModel(**self.student_spec.unet_config).train()
+        self.teacher.requires_grad_(False)
+        optimizer = make_optimizer("adamw", self.student, weight_decay=1e-2)
+        self.model, self.optimizer = self.accelerator.prepare(self.student, optimizer)
+        schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        self.alphas_cumprod = schedule.alphas_cumprod.float()
+
+    @contextmanager
+    def stepping(self, variant: Variant) -> Iterator[Callable[[int], dict[str, float]]]:
+        """A function that takes one step by its number and returns the loss terms."""
+        import torch
+
+        from distill.recipes import LossWeights
+        from distill.step import add_noise, loss_terms
+        from distill.surgery import make_layer_map
+        from distill.taps import FeatureRecorder, make_taps
+
+        depths = self.teacher_spec.depth, self.student_spec.depth
+        taps = make_taps(variant.features, *depths, make_layer_map("first", *depths)) if variant.features else ()
+        losses = LossWeights(level=variant.features) if variant.features else LossWeights(feature=0.0)
+        recorders = (
+            FeatureRecorder(self.student, [tap.student for tap in taps]),
+            FeatureRecorder(self.teacher, sorted({tap.teacher for tap in taps})),
+        )
+        if variant.recompute:
+            self.student.enable_gradient_checkpointing()
+        else:
+            self.student.disable_gradient_checkpointing()
+        make_batch = self._cached() if variant.cache else self._encoding()
+        accelerator, alphas_cumprod = self.accelerator, self.alphas_cumprod.to(self.device)
+
+        def step(number: int) -> dict[str, float]:
+            noised = add_noise(make_batch(), self.alphas_cumprod, seed=(0, number), caption_dropout=0.1)
+            terms = loss_terms(
+                self.model,
+                self.teacher,
+                {name: value.to(self.device) for name, value in noised.items()},
+                losses,
+                alphas_cumprod=alphas_cumprod,
+                warm=1.0,
+                taps=taps,
+                recorders=recorders,
+                autocast=accelerator.autocast,
+            )
+            accelerator.backward(torch.stack(list(terms.values())).sum())
+            accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            return dict(zip(terms, torch.stack(list(terms.values())).tolist(), strict=True))
+
+        try:
+            yield step
+        finally:
+            for recorder in recorders:
+                recorder.remove()
+            self.optimizer.zero_grad()
+
+    def compile_blocks(self) -> None:
+        """As the trainer's `compile` option does."""
+        self.student.compile_repeated_blocks()
+        self.teacher.compile_repeated_blocks()
+
+    def _cached(self) -> Callable[[], dict[str, Any]]:
+        """Batches as the latent cache gives them: FIELDS on the CPU, in fp32."""
+        import torch
+
+        from distill.cache import FIELDS
+
+        family, side = self.family, self.family.vae_scale_factor
+        shapes = (
+            (4, self.resolution.height // side, self.resolution.width // side),
+            (family.text_encoder["max_position_embeddings"], family.unet["cross_attention_dim"]),
+            (family.text_encoder_2["projection_dim"],),
+        )
+        fields = dict(zip(FIELDS, (torch.randn(self.batch, *shape) for shape in shapes), strict=False))
+        height, width = self.resolution.height, self.resolution.width
+        fields["time_ids"] = torch.tensor([[height, width, 0, 0, height, width]] * self.batch).float()
+        return lambda: fields
+
+    def _encoding(self) -> Callable[[], dict[str, Any]]:
+        """VAE and text encoders at work in every step, in bf16."""
+        import numpy as np
+        import torch
+
+        from bench.entrants import family_prompts
+        from bench.random_weights import random_pipeline
+        from distill.cache import encode
+        from distill.data import Sample
+
+        pipe = random_pipeline(self.student_spec.name, self.device, torch.bfloat16)
+        pipe.unet = None
+        rng, size = np.random.default_rng(0), (self.resolution.height, self.resolution.width)
+        samples = [
+            Sample(
+                key=str(index),
+                image=rng.integers(0, 256, (*size, 3), np.uint8),
+                caption=caption,
+                resolution=self.resolution,
+                original_size=size,
+                crop_top_left=(0, 0),
+                flipped=False,
+            )
+            for index, caption in enumerate(family_prompts(self.family, self.batch))
+        ]
+        return lambda: {name: value.float().cpu() for name, value in encode(pipe, samples, 0).items()}
+
+
+def measure_variant(bench: Bench, variant: Variant, peak: Peak | None, steps: int) -> dict[str, Any]:
+    """Samples per second of `steps` steps after two that are left out, peak memory, MFU, the first step's seconds."""
     import torch
-    from diffusers import UNet2DConditionModel
 
-    family = ARCHITECTURES[teacher].family
-    resolution = family.resolutions[0]
-    torch.manual_seed(seed)
-    with torch.device(device):
-        teacher_unet = UNet2DConditionModel(**ARCHITECTURES[teacher].unet_config).to(torch.bfloat16)
-        student_unet = UNet2DConditionModel(**ARCHITECTURES[student].unet_config).train()
-    teacher_unet.eval().requires_grad_(False)
-    student_unet.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(student_unet.parameters(), lr=1e-5, fused=device.startswith("cuda"))
-    side = family.vae_scale_factor
-    tokens = family.text_encoder["max_position_embeddings"]
-    pooled = family.text_encoder_2["projection_dim"]
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=device)
-
-    latents = random(batch, 4, resolution.height // side, resolution.width // side)
-    hidden = random(batch, tokens, family.unet["cross_attention_dim"])
-    added = {"text_embeds": random(batch, pooled), "time_ids": torch.full((batch, 6), 1024.0, device=device)}
-    timesteps = torch.full((batch,), 500, device=device)
-    half = {key: value.to(torch.bfloat16) for key, value in added.items()}
-
-    def step() -> float:
-        with torch.no_grad():
-            target = teacher_unet(latents.bfloat16(), timesteps, hidden.bfloat16(), added_cond_kwargs=half).sample
-        with torch.autocast(device.partition(":")[0], torch.bfloat16):
-            noise_pred = student_unet(latents, timesteps, hidden, added_cond_kwargs=added).sample
-            loss = torch.nn.functional.mse_loss(noise_pred.float(), target.float())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
+    on_gpu = bench.device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     seconds = []
-    for index in range(steps + 2):
-        begin = time.perf_counter()
-        step()
-        if index >= 2:
+    with bench.stepping(variant) as step:
+        for number in range(WARMUP + steps):
+            begin = time.perf_counter()
+            terms = step(number)  # ends with the loss values on the host, so the device is done
             seconds.append(time.perf_counter() - begin)
+    first, seconds = seconds[0], seconds[WARMUP:]
     median = median_interval(seconds)
-    flops = step_flops(teacher, student, resolution, batch)
+    flops = step_flops(bench.teacher_spec.name, bench.student_spec.name, bench.resolution, bench.batch)
     return {
-        "kind": "measured",
-        "teacher": teacher,
-        "student": student,
-        "resolution": str(resolution),
-        "batch": batch,
         "seconds_per_step": seconds,
-        "samples_per_s": batch / median.value,
+        "first_step_s": first,
+        "samples_per_s": bench.batch / median.value,
+        "tflop_per_sample": flops / bench.batch / 1e12,
         "mfu": flops / median.value / (peak.tflops * 1e12) if peak else None,
         "mfu_why": None if peak else "no peak is known for this device",
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.startswith("cuda") else None,
-        "recomputation": "gradient checkpointing; its extra forward is not counted as useful FLOPs",
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "loss_terms": len(terms),
     }
+
+
+def measure_training(
+    teacher: str,
+    student: str,
+    *,
+    device: str,
+    batch: int,
+    peak: Peak | None,
+    steps: int = 5,
+    variants: tuple[Variant, ...] = VARIANTS,
+    left_s: Callable[[], float] = lambda: float("inf"),
+    on_row: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> list[dict[str, Any]]:
+    """One row per variant: what it is, and either its figures or `failed` with the reason (out of memory, no time).
+
+    `on_row` is called after each, so that a run that is cut short keeps what it has.
+    """
+    bench, compiled, rows = Bench(teacher, student, device, batch), False, []
+    for variant in sorted(variants, key=lambda one: one.compiled):
+        row = {"kind": "measured", "teacher": teacher, "student": student, "title": variant.title, **asdict(variant)}
+        row |= {"resolution": str(bench.resolution), "batch": batch, "precision": "bf16", "failed": None}
+        needed_s = 40 if variant.compiled else 12
+        if left_s() < needed_s:
+            row["failed"] = f"not run: {left_s():.0f} s left, it needs about {needed_s}"
+        else:
+            try:
+                if variant.compiled and not compiled:
+                    bench.compile_blocks()
+                    compiled = True
+                row |= measure_variant(bench, variant, peak, steps)
+            except Exception as error:
+                row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                gc.collect()
+        rows.append(row)
+        on_row(row)
+    return rows

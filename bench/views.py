@@ -71,11 +71,19 @@ def quality_word(quality: dict[str, Any]) -> dict[str, str]:
     return {"state": state, "text": "; ".join(parts + list(quality.get("words", [])))}
 
 
+def failed_guard(results: Results) -> set[str]:
+    return {one.name for one in results.contestants if one.quality.get("passed") is False}
+
+
 def headline(results: Results) -> dict[str, Any]:
-    """The best contestant against the baseline in the main cell; `best` None where there is nothing to compare."""
+    """The best contestant against the baseline in the main cell; `best` None where there is nothing to compare.
+
+    One that failed the quality guard is told of, but is not the best.
+    """
     main = results.cells[0]
     rows = [row for row in main.rows if row.contestant != results.baseline and row.speedup is not None]
-    best = max(rows, key=lambda row: row.speedup.value if row.speedup else 0.0, default=None)
+    sound = [row for row in rows if row.contestant not in failed_guard(results)]
+    best = max(sound, key=lambda row: row.speedup.value if row.speedup else 0.0, default=None)
     return {
         "best": best,
         "others": [row for row in rows if row is not best],
@@ -359,3 +367,21 @@ def fault_counts(results: Results) -> list[tuple[str, int]]:
 def main_faults(results: Results) -> list[str]:
     """What is said against the very rows that the headline stands on."""
     return list(dict.fromkeys(word for row in results.cells[0].rows for word in row.diagnosis))
+
+
+def kernel_table(all_results: list[Results]) -> dict[str, Any] | None:
+    """{"families": largest first, "rows": one a contestant, from every run that was profiled}; None where none was."""
+    rows = []
+    for results in all_results:
+        for record in results.contestants:
+            found = record.kernels or {}
+            if found.get("families_ms"):
+                row = row_of(results.cells[0], record.name)
+                whole = sum(found["families_ms"].values())
+                rows.append({"title": words.title_of(record.name), "runtime": record.runtime, "whole": whole, **found})
+                rows[-1]["mfu"] = row.mfu if row else None
+    totals: Counter[str] = Counter()
+    for one in rows:
+        for family, milliseconds in one["families_ms"].items():
+            totals[family] += milliseconds / one["whole"]
+    return {"families": [family for family, _ in totals.most_common()], "rows": rows} if rows else None

@@ -1,9 +1,34 @@
 import json
+import os
+import sys
+import time
 
 import pytest
 
-from bench.suite import FLAVOR_MODULES, SuiteOptions, run_suite
+from bench import parts, suite
+from bench.suite import SuiteOptions, part_names, run_suite
 from distill.errors import UserError
+
+MINI = {"device": "cpu", "models": "mini-vega", "resolutions": "64x64", "steps": 1, "minutes": 20.0}
+
+
+def options(tmp_path, **changes):
+    return SuiteOptions(**({"out": tmp_path / "results", "workdir": tmp_path / "work"} | MINI | changes))
+
+
+def session_of(tmp_path):
+    value = json.loads(next((tmp_path / "results").glob("*_session.json")).read_text())
+    return {one["part"]: one for one in value["parts"]}
+
+
+def pretend(monkeypatch, tmp_path, code):
+    """Parts whose process runs `code` in place of the real one; `job` is the part's argument."""
+    script = tmp_path / "part.py"
+    script.write_text(f"import json, os, pathlib, signal, sys, time\njob = json.loads(sys.argv[1])\n{code}")
+    real = suite.subprocess.Popen
+    monkeypatch.setattr(
+        suite.subprocess, "Popen", lambda command, **more: real([sys.executable, str(script), command[-1]], **more)
+    )
 
 
 @pytest.mark.parametrize(
@@ -11,39 +36,121 @@ from distill.errors import UserError
     [
         ({"models": "sdxk"}, "did you mean 'sdxl'"),
         ({"models": "sdxl,mini-vega"}, "one family"),
-        ({"jobs": "eager,magic"}, "unknown job"),
+        ({"parts": "eager,magic"}, "unknown part"),
+        ({"device": "tpu"}, "unknown device"),
+        ({"device": "cuda"}, "--device cpu"),
+        ({"resolutions": "big"}, "WIDTHxHEIGHT"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, changes, word):
     with pytest.raises(UserError, match=word):
-        run_suite(SuiteOptions(out=tmp_path, device="cpu", **changes))
+        run_suite(options(tmp_path, **changes))
+    assert not (tmp_path / "results").exists()
 
 
-def test_a_missing_runtime_and_spent_time_are_said_and_survived(tmp_path, monkeypatch):
-    monkeypatch.setitem(FLAVOR_MODULES, "tensorrt", "no_such_module")
-    options = {"out": tmp_path, "workdir": tmp_path / "w", "device": "cpu", "models": "mini-vega"}
-    assert run_suite(SuiteOptions(jobs="tensorrt", **options)) == 1
-    notes = json.loads(next(tmp_path.glob("*_notes.json")).read_text())["left_out"]
-    assert len(notes) == 1 and "no_such_module is not installed" in notes[0]
-    assert run_suite(SuiteOptions(jobs="eager,compiled", minutes=0.1, **options)) == 1
-    notes = json.loads(next(tmp_path.glob("*_notes.json")).read_text())["left_out"]
-    assert notes == ["eager: no time left", "compiled: no time left"]
+def test_every_part_has_a_function_and_a_need():
+    for name in part_names(["sdxl", "ssd-1b", "vega"]):
+        kind = name.partition(":")[0]
+        assert kind in parts.FUNCTIONS and suite.NEEDS_S[kind] > 0
 
 
-def test_the_eager_job_leaves_results_and_a_report(tmp_path):
-    options = SuiteOptions(
-        out=tmp_path / "results",
-        workdir=tmp_path / "w",
-        device="cpu",
-        models="mini-ssd-1b,mini-vega",
-        resolutions="64x64",
-        steps=1,
-        minutes=20,
-        max_rounds=6,
-        jobs="eager,training",
+def test_what_does_not_fit_or_is_not_there_is_listed_with_its_reason(tmp_path, monkeypatch):
+    monkeypatch.setitem(suite.MODULES, "tensorrt", "no_such_module")
+    assert run_suite(options(tmp_path, minutes=0.5)) == 1
+    found = session_of(tmp_path)
+    assert set(found) == set(part_names(["mini-vega"]))
+    assert {one["state"] for one in found.values()} == {"not run"}
+    assert "no_such_module is not installed" in found["tensorrt:mini-vega"]["why"]
+    assert "it needs about 60" in found["eager"]["why"]
+
+
+def test_one_part_that_breaks_hangs_or_dies_leaves_the_others_their_turn(tmp_path, monkeypatch):
+    pretend(
+        monkeypatch,
+        tmp_path,
+        """
+kind = job["part"].partition(":")[0]
+if kind == "eager": sys.exit("boom\\nCUDA error: out of memory")
+if kind == "acceptance": os.kill(os.getpid(), signal.SIGSEGV)
+if kind == "batch": time.sleep(600)
+pathlib.Path(job["out"]).write_text('{"schema_version": "slimxl.bench.training/1", "rows": []}')
+""",
     )
-    assert run_suite(options) == 0
-    names = sorted(path.name.rpartition("_")[2] for path in (tmp_path / "results").iterdir())
-    assert names == ["eager.json", "notes.json", "report", "training.json"]
-    training = json.loads(next((tmp_path / "results").glob("*_training.json")).read_text())["rows"][0]
-    assert training["samples_per_s"] > 0 and training["mfu"] is None and training["mfu_why"]
+    monkeypatch.setattr(suite, "REPORT_S", 0.0)
+    monkeypatch.setitem(suite.NEEDS_S, "eager", 0)
+    monkeypatch.setattr(suite, "NEEDS_S", dict.fromkeys(suite.NEEDS_S, 0))
+    begin = time.monotonic()
+    assert run_suite(options(tmp_path, minutes=0.1, parts="eager,acceptance,bf16,batch")) == 0
+    assert time.monotonic() - begin < 30
+    found = session_of(tmp_path)
+    assert (found["eager"]["state"], found["eager"]["why"]) == ("failed", "CUDA error: out of memory")
+    assert found["eager"]["log"][0] == "boom"
+    assert (found["acceptance"]["state"], found["acceptance"]["why"]) == ("failed", "ended by signal 11")
+    assert found["batch"]["state"] == "stopped"
+
+
+def test_the_same_command_goes_on_with_what_is_not_done(tmp_path, monkeypatch):
+    pretend(
+        monkeypatch,
+        tmp_path,
+        """
+log = pathlib.Path(job["workdir"], "began")
+log.write_text((log.read_text() if log.exists() else "") + job["part"] + " ")
+if job["part"] == "bf16" and log.read_text().count("bf16") == 1: sys.exit("not yet")
+pathlib.Path(job["out"]).write_text('{"schema_version": "slimxl.bench.training/1", "rows": []}')
+""",
+    )
+    run_suite(options(tmp_path, parts="batch,bf16"))
+    assert session_of(tmp_path)["bf16"]["state"] == "failed"
+    run_suite(options(tmp_path, parts="batch,bf16"))
+    assert session_of(tmp_path)["bf16"]["state"] == "done"
+    assert (tmp_path / "work" / "began").read_text() == "batch bf16 bf16 "
+    with pytest.raises(UserError, match="other settings"):
+        run_suite(options(tmp_path, steps=2))
+
+
+def test_a_stopped_part_takes_what_it_has_started_with_it(tmp_path, monkeypatch):
+    pretend(
+        monkeypatch,
+        tmp_path,
+        """
+import subprocess
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+pathlib.Path(job["workdir"], "child").write_text(str(child.pid))
+time.sleep(600)
+""",
+    )
+    monkeypatch.setattr(suite, "REPORT_S", 0.0)
+    monkeypatch.setattr(suite, "NEEDS_S", dict.fromkeys(suite.NEEDS_S, 0))
+    run_suite(options(tmp_path, minutes=0.05, parts="batch"))
+    child = int((tmp_path / "work" / "child").read_text())
+    for _ in range(100):
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            break
+        if "Z" in open(f"/proc/{child}/stat").read().rpartition(")")[2].split()[0]:  # noqa: PTH123, SIM115
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the child lives on")
+
+
+def test_real_parts_leave_results_a_session_and_a_report(tmp_path):
+    """The parts as a GPU runs them, on the smallest model: their processes, their files, the report of them all."""
+    assert run_suite(options(tmp_path, models="mini-ssd-1b,mini-vega", parts="eager,acceptance,training")) == 0
+    found = session_of(tmp_path)
+    assert {name: one["state"] for name, one in found.items()} == {
+        "eager": "done", "acceptance": "done", "training:mini-vega": "done",
+    }  # fmt: skip
+    results = tmp_path / "results"
+    training = json.loads(next(results.glob("*_training-mini-vega.json")).read_text())["rows"]
+    assert [row["failed"] for row in training if not row["compiled"]] == [None] * 7
+    assert all(row["samples_per_s"] > 0 and row["mfu"] is None and row["mfu_why"] for row in training[:7])
+    terms = {row["features"]: row["loss_terms"] for row in training[:7]}
+    assert terms[None] == 2 < terms["block"] < terms["sub-block"] < terms["layer"]
+    targets = {row["target"] for row in json.loads(next(results.glob("*_acceptance.json")).read_text())["rows"]}
+    assert {"CURRENT", "SM80", "SM89", "CUDAExecutionProvider"} <= targets
+    page = (next(results.glob("*_report")) / "index.html").read_text()
+    for section in ("kernels", "training", "acceptance", "session"):
+        assert f'<section id="{section}">' in page

@@ -1,0 +1,167 @@
+"""Does TensorRT-RTX accept this GPU? A small fp16 network is built for every capability it names, then loaded and run.
+
+Its enumeration names no SM90, and the vendor's list no data-centre GPU, so the answer is kept with the runtime's own
+words. The GPU providers of ONNX Runtime are asked the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+SCHEMA = "slimxl.bench.acceptance/1"
+SIDE = 64
+PROVIDERS = ("NvTensorRTRTXExecutionProvider", "TensorrtExecutionProvider", "CUDAExecutionProvider")
+
+
+def _weights() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((SIDE, SIDE)).astype(np.float16) / 8
+
+
+def _inputs() -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((SIDE, SIDE)).astype(np.float16)
+
+
+def _expected() -> np.ndarray:
+    return np.maximum(_inputs().astype(np.float32) @ _weights().astype(np.float32), 0)
+
+
+def _cosine(found: np.ndarray) -> float:
+    from bench.quality import cosine
+
+    return cosine(found.astype(np.float32), _expected())
+
+
+def _make_logger(trt: Any, messages: list[str]) -> Any:
+    """A logger that keeps warnings and errors word for word."""
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, text: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR, trt.ILogger.WARNING):
+                messages.append(f"{severity.name}: {text.strip()}")
+
+    return Logger()
+
+
+def _build(trt: Any, logger: Any, capability: str) -> bytes | None:
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    x = network.add_input("x", trt.float16, (SIDE, SIDE))
+    weights = network.add_constant((SIDE, SIDE), trt.Weights(np.ascontiguousarray(_weights()))).get_output(0)
+    product = network.add_matrix_multiply(x, trt.MatrixOperation.NONE, weights, trt.MatrixOperation.NONE).get_output(0)
+    y = network.add_activation(product, trt.ActivationType.RELU).get_output(0)
+    y.name = "y"
+    network.mark_output(y)
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, capability), 0)
+    plan = builder.build_serialized_network(network, config)
+    return bytes(plan) if plan is not None else None
+
+
+def _run(engine: Any) -> np.ndarray:
+    import torch
+
+    context = engine.create_execution_context()
+    if context is None:
+        raise RuntimeError("no execution context; the runtime's own message stands above")
+    x, y = torch.from_numpy(_inputs()).cuda(), torch.empty((SIDE, SIDE), dtype=torch.float16, device="cuda")
+    context.set_tensor_address("x", x.data_ptr())
+    context.set_tensor_address("y", y.data_ptr())
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    if not context.execute_async_v3(stream.cuda_stream):
+        raise RuntimeError("the plan could not be enqueued; the runtime's own message stands above")
+    stream.synchronize()
+    return y.cpu().numpy()
+
+
+def try_capability(trt: Any, capability: str) -> dict[str, Any]:
+    """How far one target comes: `reached` is none, built, loaded or ran; `messages` are the runtime's own words."""
+    import torch
+
+    messages: list[str] = []
+    row: dict[str, Any] = {"target": capability, "reached": "none", "cosine": None, "messages": messages}
+    logger = _make_logger(trt, messages)
+    try:
+        plan = _build(trt, logger, capability)
+        if plan is None:
+            return row
+        row |= {"reached": "built", "plan_bytes": len(plan)}
+        if not torch.cuda.is_available():
+            messages.append("not loaded: no NVIDIA GPU here")
+            return row
+        runtime = trt.Runtime(logger)
+        if hasattr(runtime, "get_engine_validity"):
+            validity, reasons = runtime.get_engine_validity(plan[: runtime.engine_header_size])
+            kinds = trt.EngineInvalidityDiagnostics.__members__.items()
+            row |= {"validity": validity.name, "invalid": [name for name, kind in kinds if int(reasons) & int(kind)]}
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            return row
+        row["reached"] = "loaded"
+        row["cosine"] = _cosine(_run(engine))
+        row["reached"] = "ran"
+    except Exception as error:
+        messages.append(f"{type(error).__name__}: {error}")
+    return row
+
+
+def try_provider(name: str) -> dict[str, Any]:
+    """The same network by one of ONNX Runtime's providers."""
+    import onnx
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    row: dict[str, Any] = {"target": name, "reached": "none", "cosine": None, "messages": []}
+    available = onnxruntime.get_available_providers()
+    if name not in available:
+        row["messages"].append(f"this ONNX Runtime ({onnxruntime.__version__}) has {', '.join(available)}")
+        return row
+    shape = [SIDE, SIDE]
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Relu", ["p"], ["y"])],
+        "acceptance",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT16, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT16, shape)],
+        [numpy_helper.from_array(_weights(), "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.checker.check_model(model)
+    try:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=[name])
+        row["reached"] = "loaded"
+        if name not in session.get_providers():
+            row["messages"].append(f"the session fell back to {', '.join(session.get_providers())}")
+            return row
+        row["cosine"] = _cosine(session.run(["y"], {"x": _inputs()})[0])
+        row["reached"] = "ran"
+    except Exception as error:
+        row["messages"].append(f"{type(error).__name__}: {error}")
+    return row
+
+
+def measure_acceptance(on_row: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
+    """A row per target. `on_row` is given all rows so far: a runtime that takes the process down leaves the others."""
+    rows: list[dict[str, Any]] = []
+    try:
+        trt = import_module("tensorrt_rtx")
+    except ImportError as error:
+        rows.append(
+            {"target": "tensorrt-rtx", "reached": "none", "cosine": None, "messages": [f"not installed: {error}"]}
+        )
+    else:
+        for capability in trt.ComputeCapability.__members__:
+            if capability != "NONE":
+                rows.append(try_capability(trt, capability) | {"version": trt.__version__})
+                on_row(rows)
+    for name in PROVIDERS:
+        rows.append(try_provider(name))
+        on_row(rows)
+    return rows
