@@ -13,6 +13,9 @@ LAYOUT ?=
 RESOLUTIONS ?= all
 BATCHES ?= 1
 PRECISION ?= fp16
+ADDRESS ?= 127.0.0.1
+CONCURRENCY ?= 1,2,4,8
+MINUTES ?= 1
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,7 +25,7 @@ NAME = $(subst /,--,$(subst :,-,$(patsubst %.safetensors,%,$(MODEL))))
 
 NEED_MODEL = test -n "$(MODEL)" || { echo "error: MODEL is not set; e.g. MODEL=random:vega, a Hugging Face id, a folder, a .safetensors file" >&2; exit 2; }
 
-.PHONY: help setup report students onnx engines bench-export bench-engines bench-gpu serve test clean
+.PHONY: help setup report students onnx engines bench-export bench-engines bench-gpu serve load test clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -76,9 +79,12 @@ bench-engines: $(READY)  ## layouts compared (time, memory, disk) on the ONNX fo
 bench-gpu: $(READY)  ## everything a GPU can be measured for, within minutes, into bench/results
 	$(BIN)/python -m bench gpu
 
-serve: $(READY)  ## BUNDLE inside a Triton server on loopback
+serve: $(READY)  ## BUNDLE inside a Triton server, on its GPUs or the CPU; loopback only, unless ADDRESS says otherwise
 	@test -n "$(BUNDLE)" || { echo "error: BUNDLE is not set; e.g. BUNDLE=out/bundles/mini-vega" >&2; exit 2; }
-	$(BIN)/python -m engines serve --bundle $(BUNDLE)
+	$(BIN)/python -m engines serve --bundle $(BUNDLE) --address $(ADDRESS)
+
+load: $(READY)  ## images/s and latencies of the running server at CONCURRENCY clients, into OUT/load.json
+	$(BIN)/python -m engines load --concurrency $(CONCURRENCY) --minutes $(MINUTES) --out $(OUT)/load.json
 
 test: $(READY)  ## lint, types and every test, the full-size ones too
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""`python -m engines build|verify|inspect|list|prune|bench|triton|serve`."""
+"""`python -m engines build|verify|inspect|list|prune|bench|triton|serve|load`."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def build(
         flavor=flavor,
         layout=layout,
         resolutions=resolutions,
-        batches=parse_batches(batches),
+        batches=parse_counts("--batches", batches),
         guidance=guidance,
         components=_names(components) or None,
         options=options,
@@ -79,12 +79,13 @@ def build(
     return 0
 
 
-def parse_batches(text: str) -> list[int]:
+def parse_counts(option: str, text: str) -> list[int]:
+    """Positive numbers separated by commas. Raises UserError for anything else."""
     from distill.errors import UserError
 
     parts = _names(text)
     if not parts or not all(part.isdigit() and int(part) for part in parts):
-        raise UserError(f"--batches {text!r} is not a list of numbers of images, e.g. 1 or 1,4")
+        raise UserError(f"{option} {text!r} is not a list of numbers from 1 up, e.g. 1 or 1,4")
     return [int(part) for part in parts]
 
 
@@ -162,11 +163,12 @@ def triton(
     bundle: Path,
     out: Path,
     flavor: Flavors | None = None,
-    gpus: str = "",
+    gpus: str = "auto",
     instances: int = 1,
     decoupled: bool = False,
     plans: bool = False,
     warm_up: bool = True,
+    queue: int = 64,
     execution_env: Path | None = None,
 ) -> int:
     """Write a Triton model repository that serves the bundle.
@@ -174,29 +176,30 @@ def triton(
     Args:
         bundle: The bundle; it is checked, and read again by the server.
         out: The model repository.
-        flavor: Which engines; default: the first that run where the server is.
-        gpus: CUDA device numbers separated by commas; none for the CPU.
+        flavor: Which engines; default: the first that run here.
+        gpus: CUDA device numbers separated by commas, `none` for the CPU, `auto` for every GPU here if there is one.
         instances: Copies of the model for each GPU.
         decoupled: Answer with every step's number before the picture (gRPC streams only).
         plans: Offer the bundle's tensorrt plans as models of their own, too.
         warm_up: Draw one picture of every size before the model is ready.
+        queue: How many requests may wait; more are refused.
         execution_env: Virtual environment for the backend's Python (Triton before 2.52 needs one with NumPy 1.26).
     """
     from engines.reports import console
-    from engines.triton import parse_devices, serve_command, write_repository
+    from engines.triton import Serving, parse_devices, write_repository
 
-    names = write_repository(
-        bundle,
-        out,
+    serving = Serving(
         flavor=flavor,
         gpus=parse_devices(gpus),
         instances=instances,
         decoupled=decoupled,
         plans=plans,
         warm_up=warm_up,
+        queue=queue,
         execution_env=execution_env,
     )
-    console.print(f"{out}: {', '.join(names)}; serve with: {serve_command(out)}", markup=False)
+    names = write_repository(bundle, out, serving)
+    console.print(f"{out}: {', '.join(names)}; how to serve it: engines/SERVING.md", markup=False)
     return 0
 
 
@@ -204,7 +207,9 @@ def serve(
     bundle: Path,
     workdir: Path = Path("out/triton"),
     flavor: Flavors | None = None,
-    gpus: str = "",
+    gpus: str = "auto",
+    instances: int = 1,
+    decoupled: bool = False,
     address: str = "127.0.0.1",
     http_port: int = 8000,
     grpc_port: int = 8001,
@@ -213,24 +218,67 @@ def serve(
 
     Args:
         bundle: What to serve.
-        workdir: Where the model repository and the server's environment go.
+        workdir: Where the model repository, the server's environment and its log go.
         flavor: Which engines; default: the first that run here.
-        gpus: CUDA device numbers separated by commas; none for the CPU.
+        gpus: CUDA device numbers separated by commas, `none` for the CPU, `auto` for every GPU here if there is one.
+        instances: Copies of the model for each GPU.
+        decoupled: Answer with every step's number before the picture (gRPC streams only).
         address: Loopback unless told otherwise; there is no authentication.
         http_port: For HTTP.
         grpc_port: For gRPC.
     """
-    import os
-
     from engines import triton_server
-    from engines.triton import parse_devices, write_repository
+    from engines.bundle import read_manifest
+    from engines.triton import Serving, choose_place, parse_devices, write_repository
 
-    devices = parse_devices(gpus)
+    where = triton_server.Address(address, http_port, grpc_port)
+    where.require_free()
+    served, devices = choose_place(read_manifest(bundle), flavor, parse_devices(gpus))
     environment = triton_server.find_environment(workdir / "environment")
-    folder = environment.folder if environment else None
-    write_repository(bundle, workdir / "models", flavor=flavor, gpus=devices, execution_env=folder)
-    line = triton_server.command(workdir / "models", environment, address, http_port, grpc_port)
-    os.execvpe(line[0], line, triton_server.variables(environment))
+    serving = Serving(
+        flavor=served,
+        gpus=devices,
+        instances=instances,
+        decoupled=decoupled,
+        execution_env=environment.folder if environment else None,
+    )
+    write_repository(bundle, workdir / "models", serving)
+    on = f"GPU {', '.join(map(str, devices))}" if devices else "the CPU"
+    print(f"starting Triton with {bundle} ({served}) on {on}; a picture of every size is drawn first", flush=True)
+    return triton_server.serve(workdir / "models", environment, where, workdir / "log")
+
+
+def load(
+    out: Path,
+    server: str = "127.0.0.1:8001",
+    concurrency: str = "1,2,4",
+    minutes: float = 0.5,
+    rate: float | None = None,
+    size: str | None = None,
+    steps: int = 25,
+    guidance: float = 5.0,
+    images: int = 1,
+    workdir: Path = Path("out/triton"),
+) -> int:
+    """Measure a running server: pictures a second and latencies at each number of clients at once.
+
+    Args:
+        out: The JSON file with every latency.
+        server: Its gRPC address.
+        concurrency: Numbers of clients that each have one request under way, separated by commas, in this order.
+        minutes: For each of them.
+        rate: At most so many requests a second, all clients together; for a soak that leaves the machine room.
+        size: Of the pictures, e.g. 1024x1024; default: the first that is served.
+        steps: Denoising steps.
+        guidance: Guidance scale.
+        images: Pictures for each request.
+        workdir: Where tritonclient's environment is, or goes.
+    """
+    from engines.triton_load import Workload, measure_load
+
+    workload = Workload(size=size, steps=steps, guidance=guidance, images=images)
+    levels = parse_counts("--concurrency", concurrency)
+    return measure_load(out, server, workload, levels, minutes * 60, rate, workdir / "environment")
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
@@ -242,6 +290,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "bench": bench,
     "triton": triton,
     "serve": serve,
+    "load": load,
 }
 
 

@@ -4,19 +4,34 @@ from the PyPI wheel nvidia-pytriton, in an environment of its own, since it was 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import re
+import secrets
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import sysconfig
+import time
+import urllib.error
+import urllib.request
 import venv
 from dataclasses import dataclass
 from pathlib import Path
 
 from distill.errors import UserError
 
-PACKAGES = ("nvidia-pytriton==0.7.0", "tritonclient[http,grpc]", "numpy<2")
+PACKAGES = ("nvidia-pytriton==0.7.0", "tritonclient[http,grpc]==2.73.0", "numpy==1.26.4")
+LAST_PYTHON = (3, 12)
+"""The last Python that has wheels of all of them."""
 READY = ".slimxl-ready"
+DRAIN_SECONDS = 60
+"""How long requests under way may take to finish after SIGTERM."""
+CLOSED_APIS = "shared-memory,model-repository,trace,logging"
+"""What a client of a picture service never needs, and what Triton's known attacks go through."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +57,53 @@ class Environment:
         return self.folder / "backends"
 
 
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens."""
+
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8001
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+    def require_free(self) -> None:
+        """Raises UserError where it cannot be listened on."""
+        for name, port in (("http", self.http_port), ("grpc", self.grpc_port)):
+            try:
+                with socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET) as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind((self.host, port))
+            except (OSError, OverflowError) as error:
+                raise UserError(
+                    f"cannot listen on {self.host}:{port} ({error}); choose another with --{name}-port"
+                ) from None
+
+
 def make_environment(folder: Path) -> Environment:
     """Installs the server from PyPI, once. Raises UserError where pip cannot."""
     environment = Environment(folder.resolve())
     if (folder / READY).is_file():
         return environment
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if sys.version_info[:2] > LAST_PYTHON:
+        raise UserError(
+            f"the Triton server on PyPI is for Python 3.10 to 3.{LAST_PYTHON[1]}, this is {version}; use one of those, "
+            "or put a tritonserver on the PATH (as in Triton's container)"
+        )
+    print(f"installing Triton into {folder} (0.4 GB, a minute or two, once)", flush=True)
     venv.create(folder, with_pip=True, clear=True)
-    install = [str(environment.python), "-m", "pip", "install", "--quiet", *PACKAGES]
+    install = [str(environment.python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES]
     result = subprocess.run(install, capture_output=True, text=True, check=False)
     if result.returncode:
         last = result.stderr.strip().splitlines()[-1:] or ["no message"]
         raise UserError(
-            f"cannot install the Triton server into {folder} ({last[0]}); check the network, or install it by hand"
+            f"cannot install the Triton server into {folder} ({last[0]}); check the network, or put a tritonserver on "
+            "the PATH (as in Triton's container)"
         )
     source = environment.packages / "pytriton/tritonserver"
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
     shutil.copytree(source / "backends/python", environment.backends / "python")
     stub = source / "python_backend_stubs" / version / "triton_python_backend_stub"
     shutil.copy2(stub, environment.backends / "python")
@@ -64,10 +111,14 @@ def make_environment(folder: Path) -> Environment:
     return environment
 
 
-def command(
-    repository: Path, environment: Environment | None, address: str, http_port: int, grpc_port: int
-) -> list[str]:
-    """The server's command line: no other models can be loaded from outside, requests are bounded by the model."""
+def find_environment(folder: Path) -> Environment | None:
+    """None where a tritonserver is on the PATH already, else the environment in `folder`, made if need be."""
+    return None if shutil.which("tritonserver") else make_environment(folder)
+
+
+def command(repository: Path, environment: Environment | None, address: Address, key: str) -> list[str]:
+    """The server's command line: what is not needed to draw answers only those who know `key`, and no other model can
+    be loaded from outside even by them."""
     program = str(environment.server) if environment else "tritonserver"
     backends = [f"--backend-directory={environment.backends}"] if environment else []
     return [
@@ -75,12 +126,14 @@ def command(
         f"--model-repository={repository.resolve()}",
         *backends,
         "--model-control-mode=none",
-        f"--http-address={address}",
-        f"--http-port={http_port}",
-        f"--grpc-address={address}",
-        f"--grpc-port={grpc_port}",
+        f"--http-restricted-api={CLOSED_APIS}:slimxl-key={key}",
+        f"--grpc-restricted-protocol={CLOSED_APIS}:slimxl-key={key}",
+        f"--http-address={address.host}",
+        f"--http-port={address.http_port}",
+        f"--grpc-address={address.host}",
+        f"--grpc-port={address.grpc_port}",
         "--allow-metrics=false",
-        "--exit-timeout-secs=60",
+        f"--exit-timeout-secs={DRAIN_SECONDS}",
     ]
 
 
@@ -95,6 +148,84 @@ def variables(environment: Environment | None) -> dict[str, str]:
     return found
 
 
-def find_environment(folder: Path) -> Environment | None:
-    """None where a tritonserver is on the PATH already, else the environment in `folder`, made if need be."""
-    return None if shutil.which("tritonserver") else make_environment(folder)
+class Server:
+    """A tritonserver in a process of its own, which is told to drain when this one ends, however it ends."""
+
+    def __init__(self, repository: Path, environment: Environment | None, address: Address, log: Path) -> None:
+        self.address, self.log, self.stopping = address, log, False
+        line = command(repository, environment, address, secrets.token_hex(16))
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                line,
+                env=variables(environment),
+                stdout=file,
+                stderr=file,
+                start_new_session=True,  # so that Ctrl-C reaches it once, through `stop`
+                preexec_fn=_drain_with_parent,  # noqa: PLW1509, for it calls only prctl
+            )
+
+    def wait_ready(self) -> None:
+        """Returns once the model can be asked. Raises UserError where the server ends by itself, with its reason."""
+        while not self.is_ready():
+            if self.process.poll() is not None:
+                if self.stopping:
+                    return
+                raise UserError(f"Triton did not start: {reason(self.log)}; the whole log is {self.log}")
+            time.sleep(0.2)
+
+    def is_ready(self) -> bool:
+        host = "127.0.0.1" if self.address.host == "0.0.0.0" else self.address.host
+        try:
+            url = f"http://{host}:{self.address.http_port}/v2/health/ready"
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def stop(self) -> None:
+        """Refuses new requests and finishes those under way; `process.wait()` then returns."""
+        self.stopping = True
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGTERM)
+
+
+LIBC = ctypes.CDLL(None)
+
+
+def _drain_with_parent() -> None:
+    """In the child: SIGTERM when the parent is gone (prctl(2), PR_SET_PDEATHSIG)."""
+    LIBC.prctl(1, signal.SIGTERM)
+
+
+def reason(log: Path) -> str:
+    """What the server's log says of why it ended, in one line."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    for pattern in (r"UserError: (.*)", r"failed to load '[^']*' version \S+ (.*)", r"(?:error|Error): (.*)"):
+        for line in lines:
+            if found := re.search(pattern, line):
+                return found[1].strip()
+    return lines[-1].strip() if lines else "it said nothing"
+
+
+def serve(repository: Path, environment: Environment | None, address: Address, log: Path) -> int:
+    """Serves until Ctrl-C or SIGTERM, and then until what is under way is drawn. Returns the server's exit status."""
+    server = Server(repository, environment, address, log)
+
+    def stop(number: int, frame: object) -> None:
+        print(f"stopping: requests under way are finished, for {DRAIN_SECONDS} s at most", flush=True)
+        server.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    server.wait_ready()
+    if server.stopping:
+        return server.process.wait()
+    print(
+        f"ready: HTTP http://{address.host}:{address.http_port}/v2/models/slimxl, gRPC {address.host}:{address.grpc_port}"
+        f"\nmeasure it with: python -m engines load --server {address.host}:{address.grpc_port} --out out/load.json"
+        "\nCtrl-C or SIGTERM stops it",
+        flush=True,
+    )
+    if not address.is_loopback:
+        print(f"listening on {address.host}: whoever reaches it can draw, there is no authentication", flush=True)
+    return server.process.wait()

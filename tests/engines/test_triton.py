@@ -1,18 +1,19 @@
-"""The model repository, and a real server over it."""
+"""The model repository and its configs, by Triton's own protobuf, and a real server over the mini bundle."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,24 +22,104 @@ import torch
 
 import engines
 from distill.errors import UserError
-from engines.bundle import Manifest, read_manifest
-from engines.triton import parse_devices, plan_config, quote, write_repository
-from engines.triton_server import Environment, command, make_environment, variables
+from engines.build import build_bundle
+from engines.bundle import Engine, Manifest, read_manifest
+from engines.load_file import read_load
+from engines.triton import Serving, choose_place, parse_devices, plan_config, quote, write_repository
+from engines.triton_server import Address, Environment, Server, make_environment, reason
 
+ROOT = Path(__file__).resolve().parents[2]
 CLIENT = Path(__file__).with_name("triton_client.py")
-ENVIRONMENT = Path(__file__).resolve().parents[2] / "out/triton/environment"
+CPU = Serving(flavor="onnxruntime", gpus=())
+Ask = Callable[..., list[dict[str, Any]]]
 
 
-def test_repository(toy_bundle: Path, tmp_path: Path) -> None:
-    names = write_repository(toy_bundle, tmp_path / "repo", flavor="onnxruntime", gpus=[0, 1], instances=2)
-    assert names == ["slimxl"]
-    text = (tmp_path / "repo/slimxl/config.pbtxt").read_text()
-    assert "{ kind: KIND_GPU count: 2 gpus: [ 0 ] }, { kind: KIND_GPU count: 2 gpus: [ 1 ] }" in text
-    assert f'string_value: "{toy_bundle}"' in text and "response_cache { enable: false }" in text
-    assert (tmp_path / "repo/slimxl/1/model.py").read_text().startswith('"""The text-to-image model inside Triton')
-    write_repository(toy_bundle, tmp_path / "repo", decoupled=True)
-    text = (tmp_path / "repo/slimxl/config.pbtxt").read_text()
-    assert "decoupled: true" in text and "KIND_CPU count: 1" in text
+@pytest.fixture(scope="module")
+def environment() -> Environment:
+    return make_environment(ROOT / "out/triton/environment")
+
+
+def ask(environment: Environment, address: Address, *asks: dict[str, Any]) -> list[dict[str, Any]]:
+    """The answers of the client in the server's environment."""
+    line = [environment.python, CLIENT, str(address.http_port), str(address.grpc_port)]
+    paths = os.environ | {"PYTHONPATH": str(ROOT / "engines")}
+    done = subprocess.run(
+        line, input=json.dumps(asks), capture_output=True, text=True, timeout=300, env=paths, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    answers: list[dict[str, Any]] = json.loads(done.stdout)
+    return answers
+
+
+def parse(environment: Environment, text: str) -> dict[str, Any]:
+    """config.pbtxt as Triton reads it; fields that are 0 or false are absent."""
+    (config,) = ask(environment, Address(), {"do": "parse_config", "text": text})
+    assert "error" not in config, config
+    return config
+
+
+def repository_config(bundle: Path, out: Path, serving: Serving, environment: Environment) -> dict[str, Any]:
+    assert write_repository(bundle, out, serving) == ["slimxl"]
+    return parse(environment, (out / "slimxl/config.pbtxt").read_text())
+
+
+def test_repository(toy_bundle: Path, tmp_path: Path, environment: Environment) -> None:
+    several = Serving(flavor="onnxruntime", gpus=(), instances=2, queue=7, warm_up=False)
+    config = repository_config(toy_bundle, tmp_path / "repo", several, environment)
+    inputs = {one["name"]: one for one in config["input"]}
+    outputs = {one["name"]: one for one in config["output"]}
+    assert list(inputs) == ["prompt", "negative_prompt", "width", "height", "steps", "guidance", "seed", "images"]
+    assert all(one["dims"] == ["1"] for one in inputs.values())
+    assert [name for name, one in inputs.items() if not one.get("optional")] == ["prompt"]
+    assert [inputs[name]["data_type"] for name in ("prompt", "steps", "guidance", "seed")] == [
+        "TYPE_STRING", "TYPE_INT32", "TYPE_FP32", "TYPE_INT64",
+    ]  # fmt: skip
+    assert (outputs["image"]["data_type"], outputs["image"]["dims"]) == ("TYPE_UINT8", ["-1", "-1", "-1", "3"])
+    assert config["backend"] == "python" and config["max_batch_size"] == 1
+    assert config["instance_group"] == [{"count": 2, "kind": "KIND_CPU"}]
+    assert config["dynamic_batching"] == {"default_queue_policy": {"max_queue_size": 7}}
+    assert config["response_cache"] == {} and "model_transaction_policy" not in config
+    parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
+    manifest = toy_bundle / "manifest.json"
+    assert parameters == {
+        "bundle": str(toy_bundle),
+        "manifest_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest(),
+        "source": "toy",
+        "flavor": "onnxruntime",
+        "sizes": ",".join(read_manifest(toy_bundle).engines[0].resolutions),
+        "warm_up": "false",
+    }
+    source = (tmp_path / "repo/slimxl/1/model.py").read_text()
+    assert source == (ROOT / "engines/triton_model.py").read_text()
+
+
+def test_decoupled_repository(toy_bundle: Path, tmp_path: Path, environment: Environment) -> None:
+    config = repository_config(toy_bundle, tmp_path / "repo", Serving(gpus=(), decoupled=True), environment)
+    assert config["model_transaction_policy"] == {"decoupled": True}
+
+
+def test_copies_on_several_gpus(
+    toy_bundle: Path, tmp_path: Path, environment: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.triton.choose_flavor", lambda *_: SimpleNamespace(name="tensorrt-rtx"))
+    serving = Serving(flavor="tensorrt-rtx", gpus=(0, 2), instances=3)
+    config = repository_config(toy_bundle, tmp_path / "repo", serving, environment)
+    assert config["instance_group"] == [
+        {"count": 3, "kind": "KIND_GPU", "gpus": [0]},
+        {"count": 3, "kind": "KIND_GPU", "gpus": [2]},
+    ]
+
+
+def test_where_it_is_served(toy_manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU on the CPU; with some on all of them, where the flavor runs on one."""
+    assert choose_place(toy_manifest, None, None) == ("onnxruntime", ())
+    with pytest.raises(UserError, match="tensorrt-rtx engines run on a GPU"):
+        choose_place(toy_manifest, "tensorrt-rtx", ())
+    gpu = SimpleNamespace(name="tensorrt-rtx", default_device=lambda: "cuda:0")
+    monkeypatch.setattr("engines.triton.choose_flavor", lambda *_: gpu)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert choose_place(toy_manifest, None, None) == ("tensorrt-rtx", (0, 1))
+    assert choose_place(toy_manifest, None, (1,)) == ("tensorrt-rtx", (1,))
 
 
 def test_damaged_bundle_is_not_served(toy_bundle: Path, tmp_path: Path) -> None:
@@ -47,7 +128,7 @@ def test_damaged_bundle_is_not_served(toy_bundle: Path, tmp_path: Path) -> None:
     path = bundle / read_manifest(bundle).engines[0].files[0].path
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(UserError, match="the manifest says"):
-        write_repository(bundle, tmp_path / "repo")
+        write_repository(bundle, tmp_path / "repo", CPU)
     assert not (tmp_path / "repo").exists()
 
 
@@ -57,132 +138,456 @@ def test_damaged_bundle_is_not_served(toy_bundle: Path, tmp_path: Path) -> None:
         ({"flavor": "tensorrt"}, "has no tensorrt engines"),
         ({"plans": True}, "no tensorrt plans"),
         ({"instances": 0}, "--instances 0"),
+        ({"queue": 0}, "--queue 0"),
     ],
 )
 def test_what_cannot_be_served(toy_bundle: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        write_repository(toy_bundle, tmp_path / "repo", **change)
+        write_repository(toy_bundle, tmp_path / "repo", Serving(**{"gpus": (), **change}))
+    assert not (tmp_path / "repo").exists()
 
 
 def test_devices() -> None:
-    assert parse_devices("") == [] and parse_devices("0, 3") == [0, 3]
-    with pytest.raises(UserError, match="not a list of CUDA device numbers"):
-        parse_devices("rtx4090")
+    assert parse_devices("none") == () and parse_devices("auto") is None and parse_devices("0, 3") == (0, 3)
+    for text in ("rtx4090", "", "-1"):
+        with pytest.raises(UserError, match="not a list of CUDA device numbers"):
+            parse_devices(text)
 
 
-def test_plan_config_comes_from_the_manifest(toy_manifest: Manifest) -> None:
+def as_tensorrt(engine: Engine) -> Engine:
+    """The engine as if TensorRT had built it, its UNet with a timestep of shape [1], its profiles doubled."""
+    inputs = [one.model_copy(update={"shape": one.shape or [1]}) for one in engine.inputs]
+    profiles = [engine.profiles[0], engine.profiles[0].model_copy(update={"index": 1})]
+    return engine.model_copy(update={"flavor": "tensorrt", "inputs": inputs, "profiles": profiles})
+
+
+def test_plans_as_models_of_their_own(toy_bundle: Path, tmp_path: Path, environment: Environment) -> None:
+    """Every field of every component's config, read by Triton's protobuf, is what the manifest says."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(toy_bundle, bundle)
+    manifest = read_manifest(bundle)
+    plans = [as_tensorrt(e) if e.flavor == "tensorrt-rtx" else e for e in manifest.engines]
+    (bundle / "manifest.json").write_text(manifest.model_copy(update={"engines": plans}).model_dump_json())
+    plans = [engine for engine in plans if engine.flavor == "tensorrt"]
+    assert {engine.component for engine in plans} == {"unet", "vae_decoder", "text_encoder", "text_encoder_2"}
+    serving = Serving(flavor="onnxruntime", gpus=(), plans=True)
+    names = write_repository(bundle, tmp_path / "repo", serving)
+    assert len(names) == 1 + len(plans)
+    kinds = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "int64": "TYPE_INT64"}
+    for name, engine in zip(names[1:], plans, strict=True):
+        config = parse(environment, (tmp_path / f"repo/{name}/config.pbtxt").read_text())
+
+        def tensors(infos: list[Any]) -> list[dict[str, Any]]:
+            return [
+                {
+                    "name": info.name,
+                    "data_type": kinds[info.dtype],
+                    "dims": [str(side) if isinstance(side, int) else "-1" for side in info.shape],
+                }
+                for info in infos
+            ]
+
+        assert config == {
+            "name": name,
+            "platform": "tensorrt_plan",
+            "input": tensors(engine.inputs),
+            "output": tensors(engine.outputs),
+            "instance_group": [{"count": 1, "kind": "KIND_GPU", "gpus": [0], "profile": ["0", "1"]}],
+        }
+        plan = (tmp_path / f"repo/{name}/1/model.plan").read_bytes()
+        assert hashlib.sha256(plan).hexdigest() == engine.files[0].sha256
+
+
+def test_a_plan_with_a_scalar_input_is_refused(toy_manifest: Manifest) -> None:
     unet = next(e for e in toy_manifest.engines if e.flavor == "tensorrt-rtx" and e.component == "unet")
-    text = plan_config("unet", unet, [1])
-    assert '{ name: "sample" data_type: TYPE_FP16 dims: [ -1, 4, -1, -1 ] }' in text
-    assert '{ name: "timestep" data_type: TYPE_FP32 dims: [ 1 ] reshape { shape: [ ] } }' in text
-    assert 'gpus: [ 1 ] profile: [ "0" ]' in text
+    with pytest.raises(UserError, match="the unet plan has the scalar input timestep"):
+        plan_config("unet", unet, (0,))
     assert quote('a "b"\n\\') == '"a \\"b\\"\\n\\\\"'
 
 
-def _free_port() -> int:
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """engines/triton_model.py without a server around it."""
+    import importlib.util
+
+    backend = ModuleType("triton_python_backend_utils")
+    backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1  # type: ignore[attr-defined]
+    backend.using_decoupled_model_transaction_policy = lambda config: False  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend)
+    spec = importlib.util.spec_from_file_location("triton_model", ROOT / "engines/triton_model.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def initialize(model: ModuleType, config: dict[str, Any], kind: str, device: str) -> Any:
+    instance = model.TritonPythonModel()
+    instance.initialize(
+        {"model_config": json.dumps(config), "model_instance_kind": kind, "model_instance_device_id": device}
+    )
+    return instance
+
+
+def test_an_instance_loads_onto_its_gpu_and_no_other_bundle(
+    model: ModuleType, toy_bundle: Path, tmp_path: Path, environment: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = repository_config(toy_bundle, tmp_path / "repo", Serving(gpus=(), warm_up=False), environment)
+    opened: list[Any] = []
+
+    def load(bundle: Path, flavor: str, device: str) -> Any:
+        opened.append((bundle, flavor, device))
+        component = SimpleNamespace(resolutions=["128x128"])
+        return SimpleNamespace(set_progress_bar_config=lambda **_: None, unet=SimpleNamespace(component=component))
+
+    monkeypatch.setattr(engines, "load", load)
+    initialize(model, config, "GPU", "3")
+    initialize(model, config, "CPU", "0")
+    assert opened == [(toy_bundle, "onnxruntime", "cuda:3"), (toy_bundle, "onnxruntime", "cpu")]
+    config["parameters"]["manifest_sha256"]["string_value"] = "0" * 64
+    with pytest.raises(UserError, match="this repository was written for 000000000000"):
+        initialize(model, config, "GPU", "3")
+    assert len(opened) == 2
+
+
+@pytest.mark.parametrize(
+    "profiles, requests, together",
+    [
+        ([(1, 8)], [(1, 5.0)] * 5, 4),  # a range takes four guided pictures
+        ([(1, 8)], [(3, 5.0), (2, 5.0)], 1),  # five pictures are too many
+        ([(2, 2), (8, 8)], [(1, 5.0)] * 3, 1),  # exact profiles of one and four: three would be padded
+        ([(2, 2), (8, 8)], [(1, 5.0)] * 5, 4),
+        ([(2, 2)], [(1, 1.0)] * 3, 2),  # two without guidance are one with
+        ([(2, 2)], [(16, 5.0)], 1),  # more than any: drawn in pieces
+    ],
+)
+def test_how_many_are_drawn_together(
+    model: ModuleType, profiles: list[tuple[int, int]], requests: list[tuple[int, float]], together: int
+) -> None:
+    def profile(low: int, high: int) -> Any:
+        shape = SimpleNamespace(min=[low, 4, 16, 16], max=[high, 4, 16, 16])
+        return SimpleNamespace(resolutions=["128x128"], shapes={"sample": shape})
+
+    instance = model.TritonPythonModel()
+    engine = SimpleNamespace(profiles=[profile(*one) for one in profiles])
+    component = SimpleNamespace(engines=[(engine, None)])
+    instance.pipeline = SimpleNamespace(unet=SimpleNamespace(component=component))
+    group = [{"width": 128, "height": 128, "images": images, "guidance": guidance} for images, guidance in requests]
+    assert instance.most_together(group) == together
+
+
+def test_a_taken_port_and_a_dead_server_are_told_in_one_line(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port} .*--grpc-port"):
+            Address("127.0.0.1", free_port(), port).require_free()
+    log = tmp_path / "log"
+    log.write_text("I1 started\nE1 'failed to load 'slimxl' version 1: Internal: UserError: the bundle is gone\n")
+    assert reason(log) == "the bundle is gone"
+    assert Address("127.0.0.2").is_loopback and not Address("0.0.0.0").is_loopback
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-class Server:
-    def __init__(self, environment: Environment, repository: Path, log: Path) -> None:
-        self.environment = environment
-        self.ports = (_free_port(), _free_port())
-        line = command(repository, environment, "127.0.0.1", *self.ports)
-        with log.open("wb") as file:
-            self.process = subprocess.Popen(line, env=variables(environment), stdout=file, stderr=file)
-        for _ in range(240):
-            if self.is_ready():
-                return
-            assert self.process.poll() is None, log.read_text()[-3000:]
-            time.sleep(0.5)
-        raise AssertionError(log.read_text()[-3000:])
+@pytest.fixture(scope="module")
+def mini_bundle(tmp_path_factory: pytest.TempPathFactory, mini_vega: Path) -> Path:
+    """The real graphs of the mini family at Vega's depth, for up to four pictures at once."""
+    from export import ExportOptions, export_checkpoint
 
-    def is_ready(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.ports[0]}/v2/health/ready", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
-            return False
-
-    def ask(self, *requests: dict[str, Any]) -> list[dict[str, Any]]:
-        line = [str(self.environment.python), str(CLIENT), *map(str, self.ports)]
-        result = subprocess.run(
-            line, input=json.dumps(requests), capture_output=True, text=True, timeout=300, check=False
-        )
-        assert result.returncode == 0, result.stderr
-        answers: list[dict[str, Any]] = json.loads(result.stdout)
-        return answers
+    root = tmp_path_factory.mktemp("mini")
+    components = ("unet", "vae_decoder", "text_encoder", "text_encoder_2")
+    export_checkpoint(mini_vega, root / "onnx", options=ExportOptions(precision="fp32", components=components))
+    build_bundle(root / "onnx", root / "bundle", gpus=[], flavor="onnxruntime", batches=[1, 4])
+    return root / "bundle"
 
 
 @pytest.fixture(scope="module")
-def server(toy_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    try:
-        environment = make_environment(ENVIRONMENT)
-    except UserError as error:
-        pytest.skip(str(error))
-    folder = tmp_path_factory.mktemp("triton")
-    write_repository(toy_bundle, folder / "repo", flavor="onnxruntime", execution_env=environment.folder)
-    server = Server(environment, folder / "repo", folder / "log")
-    yield server
-    if server.process.poll() is None:
-        server.process.send_signal(signal.SIGTERM)
+def start(environment: Environment, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    servers = []
+
+    def start_one(bundle: Path, **options: Any) -> Server:
+        folder = tmp_path_factory.mktemp("triton")
+        serving = Serving(flavor="onnxruntime", gpus=(), execution_env=environment.folder, **options)
+        write_repository(bundle, folder / "repo", serving)
+        server = Server(folder / "repo", environment, Address("127.0.0.1", free_port(), free_port()), folder / "log")
+        servers.append(server)
+        server.wait_ready()
+        return server
+
+    yield start_one
+    for server in servers:
+        server.stop()
+    for server in servers:
         server.process.wait(60)
 
 
-def _request(over: str = "http", **inputs: Any) -> dict[str, Any]:
-    return {"over": over, "inputs": {"prompt": "a red circle", "steps": 2, "seed": 5} | inputs}
+@pytest.fixture(scope="module")
+def server(mini_bundle: Path, start: Callable[..., Server]) -> Server:
+    return start(mini_bundle)
+
+
+def drawing(over: str = "http", **inputs: Any) -> dict[str, Any]:
+    return {"do": "draw", "over": over, "inputs": {"prompt": "a red circle", "steps": 2, "seed": 5} | inputs}
+
+
+def in_process(pipeline: Any, seed: int = 5, **inputs: Any) -> dict[str, Any]:
+    """Hash and shape of what the bundle draws without a server."""
+    generator = torch.Generator().manual_seed(seed)
+    options: dict[str, Any] = {"prompt": "a red circle", "num_inference_steps": 2} | inputs
+    pictures = np.stack([np.asarray(one) for one in pipeline(**options, generator=generator).images])[None]
+    return {"sha256": hashlib.sha256(pictures.tobytes()).hexdigest(), "shape": list(pictures.shape)}
+
+
+@pytest.fixture(scope="module")
+def pipeline(mini_bundle: Path) -> Any:
+    pipeline = engines.load(mini_bundle, flavor="onnxruntime")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 @pytest.mark.slow
-def test_every_size_is_the_picture_of_the_bundle_in_process(server: Server, toy_bundle: Path) -> None:
-    pipeline = engines.load(toy_bundle, flavor="onnxruntime")
-    pipeline.set_progress_bar_config(disable=True)
+def test_every_size_is_the_picture_of_the_bundle_in_process(
+    server: Server, environment: Environment, pipeline: Any
+) -> None:
+    """Nine sizes over both protocols at once: requests of one size meet, and are drawn together or not."""
     sizes = [tuple(map(int, text.split("x"))) for text in pipeline.unet.component.resolutions]
     assert len(sizes) == 9
-    for over in ("http", "grpc"):
-        answers = server.ask(*(_request(over, width=width, height=height) for width, height in sizes))
-        for (width, height), answer in zip(sizes, answers, strict=True):
-            assert answer.get("shape") == [1, height, width, 3], answer
-            generator = torch.Generator().manual_seed(5)
-            image = pipeline(
-                "a red circle", width=width, height=height, num_inference_steps=2, generator=generator
-            ).images[0]
-            assert answer["sha256"] == hashlib.sha256(np.asarray(image).tobytes()).hexdigest()
+    asks = [drawing(over, width=width, height=height) for width, height in sizes for over in ("http", "grpc")]
+    answers = ask(environment, server.address, *asks)
+    for (width, height), pair in zip(sizes, zip(answers[::2], answers[1::2], strict=True), strict=True):
+        wanted = in_process(pipeline, width=width, height=height)
+        assert wanted["shape"] == [1, 1, height, width, 3]
+        for answer in pair:
+            assert wanted.items() <= answer.items(), answer
             assert answer["png"] == "89504e47" and all(value > 0 for value in answer["timings_ms"])
+    log = server.log.read_text()
+    assert "warmed up 9 sizes on cpu" in log
 
 
 @pytest.mark.slow
-def test_bad_requests_get_an_error_and_the_server_lives_on(server: Server) -> None:
-    bad = [
-        (_request(width=100), "size 100x128 is not served: allowed are 128x128"),
-        (_request(steps=0), "steps is 0, allowed are 1 to 200"),
-        (_request(prompt="x" * 100_000), "prompt has 100000 bytes, allowed are 8192"),
-        (_request(prompt={"hex": "fffe"}), "prompt is not UTF-8"),
-        (_request(images=999), "images is 999"),
-        (_request(guidance=float("nan")), "guidance is nan"),
-        (_request() | {"types": {"steps": "FP32"}}, "steps"),
+def test_requests_that_agree_are_drawn_together_and_stay_the_same(
+    server: Server, environment: Environment, pipeline: Any
+) -> None:
+    """Ten clients at once, two kinds of request: the batches are real, and every picture is bit-identical to the one
+    it is alone."""
+    kinds = [{"steps": 3, "prompt": "a blue square"}, {"steps": 2, "guidance": 1.0, "negative_prompt": "a circle"}]
+    several = drawing("grpc", seed=40, images=2)
+    asks = [drawing("grpc", seed=seed, **kinds[seed % 2]) for seed in range(10)] + [several]
+    answers = ask(environment, server.address, *asks)
+    for seed, answer in enumerate(answers[:10]):
+        values = dict(kinds[seed % 2])
+        options = {"num_inference_steps": values.pop("steps"), "guidance_scale": values.pop("guidance", 5.0)} | values
+        assert in_process(pipeline, seed, **options).items() <= answer.items(), answer
+    assert max(answer["batch"] for answer in answers) > 1
+    assert in_process(pipeline, 40, num_images_per_prompt=2).items() <= answers[10].items()
+    (counts,) = ask(environment, server.address, {"do": "statistics"})
+    stats = counts["model_stats"][0]
+    assert int(stats["inference_count"]) > int(stats["execution_count"])
+
+
+@pytest.mark.slow
+def test_the_same_request_is_drawn_again(server: Server, environment: Environment) -> None:
+    """No response cache: what is answered was drawn for it."""
+    before, first, second, after = (
+        ask(environment, server.address, one)[0]
+        for one in ({"do": "statistics"}, drawing(), drawing(), {"do": "statistics"})
+    )
+    assert first["sha256"] == second["sha256"]
+    drawn = [int(one["model_stats"][0]["inference_count"]) for one in (before, after)]
+    assert drawn[1] == drawn[0] + 2
+    assert after["model_stats"][0]["inference_stats"]["cache_hit"] == {}
+
+
+def text(values: list[list[str]]) -> list[Any]:
+    return ["object", "BYTES", values]
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    (drawing(width=100), "size 100x128 is not served: allowed are 128x128"),
+    (drawing(width=0, height=0), "size 0x0 is not served"),
+    (drawing(width=-128), "size -128x128 is not served"),
+    (drawing(steps=0), "steps is 0, allowed are 1 to 200"),
+    (drawing(steps=10**9), "steps is 1000000000, allowed"),
+    (drawing(images=999), "images is 999, allowed"),
+    (drawing(seed=-1), "seed is -1, allowed"),
+    (drawing(guidance=float("nan")), "guidance is nan, allowed"),
+    (drawing(prompt="x" * 100_000), "prompt has 100000 bytes, allowed are 8192"),
+    (drawing(negative_prompt="x" * 100_000), "negative_prompt has 100000 bytes"),
+    (drawing() | {"raw": {"prompt": ["hex", "BYTES", "fffe"]}}, "prompt is not UTF-8"),
+    (
+        drawing() | {"raw": {"steps": ["float32", "FP32", [[2.0]]]}},
+        "'steps' data-type is 'FP32', but model 'slimxl' expects 'INT32'",
+    ),
+    (drawing() | {"raw": {"steps": ["int32", "INT32", [[2, 3]]]}}, "unexpected shape for input 'steps'"),
+    (drawing() | {"raw": {"steps": ["int32", "INT32", [2]]}}, "unexpected shape for input 'steps'"),
+    (drawing() | {"raw": {"sampler": ["int32", "INT32", [[2]]]}}, "unexpected inference input 'sampler'"),
+    ({"do": "draw", "over": "http", "inputs": {"steps": 2}}, "'prompt'"),
+    ({"do": "draw", "over": "http", "inputs": {}, "raw": {"prompt": text([["a"], ["b"]])}}, "prompt has 2 values"),
+]
+
+
+@pytest.mark.slow
+def test_bad_requests_get_an_error_and_the_server_lives_on(server: Server, environment: Environment) -> None:
+    asks = [one | {"over": over} for one, _ in BAD for over in ("http", "grpc")]
+    answers = ask(environment, server.address, *asks)
+    for index, (_, message) in enumerate(BAD):
+        for answer in answers[2 * index : 2 * index + 2]:
+            assert message in answer.get("error", ""), (message, answer)
+    good = ask(environment, server.address, drawing(), drawing("grpc"))
+    assert all("sha256" in answer for answer in good)
+
+
+@pytest.mark.slow
+def test_nothing_but_drawing_is_open(server: Server, environment: Environment) -> None:
+    """No model is loaded or unloaded from outside, no shared memory registered, no log or trace redirected."""
+    refused = [
+        ("v2/repository/models/slimxl/unload", "{}"),
+        ("v2/repository/models/other/load", '{"parameters": {"config": "{}"}}'),
+        ("v2/repository/index", "{}"),
+        ("v2/systemsharedmemory/region/x/register", '{"key": "/x", "offset": 0, "byte_size": 8}'),
+        ("v2/cudasharedmemory/region/x/register", "{}"),
+        ("v2/logging", '{"log_file": "/tmp/x"}'),
+        ("v2/trace/setting", '{"trace_file": "/tmp/x"}'),
     ]
-    for over in ("http", "grpc"):
-        answers = server.ask(*(request | {"over": over} for request, _ in bad))
-        for (_, message), answer in zip(bad, answers, strict=True):
-            assert message in answer.get("error", ""), answer
-    assert "sha256" in server.ask(_request())[0]
+    answers = ask(environment, server.address, *({"do": "fetch", "path": path, "body": body} for path, body in refused))
+    assert [answer["status"] for answer in answers] == [403] * len(refused), answers
+    calls = [("load_model", ["slimxl"]), ("unload_model", ["slimxl"]), ("get_log_settings", [])]
+    calls += [("register_system_shared_memory", ["x", "/x", 8]), ("get_trace_settings", [])]
+    closed = ask(
+        environment, server.address, *({"do": "grpc_call", "method": name, "arguments": rest} for name, rest in calls)
+    )
+    assert all("This protocol is restricted" in answer.get("error", "") for answer in closed), closed
+    import psutil
+
+    heard = {
+        one.laddr.ip for one in psutil.Process(server.process.pid).net_connections("tcp") if one.status == "LISTEN"
+    }
+    assert heard == {"127.0.0.1", "::ffff:127.0.0.1"}
 
 
 @pytest.mark.slow
-def test_sigterm_drains(server: Server) -> None:
-    """A request that is under way when the signal comes is still answered."""
-    line = [str(server.environment.python), str(CLIENT), *map(str, server.ports)]
-    client = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_load_is_measured(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from engines.__main__ import main
+
+    def load(*words: str) -> int:
+        out = ["--out", str(tmp_path / "load.json"), "--workdir", str(ROOT / "out/triton")]
+        monkeypatch.setattr("sys.argv", ["engines", "load", *out, *words])
+        return main()
+
+    where = ["--server", f"127.0.0.1:{server.address.grpc_port}", "--steps", "1"]
+    assert load(*where, "--concurrency", "1,3", "--minutes", "0.04", "--size", "160x96") == 0
+    result = read_load(tmp_path / "load.json")
+    assert (result.workload.width, result.workload.height) == (160, 96)
+    assert result.bundle.source == "random:mini-vega" and len(result.bundle.manifest_sha256) == 64
+    assert result.server.max_batch_size == 4 and result.server.instances == ["KIND_CPU"]
+    assert [level.concurrency for level in result.levels] == [1, 3]
+    for level in result.levels:
+        assert level.requests == len(level.latencies_ms) > 0 and level.failures == 0
+        assert level.latency_ms["median"] == pytest.approx(np.median(level.latencies_ms), rel=1e-3)
+        assert level.latency_ms["p99"] is None  # so few requests cannot know it
+        assert level.images_per_s == pytest.approx(level.requests / level.seconds)
+        assert level.seconds >= 2.4 and level.mean_batch and 1 <= level.mean_batch <= 4
+        assert level.server_rss and level.server_rss.peak_bytes > 100e6
+    assert load(*where, "--concurrency", "1", "--minutes", "0.005", "--size", "104x104") == 1
+    (failed,) = read_load(tmp_path / "load.json").levels
+    assert failed.failures == failed.requests > 0 and "size 104x104 is not served" in str(failed.first_error)
+    assert failed.latency_ms["median"] is None
+    (tmp_path / "load.json").write_text('{"schema_version": "slimxl.load/2"}')
+    with pytest.raises(UserError, match=r"does not keep to slimxl\.load/1: schema_version"):
+        read_load(tmp_path / "load.json")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--server", "here"], "--server 'here' is not HOST:PORT"),
+        (["--concurrency", "0"], "--concurrency '0' is not a list"),
+        (["--rate", "0"], "--minutes and --rate must be above 0"),
+        (["--server", "127.0.0.1:1"], "no slimxl model answers at 127.0.0.1:1"),
+    ],
+)
+def test_bad_load(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    environment: Environment,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from engines.__main__ import main
+
+    rest = ["--out", str(tmp_path / "x.json"), "--workdir", str(environment.folder.parent)]
+    monkeypatch.setattr("sys.argv", ["engines", "load", *rest, *words])
+    assert main() == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.slow
+def test_steps_are_told_as_they_are_done_and_a_full_queue_refuses(
+    start: Callable[..., Server], environment: Environment, mini_bundle: Path, pipeline: Any
+) -> None:
+    """Decoupled, over a gRPC stream; the same picture as without, also where requests are drawn together."""
+    server = start(mini_bundle, decoupled=True, warm_up=False, queue=2)
+    assert "warmed up" not in server.log.read_text()
+    (answer,) = ask(environment, server.address, drawing(steps=4) | {"do": "stream"})
+    assert answer["steps"] == [1, 2, 3, 4] and answer["step"] == 4
+    assert in_process(pipeline, num_inference_steps=4).items() <= answer.items()
+    answers = ask(environment, server.address, *[drawing(steps=20, seed=n) | {"do": "stream"} for n in range(12)])
+    drawn = [answer for answer in answers if "error" not in answer]
+    refused = [answer["error"] for answer in answers if "error" in answer]
+    assert drawn and refused and all("Exceeds maximum queue size" in error for error in refused), answers
+    assert all(answer["steps"] == list(range(1, 21)) for answer in drawn)
+    assert max(answer["batch"] for answer in drawn) == 2
+    (bad,) = ask(environment, server.address, drawing(steps=0) | {"do": "stream"})
+    assert "steps is 0" in bad["error"]
+
+
+@pytest.mark.slow
+def test_serving_as_a_user_does_and_draining(environment: Environment, toy_bundle: Path, tmp_path: Path) -> None:
+    """`python -m engines serve` from start to SIGTERM: a request that is under way is still answered."""
+    (tmp_path / "environment").symlink_to(environment.folder)
+    address = Address("127.0.0.1", free_port(), free_port())
+    line = [sys.executable, "-m", "engines", "serve", "--bundle", str(toy_bundle), "--workdir", str(tmp_path)]
+    line += ["--http-port", str(address.http_port), "--grpc-port", str(address.grpc_port)]
+    serving = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    assert serving.stdout
+    assert "(onnxruntime) on the CPU" in serving.stdout.readline()
+    ready = serving.stdout.readline()
+    assert f"ready: HTTP http://127.0.0.1:{address.http_port}/v2/models/slimxl" in ready, ready
+    command = [str(environment.python), str(CLIENT), str(address.http_port), str(address.grpc_port)]
+    paths = os.environ | {"PYTHONPATH": str(ROOT / "engines")}
+    pipe = subprocess.PIPE
+    client = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=paths)
     assert client.stdin and client.stdout and client.stderr
-    client.stdin.write(json.dumps([_request(steps=200, images=16)]))
+    client.stdin.write(json.dumps([drawing(steps=200, images=16)]))
     client.stdin.close()
     assert client.stderr.readline() == "sending\n"
     time.sleep(1)
-    server.process.send_signal(signal.SIGTERM)
+    serving.send_signal(signal.SIGTERM)
     (answer,) = json.loads(client.stdout.read())
     client.wait(60)
-    assert answer.get("shape") == [16, 128, 128, 3], answer
-    assert server.process.wait(90) == 0
+    assert answer.get("shape") == [1, 16, 128, 128, 3], answer
+    assert serving.wait(90) == 0
+    assert "stopping: requests under way are finished" in serving.stdout.read()
+
+
+@pytest.mark.slow
+def test_a_bundle_that_changed_after_the_repository_is_not_served(
+    environment: Environment, toy_bundle: Path, tmp_path: Path
+) -> None:
+    """Nor is the server left behind: it ends, with the reason in one line."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(toy_bundle, bundle)
+    write_repository(bundle, tmp_path / "repo", Serving(gpus=(), execution_env=environment.folder))
+    path = bundle / read_manifest(bundle).engines[0].files[0].path
+    path.write_bytes(path.read_bytes()[::-1])
+    server = Server(tmp_path / "repo", environment, Address("127.0.0.1", free_port(), free_port()), tmp_path / "log")
+    with pytest.raises(UserError, match=r"Triton did not start: .* has sha256 .* the manifest says"):
+        server.wait_ready()
+    assert server.process.wait(60) != 0

@@ -1,50 +1,108 @@
-"""Asks a running Triton, from the server's own environment: python triton_client.py HTTP_PORT GRPC_PORT < requests.json
+"""Asks a running Triton, from the server's own environment: python triton_client.py HTTP_PORT GRPC_PORT < asks.json
 
-A request is {"over": "http" | "grpc", "inputs": {...}}; a text may be given as {"hex": ...}, a type as {"dtype": ...}.
-Answers are written as one JSON list: a picture's sha256, shape and timings, or the error.
+Each ask is {"do": NAME, ...} with the NAME of a function below; all are asked at once, and their answers or errors are
+written as one JSON list.
 """
 
 import concurrent.futures
 import hashlib
 import json
 import sys
+import urllib.error
+import urllib.request
+from queue import Queue
 
 import numpy as np
 import tritonclient.grpc
 import tritonclient.http
+from google.protobuf import json_format, text_format
+from triton_load_client import make_inputs  # slimxl's own, from engines/
+from tritonclient.grpc import model_config_pb2
 
-TYPES = {"width": "INT32", "height": "INT32", "steps": "INT32", "images": "INT32", "seed": "INT64", "guidance": "FP32"}
-NUMPY = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
+HTTP, GRPC = (f"127.0.0.1:{port}" for port in sys.argv[1:3])
 
 
-def ask(request: dict) -> dict:
-    library = tritonclient.grpc if request["over"] == "grpc" else tritonclient.http
-    client = library.InferenceServerClient(f"127.0.0.1:{sys.argv[2 if request['over'] == 'grpc' else 1]}")
-    inputs = []
-    for name, value in request["inputs"].items():
-        kind = request.get("types", {}).get(name) or TYPES.get(name, "BYTES")
-        if kind == "BYTES":
-            text = bytes.fromhex(value["hex"]) if isinstance(value, dict) else value.encode()
-            array = np.array([text], dtype=object)
-        else:
-            array = np.array([value], dtype=NUMPY[kind])
-        item = library.InferInput(name, array.shape, kind)
-        item.set_data_from_numpy(array)
-        inputs.append(item)
-    print("sending", file=sys.stderr, flush=True)
-    try:
-        answer = client.infer("slimxl", inputs)
-    except Exception as error:
-        return {"error": str(error)}
+def inputs_of(ask: dict, library) -> list:
+    """What the load client sends, with some inputs replaced by raw ones: name -> [numpy dtype, Triton type, values]."""
+    inputs = make_inputs(ask["inputs"], library)
+    for name, (dtype, kind, values) in ask.get("raw", {}).items():
+        array = np.array(values, dtype) if dtype != "hex" else np.array([[bytes.fromhex(values)]], object)
+        inputs = [one for one in inputs if one.name() != name]
+        inputs.append(library.InferInput(name, array.shape, kind))
+        inputs[-1].set_data_from_numpy(array)
+    return inputs
+
+
+def picture(answer) -> dict:
     image = answer.as_numpy("image")
     return {
         "shape": list(image.shape),
         "sha256": hashlib.sha256(image.tobytes()).hexdigest(),
-        "timings_ms": answer.as_numpy("timings_ms").tolist(),
-        "png": bytes(answer.as_numpy("png")[0])[:4].hex(),
+        "mean": float(image.mean()),
+        "timings_ms": answer.as_numpy("timings_ms")[0].tolist(),
+        "batch": int(answer.as_numpy("batch")[0, 0]),
+        "png": bytes(answer.as_numpy("png")[0, 0])[:4].hex(),
     }
 
 
+def draw(ask: dict) -> dict:
+    library, url = (tritonclient.grpc, GRPC) if ask["over"] == "grpc" else (tritonclient.http, HTTP)
+    client = library.InferenceServerClient(url)
+    inputs = inputs_of(ask, library)
+    print("sending", file=sys.stderr, flush=True)
+    return picture(client.infer("slimxl", inputs))
+
+
+def stream(ask: dict) -> dict:
+    """Decoupled: the steps that were told before the picture, and the picture."""
+    client, answers = tritonclient.grpc.InferenceServerClient(GRPC), Queue()
+    client.start_stream(lambda result, error: answers.put((result, error)))
+    client.async_stream_infer("slimxl", inputs_of(ask, tritonclient.grpc), request_id="one")
+    steps = []
+    while True:
+        result, error = answers.get(timeout=120)
+        if error is not None:
+            client.stop_stream()
+            raise error
+        if result.as_numpy("image") is not None:
+            client.stop_stream()
+            return picture(result) | {"steps": steps, "step": int(result.as_numpy("step")[0, 0])}
+        steps.append(int(result.as_numpy("step")[0, 0]))
+
+
+def statistics(ask: dict) -> dict:
+    return tritonclient.grpc.InferenceServerClient(GRPC).get_inference_statistics("slimxl", as_json=True)
+
+
+def fetch(ask: dict) -> dict:
+    """Any path of the HTTP endpoint; with a body it is a POST."""
+    body = ask["body"].encode() if "body" in ask else None
+    try:
+        with urllib.request.urlopen(urllib.request.Request(f"http://{HTTP}/{ask['path']}", body), timeout=30) as answer:
+            return {"status": answer.status, "text": answer.read().decode()}
+    except urllib.error.HTTPError as error:
+        return {"status": error.code, "text": error.read().decode()}
+
+
+def grpc_call(ask: dict) -> dict:
+    """Any method of the gRPC client."""
+    return {"text": str(getattr(tritonclient.grpc.InferenceServerClient(GRPC), ask["method"])(*ask["arguments"]))}
+
+
+def parse_config(ask: dict) -> dict:
+    """config.pbtxt through Triton's own protobuf; an unknown field or a wrong type is an error."""
+    message = text_format.Parse(ask["text"], model_config_pb2.ModelConfig())
+    return json_format.MessageToDict(message, preserving_proto_field_name=True)
+
+
+def answer(ask: dict) -> dict:
+    try:
+        return globals()[ask["do"]](ask)
+    except Exception as error:
+        return {"error": str(error)}
+
+
 if __name__ == "__main__":
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        json.dump(list(pool.map(ask, json.load(sys.stdin))), sys.stdout)
+    asks = json.load(sys.stdin)
+    with concurrent.futures.ThreadPoolExecutor(len(asks)) as pool:
+        json.dump(list(pool.map(answer, asks)), sys.stdout)

@@ -1,0 +1,230 @@
+"""A load test of a running Triton server: what it draws a second, and how long a request takes, at rising concurrency.
+
+The loop is closed: so many clients, each with one request under way. A latency is what a client waits, its time in
+Triton's queue included. The result is one JSON file (`load_file.py`), raw latencies and all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from distill.architectures import Resolution
+from distill.errors import UserError
+from distill.files import write_json
+from engines.load_file import LoadBundle, LoadClient, LoadFile, LoadLevel, LoadServer, LoadWorkload, ServerMemory
+from engines.quantiles import percentiles
+from engines.triton_server import make_environment
+
+CLIENT = Path(__file__).with_name("triton_load_client.py")
+PROMPT = "a small red circle to the left of a large blue square"
+SAMPLE_SECONDS = 1.0
+"""How often the server's memory is read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What every request asks for; seeds count up. `size` is None for the first that the server offers."""
+
+    size: str | None = None
+    steps: int = 25
+    guidance: float = 5.0
+    images: int = 1
+
+    def request(self) -> dict[str, Any]:
+        """The inputs by name. Raises UserError for a size that is none."""
+        resolution = Resolution.parse(self.size) if self.size else None
+        return {
+            "prompt": PROMPT,
+            "width": resolution.width if resolution else None,
+            "height": resolution.height if resolution else None,
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "images": self.images,
+        }
+
+
+class MemoryWatch:
+    """Reads the resident memory of the server on this machine: the process that listens on `port`, and its children."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.samples: list[tuple[float, int]] = []
+        """(time.monotonic(), bytes)"""
+        self._server = find_listener(port) if host in ("localhost", "127.0.0.1", "::1", platform.node()) else None
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> MemoryWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while self._server and not self._stopped.wait(SAMPLE_SECONDS):
+            try:
+                family = [self._server, *self._server.children(recursive=True)]
+                self.samples.append((time.monotonic(), sum(process.memory_info().rss for process in family)))
+            except psutil.NoSuchProcess:
+                continue
+
+    def between(self, begin: float, end: float) -> ServerMemory | None:
+        """None where nothing was read."""
+        chosen = [(moment - begin, size) for moment, size in self.samples if begin <= moment <= end]
+        if not chosen:
+            return None
+        tenth = max(1, len(chosen) // 10)
+        return ServerMemory(
+            first_bytes=int(statistics.median(size for _, size in chosen[:tenth])),
+            last_bytes=int(statistics.median(size for _, size in chosen[-tenth:])),
+            peak_bytes=max(size for _, size in chosen),
+            samples=[(round(moment, 1), size) for moment, size in chosen],
+        )
+
+
+def find_listener(port: int) -> psutil.Process | None:
+    """None where no process of this user listens there."""
+    try:
+        connections = psutil.net_connections("tcp")
+    except psutil.AccessDenied:
+        return None
+    for one in connections:
+        if one.status == psutil.CONN_LISTEN and one.laddr.port == port and one.pid:
+            return psutil.Process(one.pid)
+    return None
+
+
+def measure_load(
+    out: Path,
+    server: str,
+    workload: Workload,
+    concurrency: list[int],
+    seconds: float,
+    rate: float | None,
+    environment: Path,
+) -> int:
+    """Loads the server at each concurrency for `seconds`, writes `out`, and returns 1 where a request failed.
+
+    Raises UserError where no server answers, and for a server that is not slimxl's.
+    """
+    host, _, port = server.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--server {server!r} is not HOST:PORT of a gRPC endpoint, e.g. 127.0.0.1:8001")
+    if seconds <= 0 or (rate is not None and rate <= 0):
+        raise UserError("--minutes and --rate must be above 0")
+    job = {
+        "server": server,
+        "request": workload.request(),
+        "concurrency": concurrency,
+        "seconds": seconds,
+        "rate": rate,
+    }
+    about: dict[str, Any] = {}
+    levels: list[LoadLevel] = []
+    python = make_environment(environment).python
+    with MemoryWatch(host.strip("[]"), int(port)) as memory:
+        begin = 0.0
+        for event in run_client(python, job):
+            if "error" in event:
+                raise UserError(
+                    f"no slimxl model answers at {server} ({event['error']}); start one with: python -m engines serve "
+                    "--bundle BUNDLE"
+                )
+            if "started" in event:
+                begin = time.monotonic()
+                print(f"{event['started']} client(s) for {seconds:.0f} s", flush=True)
+            elif "finished" in event:
+                levels.append(summarise(event, workload.images, memory.between(begin, time.monotonic())))
+            else:
+                about |= event
+    if len(levels) < len(concurrency):
+        raise UserError(f"the clients ended after {len(levels)} of {len(concurrency)} levels; see what they said above")
+    write_json(out, describe(about, job, levels).model_dump(mode="json"))
+    print_levels(levels)
+    print(f"wrote {out}", flush=True)
+    return 1 if any(level.failures for level in levels) else 0
+
+
+def run_client(python: Path, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the clients tell, as they tell it."""
+    with subprocess.Popen([python, CLIENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin and process.stdout
+        process.stdin.write(json.dumps(job))
+        process.stdin.close()
+        try:
+            for line in process.stdout:
+                yield json.loads(line)
+        finally:
+            process.terminate()
+
+
+def summarise(event: dict[str, Any], images: int, memory: ServerMemory | None) -> LoadLevel:
+    """One concurrency of the file; `images` are those of each request."""
+    latencies = event["latencies_ms"]
+    return LoadLevel(
+        concurrency=event["finished"],
+        requests=len(latencies) + event["failures"],
+        failures=event["failures"],
+        first_error=event["first_error"],
+        seconds=event["seconds"],
+        images_per_s=len(latencies) * images / event["seconds"],
+        mean_batch=statistics.fmean(event["batches"]) if event["batches"] else None,
+        latency_ms={"median": statistics.median(latencies) if latencies else None, **percentiles(latencies)},
+        latencies_ms=[round(value, 3) for value in latencies],
+        server_rss=memory,
+    )
+
+
+def describe(about: dict[str, Any], job: dict[str, Any], levels: list[LoadLevel]) -> LoadFile:
+    """The whole file; `about` is what the server told of itself."""
+    told = about["parameters"]
+    return LoadFile(
+        created_utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        command=shlex.join(["python", "-m", "engines", *sys.argv[1:]]),
+        server=LoadServer(
+            address=job["server"],
+            name=about["server"]["name"],
+            version=about["server"]["version"],
+            instances=about["instances"],
+            max_batch_size=about["max_batch_size"],
+        ),
+        bundle=LoadBundle(
+            path=told["bundle"],
+            manifest_sha256=told["manifest_sha256"],
+            source=told["source"],
+            flavor=told["flavor"],
+        ),
+        client=LoadClient(system=platform.platform(), cores=os.cpu_count()),
+        workload=LoadWorkload(**about["request"], rate_per_s=job["rate"]),
+        levels=levels,
+    )
+
+
+def print_levels(levels: list[LoadLevel]) -> None:
+    columns = ("clients", "requests", "failed", "images/s", "median ms", "p90", "p95", "p99", "batch", "server MB")
+    print("".join(f"{name:>11}" for name in columns))
+    for level in levels:
+        memory = level.server_rss
+        cells = [str(level.concurrency), str(level.requests), str(level.failures), f"{level.images_per_s:.2f}"]
+        cells += ["-" if value is None else f"{value:.0f}" for value in level.latency_ms.values()]
+        cells.append("-" if level.mean_batch is None else f"{level.mean_batch:.1f}")
+        cells.append("-" if memory is None else f"{memory.first_bytes / 1e6:.0f}-{memory.last_bytes / 1e6:.0f}")
+        print("".join(f"{cell:>11}" for cell in cells))
+        if level.failures:
+            print(f"first failure: {level.first_error}")

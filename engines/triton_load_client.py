@@ -1,0 +1,138 @@
+"""The clients of a load test, in the server's own environment, where tritonclient is: a job as JSON on stdin, its
+results as lines of JSON on stdout.
+
+It imports nothing of slimxl, because that environment does not have what slimxl needs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
+
+MODEL = "slimxl"
+TYPES = {"width": "INT32", "height": "INT32", "steps": "INT32", "images": "INT32", "seed": "INT64", "guidance": "FP32"}
+NUMPY = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def tell(**event: Any) -> None:
+    print(json.dumps(event), flush=True)
+
+
+def make_inputs(values: dict[str, Any], library: Any = triton) -> list[Any]:
+    """A request's inputs, each of shape [1, 1]; texts become UTF-8."""
+    inputs = []
+    for name, value in values.items():
+        kind = TYPES.get(name, "BYTES")
+        array = np.array([[value.encode()]], dtype=object) if kind == "BYTES" else np.array([[value]], NUMPY[kind])
+        inputs.append(library.InferInput(name, [1, 1], kind))
+        inputs[-1].set_data_from_numpy(array)
+    return inputs
+
+
+class Pace:
+    """Hands out moments to send at, `rate` a second, to all clients together."""
+
+    def __init__(self, rate: float | None) -> None:
+        self._gap = 1 / rate if rate else 0.0
+        self._lock = threading.Lock()
+        self._next = time.perf_counter()
+
+    def wait(self) -> None:
+        with self._lock:
+            now = time.perf_counter()
+            moment = max(self._next, now)
+            self._next = moment + self._gap
+        time.sleep(moment - now)
+
+
+class Level:
+    """So many clients at once, each with a connection of its own and one request under way, until time is up."""
+
+    def __init__(self, job: dict[str, Any], concurrency: int) -> None:
+        self.job, self.concurrency = job, concurrency
+        self.latencies_ms: list[float] = []
+        self.batches: list[int] = []
+        self.errors: list[str] = []
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        clients = [triton.InferenceServerClient(self.job["server"]) for _ in range(self.concurrency)]
+        for client in clients:
+            client.is_server_ready()  # connects, outside of what is timed
+        tell(started=self.concurrency)
+        pace, started = Pace(self.job["rate"]), time.perf_counter()
+        ends = started + self.job["seconds"]
+        threads = [threading.Thread(target=self._ask_until, args=(client, pace, ends)) for client in clients]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        tell(
+            finished=self.concurrency,
+            seconds=time.perf_counter() - started,
+            latencies_ms=self.latencies_ms,
+            batches=self.batches,
+            failures=len(self.errors),
+            first_error=self.errors[0] if self.errors else None,
+        )
+        for client in clients:
+            client.close()
+
+    def _ask_until(self, client: Any, pace: Pace, ends: float) -> None:
+        outputs = [triton.InferRequestedOutput(name) for name in ("png", "batch")]
+        seed = 0
+        while True:
+            pace.wait()
+            if (sent := time.perf_counter()) >= ends:
+                return
+            seed += 1
+            try:
+                answer = client.infer(MODEL, make_inputs(self.job["request"] | {"seed": seed}), outputs=outputs)
+                milliseconds = (time.perf_counter() - sent) * 1000
+                pictures = answer.as_numpy("png").reshape(-1)
+                if len(pictures) != self.job["request"]["images"] or not all(p.startswith(PNG) for p in pictures):
+                    raise ValueError("an answer without its pictures")
+            except (InferenceServerException, ValueError) as error:
+                with self._lock:
+                    self.errors.append(str(error))
+                time.sleep(0.1)  # a server that is gone is not asked thousands of times a second
+                continue
+            with self._lock:
+                self.latencies_ms.append(milliseconds)
+                self.batches.append(int(answer.as_numpy("batch")[0, 0]))
+
+
+def main() -> int:
+    job = json.load(sys.stdin)
+    client = triton.InferenceServerClient(job["server"])
+    try:
+        server = client.get_server_metadata(as_json=True)
+        config = client.get_model_config(MODEL, as_json=True)["config"]
+    except InferenceServerException as error:
+        tell(error=error.message())
+        return 0
+    parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
+    instances = [
+        f"{group['kind']} {','.join(map(str, group['gpus']))}".strip()
+        for group in config["instance_group"]
+        for _ in range(group["count"])
+    ]
+    tell(server=server, parameters=parameters, instances=instances, max_batch_size=config["max_batch_size"])
+    if job["request"]["width"] is None:
+        job["request"]["width"], job["request"]["height"] = map(int, parameters["sizes"].split(",")[0].split("x"))
+    tell(request=job["request"])
+    for concurrency in job["concurrency"]:
+        Level(job, concurrency).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
