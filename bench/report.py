@@ -224,6 +224,7 @@ def make_context(inputs: Inputs, title: str) -> dict[str, Any]:
         "training": [row for one in inputs.training for row in one["rows"]],
         "acceptance": inputs.acceptance,
         "sessions": inputs.sessions,
+        "loads": inputs.loads,
         "guard": {"psnr": f"{MIN_PSNR_DB:g}", "cosine": f"{MIN_LATENT_COSINE:g}"},
         "absent": absent_readings(results),
         "faults": views.loudest_words(results),
@@ -278,6 +279,7 @@ def report_json(context: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
         "training": inputs.training,
         "acceptance": inputs.acceptance,
         "sessions": inputs.sessions,
+        "loads": [load.model_dump(mode="json") for load in inputs.loads],
         "results": [results.model_dump(mode="json", exclude={"pictures"}) for results in inputs.results],
     }
 

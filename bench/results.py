@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from distill.errors import UserError
 from distill.files import read_json, write_json
+from engines.load_file import LOAD_SCHEMA, LoadFile, read_load
 
 SCHEMA = "slimxl.bench.results/1"
 
@@ -134,12 +135,13 @@ def read_results(path: Path) -> Results:
 
 @dataclass
 class Inputs:
-    """What a report is made from: results, and the GPU suite's other files as they were written."""
+    """What a report is made from: results, load tests, and the GPU suite's other files as they were written."""
 
     results: list[Results] = field(default_factory=list)
     training: list[dict[str, Any]] = field(default_factory=list)
     acceptance: list[dict[str, Any]] = field(default_factory=list)
     sessions: list[dict[str, Any]] = field(default_factory=list)
+    loads: list[LoadFile] = field(default_factory=list)
 
 
 def read_inputs(paths: list[Path]) -> Inputs:
@@ -155,7 +157,9 @@ def read_inputs(paths: list[Path]) -> Inputs:
     for path in paths:
         value = read_json(path)
         schema = value.get("schema_version") if isinstance(value, dict) else None
-        if schema in lists:
+        if schema == LOAD_SCHEMA:
+            inputs.loads.append(read_load(path))
+        elif schema in lists:
             lists[schema].append(value)
         else:
             inputs.results.append(read_results(path))

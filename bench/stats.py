@@ -61,22 +61,6 @@ def ratio_interval(baseline: Sequence[float], other: Sequence[float], seed: int 
     return median_interval(list(ratios), seed)
 
 
-def percentile_supported(quantile: float, count: int) -> bool:
-    """Whether `count` samples support a percentile with 99 % confidence while leaving one sample above it:
-    P(Binomial(count, 1 - quantile) <= 1) <= 1 %. That asks for 64 samples at p90 and 662 at p99 (MLPerf's rule)."""
-    miss = 1 - quantile
-    at_most_one = quantile**count + count * miss * quantile ** (count - 1) if count else 1.0
-    return at_most_one <= 0.01
-
-
-def percentiles(samples: Sequence[float]) -> dict[str, float | None]:
-    """p90, p95, p99, each None where the number of samples does not support it."""
-    return {
-        name: float(np.quantile(samples, quantile)) if percentile_supported(quantile, len(samples)) else None
-        for name, quantile in (("p90", 0.90), ("p95", 0.95), ("p99", 0.99))
-    }
-
-
 def spread(samples: Sequence[float]) -> float:
     """Coefficient of variation (standard deviation over mean), 0 for fewer than two samples."""
     if len(samples) < 2:

@@ -12,6 +12,7 @@ from bench.peaks import Peak
 from bench.results import CellRecord, Estimate, Row
 from bench.roofline import Cost, mfu, total_floor_ms
 from bench.workload import Workload
+from engines.quantiles import percentiles
 
 Costs = dict[str, tuple[int, Cost]]
 
@@ -85,7 +86,7 @@ def make_row(
         step_ms=step_ms,
         images_per_s=1e3 * workload.batch / total.value,
         cv=stats.spread(totals),
-        percentiles_ms=stats.percentiles(totals),
+        percentiles_ms=percentiles(totals),
         speedup=_estimate(stats.ratio_interval(ones, others)) if ones and not refused else None,
         floor_ms=floor_ms,
         mfu=mfu(costs, total.value, peak.tflops) if costs and peak else None,

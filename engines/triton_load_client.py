@@ -121,7 +121,7 @@ def main() -> int:
         return 0
     parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
     instances = [
-        f"{group['kind']} {','.join(map(str, group['gpus']))}".strip()
+        f"{group['kind']} {','.join(map(str, group.get('gpus', [])))}".strip()
         for group in config["instance_group"]
         for _ in range(group["count"])
     ]

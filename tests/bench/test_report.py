@@ -90,6 +90,62 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(report):
     assert "{{" not in page and "{%" not in page
 
 
+def test_a_load_test_joins_the_report(results_path, tmp_path):
+    level = {
+        "concurrency": 8,
+        "requests": 101,
+        "failures": 1,
+        "first_error": "<queue full>",
+        "seconds": 50.0,
+        "images_per_s": 2.0,
+        "mean_batch": 3.5,
+        "latency_ms": {"median": 400.0, "p90": 500.0, "p95": 512.0, "p99": None},
+        "latencies_ms": [400.0] * 100,
+        "server_rss": {"first_bytes": 5e8, "last_bytes": 6e8, "peak_bytes": 6e8, "samples": [[1.0, 5e8]]},
+    }
+    load = {
+        "schema_version": "slimxl.load/1",
+        "created_utc": "2026-01-02T03:04:05+00:00",
+        "command": "python -m engines load",
+        "server": {
+            "address": "127.0.0.1:8001",
+            "name": "triton",
+            "version": "2.51.0",
+            "instances": ["KIND_GPU 0"],
+            "max_batch_size": 4,
+        },
+        "bundle": {"path": "/b", "manifest_sha256": "a" * 64, "source": "the <source>", "flavor": "tensorrt"},
+        "client": {"system": "Linux", "cores": 2},
+        "workload": {
+            "prompt": "x",
+            "width": 128,
+            "height": 96,
+            "steps": 25,
+            "guidance": 5.0,
+            "images": 1,
+            "rate_per_s": None,
+        },
+        "levels": [level, level | {"concurrency": 1, "failures": 0, "server_rss": None, "mean_batch": None}],
+    }
+    (tmp_path / "load.json").write_text(json.dumps(load))
+    write_report([results_path, tmp_path / "load.json"], tmp_path / "out")
+    page, text = ((tmp_path / "out" / name).read_text() for name in ("index.html", "report.md"))
+    parser = Balanced()
+    parser.feed(page)
+    assert parser.faults == [] and parser.open == []
+    assert "Behind a server" in page and "the &lt;source&gt; (tensorrt) in triton 2.51.0" in page
+    assert 'title="&lt;queue full&gt;">1</span>' in page and "up to 4 requests together" in page
+    assert "| 8 | 101 | 1 | 2.00 | 400 ms | 500 ms | 512 ms | – | 3.5 |" in text
+    assert "| 1 | 101 | 0 | 2.00 | 400 ms | 500 ms | 512 ms | – | – | – |" in text
+    assert (
+        json.loads((tmp_path / "out/report.json").read_text())["loads"][0]["levels"][0]["first_error"]
+        == level["first_error"]
+    )
+    (tmp_path / "load.json").write_text(json.dumps(load | {"levels": []}))
+    with pytest.raises(UserError, match=r"does not keep to slimxl\.load/1: levels"):
+        write_report([results_path, tmp_path / "load.json"], tmp_path / "out")
+
+
 def test_what_users_gave_is_escaped(report):
     page = (report / "index.html").read_text()
     assert "a &lt;b&gt;bold&lt;/b&gt; prompt" in page and "<b>bold" not in page

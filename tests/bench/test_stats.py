@@ -6,8 +6,6 @@ from bench.stats import (
     drift,
     is_refused,
     median_interval,
-    percentile_supported,
-    percentiles,
     ratio_interval,
     spread,
 )
@@ -40,19 +38,6 @@ def test_ratio_of_interleaved_rounds_cancels_what_slowed_a_whole_round():
     assert found.high - found.low < 0.03
     with pytest.raises(ValueError, match="pair"):
         ratio_interval([1.0], [1.0, 2.0])
-
-
-@pytest.mark.parametrize(("quantile", "needed"), [(0.90, 64), (0.99, 662)])
-def test_percentiles_need_the_published_number_of_samples(quantile, needed):
-    assert percentile_supported(quantile, needed)
-    assert not percentile_supported(quantile, needed - 1)
-
-
-def test_unsupported_percentiles_are_none():
-    assert percentiles(range(63)) == {"p90": None, "p95": None, "p99": None}
-    found = percentiles(range(64))
-    assert found["p90"] == pytest.approx(56.7)
-    assert found["p99"] is None
 
 
 def test_drift_finds_a_slope_and_not_noise():
