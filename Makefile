@@ -25,7 +25,7 @@ NAME = $(subst /,--,$(subst :,-,$(patsubst %.safetensors,%,$(MODEL))))
 
 NEED_MODEL = test -n "$(MODEL)" || { echo "error: MODEL is not set; e.g. MODEL=random:vega, a Hugging Face id, a folder, a .safetensors file" >&2; exit 2; }
 
-.PHONY: help setup report students onnx engines bench-export bench-engines bench-gpu serve load test clean
+.PHONY: help setup report students onnx engines bench-export bench-engines bench-gpu serve load test test-gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -74,7 +74,7 @@ bench-export: $(READY)  ## the exporter beside optimum's, in turn, on MODEL: tim
 bench-engines: $(READY)  ## layouts compared (time, memory, disk) on the ONNX folder of MODEL
 	@$(NEED_MODEL)
 	$(MAKE) --no-print-directory onnx
-	$(BIN)/python -m engines bench --onnx $(OUT)/onnx/$(NAME) --out $(OUT)/bench-engines/$(NAME)
+	$(BIN)/python -m engines bench --onnx $(OUT)/onnx/$(NAME) --out $(OUT)/bench-engines/$(NAME) --gpus $(GPUS) --flavor $(FLAVOR) --resolutions $(RESOLUTIONS)
 
 bench-gpu: $(READY)  ## everything a GPU can be measured for, within minutes, into bench/results
 	$(BIN)/python -m bench gpu
@@ -91,6 +91,10 @@ test: $(READY)  ## lint, types and every test, the full-size ones too
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --durations 15
+
+test-gpu: $(READY)  ## what only a GPU can show: plans built, run, refitted and stripped on the one at hand
+	@nvidia-smi -L > /dev/null 2>&1 || { echo "error: no NVIDIA GPU answers here; these tests need one" >&2; exit 2; }
+	$(BIN)/pytest tests/gpu
 
 clean:  ## remove what was built (the virtual environment stays)
 	rm -rf $(OUT)

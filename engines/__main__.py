@@ -126,6 +126,7 @@ def bench(
     flavor: Flavors = "tensorrt-rtx",
     layouts: str = "per-resolution,shared,ranged",
     components: str = "unet,vae_decoder",
+    resolutions: str = "all",
     keep: bool = False,
 ) -> int:
     """Build every layout and compare time, memory and disk, as ratios to one static plan for each resolution.
@@ -137,6 +138,7 @@ def bench(
         flavor: As for build.
         layouts: Some of per-resolution, shared, ranged.
         components: Which ones.
+        resolutions: As for build.
         keep: Keep the bundles.
     """
     from distill.errors import unknown
@@ -154,6 +156,7 @@ def bench(
         flavor=flavor,
         layouts=chosen,  # type: ignore[arg-type]
         components=_names(components),
+        resolutions=resolutions,
         keep=keep,
     )
     return 0
@@ -183,7 +186,7 @@ def triton(
         plans: Offer the bundle's tensorrt plans as models of their own, too.
         warm_up: Draw one picture of every size before the model is ready.
         queue: How many requests may wait; more are refused.
-        execution_env: Virtual environment for the backend's Python (Triton before 2.52 needs one with NumPy 1.26).
+        execution_env: Virtual environment for the backend's Python (one with the NumPy it was compiled for).
     """
     from engines.reports import console
     from engines.triton import Serving, parse_devices, write_repository

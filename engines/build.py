@@ -144,8 +144,9 @@ def build_bundle(
 def _summary(engine: Engine) -> str:
     ratio = engine.size_bytes / engine.weights_bytes
     peak = engine.build.peak_rss_bytes / 1e9
+    time = f"{duration(engine.build.seconds)} ({engine.build.cpu_seconds or 0:.0f} s of CPU)"
     return (
-        f"{duration(engine.build.seconds)}, {engine.size_bytes / 1e6:.1f} MB ({ratio:.3f} of the weights), "
+        f"{time}, {engine.size_bytes / 1e6:.1f} MB ({ratio:.3f} of the weights), "
         f"peak memory {peak:.1f} GB -> {engine.files[0].path}"
     )
 
@@ -180,12 +181,12 @@ def _with_engine(manifest: Manifest, engine: Engine) -> Manifest:
 
 def _current(engines: list[Engine], jobs: list[Job], out: Path) -> list[Engine]:
     """Drops engines made from an ONNX file that one of `jobs` has superseded, and engines whose files are gone."""
-    latest = {(job.component.name, job.flavor): job.component.onnx_sha256 for job in jobs}
+    latest = {(job.component.name, job.flavor): job.component.current_sha256 for job in jobs}
     weights = {(job.component.name, job.flavor): job.component.weights_sha256 for job in jobs}
     return [
         engine
         for engine in engines
-        if latest.get(slot := (engine.component, engine.flavor), engine.onnx_sha256) == engine.onnx_sha256
+        if engine.onnx_sha256 in latest.get(slot := (engine.component, engine.flavor), {engine.onnx_sha256})
         and weights.get(slot, engine.weights_sha256) == engine.weights_sha256
         and all((out / file.path).is_file() for file in engine.files)
     ]
@@ -236,7 +237,7 @@ def _build_one(job: Job, out: Path, budget_bytes: int, progress: BuildProgress) 
         outputs=[tensor.name for tensor in job.component.needed_outputs],
         compute_capabilities=list(job.target.compute_capabilities),
         options=job.options,
-        timing_cache=(out / ".timing-cache" / f"{job.target.label}.cache").resolve()
+        timing_cache=(out / ".timing-cache" / f"{job.target.label}_{job.flavor_version}.cache").resolve()
         if job.flavor == "tensorrt"
         else None,
     )
@@ -276,5 +277,10 @@ def _build_one(job: Job, out: Path, budget_bytes: int, progress: BuildProgress) 
         weights_sha256=job.component.weights_sha256,
         weights_bytes=job.component.weights_bytes,
         options=job.options,
-        build=BuildRecord(seconds=result["seconds"], peak_rss_bytes=result["peak_rss_bytes"], tools=tool_versions(job)),
+        build=BuildRecord(
+            seconds=result["seconds"],
+            cpu_seconds=result["cpu_seconds"],
+            peak_rss_bytes=result["peak_rss_bytes"],
+            tools=tool_versions(job),
+        ),
     )

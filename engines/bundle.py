@@ -22,6 +22,8 @@ MANIFEST = "manifest.json"
 LARGEST_MANIFEST_BYTES = 16 << 20
 LAYOUTS = ("per-resolution", "shared", "ranged")
 Layout = Literal["per-resolution", "shared", "ranged"]
+PIPELINE_PARTS = ("tokenizer", "tokenizer_2", "scheduler")
+"""Folders that diffusers and transformers read as a whole."""
 
 
 def _inside(path: str) -> str:
@@ -94,6 +96,7 @@ class BuildRecord(_Record):
     """How the engine was made, for whoever wants to make it again or compare."""
 
     seconds: float = Field(ge=0)
+    cpu_seconds: float | None = Field(default=None, ge=0)
     peak_rss_bytes: int = Field(ge=0)
     tools: dict[str, str]
 
@@ -254,8 +257,21 @@ def is_intact(bundle: Path, records: list[FileRecord]) -> bool:
     return True
 
 
+def unnamed_files(bundle: Path, manifest: Manifest) -> list[str]:
+    """One line for each file that a pipeline would read although no hash stands for it: slipped in, struck from the
+    manifest, or of a build that was not finished."""
+    named = {record.path for record in manifest.files}
+    parts = (path for part in PIPELINE_PARTS for path in sorted((Path(bundle) / part).rglob("*")) if path.is_file())
+    configs = sorted({f"{engine.component}/config.json" for engine in manifest.engines})
+    read = [path.relative_to(bundle).as_posix() for path in parts if not path.name.startswith(".")]
+    expected = dict.fromkeys(["model_index.json", "scheduler/scheduler_config.json", *configs, *read])
+    mend = f"delete it, or mend the bundle with: {rebuild_command(bundle)}"
+    return [f"{path} is not named by the manifest of {bundle}; {mend}" for path in expected if path not in named]
+
+
 def verify_bundle(bundle: Path) -> list[str]:
-    """One line per fault, empty for a sound bundle. Raises UserError where not even the manifest can be read."""
+    """One line per fault of a recorded file, empty for a sound bundle. Raises UserError where not even the manifest
+    can be read."""
     manifest = read_manifest(bundle)
     owners: dict[str, Any] = {file.path: engine for engine in manifest.engines for file in engine.files}
     faults = []

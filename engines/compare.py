@@ -1,4 +1,4 @@
-"""Compares the layouts: build time, peak memory and disk of each, as ratios to nine static builds and to the weights.
+"""Compares the layouts: time, CPU time, peak memory and disk of each, as ratios to static builds and to the weights.
 
 Each layout is built anew in a folder of its own, one after another, on the same machine; only ratios travel to
 another one. What this cannot say is which layout runs faster: that is measured on a GPU, by the bench room.
@@ -32,6 +32,7 @@ class LayoutCost:
     plans: int
     profiles: int
     build_s: float
+    cpu_s: float
     peak_rss_bytes: int
     disk_bytes: int
     weights_bytes: int
@@ -50,6 +51,7 @@ def layout_cost(layout: str, component: str, engines: Sequence[Engine]) -> Layou
         plans=len(mine),
         profiles=sum(len(engine.profiles) for engine in mine),
         build_s=sum(engine.build.seconds for engine in mine),
+        cpu_s=sum(engine.build.cpu_seconds or 0 for engine in mine),
         peak_rss_bytes=max(engine.build.peak_rss_bytes for engine in mine),
         disk_bytes=sum(engine.size_bytes for engine in mine),
         weights_bytes=mine[0].weights_bytes,
@@ -57,9 +59,10 @@ def layout_cost(layout: str, component: str, engines: Sequence[Engine]) -> Layou
 
 
 def ratios(cost: LayoutCost, baseline: LayoutCost) -> dict[str, float]:
-    """Time, memory and disk against nine static builds."""
+    """Time, memory and disk against a static build for each resolution."""
     return {
         "time": cost.build_s / baseline.build_s,
+        "cpu": cost.cpu_s / baseline.cpu_s,
         "memory": cost.peak_rss_bytes / baseline.peak_rss_bytes,
         "disk": cost.disk_bytes / baseline.disk_bytes,
     }
@@ -73,6 +76,7 @@ def compare_layouts(
     flavor: str = "tensorrt-rtx",
     layouts: Sequence[Layout] = LAYOUTS,  # type: ignore[assignment]
     components: Sequence[str] = ("unet", "vae_decoder"),
+    resolutions: str = "all",
     keep: bool = False,
 ) -> list[LayoutCost]:
     """Builds every layout, writes `out/layouts.json` and prints the table. Raises UserError as `build_bundle` does."""
@@ -81,7 +85,15 @@ def compare_layouts(
         console.print(f"layout {layout}", markup=False)
         folder = out / layout
         shutil.rmtree(folder, ignore_errors=True)
-        manifest = build_bundle(onnx, folder, gpus=gpus, flavor=flavor, layout=layout, components=list(components))
+        manifest = build_bundle(
+            onnx,
+            folder,
+            gpus=gpus,
+            flavor=flavor,
+            layout=layout,
+            resolutions=resolutions,
+            components=list(components),
+        )
         costs += [layout_cost(layout, component, manifest.engines) for component in components]
         if not keep:
             shutil.rmtree(folder)
@@ -93,6 +105,7 @@ def compare_layouts(
             "model": manifest.source.name,
             "flavor": f"{flavor} {version}",
             "gpus": gpus,
+            "resolutions": list(dict.fromkeys(text for engine in manifest.engines for text in engine.resolutions)),
             "machine": f"{platform.machine()}, Python {platform.python_version()}",
             "layouts": [asdict(cost) | {"ratios": ratios(cost, base)} for cost, base in with_baselines(costs)],
         },
@@ -112,7 +125,20 @@ def with_baselines(costs: Sequence[LayoutCost]) -> list[tuple[LayoutCost, Layout
 def cost_table(costs: Sequence[LayoutCost]) -> Table:
     """One row per layout and component."""
     table = Table(title="layouts (ratios to static builds, one for each resolution)", title_justify="left")
-    for column in ("component", "layout", "plans x profiles", "time", "", "peak memory", "", "disk", "", "x weights"):
+    for column in (
+        "component",
+        "layout",
+        "plans x profiles",
+        "time",
+        "",
+        "CPU time",
+        "",
+        "peak memory",
+        "",
+        "disk",
+        "",
+        "x weights",
+    ):
         table.add_column(column)
     for cost, base in with_baselines(costs):
         ratio = ratios(cost, base)
@@ -122,6 +148,8 @@ def cost_table(costs: Sequence[LayoutCost]) -> Table:
             f"{cost.plans} x {cost.profiles // cost.plans}",
             f"{cost.build_s:.1f} s",
             f"{ratio['time']:.2f}",
+            f"{cost.cpu_s:.1f} s",
+            f"{ratio['cpu']:.2f}",
             size(cost.peak_rss_bytes),
             f"{ratio['memory']:.2f}",
             size(cost.disk_bytes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from distill.errors import UserError, unknown
@@ -46,15 +47,32 @@ class Target:
         return "-".join(f"sm{value.replace('.', '')}" for value in self.compute_capabilities) or "any"
 
 
-def gpu_at_hand() -> tuple[str, str] | None:
-    """Title and compute capability of CUDA device 0 by NVML, or None where there is no GPU or no driver."""
+def gpu_at_hand(position: int = 0) -> tuple[str, str] | None:
+    """Title and compute capability of the CUDA device at this position among the visible ones, by NVML; None where
+    there is no such GPU or no driver."""
+    import pynvml
+
+    visible = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
+    if visible and position >= len(visible):
+        return None
+    name = visible[position] if visible else str(position)
+    try:
+        pynvml.nvmlInit()
+        by_index, by_uuid = pynvml.nvmlDeviceGetHandleByIndex, pynvml.nvmlDeviceGetHandleByUUID
+        handle = by_index(int(name)) if name.isdigit() else by_uuid(name)
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        return str(pynvml.nvmlDeviceGetName(handle)), f"{major}.{minor}"
+    except pynvml.NVMLError:
+        return None
+
+
+def driver_at_hand() -> tuple[str, int] | None:
+    """The driver's version and the newest major version of CUDA it runs, or None where there is no driver."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-        return str(pynvml.nvmlDeviceGetName(handle)), f"{major}.{minor}"
+        return str(pynvml.nvmlSystemGetDriverVersion()), int(pynvml.nvmlSystemGetCudaDriverVersion_v2()) // 1000
     except pynvml.NVMLError:
         return None
 

@@ -32,15 +32,21 @@ UNSIZED = ("text_encoder", "text_encoder_2")
 Guidance = Literal["always", "never", "any"]
 
 
-def _rows(component: str, batch: int, guidance: Guidance) -> int:
-    """What `batch` images are to the component."""
-    return 2 * batch if component == "unet" and guidance != "never" else batch
+def _rows(component: OnnxComponent, batch: int, guidance: Guidance) -> int:
+    """What `batch` images are to the component; a static graph takes what it takes, and a call is padded to it."""
+    rows = 2 * batch if component.name == "unet" and guidance != "never" else batch
+    if component.fixed_rows is not None and rows > component.fixed_rows:
+        raise UserError(
+            f"{component.model} was exported for {component.fixed_rows} row(s), {batch} image(s) make {rows}; "
+            f"export with --batch {rows}, or with --resolutions dynamic"
+        )
+    return component.fixed_rows or rows
 
 
 def _least_rows(component: OnnxComponent, batch: int, guidance: Guidance, exact: bool) -> int:
     """The fewest rows that a profile takes without padding."""
-    if not component.has_open_batch or (exact and component.name == "unet"):
-        return _rows(component.name, batch, "never" if guidance == "any" else guidance)
+    if component.fixed_rows is not None or (exact and component.name == "unet"):
+        return _rows(component, batch, "never" if guidance == "any" else guidance)
     return 1
 
 
@@ -72,8 +78,8 @@ def _profile(
     lowest, highest = Resolution(min(widths), min(heights)), Resolution(max(widths), max(heights))
     tuned_batch, batch = batches
     lower = _shapes(component, lowest, _least_rows(component, batch, guidance, exact))
-    tuned = _shapes(component, resolutions[0], _rows(component.name, tuned_batch, guidance))
-    upper = _shapes(component, highest, _rows(component.name, batch, guidance))
+    tuned = _shapes(component, resolutions[0], _rows(component, tuned_batch, guidance))
+    upper = _shapes(component, highest, _rows(component, batch, guidance))
     shapes = {name: ShapeRange(min=lower[name], opt=tuned[name], max=upper[name]) for name in upper if upper[name]}
     return Profile(index=index, resolutions=[str(r) for r in resolutions], batch=batch, shapes=shapes)
 
@@ -91,7 +97,7 @@ def plan_profiles(
     groups = [[resolution] for resolution in resolutions] if layout == "per-resolution" else [resolutions]
     return [
         [
-            _profile(index, component, [resolution], (batch, batch), guidance, exact=True)
+            _profile(index, component.at(resolution), [resolution], (batch, batch), guidance, exact=True)
             for index, (resolution, batch) in enumerate((r, b) for r in group for b in batches)
         ]
         for group in groups

@@ -1,8 +1,12 @@
-"""Reads the ONNX folder that export left: which components are there, what goes in and out, and their hashes."""
+"""Reads the ONNX folder that export left: which components are there, what goes in and out, and their hashes.
+
+A component is one graph for every size, or (`--resolutions all`, `WxH,...`) a static graph for each, over one file of
+weights.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,11 +16,10 @@ import onnx
 from distill.architectures import Resolution
 from distill.errors import UserError
 from distill.files import read_json, sha256_file
-from engines.bundle import TensorInfo
+from engines.bundle import PIPELINE_PARTS, Engine, TensorInfo
 from export.components import COMPONENTS, TensorSpec
 
 BUILD_ORDER = ("unet", "vae_decoder", "text_encoder", "text_encoder_2", "vae_encoder")
-PIPELINE_PARTS = ("tokenizer", "tokenizer_2", "scheduler")
 
 
 def _tensor(value: onnx.ValueInfoProto) -> TensorInfo:
@@ -28,19 +31,30 @@ def _tensor(value: onnx.ValueInfoProto) -> TensorInfo:
 
 @dataclass(frozen=True)
 class OnnxComponent:
-    """One component folder. Its graph is read without its weights."""
+    """One component folder. Its graph, the file `graph`, is read without its weights."""
 
     name: str
     folder: Path
     config: dict[str, Any]
+    graph: str = "model.onnx"
 
     @property
     def model(self) -> Path:
-        return self.folder / "model.onnx"
+        return self.folder / self.graph
+
+    @cached_property
+    def static_graphs(self) -> dict[str, str]:
+        """The graph's file for each resolution; empty where one graph takes every size."""
+        about = self.folder / "export.json"
+        return read_json(about).get("graphs", {}) if about.is_file() else {}
+
+    def at(self, resolution: Resolution) -> OnnxComponent:
+        """The component with the graph of this size."""
+        return replace(self, graph=self.static_graphs.get(str(resolution), self.graph))
 
     @property
     def files(self) -> list[Path]:
-        """model.onnx first, then its external data."""
+        """The graph first, then its external data."""
         return [self.model, *sorted(self.folder.glob("model.onnx*data"))]
 
     @cached_property
@@ -63,9 +77,10 @@ class OnnxComponent:
         return COMPONENTS[self.name].inputs(self.config, resolution, rows, self.precision)
 
     @property
-    def has_open_batch(self) -> bool:
-        """Whether one graph takes any number of rows."""
-        return isinstance(self.inputs[0].shape[0], str)
+    def fixed_rows(self) -> int | None:
+        """The number of rows that a static graph takes; None where it takes any."""
+        rows = self.inputs[0].shape[0]
+        return rows if isinstance(rows, int) else None
 
     @property
     def precision(self) -> str:
@@ -89,10 +104,19 @@ class OnnxComponent:
         return sha256_file(self.model)
 
     @cached_property
+    def current_sha256(self) -> set[str]:
+        """Of every graph of the component: an engine made from another one is out of date."""
+        return {sha256_file(self.folder / graph) for graph in {"model.onnx", *self.static_graphs.values()}}
+
+    @cached_property
     def weights_sha256(self) -> str | None:
         """None where the weights stand inside model.onnx."""
         data = self.files[1:]
         return sha256_file(data[0]) if data else None
+
+    def made(self, engine: Engine) -> bool:
+        """Whether the engine was built from these very weights and this graph."""
+        return (self.onnx_sha256, self.weights_sha256) == (engine.onnx_sha256, engine.weights_sha256)
 
     @cached_property
     def needed_outputs(self) -> list[TensorInfo]:
@@ -110,6 +134,12 @@ class OnnxComponent:
         return needed
 
 
+def weights_for(engine: Engine, root: Path) -> OnnxComponent | None:
+    """What the ONNX folder holds for this engine to be refitted from; None where it lacks the component."""
+    component = OnnxComponent(engine.component, root / engine.component, {}).at(Resolution.parse(engine.resolutions[0]))
+    return component if component.model.is_file() else None
+
+
 @dataclass(frozen=True)
 class OnnxFolder:
     """The whole folder. `source` names the checkpoint and its hash; resolutions are those of the family."""
@@ -120,6 +150,11 @@ class OnnxFolder:
     source_sha256: str
     precision: str
     resolutions: list[Resolution]
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the sizes have graphs of their own."""
+        return any(len(component.static_graphs) > 1 for component in self.components.values())
 
     @property
     def pipeline_files(self) -> list[Path]:

@@ -7,9 +7,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distill.errors import UserError
 from distill.files import read_json
-from engines.bundle import Engine, Layout, Manifest, checked_path, read_manifest, rebuild_command
+from engines.bundle import (
+    Engine,
+    Layout,
+    Manifest,
+    checked_path,
+    read_manifest,
+    rebuild_command,
+    unnamed_files,
+)
 from engines.flavors import FLAVORS, Flavor, LoadOptions, find_flavor
 from engines.layouts import DEFAULT_LAYOUTS
+from engines.onnx_folder import weights_for
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
@@ -101,22 +110,26 @@ def refit(pipeline: StableDiffusionXLPipeline, onnx: str | Path) -> list[str]:
     """Gives the pipeline's plans the weights of another ONNX folder of the same architecture (a fine-tune, a merged
     LoRA), in place: nothing is rebuilt, and CUDA graphs stay. Returns the components it changed.
 
-    Raises UserError where no plan was built with --refit, or where the folder does not fit.
+    Raises UserError, before anything is changed, where the folder has other weights for a plan that cannot take them;
+    and where it does not fit.
     """
-    changed = []
     parts: Any = pipeline
-    for module in (parts.unet, parts.vae, parts.text_encoder, parts.text_encoder_2):
-        model = Path(onnx) / module.component.name / "model.onnx"
-        for engine, loaded in module.component.engines:
-            if engine.options.get("refit") and model.is_file():
-                loaded.refit(model)
-                changed.append(engine.component)
-    if not changed:
-        raise UserError(
-            "no engine of this pipeline can take other weights: build with --flavor tensorrt --refit on the GPU, "
-            f"or build a bundle of its own: python -m engines build --onnx {onnx} --out BUNDLE"
-        )
-    return list(dict.fromkeys(changed))
+    modules = (parts.unet, parts.vae, parts.text_encoder, parts.text_encoder_2)
+    engines = [pair for module in modules for pair in module.component.engines]
+    found = [(engine, loaded, weights_for(engine, Path(onnx))) for engine, loaded in engines]
+    if not any(weights for _, _, weights in found):
+        raise UserError(f"{onnx} holds no component of this pipeline; make an ONNX folder with python -m export onnx")
+    for engine, _, weights in found:
+        if weights is not None and not engine.options.get("refit") and not weights.made(engine):
+            raise UserError(
+                f"{engine.files[0].path} keeps the weights it was built from, {weights.folder} has others: build with "
+                "--flavor tensorrt --refit on the GPU, or build a bundle of its own: "
+                f"python -m engines build --onnx {onnx} --out BUNDLE"
+            )
+    able = [(engine, loaded, weights) for engine, loaded, weights in found if weights and engine.options.get("refit")]
+    for _, loaded, weights in able:
+        loaded.refit(weights)
+    return list(dict.fromkeys(engine.component for engine, _, _ in able))
 
 
 def load(
@@ -153,6 +166,8 @@ def load(
     mend = f"mend it with: {rebuild_command(bundle)}"
     for record in manifest.files:
         checked_path(bundle, record, mend)
+    for fault in unnamed_files(bundle, manifest):
+        raise UserError(fault)
     cache = Path(runtime_cache) if runtime_cache else bundle / ".runtime-cache"
     options = LoadOptions(
         device=place,

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from distill.architectures import Resolution
 from distill.errors import UserError
 from distill.files import sha256_json
-from engines.bundle import Engine, Layout, Profile
+from engines.bundle import Layout, Profile
 from engines.flavors import Flavor, find_flavor
 from engines.gpus import Target, resolve_targets
 from engines.layouts import DEFAULT_LAYOUTS, Guidance, plan_profiles
@@ -95,9 +95,6 @@ class Job:
             return 1 + self.component.weights_bytes / 1e9
         return 1 + self.component.node_count * 0.003 * (len(self.profiles) + 0.3) + self.component.weights_bytes / 0.5e9
 
-    def matches(self, engine: Engine) -> bool:
-        return engine.key == self.key
-
 
 def parse_resolutions(text: str, family: list[Resolution]) -> list[Resolution]:
     """`all`, or some of the family's sizes separated by commas. Raises UserError for any other."""
@@ -135,6 +132,14 @@ def plan_builds(
         if layout not in (None, "ranged"):
             raise UserError(f"flavor onnxruntime has one engine for all resolutions: layout {layout} is for TensorRT")
         options = {}
+    if folder.is_static:
+        if layout not in (None, "per-resolution") or flavor == "onnxruntime":
+            asked = f"flavor {flavor}" if flavor == "onnxruntime" else f"layout {layout}"
+            raise UserError(
+                f"{folder.root} holds a static graph for each resolution, {asked} needs one graph for all: export with "
+                "--resolutions dynamic, or build with --layout per-resolution for TensorRT"
+            )
+        layout = "per-resolution"
     layout = layout or DEFAULT_LAYOUTS[flavor]
     installed = backend.version()
     for target in targets:
@@ -143,16 +148,17 @@ def plan_builds(
     for name in _components(folder, components):
         component = folder.components[name]
         for profiles in plan_profiles(component, layout, chosen, wanted_batches, guidance):
+            graph = component.at(Resolution.parse(profiles[0].resolutions[0]))
             for target in targets:
                 jobs.append(
                     Job(
-                        component=component,
+                        component=graph,
                         flavor=flavor,
                         flavor_version=installed,
                         layout=layout,
                         target=target,
                         profiles=profiles,
-                        precision=component.precision,
+                        precision=graph.precision,
                         options=options or {},
                     )
                 )

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distill.errors import UserError
-from engines.bundle import MANIFEST, Engine, Manifest, read_manifest, verify_bundle
+from engines.bundle import MANIFEST, Engine, Manifest, read_manifest, unnamed_files, verify_bundle
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -24,7 +24,7 @@ def size(count: int) -> str:
 def print_verification(bundle: Path) -> int:
     """Exit code 0 for a sound bundle; else one line per fault and 2."""
     manifest = read_manifest(bundle)
-    faults = verify_bundle(bundle)
+    faults = verify_bundle(bundle) + unnamed_files(bundle, manifest)
     for fault in faults:
         console.print(f"fault: {fault}", markup=False)
     if faults:
@@ -84,7 +84,8 @@ def print_inspection(bundle: Path, as_json: bool = False) -> int:
     wide = Console(highlight=False, width=max(console.width, 150))
     wide.print(engine_table(manifest))
     for engine in manifest.engines:
-        wide.print(f"\n{engine.files[0].path}", markup=False)
+        built_with = "".join(f", {name} {value}".removesuffix(" True") for name, value in engine.options.items())
+        wide.print(f"\n{engine.files[0].path}{built_with}", markup=False)
         for word, tensors in (("in ", engine.inputs), ("out", engine.outputs)):
             for tensor in tensors:
                 wide.print(f"  {word} {tensor.name}: {tensor.dtype} {tensor.shape}", markup=False)

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.errors import UserError
+from distill.files import replacing
 from engines.bundle import Engine, TensorInfo, checked_bytes, rebuild_command
 from engines.flavors import BuildRequest, LoadOptions, Options, Report, version_mismatch
-from engines.gpus import gpu_at_hand
+from engines.gpus import driver_at_hand, gpu_at_hand
+from engines.onnx_folder import weights_for
 
 if TYPE_CHECKING:
     from engines.flavors.tensorrt_runtime import Arena, TensorRTEngine
@@ -111,11 +113,11 @@ class TensorRTFlavor:
     def check_load(self, engine: Engine, device: str) -> None:
         rebuild = rebuild_command(Path("BUNDLE"), engine)
         installed = self.version()
-        compatible = engine.options.get("version_compatible") and installed >= engine.flavor_version
+        compatible = engine.options.get("version_compatible") and _order(installed) >= _order(engine.flavor_version)
         if installed != engine.flavor_version and not compatible:
             install = f"pip install {_PACKAGES[self.name]}=={engine.flavor_version}"
             raise version_mismatch(engine, installed, install, rebuild)
-        found = gpu_at_hand()
+        found = gpu_at_hand(int(device.partition(":")[2] or 0))
         if found is None:
             raise UserError(
                 f"{self.name} engines need an NVIDIA GPU of compute capability "
@@ -130,6 +132,18 @@ class TensorRTFlavor:
                 f"rebuild with: {rebuild_command(Path('BUNDLE'), engine.model_copy(update={'gpus': ['auto']}))}"
             )
 
+        driver, needed = driver_at_hand(), self.cuda_major()
+        if driver and needed and driver[1] < needed:
+            raise UserError(
+                f"{self.name} {installed} is made for CUDA {needed}, driver {driver[0]} runs CUDA {driver[1]} at most; "
+                f"update the NVIDIA driver, or pip install {_PACKAGES[self.name]}-cu{driver[1]}=={installed} if there is one"
+            )
+
+    def cuda_major(self) -> int | None:
+        """Of the installed wheels: the CUDA that the driver must be able to run."""
+        packages = (f"{_PACKAGES[self.name]}-cu{major}" for major in range(20, 11, -1))
+        return next((int(name.rpartition("cu")[2]) for name in packages if _is_installed(name)), None)
+
     def open_bundle(self, bundle: Path, options: LoadOptions) -> Arena:
         from engines.flavors.tensorrt_runtime import Arena
 
@@ -141,7 +155,18 @@ class TensorRTFlavor:
         mend = f"mend it with: {rebuild_command(bundle, engine)}"
         plan = checked_bytes(bundle, engine.files[0], mend)
         folder = shared.options.weights
-        return TensorRTEngine(engine, plan, shared, mend, folder / engine.component / "model.onnx" if folder else None)
+        return TensorRTEngine(engine, plan, shared, mend, weights_for(engine, folder) if folder else None)
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        return bool(metadata.version(distribution))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def _order(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
 def serves(engine: Engine, capability: str) -> bool:
@@ -181,8 +206,8 @@ def _hardware_level(trt: Any, options: dict[str, bool | int | str]) -> Any:
 def _save_timing_cache(config: Any, path: Path | None) -> None:
     cache = config.get_timing_cache() if path else None
     if path and cache is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(bytes(cache.serialize()))
+        with replacing(path) as temporary:
+            temporary.write_bytes(bytes(cache.serialize()))
 
 
 def _dtype_name(trt: Any, dtype: Any) -> Any:

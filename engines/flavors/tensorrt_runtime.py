@@ -24,6 +24,7 @@ from engines.bundle import Engine, Profile
 from engines.flavors import LoadOptions
 from engines.flavors.cuda import CudaDevice
 from engines.modules import TORCH_DTYPES
+from engines.onnx_folder import OnnxComponent
 
 ALIGNMENT = 256
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
@@ -95,21 +96,26 @@ class RuntimeCache:
 class TensorRTEngine:
     """One deserialised plan. A context is made for each shape when it is first met."""
 
-    def __init__(self, engine: Engine, plan: bytes, arena: Arena, mend: str, weights: Path | None = None) -> None:
+    def __init__(
+        self, engine: Engine, plan: bytes, arena: Arena, mend: str, weights: OnnxComponent | None = None
+    ) -> None:
         """Raises UserError where the plan does not fit this machine, by its header first and then by the whole."""
         self.record = engine
         self._arena = arena
         self._is_rtx = engine.flavor == "tensorrt-rtx"
         _check_header(arena, plan, engine, mend)
+        if engine.options.get("version_compatible"):
+            arena.runtime.engine_host_code_allowed = True  # such a plan brings its runtime along; its hash was compared
         self._plan = arena.runtime.deserialize_cuda_engine(plan)
         if self._plan is None:
             raise UserError(f"{engine.flavor} refused {engine.files[0].path}; its own message stands above; {mend}")
-        if engine.options.get("strip") or weights:
-            if weights is None:
-                raise UserError(
-                    f"{engine.files[0].path} is a plan without weights: name the ONNX folder that holds them, "
-                    "engines.load(bundle, weights=FOLDER)"
-                )
+        stripped = bool(engine.options.get("strip"))
+        if stripped and weights is None:
+            raise UserError(
+                f"{engine.files[0].path} is a plan without weights: name the ONNX folder that holds them, "
+                "engines.load(bundle, weights=FOLDER)"
+            )
+        if weights is not None and (stripped or not weights.made(engine)):
             self.refit(weights)
         self._config = self._runtime_config()
         self._contexts: dict[tuple[int, Shapes], _Context] = {}
@@ -177,23 +183,26 @@ class TensorRTEngine:
             return outputs
         return context.run(inputs)
 
-    def refit(self, onnx: Path) -> None:
+    def refit(self, weights: OnnxComponent) -> None:
         """Exchanges the weights for those of an ONNX file of the same graph (a fine-tune, a merged LoRA); contexts
-        and CUDA graphs stay valid, since the memory stays. Raises UserError where the file does not fit."""
-        trt = self._arena.trt
-        if not self._plan.refittable:
-            raise UserError(
-                f"{self.record.files[0].path} was built without --refit, its weights are fixed; rebuild it with --refit"
+        and CUDA graphs stay valid, since the memory stays. Raises UserError where the plan or the file does not fit."""
+        trt, path, onnx = self._arena.trt, self.record.files[0].path, weights.model
+        if not self.record.options.get("refit") and not (
+            self.record.options.get("strip") and weights.made(self.record)
+        ):
+            kept = (
+                "takes back only the weights it was built from" if self.record.options.get("strip") else "keeps its own"
             )
+            raise UserError(f"{path} was built without --refit and {kept}; rebuild it with --refit to use {onnx}")
         refitter = trt.Refitter(self._plan, self._arena.logger)
         fits = trt.OnnxParserRefitter(refitter, self._arena.logger).refit_from_file(str(onnx))
         missing = list(refitter.get_missing_weights())
         if not fits or missing:
             named = f", without {', '.join(missing[:3])}" if missing else ""
-            raise UserError(f"{onnx} does not fit {self.record.files[0].path}{named}: export the same architecture")
+            raise UserError(f"{onnx} does not fit {path}{named}: export the same architecture")
         with self._arena.device.ordered():
             if not refitter.refit_cuda_engine_async(self._arena.device.stream_handle):
-                raise UserError(f"{self.record.flavor} could not refit {self.record.files[0].path} from {onnx}")
+                raise UserError(f"{self.record.flavor} could not refit {path} from {onnx}")
 
 
 def _check_header(arena: Arena, plan: bytes, engine: Engine, mend: str) -> None:
@@ -205,6 +214,8 @@ def _check_header(arena: Arena, plan: bytes, engine: Engine, mend: str) -> None:
     if validity == arena.trt.EngineValidity.INVALID:
         kinds = arena.trt.EngineInvalidityDiagnostics.__members__
         found = [name.lower().replace("_", " ") for name, kind in kinds.items() if reasons & int(kind)]
+        if found == ["old cuda driver"]:
+            mend = "update the NVIDIA driver"
         raise UserError(f"{engine.files[0].path} cannot run here: {', '.join(found) or 'not a plan'}; {mend}")
 
 

@@ -86,8 +86,6 @@ class FakeContext:
 
 
 class FakePlan:
-    refittable = True
-
     def __init__(self, profiles: int) -> None:
         self.profiles = profiles
         self.scale = 2.0
@@ -163,3 +161,85 @@ class FakeTensorRT:
 
     def OnnxParserRefitter(self, refitter: FakeRefitter, logger: Any) -> Any:
         return SimpleNamespace(refit_from_file=lambda path: Path(path).is_file())
+
+
+class OnnxPlans:
+    """A TensorRT module whose plans compute: each runs the ONNX file it was built from, from and to the addresses it
+    is given. `graphs` maps a plan's bytes to its ONNX file. It has what a program without torch calls."""
+
+    def __init__(self, graphs: dict[bytes, Path], devices: FakeCudart) -> None:
+        self.Logger = type("Logger", (), {"WARNING": 2, "__init__": lambda self, level: None})
+        self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
+
+        def deserialise(plan: bytes) -> Any:
+            return SimpleNamespace(create_execution_context=lambda how: OnnxContext(graphs[plan], devices, how))
+
+        self.Runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=deserialise)
+
+
+class OnnxContext(FakeContext):
+    def __init__(self, model: Path, devices: FakeCudart, how: str) -> None:
+        import onnxruntime
+
+        assert how == "user", "the plans of slimxl take their activation memory from the caller"
+        super().__init__(FakePlan(profiles=9))
+        self.session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+        self.devices = devices
+
+    def _feed(self) -> dict[str, np.ndarray]:
+        kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+        values = self.session.get_inputs()
+        assert {value.name for value in values} == set(self.shapes)
+        return {
+            v.name: self.devices.read(self.addresses.get(v.name), self.shapes[v.name], kinds[v.type]) for v in values
+        }
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        (array,) = self.session.run([name], self._feed())
+        return array.shape
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        return 4096
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert self.memory[1] >= 4096
+        names = [name for name in self.addresses if name not in self.shapes]
+        for name, array in zip(names, self.session.run(names, self._feed()), strict=True):
+            self.devices.write(self.addresses[name], array)
+        return True
+
+
+class FakeCudart:
+    """`cuda.bindings.runtime` over host memory: every copy must lie inside one allocation."""
+
+    def __init__(self, compute_capability: tuple[int, int]) -> None:
+        major, minor = compute_capability
+        self.cudaError_t = SimpleNamespace(cudaSuccess=0)
+        self.cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice="in", cudaMemcpyDeviceToHost="out")
+        self._memory: dict[int, ctypes.Array] = {}
+        self.cudaGetDeviceProperties = lambda device: (0, SimpleNamespace(major=major, minor=minor))
+        self.cudaStreamCreate = lambda: (0, 7)
+        self.cudaStreamSynchronize = lambda stream: (0,)
+        self.cudaGetErrorString = lambda code: (0, b"a fault")
+
+    def cudaMalloc(self, size_bytes: int) -> tuple[int, int]:
+        block = (ctypes.c_char * (size_bytes + 256))()
+        address = -(-ctypes.addressof(block) // 256) * 256
+        self._memory[address] = block
+        return 0, address
+
+    def cudaMemcpy(self, target: int, source: int, count: int, kind: str) -> tuple[int]:
+        device = target if kind == "in" else source
+        assert count + 256 <= len(self._memory[device]), "copy beyond the allocation"
+        ctypes.memmove(target, source, count)
+        return (0,)
+
+    def read(self, address: int | None, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        array = np.empty(shape, dtype)
+        assert address is not None
+        self.cudaMemcpy(array.ctypes.data, address, array.nbytes, "out")
+        return array
+
+    def write(self, address: int, array: np.ndarray) -> None:
+        array = np.ascontiguousarray(array)
+        self.cudaMemcpy(address, array.ctypes.data, array.nbytes, "in")

@@ -18,7 +18,7 @@ from distill.errors import UserError
 from engines import build as build_room
 from engines.build import build_bundle
 from engines.bundle import Manifest, read_manifest, verify_bundle
-from tests.engines.toys import make_toy_onnx
+from tests.engines.toys import make_static, make_toy_onnx
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -117,6 +117,15 @@ def test_layouts(tmp_path: Path, toy_onnx_fp16: Path, layout: str, plans: int, p
     assert shape.max == ([2, 4, 16, 28] if layout == "ranged" else [2, 4, 12, 28])  # height, width / 8
 
 
+def test_static_graphs_are_built_one_by_one_and_kept(tmp_path: Path) -> None:
+    folder = make_static(make_toy_onnx(tmp_path / "onnx", "fp16"), ["128x128", "224x96"], batch=2)
+    for sizes in ("128x128", "224x96"):
+        manifest = build_bundle(folder, tmp_path / "bundle", gpus=["a100"], resolutions=sizes, components=["unet"])
+    assert [engine.resolutions for engine in manifest.engines] == [["128x128"], ["224x96"]]
+    assert {engine.layout for engine in manifest.engines} == {"per-resolution"}
+    assert verify_bundle(tmp_path / "bundle") == []
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -213,3 +222,21 @@ def test_sigkill_at_random_moments_leaves_a_sound_bundle(tmp_path: Path, toy_onn
 def test_manifest_is_canonical_json(toy_bundle: Path) -> None:
     text = (toy_bundle / "manifest.json").read_text()
     assert text == json.dumps(json.loads(text), indent=1, sort_keys=True) + "\n"
+
+
+def test_killed_before_any_file_operation_it_leaves_a_sound_bundle(tmp_path: Path, toy_onnx: Path) -> None:
+    """Not at moments but at places: before every second operation on a file (SLIMXL_KILL_EVERY=1: before each)."""
+    other = make_toy_onnx(tmp_path / "other", seed=1)
+    script = Path(__file__).with_name("kill_everywhere.py")
+    every = os.environ.get("SLIMXL_KILL_EVERY", "2")
+    result = subprocess.run(
+        [sys.executable, script, tmp_path, toy_onnx, other, every],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert int(result.stdout.splitlines()[-1]) > 150 / int(every)

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distill.errors import UserError
-from engines.bundle import Manifest, _inside, read_manifest, verify_bundle
+from engines.bundle import Manifest, _inside, read_manifest, unnamed_files, verify_bundle
 from engines.pipeline import load, select_engines
 
 DAMAGED_BUNDLES = int(os.environ.get("SLIMXL_DAMAGED_BUNDLES", "2000"))
@@ -95,6 +95,16 @@ def test_a_link_that_leads_out_is_refused(bundle: Path, tmp_path: Path) -> None:
     (bundle / record.path).unlink()
     (bundle / record.path).symlink_to(outside)
     assert any("leads out of the bundle" in fault for fault in verify_bundle(bundle))
+
+
+def test_a_file_without_a_hash_is_not_read(bundle: Path) -> None:
+    """One that was slipped in, and one whose record was taken out of the manifest."""
+    (bundle / "tokenizer" / "added_tokens.json").write_text('{"circle": 7}')
+    edit(bundle, lambda m: m.update(files=[r for r in m["files"] if r["path"] != "unet/config.json"]))
+    faults = unnamed_files(bundle, read_manifest(bundle))
+    assert [fault.split(" ")[0] for fault in faults] == ["unet/config.json", "tokenizer/added_tokens.json"]
+    with pytest.raises(UserError, match=r"unet/config.json is not named by the manifest .* python -m engines build"):
+        load(bundle, flavor="onnxruntime")
 
 
 def test_missing_foreign_and_truncated_files_are_named(bundle: Path) -> None:
@@ -204,7 +214,7 @@ def test_hash_is_compared_before_anything_is_deserialised(bundle: Path, monkeypa
 def test_no_two_plans_that_serve_the_same_are_loaded(toy_manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     from engines.flavors import find_flavor, tensorrt
 
-    monkeypatch.setattr(tensorrt, "gpu_at_hand", lambda: ("NVIDIA A100", "8.0"))
+    monkeypatch.setattr(tensorrt, "gpu_at_hand", lambda position=0: ("NVIDIA A100", "8.0"))
     flavor = find_flavor("tensorrt-rtx")
     unet = next(e for e in toy_manifest.engines if e.flavor == "tensorrt-rtx" and e.component == "unet")
     profile = unet.profiles[0]
@@ -232,6 +242,11 @@ def test_no_two_plans_that_serve_the_same_are_loaded(toy_manifest: Manifest, mon
     "gpu, version, message",
     [
         (None, None, "found no GPU or no driver"),
+        (
+            ("NVIDIA A100", "8.0"),
+            "driver",
+            "made for CUDA 13, driver 550.54 runs CUDA 12 at most; update the NVIDIA driver",
+        ),
         (("NVIDIA H100", "9.0"), None, r"for compute capability 8.0, 8.9 .* this GPU is NVIDIA H100 with 9.0"),
         (("NVIDIA A100", "8.0"), "1.2.3.4", "built by tensorrt-rtx 1.2.3.4, installed is"),
         (("NVIDIA A100", "8.0"), None, None),
@@ -243,12 +258,56 @@ def test_gpu_and_version_are_checked_before_files(
 ) -> None:
     from engines.flavors import find_flavor, tensorrt
 
-    monkeypatch.setattr(tensorrt, "gpu_at_hand", lambda: gpu)
-    if version:
+    monkeypatch.setattr(tensorrt, "gpu_at_hand", lambda position=0: gpu)
+    driver = ("550.54", 12) if version == "driver" else ("580.65", 13)
+    monkeypatch.setattr(tensorrt, "driver_at_hand", lambda: driver)
+    if version and version != "driver":
         engines = [engine.model_copy(update={"flavor_version": version}) for engine in toy_manifest.engines]
         toy_manifest = toy_manifest.model_copy(update={"engines": engines})
+    else:
+        assert find_flavor("tensorrt-rtx").cuda_major() == 13  # type: ignore[attr-defined]
     if message is None:
         assert len(select_engines(toy_manifest, find_flavor("tensorrt-rtx"), "cuda:0")) == 4
         return
     with pytest.raises(UserError, match=message):
         select_engines(toy_manifest, find_flavor("tensorrt-rtx"), "cuda:0")
+
+
+def test_a_compatible_plan_is_for_newer_versions_by_number(
+    toy_manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engines.flavors import tensorrt
+
+    monkeypatch.setattr(tensorrt, "gpu_at_hand", lambda position=0: ("NVIDIA A100", "8.0"))
+    monkeypatch.setattr(tensorrt, "driver_at_hand", lambda: None)
+    flavor = tensorrt.make("tensorrt")
+    plan = toy_manifest.engines[-1].model_copy(
+        update={"flavor": "tensorrt", "flavor_version": "10.9.0", "options": {"version_compatible": True}}
+    )
+    monkeypatch.setattr(tensorrt.TensorRTFlavor, "version", lambda self: "10.14.1")
+    flavor.check_load(plan, "cuda:0")
+    monkeypatch.setattr(tensorrt.TensorRTFlavor, "version", lambda self: "10.8.0")
+    with pytest.raises(UserError, match=r"built by tensorrt 10.9.0, installed is 10.8.0"):
+        flavor.check_load(plan, "cuda:0")
+
+
+@pytest.mark.parametrize(
+    "visible, position, asked",
+    [(None, 1, 1), ("3,GPU-abc", 0, 3), ("3,GPU-abc", 1, "GPU-abc"), ("3", 1, None)],
+)
+def test_the_gpu_is_the_one_that_cuda_sees(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, position: int, asked: int | str | None
+) -> None:
+    import pynvml
+
+    from engines.gpus import gpu_at_hand
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    for name in ("nvmlDeviceGetHandleByIndex", "nvmlDeviceGetHandleByUUID"):
+        monkeypatch.setattr(pynvml, name, lambda which: which)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCudaComputeCapability", lambda handle: (8, 9))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetName", lambda handle: f"GPU {handle}")
+    assert gpu_at_hand(position) == (None if asked is None else (f"GPU {asked}", "8.9"))

@@ -11,14 +11,14 @@ from engines.compare import LayoutCost, compare_layouts, ratios, with_baselines
 
 
 def cost(layout: str, seconds: float, disk: int, component: str = "unet") -> LayoutCost:
-    return LayoutCost(layout, component, 1, 1, seconds, 100, disk, 10)
+    return LayoutCost(layout, component, 1, 1, seconds, seconds / 2, 100, disk, 10)
 
 
 def test_ratios_are_to_the_static_builds_of_the_same_component() -> None:
     costs = [cost("ranged", 5, 11), cost("per-resolution", 20, 99), cost("per-resolution", 7, 7, "vae_decoder")]
     pairs = with_baselines(costs)
-    assert ratios(*pairs[0]) == {"time": 0.25, "memory": 1.0, "disk": pytest.approx(11 / 99)}
-    assert ratios(*pairs[2]) == {"time": 1.0, "memory": 1.0, "disk": 1.0}
+    assert ratios(*pairs[0]) == {"time": 0.25, "cpu": 0.25, "memory": 1.0, "disk": pytest.approx(11 / 99)}
+    assert ratios(*pairs[2]) == {"time": 1.0, "cpu": 1.0, "memory": 1.0, "disk": 1.0}
     assert costs[0].disk_over_weights == 1.1
 
 
@@ -33,5 +33,5 @@ def test_layouts_are_built_and_compared(toy_onnx_fp16: Path, tmp_path: Path) -> 
         (1, 1),
     ]
     assert rows["ranged"]["ratios"]["disk"] < rows["shared"]["ratios"]["disk"] < 1
-    assert all(row["build_s"] > 0 and row["peak_rss_bytes"] > 1e8 for row in rows.values())
+    assert all(row["build_s"] > 0 and row["cpu_s"] > 0.1 and row["peak_rss_bytes"] > 1e8 for row in rows.values())
     assert not (tmp_path / "shared").exists()

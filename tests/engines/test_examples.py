@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,20 +21,25 @@ import torch
 from PIL import Image
 
 import engines
+from engines.bundle import Manifest
+from tests.engines.fake_tensorrt import FakeCudart, OnnxPlans
 
 EXAMPLES = Path(engines.__file__).with_name("examples")
 
 
+@pytest.fixture(autouse=True)
+def examples_import_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they do when they are run."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
 def load_example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(name)
 
 
-def test_the_service_is_short() -> None:
-    assert len((EXAMPLES / "service.py").read_text().splitlines()) <= 60
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_examples_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 60
 
 
 def test_service_draws_what_the_pipeline_draws_and_answers_bad_requests(toy_bundle: Path) -> None:
@@ -69,7 +75,7 @@ def test_service_draws_what_the_pipeline_draws_and_answers_bad_requests(toy_bund
 def test_latent_without_torch_is_the_pipelines(toy_bundle: Path) -> None:
     noise = np.random.default_rng(1).standard_normal((1, 4, 12, 28))
     example = load_example("without_torch")
-    latent = example.text_to_latent(toy_bundle, "A red  circle, xyz!", "224x96", 5, 5.0, noise)
+    latent = example.text_to_latent(toy_bundle, "A red  circle, xyz!", "224x96", 5, 5.0, noise, "onnxruntime")
     pipeline = engines.load(toy_bundle, flavor="onnxruntime")
     expected = pipeline(
         "A red  circle, xyz!",
@@ -83,18 +89,58 @@ def test_latent_without_torch_is_the_pipelines(toy_bundle: Path) -> None:
     assert np.abs(latent - expected).max() < 1e-3 * np.abs(expected).max()
 
 
+def test_the_same_program_reads_plans(
+    toy_bundle: Path, toy_onnx_fp16: Path, toy_manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hashes, profiles, shapes, addresses, copies: against a TensorRT that runs each plan's ONNX file instead. What a
+    GPU does with a plan is tested in tests/gpu."""
+    plans = [engine for engine in toy_manifest.engines if engine.flavor == "tensorrt-rtx"]
+    graphs = {
+        (toy_bundle / plan.files[0].path).read_bytes(): toy_onnx_fp16 / plan.component / "model.onnx" for plan in plans
+    }
+    cudart = FakeCudart((8, 9))
+    bindings = ModuleType("cuda.bindings")
+    bindings.runtime = cudart  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", OnnxPlans(graphs, cudart))
+    monkeypatch.delitem(sys.modules, "plan_tensorrt", raising=False)
+    noise = np.random.default_rng(1).standard_normal((1, 4, 12, 28))
+    example = load_example("without_torch")
+    arguments = (toy_bundle, "a red circle", "224x96", 4, 5.0, noise)
+    latent, expected = (example.text_to_latent(*arguments, flavor) for flavor in ("tensorrt-rtx", "onnxruntime"))
+    assert np.abs(latent - expected).max() < 1e-2 * np.abs(expected).max(), "fp16 against fp32"
+    cudart.cudaGetDeviceProperties = FakeCudart((9, 0)).cudaGetDeviceProperties
+    with pytest.raises(SystemExit, match=r"the plan is for \['8.0', '8.9'\], this GPU has 9.0"):
+        example.text_to_latent(*arguments, "tensorrt-rtx")
+    monkeypatch.delitem(sys.modules, "plan_tensorrt")
+
+
+def test_a_damaged_file_is_not_opened_without_torch(toy_bundle: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(toy_bundle, bundle)
+    damaged = next(bundle.glob("text_encoder/*/model.onnx.data"))
+    content = damaged.read_bytes()
+    damaged.unlink()
+    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    noise = np.zeros((1, 4, 16, 16))
+    with pytest.raises(SystemExit, match="is not what the manifest says"):
+        load_example("without_torch").text_to_latent(bundle, "a", "128x128", 1, 5.0, noise, "onnxruntime")
+
+
 @pytest.mark.parametrize("text", ["a red circle", "A  RED circle!! 42 it's", "", "ünïcode 🎈", "red " * 90])
 def test_tokens_without_transformers(toy_bundle: Path, text: str) -> None:
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(toy_bundle / "tokenizer")
     expected = tokenizer(text, padding="max_length", truncation=True, max_length=tokenizer.model_max_length).input_ids
-    assert load_example("without_torch").tokenize(toy_bundle / "tokenizer", text)[0].tolist() == expected
+    assert load_example("clip_tokens").tokenize(toy_bundle / "tokenizer", text)[0].tolist() == expected
 
 
 def test_without_torch_really_is(toy_bundle: Path, tmp_path: Path) -> None:
     code = (
-        "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
+        "import os, runpy, sys; sys.argv = sys.argv[1:]; sys.path[0] = os.path.dirname(sys.argv[0]); "
+        "runpy.run_path(sys.argv[0], run_name='__main__'); "
         "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
     )
     script, out = str(EXAMPLES / "without_torch.py"), tmp_path / "latent.npy"

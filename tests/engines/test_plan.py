@@ -13,6 +13,7 @@ from engines.bundle import Layout
 from engines.gpus import GPUS, resolve_targets
 from engines.onnx_folder import OnnxComponent, read_onnx_folder
 from engines.plan import Job, parse_resolutions, plan_builds, plan_options
+from tests.engines.toys import make_static, make_toy_onnx
 
 RTX = frozenset({"7.5", "8.0", "8.6", "8.9", "12.0", "12.1"})
 
@@ -89,13 +90,26 @@ def test_exact_profiles_are_exact_in_batch_too(toy_onnx_fp16: Path, guidance: st
     assert (shape.min[0], shape.max[0]) == (1, rows[1])
 
 
-def test_static_graph_is_refused_for_other_sizes(toy_onnx_fp16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = read_onnx_folder(toy_onnx_fp16)
-    unet = folder.components["unet"]
-    fixed = [tensor.model_copy(update={"shape": [2, 4, 16, 16]}) for tensor in unet.inputs[:1]]
-    monkeypatch.setitem(unet.__dict__, "inputs", fixed + unet.inputs[1:])
-    with pytest.raises(UserError, match=r"for 160x128 .* export with --resolutions dynamic"):
-        plan_builds(folder, gpus=["a100"], flavor="tensorrt-rtx", resolutions="160x128", components=["unet"])
+def test_static_graphs_make_a_plan_each(tmp_path: Path) -> None:
+    sizes = ["128x128", "160x128", "224x96"]
+    folder = make_static(make_toy_onnx(tmp_path / "onnx", "fp16"), sizes, batch=2)
+    jobs = plan(folder)
+    assert [(job.component.name, job.resolutions) for job in jobs[:6]] == [
+        (name, [size]) for name in ("unet", "vae_decoder") for size in sizes
+    ]
+    assert [job.component.graph for job in jobs[:3]] == ["model.onnx", "model.160x128.onnx", "model.224x96.onnx"]
+    assert len({job.component.onnx_sha256 for job in jobs[:3]}) == 3
+    assert jobs[2].profiles[0].shapes["sample"].min == [2, 4, 12, 28] and jobs[2].component.fixed_rows == 2
+    assert [job.component.name for job in jobs[6:]] == ["text_encoder", "text_encoder_2"]
+    for change, message in [
+        ({"layout": "shared"}, r"a static graph for each resolution, layout shared needs .* --resolutions dynamic"),
+        ({"layout": "ranged"}, "layout ranged needs"),
+        ({"flavor": "onnxruntime"}, "flavor onnxruntime needs"),
+        ({"resolutions": "128x160"}, "128x160 is not one of this model's: 128x128, 160x128, 224x96"),
+        ({"batches": [2]}, r"exported for 2 row\(s\), 2 image\(s\) make 4; export with --batch 4"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            plan(folder, **change)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,10 @@ from distill.errors import UserError
 from engines.bundle import Engine, Manifest, Profile, ShapeRange
 from engines.flavors import LoadOptions
 from engines.flavors.tensorrt_runtime import ALIGNMENT, Arena, RuntimeCache, TensorRTEngine
+from engines.onnx_folder import weights_for
 from tests.engines import fake_tensorrt
-from tests.engines.fake_tensorrt import FakeCache, FakeDevice, FakeTensorRT
+from tests.engines.fake_tensorrt import FakeCache, FakeDevice, FakeRefitter, FakeTensorRT
+from tests.engines.toys import make_toy_onnx
 
 SIZES = ["128x128", "224x96", "96x224"]
 
@@ -44,7 +46,14 @@ def make(
     trt = FakeTensorRT(profiles=len(profiles), header_reasons=options.pop("header_reasons", 0))
     settings = LoadOptions(device="cpu", runtime_cache=tmp_path / "cache", **options)
     arena = Arena(trt, tmp_path, settings, FakeDevice())  # type: ignore[arg-type]
-    return TensorRTEngine(engine, b"plan", arena, "mend it", settings.weights), trt, arena, engine
+    weights = weights_for(engine, settings.weights) if settings.weights else None
+    return TensorRTEngine(engine, b"plan", arena, "mend it", weights), trt, arena, engine
+
+
+@pytest.fixture(scope="module")
+def other_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy's graphs with other weights, as a fine-tune would have."""
+    return make_toy_onnx(tmp_path_factory.mktemp("tuned") / "onnx", seed=9)
 
 
 def sample(size: str, value: float = 1.0) -> torch.Tensor:
@@ -159,24 +168,52 @@ def test_runtime_cache_in_a_folder_that_cannot_be_written(tmp_path: Path) -> Non
 
 
 def test_refit_exchanges_weights_and_keeps_contexts(
-    toy_manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy_manifest: Manifest, tmp_path: Path, other_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, trt, _, engine = make(toy_manifest, tmp_path, built_with={"refit": True})
     loaded.run({"sample": sample("128x128", 1)}, engine.profiles[0])
     contexts = len(trt.plan.contexts)
     monkeypatch.setitem(fake_tensorrt.WEIGHTS, "scale", 5.0)
-    onnx = tmp_path / "model.onnx"
-    onnx.write_bytes(b"")
-    loaded.refit(onnx)
+    weights = weights_for(engine, other_weights)
+    assert weights is not None and not weights.made(engine)
+    loaded.refit(weights)
     result = loaded.run({"sample": sample("128x128", 1)}, engine.profiles[0])["out_sample"]
     assert torch.equal(result, sample("128x128", 5)) and len(trt.plan.contexts) == contexts
-    with pytest.raises(UserError, match="does not fit"):
-        loaded.refit(tmp_path / "absent.onnx")
-    trt.plan.refittable = False
-    with pytest.raises(UserError, match="built without --refit"):
-        loaded.refit(onnx)
+    monkeypatch.setattr(FakeRefitter, "get_missing_weights", lambda self: ["conv.weight"])
+    with pytest.raises(UserError, match=r"does not fit .*without conv.weight: export the same architecture"):
+        loaded.refit(weights)
 
 
-def test_a_plan_without_weights_needs_them(toy_manifest: Manifest, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a plan without weights"):
-        make(toy_manifest, tmp_path, built_with={"strip": True})
+@pytest.mark.parametrize(
+    "built_with, same, outcome",
+    [
+        ({}, True, 2.0),  # its own weights: nothing to do
+        ({}, False, "built without --refit and keeps its own"),
+        ({"refit": True}, False, 5.0),
+        ({"strip": True}, True, 5.0),
+        ({"strip": True}, False, "takes back only the weights it was built from"),
+        ({"strip": True, "refit": True}, False, 5.0),
+        ({"strip": True}, None, "a plan without weights: name the ONNX folder"),
+    ],
+)
+def test_weights_at_load(
+    toy_manifest: Manifest,
+    toy_onnx: Path,
+    other_weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    built_with: dict[str, bool],
+    same: bool | None,
+    outcome: float | str,
+) -> None:
+    """A plan without weights takes its own or, with --refit, any; other weights are never taken in silence."""
+    monkeypatch.setitem(fake_tensorrt.WEIGHTS, "scale", 5.0)
+    folder = {True: toy_onnx, False: other_weights, None: None}[same]
+    if isinstance(outcome, str):
+        with pytest.raises(UserError, match=outcome):
+            make(toy_manifest, tmp_path, built_with=built_with, weights=folder)
+        return
+    loaded, _, _, engine = make(toy_manifest, tmp_path, built_with=built_with, weights=folder)
+    assert torch.equal(
+        loaded.run({"sample": sample("128x128")}, engine.profiles[0])["out_sample"], sample("128x128", outcome)
+    )

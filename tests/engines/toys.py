@@ -141,3 +141,25 @@ def make_toy_onnx(root: Path, precision: str = "fp32", seed: int = 0, source: st
     }
     (root / "slimxl.json").write_text(json.dumps(about))
     return root
+
+
+def make_static(root: Path, sizes: list[str], batch: int) -> Path:
+    """Turns a toy folder into what `export --resolutions A,B --batch N` leaves: a graph for each size, fixed rows."""
+    about = json.loads((root / "slimxl.json").read_text())
+    (root / "slimxl.json").write_text(json.dumps(about | {"resolutions": sizes}))
+    for component in ("unet", "vae_decoder", "text_encoder", "text_encoder_2"):
+        folder = root / component
+        opened = onnx.load(folder / "model.onnx", load_external_data=False)
+        graphs = {}
+        for position, size in enumerate(sizes[:1] if component.startswith("text") else sizes):
+            width, height = (int(side) // 8 for side in size.split("x"))
+            fixed = onnx.ModelProto()
+            fixed.CopyFrom(opened)
+            for value in fixed.graph.input:
+                for dim in value.type.tensor_type.shape.dim:
+                    if dim.dim_param:
+                        dim.dim_value = {"batch": batch, "height": height, "width": width}[dim.dim_param]
+            graphs[size] = "model.onnx" if position == 0 else f"model.{size}.onnx"
+            (folder / graphs[size]).write_bytes(fixed.SerializeToString())
+        (folder / "export.json").write_text(json.dumps({"graphs": graphs}))
+    return root

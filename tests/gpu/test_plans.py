@@ -1,0 +1,166 @@
+"""Plans on the GPU at hand: built here, run, refitted, stripped; beside ONNX Runtime's pictures of the same weights.
+
+Each test runs for every TensorRT module that is installed and targets this GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import engines
+from distill.errors import UserError
+from engines.build import build_bundle
+from engines.bundle import Layout, read_manifest
+from engines.flavors import find_flavor
+from engines.gpus import gpu_at_hand
+from engines.plan import plan_options
+from export import ExportOptions, export_checkpoint
+from tests.engines.toys import make_toy_onnx
+
+SIZES = ("128x128", "224x96", "96x224")
+COMPONENTS = ("unet", "vae_decoder", "text_encoder", "text_encoder_2")
+
+
+def usable_flavors() -> list[str]:
+    """TensorRT modules that can be imported and target this GPU."""
+    found = gpu_at_hand()
+    assert found is not None
+    usable = []
+    for name in ("tensorrt", "tensorrt-rtx"):
+        flavor = find_flavor(name)
+        try:
+            flavor.version()
+        except UserError:
+            continue
+        if found[1] in (flavor.targets or ()):
+            usable.append(name)
+    return usable
+
+
+FLAVORS = usable_flavors()
+
+
+@pytest.fixture(scope="module")
+def mini_onnx(tmp_path_factory: pytest.TempPathFactory, mini_vega: Path) -> dict[str, Path]:
+    """A true export at Vega's depth, in fp16 and fp32."""
+    root = tmp_path_factory.mktemp("gpu")
+    for precision in ("fp16", "fp32"):
+        options = ExportOptions(precision=precision, components=COMPONENTS)
+        export_checkpoint(mini_vega, root / precision, options=options)
+    return {precision: root / precision for precision in ("fp16", "fp32")}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, mini_onnx: dict[str, Path]) -> dict[str, np.ndarray]:
+    """ONNX Runtime's pictures in fp32, on the CPU."""
+    bundle = tmp_path_factory.mktemp("reference") / "bundle"
+    build_bundle(mini_onnx["fp32"], bundle, gpus=[], flavor="onnxruntime")
+    pipeline = engines.load(bundle, flavor="onnxruntime", device="cpu")
+    return {size: draw(pipeline, size) for size in SIZES}
+
+
+def draw(pipeline: object, size: str, **arguments: object) -> np.ndarray:
+    width, height = map(int, size.split("x"))
+    settings = {"num_inference_steps": 4, "width": width, "height": height, "output_type": "np"} | arguments
+    return pipeline("a red circle", generator=torch.Generator().manual_seed(3), **settings).images[0]  # type: ignore[operator]
+
+
+def psnr_db(image: np.ndarray, other: np.ndarray) -> float:
+    assert np.isfinite(image).all() and image.std() > 0.01
+    return float(-10 * np.log10(max(np.mean((image - other) ** 2), 1e-12)))
+
+
+def build(onnx: Path, out: Path, flavor: str, layout: Layout | None = None, **options: bool) -> Path:
+    build_bundle(
+        onnx,
+        out,
+        gpus=["auto"],
+        flavor=flavor,
+        layout=layout,
+        resolutions=",".join(SIZES),
+        options=plan_options(flavor, **options),  # type: ignore[arg-type]
+    )
+    return out
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+@pytest.mark.parametrize("layout", ["ranged", "shared", "per-resolution"])
+def test_pictures_in_any_order_of_sizes(
+    flavor: str, layout: Layout, mini_onnx: dict[str, Path], reference: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    pipeline = engines.load(build(mini_onnx["fp16"], tmp_path / "bundle", flavor, layout), flavor=flavor)
+    for size in [*SIZES, *reversed(SIZES)]:
+        assert psnr_db(draw(pipeline, size), reference[size]) > 30, size
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_a_step_of_the_unet_never_waits_for_the_host(flavor: str, mini_onnx: dict[str, Path], tmp_path: Path) -> None:
+    pipeline = engines.load(build(mini_onnx["fp16"], tmp_path / "bundle", flavor), flavor=flavor)
+    unet, device = pipeline.unet, pipeline.unet.device
+    inputs = {tensor.name: tensor for tensor in unet.component.engines[0][0].inputs}
+    sample = torch.randn(2, 4, 16, 16, device=device, dtype=unet.dtype)
+    states = torch.randn(2, *map(int, inputs["encoder_hidden_states"].shape[1:]), device=device, dtype=unet.dtype)
+    added = {
+        "text_embeds": torch.randn(2, int(inputs["text_embeds"].shape[1]), device=device),
+        "time_ids": torch.ones(2, 6, device=device),
+    }
+    timestep = torch.tensor(500.0, device=device)
+    first = unet(sample, timestep, states, added_cond_kwargs=added).sample  # compiles and captures
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = [unet(sample, timestep, states, added_cond_kwargs=added).sample for _ in range(5)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(first, result) for result in again)
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_refit_draws_the_pictures_of_the_other_weights(flavor: str, tmp_path: Path) -> None:
+    """A plan built from one set of weights, given another, draws what a plan built from the other draws; and back."""
+    first, second = (make_toy_onnx(tmp_path / f"onnx{seed}", "fp16", seed) for seed in (0, 1))
+    plans = build(first, tmp_path / "refit", flavor, refit=True)
+    assert all(engine.options == {"refit": True} for engine in read_manifest(plans).engines)
+    pipeline = engines.load(plans, flavor=flavor)
+    expected = draw(engines.load(build(second, tmp_path / "other", flavor), flavor=flavor), SIZES[0])
+    own = draw(pipeline, SIZES[0])
+    assert psnr_db(own, expected) < 30, "the two sets of weights draw different pictures"
+    assert sorted(engines.refit(pipeline, second)) == sorted(COMPONENTS)
+    assert psnr_db(draw(pipeline, SIZES[0]), expected) > 40
+    engines.refit(pipeline, first)
+    assert psnr_db(draw(pipeline, SIZES[0]), own) > 40
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_stripped_plans_are_small_and_draw_the_same(
+    flavor: str, mini_onnx: dict[str, Path], reference: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    whole = read_manifest(build(mini_onnx["fp16"], tmp_path / "whole", flavor))
+    bundle = build(mini_onnx["fp16"], tmp_path / "stripped", flavor, strip=True)
+    for stripped, full in zip(read_manifest(bundle).engines, whole.engines, strict=True):
+        assert stripped.size_bytes < full.size_bytes, stripped.component
+    with pytest.raises(UserError, match="a plan without weights"):
+        engines.load(bundle, flavor=flavor)
+    pipeline = engines.load(bundle, flavor=flavor, weights=mini_onnx["fp16"])
+    assert psnr_db(draw(pipeline, SIZES[0]), reference[SIZES[0]]) > 30
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_the_program_without_torch(flavor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """engines/examples/without_torch.py on plans gives the latents of the pipeline."""
+    monkeypatch.syspath_prepend(str(Path(engines.__file__).with_name("examples")))
+    bundle = build(make_toy_onnx(tmp_path / "onnx", "fp16"), tmp_path / "bundle", flavor)
+    noise = np.random.default_rng(1).standard_normal((1, 4, 12, 28))
+    example = importlib.import_module("without_torch")
+    latent = example.text_to_latent(bundle, "a red circle", "224x96", 4, 5.0, noise, flavor)
+    start = torch.from_numpy(noise).half()
+    settings = {"guidance_scale": 5.0, "latents": start, "output_type": "latent"}
+    expected = draw(engines.load(bundle, flavor=flavor), "224x96", **settings).float().cpu().numpy()  # type: ignore[attr-defined]
+    assert np.abs(latent - expected).max() < 2e-2 * np.abs(expected).max()
+    sys.modules.pop("plan_tensorrt", None)
