@@ -15,6 +15,7 @@ from distill.errors import UserError, exit_on_user_error
 
 app = tyro.extras.SubcommandApp()
 WORKDIR = Path("out/models")
+Precision = Literal["no", "fp16", "bf16"]
 
 
 @app.command
@@ -80,14 +81,15 @@ def surgery(*, model: str, student: str, layer_map: str = "first", out: Path, wo
 
 @app.command
 def cache(
-    *, data: str, model: str = "mini:sdxl", out: Path, seed: int = 0, batch: int = 16, workdir: Path = WORKDIR
+    *, data: str, model: str = "mini:sdxl", out: Path, seed: int = 0, batch: int = 4, workdir: Path = WORKDIR
 ) -> None:
     """Precompute VAE latents and text embeddings of a data set. Under torchrun the processes share the shards.
 
     Args:
         data: shapes:N, a folder of pictures with captions, WebDataset SHARDS.tar, or hf:ORG/NAME.
         model: The checkpoint whose VAE and text encoders are used.
-        out: The cache folder.
+        out: The cache folder; an unfinished one there is continued.
+        batch: Pictures encoded at once; at 1024x1024 each takes some GB of GPU memory.
     """
     from distill.cache import make_cache
     from distill.sources import resolve
@@ -102,36 +104,177 @@ def train(
     recipe: str,
     cache: Path,
     out: Path,
+    student: str | None = None,
+    layer_map: str | None = None,
     start: Path | None = None,
     workdir: Path = WORKDIR,
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no",
+    mixed_precision: Precision = "no",
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw",
     accumulation: int = 1,
     gradient_checkpointing: bool = False,
     compile: bool = False,
+    fsdp: bool = False,
+    tensorboard: bool = False,
     checkpoint_every: int = 500,
+    keep_checkpoints: int = 2,
+    validate_every: int = 0,
 ) -> None:
-    """Distil a student by a recipe. Start it with torchrun or `accelerate launch` for many GPUs or nodes.
+    """Distil a student by a recipe. Start it with torchrun for many GPUs or nodes. First it tells its memory plan.
 
     Args:
         recipe: ssd-1b, vega, mini-ssd-1b or mini-vega.
         cache: A latent cache made by `distill cache` with the teacher's VAE and text encoders.
         out: Becomes a diffusers pipeline folder; an unfinished run there is continued.
+        student: Another student by the same road: an architecture or a depth pattern, e.g. -/2,2/4,4:0:4,4,10/2,1,1/-
+        layer_map: Which teacher blocks it keeps: first, spread, similarity, or a JSON file (importance.json).
         start: A finished student to begin from instead of the teacher.
+        optimizer: The second holds its moments in 8 bits (package bitsandbytes).
         accumulation: Micro-batches per optimiser step and process.
+        fsdp: Share weights, moments and gradients over the processes instead of copying them (DDP).
+        validate_every: Steps between pictures at fixed seeds, in OUT/samples; 0 draws them only after each stage.
     """
     from distill.recipes import find_recipe
+    from distill.surgery import read_layer_map
     from distill.trainer import TrainOptions, train
 
     options = TrainOptions(
         mixed_precision=mixed_precision,
+        optimizer=optimizer,
         accumulation=accumulation,
         gradient_checkpointing=gradient_checkpointing,
         compile=compile,
+        fsdp=fsdp,
+        tensorboard=tensorboard,
         checkpoint_every=checkpoint_every,
+        keep_checkpoints=keep_checkpoints,
+        validate_every=validate_every,
     )
     if start is not None and not (start / "slimxl.json").is_file():
         raise UserError(f"--start {start} is no student made by `distill train`: it has no slimxl.json")
-    train(find_recipe(recipe), cache=cache, out=out, workdir=workdir, start=start, options=options)
+    chosen = find_recipe(recipe, student=student, layer_map=read_layer_map(layer_map) if layer_map else None)
+    train(chosen, cache=cache, out=out, workdir=workdir, start=start, options=options)
+
+
+@app.command
+def plan(
+    *,
+    recipe: str,
+    student: str | None = None,
+    processes: int = 1,
+    accumulation: int = 1,
+    mixed_precision: Precision = "bf16",
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw",
+    fsdp: bool = False,
+    memory_gb: float | None = None,
+) -> None:
+    """Tell what a training needs of each GPU's memory, with and without gradient checkpointing; nothing is loaded.
+
+    Args:
+        recipe: ssd-1b, vega, mini-ssd-1b or mini-vega.
+        student: Another student by the same road: an architecture or a depth pattern.
+        processes: GPUs that share the batch.
+        memory_gb: The GPU's memory in units of 1e9 bytes; default: the device at hand.
+    """
+    from distill.architectures import ARCHITECTURES
+    from distill.plan import describe_plan, device_memory, plan_recipe
+    from distill.recipes import find_recipe
+    from distill.trainer import HALF
+
+    teacher = ARCHITECTURES["mini-sdxl" if recipe.startswith("mini-") else "sdxl"]
+    title, plans = plan_recipe(
+        find_recipe(recipe, student=student),
+        teacher,
+        half=HALF[mixed_precision],
+        optimizer=optimizer,
+        processes=processes,
+        accumulation=accumulation,
+        fsdp=fsdp,
+    )
+    device = ("the GPU", int(memory_gb * 1e9)) if memory_gb else device_memory()
+    print("\n".join(describe_plan(plans, title, *device)))
+
+
+@app.command
+def bench(
+    *,
+    out: Path,
+    model: str = "mini:sdxl",
+    student: str | None = None,
+    batch: int = 8,
+    rounds: int = 12,
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no",
+    gradient_checkpointing: bool = False,
+    workdir: Path = WORKDIR,
+) -> None:
+    """Measure the training step beside the published loop, with and without the cache, at each feature level.
+
+    Args:
+        out: The JSON file for the raw samples.
+        model: The teacher; random:sdxl has the true size and needs no download.
+        student: An architecture or a depth pattern; by default SSD-1B's depth.
+        batch: Samples a step.
+        rounds: Steps of each loop, taken in turn.
+    """
+    from distill.bench import BenchOptions, bench_loops, describe
+
+    options = BenchOptions(
+        model=model,
+        student=student,
+        batch=batch,
+        rounds=rounds,
+        mixed_precision=mixed_precision,
+        gradient_checkpointing=gradient_checkpointing,
+        workdir=workdir,
+    )
+    print("\n".join(describe(bench_loops(options, out))))
+
+
+@app.command
+def ablate(
+    *,
+    variants: tuple[str, ...] = (),
+    teacher: str = "mini:sdxl",
+    student: str = "mini-vega",
+    seeds: int = 3,
+    steps: int = 400,
+    samples: int = 3600,
+    held_out: int = 180,
+    pictures: int = 90,
+    picture_steps: int = 20,
+    jobs: int = 2,
+    out: Path = Path("out/ablation"),
+    results: Path = Path("distill/results"),
+    workdir: Path = WORKDIR,
+) -> None:
+    """Compare losses, starts and roads on the mini family; what is finished is kept.
+
+    Args:
+        variants: from-scratch, task, output, block, sub-block, layer, self-attention, layer-progressive; default: all.
+        steps: Optimiser steps of every run.
+        samples: Captioned pictures to train on.
+        held_out: And to measure the loss on, 20 of each resolution.
+        pictures: Pictures by which each student is judged, over the nine resolutions.
+        jobs: Runs at once.
+        out: Where runs and caches are kept.
+        results: Where ablation.json, .md and .svg go.
+    """
+    from distill.ablate import VARIANTS, run_ablation
+    from distill.sources import resolve
+
+    run_ablation(
+        resolve(teacher, workdir),
+        out,
+        results,
+        variants=variants or tuple(VARIANTS),
+        seeds=seeds,
+        steps=steps,
+        samples=samples,
+        held_out=held_out,
+        student=student,
+        pictures=pictures,
+        picture_steps=picture_steps,
+        jobs=jobs,
+    )
 
 
 @app.command

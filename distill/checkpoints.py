@@ -1,15 +1,33 @@
-"""What a training run leaves on disk: its state to go on from, and each stage's student as a whole pipeline."""
+"""What a training run leaves on disk: its state to go on from, and each stage's student as a whole pipeline.
+
+The state is written by torch.distributed.checkpoint: every process writes its own part, under names free of any
+wrapper, so one process, DDP and FSDP read each other's, whatever their number.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 
+from distill.errors import UserError
 from distill.files import read_json, replacing, write_json
 from distill.progress import say
 from distill.recipes import Recipe
@@ -17,28 +35,100 @@ from distill.sources import load_pipeline, read_config
 from distill.surgery import LayerMap
 
 
-def save_state(accelerator: Accelerator, state: Path, number: int, step: int) -> None:
-    """An atomic checkpoint: all processes write into one temporary folder, which is then renamed."""
-    temporary = state.with_name(".state.partial")
-    if accelerator.is_main_process and temporary.exists():
-        shutil.rmtree(temporary)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary), safe_serialization=True)
-    accelerator.wait_for_everyone()
+@dataclass
+class TrainingState:
+    """All that a stage goes on from, beside its step: nothing else in a run has a history."""
+
+    student: UNet2DConditionModel
+    optimizer: torch.optim.Optimizer
+    ema: EMAModel | None = None
+    scaler: Any = None
+
+    def as_dict(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.student, self.optimizer)
+        state: dict[str, Any] = {"student": model, "optimizer": optimizer}
+        if self.ema:
+            state["ema"] = {str(i): tensor for i, tensor in enumerate(self.ema.shadow_params)}
+        if self.scaler:
+            state["scaler"] = self.scaler.state_dict()
+        return state
+
+    def save(self, folder: Path) -> None:
+        dcp.save(self.as_dict(), checkpoint_id=folder)
+
+    def load(self, folder: Path, step: int) -> None:
+        state = self.as_dict()
+        dcp.load(state, checkpoint_id=folder)  # in place, so the average needs nothing more
+        set_state_dict(
+            self.student, self.optimizer, model_state_dict=state["student"], optim_state_dict=state["optimizer"]
+        )
+        if self.ema:
+            self.ema.optimization_step = step
+        if self.scaler:
+            self.scaler.load_state_dict(state["scaler"])
+
+    @contextmanager
+    def averaged(self) -> Iterator[UNet2DConditionModel]:
+        """The student with the averaged weights in place of its own, where an average is kept."""
+        if not self.ema:
+            yield self.student
+            return
+        parameters = list(self.student.parameters())
+        own = [parameter.detach().clone() for parameter in parameters]
+        self.ema.copy_to(parameters)
+        yield self.student
+        with torch.no_grad():
+            for parameter, value in zip(parameters, own, strict=True):
+                parameter.copy_(value)
+
+
+def save_state(
+    accelerator: Accelerator, state: TrainingState, folder: Path, number: int, step: int, *, keep: int
+) -> None:
+    """Writes `folder/STAGE-STEP` whole or not at all, then removes all but the newest `keep`.
+
+    Raises UserError where the disk does not take it; the checkpoints before stay.
+    """
+    temporary = folder / ".partial"
     if accelerator.is_main_process:
-        write_json(temporary / "progress.json", {"stage": number, "step": step})
-        with replacing(state) as target:
-            temporary.rename(target)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one process is told that it is one
+            state.save(temporary)
+        if accelerator.is_main_process:
+            write_json(temporary / "progress.json", {"stage": number, "step": step})
+            temporary.rename(folder / f"{number + 1:02d}-{step:07d}")
+    except (OSError, dcp.CheckpointException) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(
+            f"the checkpoint of step {step} cannot be written ({reason}); the one before is kept: free some space on the "
+            f"disk of {folder} and run the same command again"
+        ) from None
+    if accelerator.is_main_process:
+        for old in _states(folder)[:-keep]:
+            shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 
-def resume(accelerator: Accelerator, state: Path, number: int, log: Path) -> int:
-    """Loads the last checkpoint of stage `number`; returns its step and cuts the log back to it."""
+def _states(folder: Path) -> list[Path]:
+    """The whole checkpoints, oldest first."""
+    return sorted(path.parent for path in folder.glob("[0-9]*/progress.json"))
+
+
+def resume(accelerator: Accelerator, state: TrainingState, folder: Path, number: int, log: Path) -> int:
+    """Loads the newest checkpoint of stage `number`; returns its step and cuts the log back to it."""
     step = 0
-    if (state / "progress.json").exists() and read_json(state / "progress.json")["stage"] == number:
-        accelerator.load_state(str(state))
-        step = read_json(state / "progress.json")["step"]
-        say(f"going on from stage {number + 1}, step {step}")
+    newest = next((path for path in reversed(_states(folder)) if path.name.startswith(f"{number + 1:02d}-")), None)
+    if newest:
+        step = read_json(newest / "progress.json")["step"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state.load(newest, step)
+        if accelerator.is_main_process:
+            say(f"going on from stage {number + 1}, step {step}")
     if accelerator.is_main_process and log.exists():
         lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
         kept = [line for line in lines if (int(line["stage"].split("-")[0]), line["step"]) <= (number + 1, step)]
@@ -48,6 +138,19 @@ def resume(accelerator: Accelerator, state: Path, number: int, log: Path) -> int
     return step
 
 
+def gather_student(state: TrainingState) -> UNet2DConditionModel | None:
+    """The student as one whole net on the CPU, its average where one is kept. Every process must call this; only the
+    first gets the net."""
+    with state.averaged() as student:
+        weights = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not weights:
+        return None
+    with torch.device("meta"):
+        whole = UNet2DConditionModel.from_config(state.student.config)
+    whole.load_state_dict(weights, assign=True)
+    return whole.eval()
+
+
 def save_student(
     student: UNet2DConditionModel, teacher_folder: Path, folder: Path, layer_map: LayerMap, recipe: Recipe, number: int
 ) -> None:
@@ -55,7 +158,7 @@ def save_student(
     dtype = torch.float32 if read_config(teacher_folder, "unet")["block_out_channels"][0] < 320 else torch.float16
     with replacing(folder) as temporary:
         shutil.copytree(
-            teacher_folder, temporary, ignore=shutil.ignore_patterns("unet", "samples", "*.jsonl", "slimxl.json")
+            teacher_folder, temporary, ignore=shutil.ignore_patterns("unet", "samples*", "*.jsonl", "slimxl.json")
         )
         student.to(dtype).save_pretrained(temporary / "unet", safe_serialization=True)
         write_json(
@@ -68,22 +171,34 @@ def save_student(
                 "recipe": recipe.as_dict(),
             },
         )
-        _draw_validation(temporary, recipe.validation_prompts, temporary / "samples.png")
+        if recipe.validation_prompts:
+            draw_validation(student, teacher_folder, recipe.validation_prompts, temporary / "samples.png")
 
 
-def _draw_validation(checkpoint: Path, prompts: tuple[str, ...], path: Path, *, steps: int = 20, seed: int = 0) -> None:
-    """One row of pictures of `prompts`, at the model's own base resolution and a fixed seed."""
+def draw_validation(
+    student: UNet2DConditionModel,
+    teacher_folder: Path,
+    prompts: tuple[str, ...],
+    path: Path,
+    *,
+    steps: int = 20,
+    seed: int = 0,
+) -> None:
+    """One row of pictures of `prompts`, at the model's own base resolution and always the same seeds."""
     from PIL import Image
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = load_pipeline(checkpoint, torch.float16 if device == "cuda" else torch.float32).to(device)
+    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    pipe = load_pipeline(teacher_folder, dtype)
+    pipe.unet = student
+    pipe.to(device, dtype)
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     images = pipe(list(prompts), num_inference_steps=steps, generator=generators).images
     row = Image.new("RGB", (sum(image.width for image in images), images[0].height))
     for i, image in enumerate(images):
         row.paste(image, (i * image.width, 0))
-    row.save(path, format="PNG")
+    with replacing(path) as temporary:
+        row.save(temporary, format="PNG")
 
 
 def alphas_cumprod_of(teacher_folder: Path) -> torch.Tensor:

@@ -7,12 +7,13 @@ in all. How the steps were divided, and which blocks were kept, was not publishe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from distill.architectures import SDXL_DEPTH, SSD_1B_DEPTH, VEGA_DEPTH, Depth
+from distill.architectures import MINI_FAMILY, SDXL_DEPTH, SSD_1B_DEPTH, Depth, find_architecture
 from distill.errors import unknown
+from distill.surgery import LayerMap, make_layer_map, transformer_depths
 
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 ZAVY_CHROMA_XL = "stablediffusionapi/zavychromaxl-v80"
@@ -35,13 +36,15 @@ class LossWeights:
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One run of the training loop. `student` is an architecture's name or a depth pattern; `layer_map` says which
-    of the *teacher's* blocks each student block is made from, so maps of successive stages must be nested."""
+    of the *teacher's* blocks each student block is made from, so maps of successive stages must be nested. A student
+    `from_scratch` copies nothing: it begins with random weights, as a comparison."""
 
     name: str
     teacher: str
     student: str
     steps: int
-    layer_map: str | Mapping[str, tuple[int, ...]] = "similarity"
+    layer_map: str | LayerMap = "similarity"
+    from_scratch: bool = False
     losses: LossWeights = LossWeights()
     learning_rate: float = 1e-5
     warmup_steps: int = 500
@@ -71,49 +74,59 @@ class Recipe:
         return asdict(self)
 
 
-def _shortened(steps: int, teacher: str, target: Depth, start: Depth = SDXL_DEPTH, **stage: Any) -> tuple[Stage, ...]:
-    """Middle, then up, then down made as short as `target`, `steps` each; parts that are already so are left out."""
+def shortened(
+    steps: int, teacher: str, target: Depth, start: Depth, layer_map: str | LayerMap, **stage: Any
+) -> tuple[Stage, ...]:
+    """Middle, then up, then down made as short as `target`, `steps` each; parts that are already so are left out. A
+    middle block that stays must be as deep as the last down block, so there the two go together."""
     parts, depth = [], start
-    for side in ("mid", "up", "down"):
-        shorter = replace(depth, **{side: getattr(target, side)})
+    for sides in (("mid",), ("up",), ("down",)) if not target.mid else (("up",), ("mid", "down")):
+        shorter = replace(depth, **{side: getattr(target, side) for side in sides})
         if shorter != depth:
-            parts.append(Stage(name=f"shorten-{side}", teacher=teacher, student=str(shorter), steps=steps, **stage))
+            name = "shorten-" + "-".join(sides)
+            known = layer_map if isinstance(layer_map, str) else _where_short(layer_map, shorter, target)
+            parts.append(Stage(name=name, teacher=teacher, student=str(shorter), steps=steps, layer_map=known, **stage))
         depth = shorter
     return tuple(parts)
 
 
-def _succession(student: str) -> tuple[Stage, ...]:
-    """The whole student under each teacher in turn."""
+def _where_short(layer_map: LayerMap, depth: Depth, target: Depth) -> LayerMap:
+    """The part of an explicit layer map of `target` that holds for a student already as short there."""
+    now, then = transformer_depths(depth), transformer_depths(target)
+    return {path: blocks for path, blocks in layer_map.items() if path not in then or now[path] == then[path]}
+
+
+def _published(name: str, student: str, layer_map: str | LayerMap, start: Depth) -> Recipe:
+    """Shortened from `start`, then the whole student under each teacher in turn."""
     teachers = (
         ("sdxl", SDXL_BASE, 76_000),
         ("zavychroma", ZAVY_CHROMA_XL, 50_000),
         ("juggernaut", JUGGERNAUT_XL, 50_000),
     )
-    return tuple(Stage(name=name, teacher=teacher, student=student, steps=steps) for name, teacher, steps in teachers)
-
-
-def ssd_1b() -> Recipe:
+    target = find_architecture(student).depth
     return Recipe(
-        name="ssd-1b",
+        name=name,
         stages=(
-            *_shortened(25_000, SDXL_BASE, SSD_1B_DEPTH),
-            *_succession("ssd-1b"),
+            *shortened(25_000, SDXL_BASE, target, start, layer_map),
+            *(
+                Stage(name=stage, teacher=teacher, student=student, steps=steps, layer_map=layer_map)
+                for stage, teacher, steps in teachers
+            ),
         ),
     )
 
 
-def vega() -> Recipe:
+def ssd_1b(student: str = "ssd-1b", layer_map: str | LayerMap = "similarity") -> Recipe:
+    """SSD-1B, or another depth on the same road."""
+    return _published("ssd-1b", student, layer_map, SDXL_DEPTH)
+
+
+def vega(student: str = "vega", layer_map: str | LayerMap = "similarity") -> Recipe:
     """Vega from an SSD-1B student (`--start`), or, with none given, all the way from SDXL."""
-    return Recipe(
-        name="vega",
-        stages=(
-            *_shortened(25_000, SDXL_BASE, VEGA_DEPTH, SSD_1B_DEPTH),
-            *_succession("vega"),
-        ),
-    )
+    return _published("vega", student, layer_map, SSD_1B_DEPTH)
 
 
-_MINI_PROMPTS = (
+MINI_PROMPTS = (
     "a large red circle at the center on a white background",
     "a small yellow star at the top left and a large blue square at the bottom right on a gray background",
     "a large green triangle at the top and a small pink ring at the bottom on a black background",
@@ -121,32 +134,36 @@ _MINI_PROMPTS = (
 )
 
 
-def _mini(name: str, target: Depth, start: Depth, shorten_steps: int, whole_steps: int) -> Recipe:
+def _mini(
+    name: str, student: str, layer_map: str | LayerMap, start: Depth, shorten_steps: int, whole_steps: int
+) -> Recipe:
     losses = LossWeights(output=1.0, feature=0.2, level="layer", normalize=True)
-    tuned: dict[str, Any] = {"losses": losses, "learning_rate": 4e-4, "warmup_steps": 10, "layer_map": "first"}
+    tuned: dict[str, Any] = {"losses": losses, "learning_rate": 4e-4, "warmup_steps": 10, "layer_map": layer_map}
+    target = find_architecture(student, MINI_FAMILY).depth
     return Recipe(
         name=name,
         stages=(
-            *_shortened(shorten_steps, "mini:sdxl", target, start, **tuned),
-            Stage(name="whole", teacher="mini:sdxl", student=name, steps=whole_steps, **tuned),
+            *shortened(shorten_steps, "mini:sdxl", target, start, **tuned),
+            Stage(name="whole", teacher="mini:sdxl", student=student, steps=whole_steps, **tuned),
         ),
         batch_size=16,
         weight_decay=1e-4,
         ema_decay=None,
-        validation_prompts=_MINI_PROMPTS,
+        validation_prompts=MINI_PROMPTS,
     )
 
 
-def mini_ssd_1b() -> Recipe:
+def mini_ssd_1b(student: str = "mini-ssd-1b", layer_map: str | LayerMap = "first") -> Recipe:
     """The structure of `ssd_1b` on the mini family: minutes on two cores."""
-    return _mini("mini-ssd-1b", SSD_1B_DEPTH, SDXL_DEPTH, 30, 120)
+    return _mini("mini-ssd-1b", student, layer_map, SDXL_DEPTH, 30, 120)
 
 
-def mini_vega() -> Recipe:
-    return _mini("mini-vega", VEGA_DEPTH, SSD_1B_DEPTH, 30, 150)
+def mini_vega(student: str = "mini-vega", layer_map: str | LayerMap = "first") -> Recipe:
+    """The structure of `vega` on the mini family."""
+    return _mini("mini-vega", student, layer_map, SSD_1B_DEPTH, 30, 150)
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {
+RECIPES: dict[str, Callable[..., Recipe]] = {
     "ssd-1b": ssd_1b,
     "vega": vega,
     "mini-ssd-1b": mini_ssd_1b,
@@ -154,8 +171,16 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 
 
-def find_recipe(name: str) -> Recipe:
-    """Raises UserError, listing the known recipes, for an unknown name."""
+def find_recipe(name: str, *, student: str | None = None, layer_map: str | LayerMap | None = None) -> Recipe:
+    """The recipe called `name`, on the same road to another `student` (an architecture's name or a depth pattern) or
+    by another `layer_map` (a preset's name or indices) where they are given.
+
+    Raises UserError for an unknown recipe, student or preset, and for indices that do not fit the student.
+    """
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
-    return RECIPES[name]()
+    changes = {"student": student, "layer_map": layer_map}
+    recipe = RECIPES[name](**{key: value for key, value in changes.items() if value is not None})
+    for stage in recipe.stages:
+        make_layer_map(stage.layer_map, SDXL_DEPTH, find_architecture(stage.student).depth)
+    return recipe
