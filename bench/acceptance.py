@@ -82,12 +82,24 @@ def _run(engine: Any) -> np.ndarray:
     return y.cpu().numpy()
 
 
+def _row(target: str, *messages: str) -> dict[str, Any]:
+    """Nothing reached yet."""
+    return {
+        "target": target,
+        "reached": "none",
+        "cosine": None,
+        "validity": None,
+        "invalid": [],
+        "messages": [*messages],
+    }
+
+
 def try_capability(trt: Any, capability: str) -> dict[str, Any]:
     """How far one target comes: `reached` is none, built, loaded or ran; `messages` are the runtime's own words."""
     import torch
 
-    messages: list[str] = []
-    row: dict[str, Any] = {"target": capability, "reached": "none", "cosine": None, "messages": messages}
+    row = _row(capability)
+    messages = row["messages"]
     logger = _make_logger(trt, messages)
     try:
         plan = _build(trt, logger, capability)
@@ -119,7 +131,7 @@ def try_provider(name: str) -> dict[str, Any]:
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
-    row: dict[str, Any] = {"target": name, "reached": "none", "cosine": None, "messages": []}
+    row = _row(name)
     available = onnxruntime.get_available_providers()
     if name not in available:
         row["messages"].append(f"this ONNX Runtime ({onnxruntime.__version__}) has {', '.join(available)}")
@@ -153,9 +165,7 @@ def measure_acceptance(on_row: Callable[[list[dict[str, Any]]], None]) -> list[d
     try:
         trt = import_module("tensorrt_rtx")
     except ImportError as error:
-        rows.append(
-            {"target": "tensorrt-rtx", "reached": "none", "cosine": None, "messages": [f"not installed: {error}"]}
-        )
+        rows.append(_row("tensorrt-rtx", f"not installed: {error}"))
     else:
         for capability in trt.ComputeCapability.__members__:
             if capability != "NONE":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 THROTTLE_REASONS = {  # NVML's clocks-event bits that mean "slower than it could be"
@@ -117,11 +118,25 @@ class Gpu:
         return self.read("energy_j", lambda n, h: n.nvmlDeviceGetTotalEnergyConsumption(h) / 1e3)
 
 
+RANGED = ("sm_clock_mhz", "memory_clock_mhz", "temperature_c", "power_w", "memory_used_bytes")
+
+
+def device_ranges(states: list[dict[str, Any]]) -> dict[str, list[float] | None]:
+    """[least, median, most] of each reading over the states seen between timed calls; None where there was none."""
+    ranges: dict[str, list[float] | None] = {}
+    for key in RANGED:
+        values = [state[key] for state in states if state[key] is not None]
+        ranges[key] = [min(values), median(values), max(values)] if values else None
+    return ranges
+
+
 def energy_per_image(gpu: Gpu, draw: Callable[[], int], seconds: float = 10.0) -> dict[str, Any]:
     """Joules per image over at least `seconds` of drawing; `draw` returns how many images it drew.
 
     The counter, not the power sensor: an A100's sensor looks only a quarter of the time (arXiv 2312.02741).
     """
+    if seconds <= 0:
+        return {"j_per_image": None, "why": "not asked for"}
     before = gpu.energy_j()
     if before is None:
         return {"j_per_image": None, "why": gpu.missing.get("energy_j", "no energy counter")}

@@ -20,9 +20,11 @@ from distill.files import write_json
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What one part is told. `seconds` is what it should keep within; it is stopped a little later."""
+    """What one part is told. `seconds` is what it should keep within (it is stopped a little later), `command` what the
+    user typed after `python -m bench`."""
 
     part: str
+    command: list[str]
     out: str
     workdir: str
     models: list[str]
@@ -53,7 +55,8 @@ class Job:
         return self.seconds - (time.time() - self.began)
 
     def bench(self, contestants: list[str], seconds: float, **changes: Any) -> None:
-        """One `bench run` into `out`, its timed rounds within `seconds`, loading within half of what is left."""
+        """One `bench run` into `out`, its timed rounds within `seconds`. Once a third of the time is gone, no further
+        contestant begins to load: the largest is loaded last, and compiles as long as all before it."""
         from bench.options import RunOptions
         from bench.run import run_bench
 
@@ -63,7 +66,7 @@ class Job:
             "resolutions": self.first_resolution,
             "steps": str(self.steps),
             "seconds": min(seconds, max(1.0, 0.4 * self.left_s())),
-            "load_seconds": 0.5 * self.left_s(),
+            "load_seconds": 0.35 * self.left_s(),
             "min_rounds": 6,
             "max_rounds": 40,
             "max_warmup": 2,
@@ -79,7 +82,7 @@ class Job:
 def eager(job: Job) -> None:
     """All models side by side in diffusers, at every size asked for: what everything else is held against."""
     specs = [f"{model}=eager@{job.precision}:random:{model}" for model in job.models]
-    job.bench(specs, 75.0, resolutions=job.resolutions, energy_seconds=10.0 if job.on_gpu else 0.0)
+    job.bench(specs, 50.0, resolutions=job.resolutions, energy_seconds=10.0 if job.on_gpu else 0.0)
 
 
 def compiled(job: Job) -> None:
@@ -111,7 +114,7 @@ def training(job: Job) -> None:
     from bench.gpu import Gpu
     from bench.host import describe_host
     from bench.peaks import find_peak
-    from bench.training import SCHEMA, measure_training
+    from bench.training import SCHEMA, VARIANTS, measure_training
 
     identity = Gpu().identity() if job.on_gpu else {"name": None}
     rows: list[dict[str, Any]] = []
@@ -132,6 +135,7 @@ def training(job: Job) -> None:
         batch=4 if job.on_gpu else 1,
         peak=find_peak(identity["name"]),
         steps=5 if job.on_gpu else 2,
+        variants=VARIANTS if job.on_gpu else tuple(one for one in VARIANTS if not one.compiled),
         left_s=job.left_s,
         on_row=keep,
     )
@@ -222,6 +226,7 @@ def as_argument(job: Job) -> str:
 
 def main() -> int:
     job = Job(**json.loads(sys.argv[1]))
+    sys.argv[1:] = job.command  # what the results will say they were made by
 
     def run() -> int:
         FUNCTIONS[job.part.partition(":")[0]](job)

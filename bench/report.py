@@ -188,6 +188,7 @@ def make_context(inputs: Inputs, title: str) -> dict[str, Any]:
     checks = [check for check in check_predictions(known) if check.known.origin != MEASURED]
     errors = [abs(check.error) for check in checks]
     cards = views.model_cards(results)
+    sizes = views.size_table(results)
     follows = [card["record"].follows for card in cards if card["record"].follows]
     return {
         "title": title,
@@ -207,8 +208,9 @@ def make_context(inputs: Inputs, title: str) -> dict[str, Any]:
         "steps_svg": views.steps_chart(results),
         "speedup_svg": views.speedup_chart(results),
         "losses": views.loss_charts(results),
-        "sizes": views.size_table(results),
-        "size_rows": SIZE_ROWS,
+        "sizes": sizes,
+        "size_rows": [row for row in SIZE_ROWS if any(one[row[1]] is not None for one in sizes)],
+        "device_words": views.device_words(results.cells[0].device),
         "builds": views.build_table(results),
         "prediction_steps": STEPS,
         "prediction_models": MODELS,

@@ -47,12 +47,14 @@ class Row(Record):
 
 
 class CellRecord(Record):
-    """One workload; `failures` maps a contestant to the error that kept it from finishing."""
+    """One workload; `failures` maps a contestant to the error that kept it from finishing, `device` a reading of the
+    GPU to its [least, median, most] between the timed calls."""
 
     workload: dict[str, Any]
     name: str
     rows: list[Row]
     failures: dict[str, str]
+    device: dict[str, list[float] | None] = {}
 
 
 class ContestantRecord(Record):

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from bench.contestants import default_device, make_contestant, parse_specs
 from bench.entrants import Entrant, family_prompts, find_configs, find_family, import_quietly, load_entrant
-from bench.gpu import Gpu, energy_per_image
+from bench.gpu import Gpu, device_ranges, energy_per_image
 from bench.inventory import describe, parse_artifacts
 from bench.measure import Cell, Pictures, Plan, make_clock, measure_cells, timed_draw
 from bench.options import RunOptions, check_options
@@ -25,6 +25,8 @@ from bench.summary import summarise
 from bench.workload import Workload, make_workloads, parse_numbers, parse_resolutions, parse_scales
 from distill.architectures import Family
 from distill.errors import UserError
+
+STOPPED = "the run was stopped before this"
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
@@ -73,16 +75,18 @@ def _measure(
     plan = Plan(options.min_rounds, options.max_rounds, options.warmup, options.max_warmup)
     throttled: dict[str, set[str]] = {workload.name: set() for workload in workloads}
     company: dict[str, list[float]] = {workload.name: [] for workload in workloads}
-    load, visit, reasons = OtherLoad(), 0, set(gpu.throttle_reasons() or [])
+    states: dict[str, list[dict[str, Any]]] = {workload.name: [] for workload in workloads}
+    load, visit, seen = OtherLoad(), 0, [gpu.state()]
 
     def on_round(_: int) -> None:
-        reasons.update(gpu.throttle_reasons() or [])
+        seen.append(gpu.state())
 
     def on_visit(cell: Cell, last: bool) -> None:
         nonlocal load, visit
         company[cell.workload.name].append(load.percent())
-        throttled[cell.workload.name] |= reasons
-        reasons.clear()
+        throttled[cell.workload.name].update(*(state["throttle_reasons"] or [] for state in seen))
+        states[cell.workload.name] += seen
+        seen.clear()
         load, visit = OtherLoad(), visit + 1
         totals = {name: median(one.total_ms for one in samples) for name, samples in cell.samples.items() if samples}
         _say(
@@ -103,7 +107,8 @@ def _measure(
             "other_gpu_processes": gpu.other_processes() or 0,
         }
         costs = {entrant.name: entrant.costs(cell.workload) for entrant in entrants}
-        records.append(summarise(cell, baseline, costs=costs, peak=peak, faults=faults))
+        record = summarise(cell, baseline, costs=costs, peak=peak, faults=faults)
+        records.append(record.model_copy(update={"device": device_ranges(states[name])}))
     return records
 
 
@@ -251,6 +256,8 @@ def _energy(entrant: Entrant, main: Workload, gpu: Gpu, seconds: float) -> dict[
 def _kernels(entrant: Entrant, main: Workload, cell: CellRecord) -> dict[str, Any]:
     from bench.kernels import profile_denoise
 
+    if entrant.contestant.device == "cpu" and entrant.spec.kind not in ("eager", "compiled"):
+        return {"families_ms": None, "why": "on a CPU torch's profiler sees torch's own operators alone"}
     step_ms = next((row.step_ms for row in cell.rows if row.contestant == entrant.name), None)
     try:
         return profile_denoise(entrant.contestant, main, step_ms)
@@ -259,7 +266,8 @@ def _kernels(entrant: Entrant, main: Workload, cell: CellRecord) -> dict[str, An
 
 
 def run_bench(options: RunOptions) -> Results:
-    """Raises UserError for bad input before anything is loaded. Writes `options.out` and returns what it wrote."""
+    """Raises UserError for bad input before anything is loaded. Writes `options.out` once the timed rounds are done,
+    again when energy, guard and pictures are, and returns what it wrote."""
     begin = time.monotonic()
     specs = parse_specs(options.contestants)
     baseline = check_options(options, specs)
@@ -299,6 +307,31 @@ def run_bench(options: RunOptions) -> Results:
     _say("timed rounds, interleaved")
     cells = _measure(entrants, workloads, options, baseline, peak, gpu)
     after = gpu.state()
+
+    def save(quality: dict[str, Any], energy: dict[str, Any], pictures: list[PictureRecord]) -> Results:
+        results = Results(
+            created_utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            command="python -m bench " + shlex.join(sys.argv[1:]),
+            seconds=time.monotonic() - begin,
+            baseline=baseline,
+            family=family.name,
+            environment=describe_host(device) | {"peak_rss_bytes": peak_rss_bytes()},
+            gpu={"identity": identity, "before": before, "after": after, "missing": gpu.missing, "reason": gpu.reason},
+            peak=asdict(peak) if peak else None,
+            contestants=[
+                _contestant_record(entrant, main, pictures, quality[entrant.name], energy[entrant.name])
+                for entrant in entrants
+            ],
+            cells=cells,
+            pictures=pictures,
+            notes=notes,
+        )
+        write_results(options.out, results)
+        return results
+
+    names = [entrant.name for entrant in entrants]
+    unchecked: dict[str, Any] = {"passed": None, "words": [STOPPED], "fidelity": None}
+    save(dict.fromkeys(names, unchecked), {name: {"j_per_image": None, "why": STOPPED} for name in names}, [])
     energy = {entrant.name: _energy(entrant, main, gpu, options.energy_seconds) for entrant in entrants}
     if options.kernels:
         _say("kernels of the denoise loop")
@@ -306,26 +339,9 @@ def run_bench(options: RunOptions) -> Results:
             entrant.kernels = _kernels(entrant, main, cells[0])
     _say("quality against the fp32 reference")
     quality = _quality(entrants, main, options, device)
-    _say(f"pictures: {options.pictures} prompts, the same seeds for all")
-    pictures = _draw(entrants, main, family, options)
-    results = Results(
-        created_utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        command="python -m bench " + shlex.join(sys.argv[1:]),
-        seconds=time.monotonic() - begin,
-        baseline=baseline,
-        family=family.name,
-        environment=describe_host(device) | {"peak_rss_bytes": peak_rss_bytes()},
-        gpu={"identity": identity, "before": before, "after": after, "missing": gpu.missing, "reason": gpu.reason},
-        peak=asdict(peak) if peak else None,
-        contestants=[
-            _contestant_record(entrant, main, pictures, quality[entrant.name], energy[entrant.name])
-            for entrant in entrants
-        ],
-        cells=cells,
-        pictures=pictures,
-        notes=notes,
-    )
-    write_results(options.out, results)
+    if options.pictures:
+        _say(f"pictures: {options.pictures} prompts, the same seeds for all")
+    results = save(quality, energy, _draw(entrants, main, family, options))
     _say(f"wrote {options.out} after {results.seconds:.0f} s")
     return results
 

@@ -82,8 +82,10 @@ class Session:
         chosen = asdict(self.options)
         return {key: chosen[key] for key in ("models", "resolutions", "steps", "device")}
 
-    def record(self, part: str, state: str, why: str | None = None, **more: Any) -> None:
-        self.records[part] = {"part": part, "state": state, "why": why, **more}
+    def record(
+        self, part: str, state: str, why: str | None = None, seconds: float | None = None, log: list[str] | None = None
+    ) -> None:
+        self.records[part] = {"part": part, "state": state, "why": why, "seconds": seconds, "log": log}
         value = {"schema_version": SCHEMA, "settings": self.settings, "parts": list(self.records.values())}
         write_json(self.path("session"), value)
         if state != "done":
@@ -179,6 +181,7 @@ def _run_part(session: Session, part: str) -> None:
     timeout_s = session.left_s
     job = Job(
         part=part,
+        command=sys.argv[1:],
         out=str(session.path(part)),
         workdir=str(options.workdir),
         models=session.models,

@@ -385,3 +385,20 @@ def kernel_table(all_results: list[Results]) -> dict[str, Any] | None:
         for family, milliseconds in one["families_ms"].items():
             totals[family] += milliseconds / one["whole"]
     return {"families": [family for family, _ in totals.most_common()], "rows": rows} if rows else None
+
+
+def device_words(device: dict[str, list[float] | None]) -> list[str]:
+    """What the GPU showed between the timed calls, each reading from its least to its most."""
+    names = {
+        "sm_clock_mhz": ("SM clock", "MHz"),
+        "memory_clock_mhz": ("memory clock", "MHz"),
+        "temperature_c": ("", "°C"),
+        "power_w": ("", "W"),
+    }
+    told = []
+    for key, (name, unit) in names.items():
+        values = device.get(key)
+        if values:
+            least, _, most = values
+            told.append(f"{name} {least:,.0f}{f'–{most:,.0f}' if most > least else ''} {unit}".strip())
+    return told

@@ -57,6 +57,76 @@ def test_one_that_breaks_at_loading_leaves_the_others_their_turn(tmp_path, monke
         run_bench(fake_options(tmp_path / "r.json", contestants=["teacher=fake:"]))
 
 
+def test_what_was_timed_is_kept_where_the_rest_is_cut_short(tmp_path, monkeypatch, virtual_time):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bench.run._quality", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(fake_options(tmp_path / "r.json"))
+    results = read_results(tmp_path / "r.json")
+    assert len(results.cells[0].rows[0].samples) == 8
+    assert results.contestants[0].quality["words"] == ["the run was stopped before this"]
+
+
+def test_no_contestant_begins_to_load_too_late(tmp_path, virtual_time, monkeypatch):
+    from bench.fake import FakeContestant
+
+    monkeypatch.setattr(FakeContestant, "load", lambda self: None)
+    results = run_bench(fake_options(tmp_path / "r.json", load_seconds=-1.0))
+    assert [record.name for record in results.contestants] == ["teacher"]
+    assert "vega was not loaded" in results.notes[0]
+
+
+def test_the_gpus_state_is_kept_for_every_cell(tmp_path, monkeypatch, virtual_time):
+    from bench import run
+    from bench.gpu import Gpu
+
+    clocks = iter(range(1000, 9000))
+    state = {"memory_clock_mhz": 3, "temperature_c": 50, "power_w": None, "memory_used_bytes": 1, "other_processes": 0}
+
+    class Board(Gpu):
+        def state(self):
+            return state | {"sm_clock_mhz": next(clocks), "throttle_reasons": ["power cap"]}
+
+    monkeypatch.setattr(run, "_no_gpu", lambda _device: Board())
+    results = run_bench(fake_options(tmp_path / "r.json"))
+    least, middle, most = results.cells[0].device["sm_clock_mhz"]
+    assert 1000 < least < middle < most
+    assert results.cells[0].device["temperature_c"] == [50, 50, 50] and results.cells[0].device["power_w"] is None
+    assert "throttled: power cap" in results.cells[0].rows[0].diagnosis
+
+
+def test_fid_and_clip_outside_their_bands_fail_the_guard(tmp_path, clip_folder, virtual_time):
+    import numpy as np
+    import torch
+
+    class Mean(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.float().mean((2, 3)) / 255
+
+    torch.jit.script(Mean()).save(str(tmp_path / "net.pt"))
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(3), sigma=np.eye(3))
+    (tmp_path / "captions.txt").write_text("a red circle\n" * 8)
+    given = {
+        "captions": tmp_path / "captions.txt",
+        "caption_count": 4,
+        "fid_reference": tmp_path / "stats.npz",
+        "fid_extractor": tmp_path / "net.pt",
+        "clip_model": str(clip_folder),
+        "contestants": ["a=fake:denoise=1"],
+        "resolutions": "64x64",
+        "max_rounds": 6,
+    }
+    free = run_bench(fake_options(tmp_path / "free.json", **given)).contestants[0].quality
+    fid, clip = free["fidelity"]["fid"], free["fidelity"]["clip"]
+    assert free["passed"] is None and fid > 0 and 0 <= clip <= 100 and free["fidelity"]["count"] == 4
+    bands = {"fid_band": (fid - 1, fid + 1), "clip_band": (clip + 1, clip + 2)}
+    judged = run_bench(fake_options(tmp_path / "judged.json", **given, **bands)).contestants[0].quality
+    assert judged["passed"] is False and len(judged["words"]) == 2  # that there was no fp32 reference is said too
+    assert f"CLIP score {clip:.2f} is below the band" in judged["words"][1]
+
+
 def test_a_contestant_that_cannot_load_is_one_line(tmp_path):
     folder = tmp_path / "empty"
     folder.mkdir()

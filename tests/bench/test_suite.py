@@ -145,9 +145,9 @@ def test_real_parts_leave_results_a_session_and_a_report(tmp_path):
     }  # fmt: skip
     results = tmp_path / "results"
     training = json.loads(next(results.glob("*_training-mini-vega.json")).read_text())["rows"]
-    assert [row["failed"] for row in training if not row["compiled"]] == [None] * 7
-    assert all(row["samples_per_s"] > 0 and row["mfu"] is None and row["mfu_why"] for row in training[:7])
-    terms = {row["features"]: row["loss_terms"] for row in training[:7]}
+    assert [row["failed"] for row in training] == [None] * 7
+    assert all(row["samples_per_s"] > 0 and row["mfu"] is None and row["mfu_why"] for row in training)
+    terms = {row["features"]: row["loss_terms"] for row in training}
     assert terms[None] == 2 < terms["block"] < terms["sub-block"] < terms["layer"]
     targets = {row["target"] for row in json.loads(next(results.glob("*_acceptance.json")).read_text())["rows"]}
     assert {"CURRENT", "SM80", "SM89", "CUDAExecutionProvider"} <= targets
