@@ -25,7 +25,7 @@ NAME = $(subst /,--,$(subst :,-,$(patsubst %.safetensors,%,$(MODEL))))
 
 NEED_MODEL = test -n "$(MODEL)" || { echo "error: MODEL is not set; e.g. MODEL=random:vega, a Hugging Face id, a folder, a .safetensors file" >&2; exit 2; }
 
-.PHONY: help setup report students onnx engines bench-export bench-engines bench-gpu serve load test test-gpu clean
+.PHONY: help setup report students onnx engines bench-distill bench-export bench-engines bench-gpu serve load test test-gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -66,6 +66,9 @@ engines: $(READY)  ## engines of MODEL for GPUS (FLAVOR, LAYOUT, RESOLUTIONS, BA
 	@$(NEED_MODEL)
 	$(MAKE) --no-print-directory onnx
 	$(BIN)/python -m engines build --onnx $(OUT)/onnx/$(NAME) --out $(OUT)/bundles/$(NAME) --gpus $(GPUS) --flavor $(FLAVOR) $(if $(LAYOUT),--layout $(LAYOUT)) --resolutions $(RESOLUTIONS) --batches $(BATCHES) --replace
+
+bench-distill: $(READY)  ## the training step beside the published loop, in turn, on MODEL (default: the mini teacher)
+	$(BIN)/python -m distill bench $(if $(MODEL),--model $(MODEL)) $(if $(BATCH),--batch $(BATCH)) --mixed-precision $(or $(MIXED),no) --out $(OUT)/bench-distill/$(or $(NAME),mini-sdxl).json
 
 bench-export: $(READY)  ## the exporter beside optimum's, in turn, on MODEL: time, memory, graph, latency
 	@$(NEED_MODEL)

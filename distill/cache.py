@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from distill.architectures import Resolution
+from distill.architectures import Family, Resolution
 from distill.data import BadSample, Sample, open_source
 from distill.errors import UserError
 from distill.files import read_json, replacing, require_free_disk, sha256_file, sha256_json, write_json
-from distill.progress import track
+from distill.progress import say, track
 from distill.sources import component_weights, find_architecture_of, load_pipeline
 
 SAMPLES_PER_SHARD = 512
@@ -31,13 +32,13 @@ FIELDS = ("latents", "prompt_embeds", "pooled_prompt_embeds", "time_ids")
 MOST_BAD_SAMPLES = 0.2  # of all; more means that the data set is not what it was taken for
 
 
-def cache_key(checkpoint: Path, data: str, seed: int) -> dict[str, Any]:
-    """What the cached values depend on."""
+def cache_key(checkpoint: Path, data: str, identity: object, seed: int) -> dict[str, Any]:
+    """What the cached values depend on; `identity` tells a data set from one of the same name that has changed."""
     hashes = {
         component: sha256_json([sha256_file(file) for file in component_weights(checkpoint / component)])
         for component in ("vae", "text_encoder", "text_encoder_2")
     }
-    return {"data": data, "seed": seed, **hashes}
+    return {"data": data, "identity": sha256_json(identity), "seed": seed, **hashes}
 
 
 @torch.no_grad()
@@ -65,27 +66,34 @@ def make_cache(
 ) -> None:
     """Encodes every sample of `data` with the checkpoint's VAE and text encoders into `out`.
 
-    Raises UserError where `out` holds a cache of something else, or where more than a fifth of the samples are bad.
+    Raises UserError where `out` holds a cache of something else, where more than a fifth of the samples are bad, and
+    where the disk is or becomes too small; finished shards stay, and the same call goes on after them.
     """
-    key = cache_key(checkpoint, data, seed)
+    family = find_architecture_of(checkpoint).family
+    source = open_source(data, family, seed)
+    ranges = [range(i, min(i + SAMPLES_PER_SHARD, len(source))) for i in range(0, len(source), SAMPLES_PER_SHARD)]
+    key = cache_key(checkpoint, data, source.identity, seed) | {"shards": len(ranges)}
     stated = out / "cache.json"
     if stated.exists() and read_json(stated) != key:
         raise UserError(
             f"{out} is a cache of other data or another VAE or text encoder; choose another --out or remove it"
         )
-    family = find_architecture_of(checkpoint).family
-    source = open_source(data, family, seed)
-    ranges = [range(i, min(i + SAMPLES_PER_SHARD, len(source))) for i in range(0, len(source), SAMPLES_PER_SHARD)]
-    todo = [i for i in range(rank, len(ranges), processes) if not _shard(out, i).exists()]
+    missing = [i for i in range(len(ranges)) if not _shard(out, i).exists()]
+    todo = [i for i in missing if i % processes == rank]
     if not todo:
         return
+    samples = sum(len(ranges[i]) for i in missing)
+    require_free_disk(out, samples * sample_bytes(family), f"the cache of {samples} samples")
     out.mkdir(parents=True, exist_ok=True)
     write_json(stated, key)
     device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    pipe = load_pipeline(checkpoint, torch.float32).to(device)
+    pipe = load_pipeline(checkpoint, torch.float32, without=("unet",)).to(device)
     pipe.set_progress_bar_config(disable=True)
-    bad = 0
-    for number in track(todo, f"caching {len(source)} samples", unit="shard"):
+    seen = 0
+    bad: list[str] = []
+    for number in track(todo, f"caching {samples} samples", unit="shard"):
+        for left in out.glob(f".{_shard(out, number).name}.*.partial"):  # of a killed run
+            left.unlink()
         buckets: dict[Resolution, list[Sample]] = defaultdict(list)
         skipped = []
         for index in ranges[number]:
@@ -94,20 +102,33 @@ def make_cache(
                 buckets[sample.resolution].append(sample)
             except BadSample as error:
                 skipped.append(str(error))
-        bad += len(skipped)
-        seen = (todo.index(number) + 1) * SAMPLES_PER_SHARD
-        if bad > MOST_BAD_SAMPLES * min(seen, len(source)):
-            raise UserError(f"{bad} of the first {min(seen, len(source))} samples are bad, e.g. {skipped[0]}")
-        _write_shard(pipe, buckets, skipped, _shard(out, number), seed, batch)
+            seen += 1
+            if len(bad + skipped) > MOST_BAD_SAMPLES * max(seen, min(50, len(source))):
+                raise UserError(
+                    f"{len(bad + skipped)} of the first {seen} samples are bad: {'; '.join((bad + skipped)[:3])}"
+                )
+        bad += skipped
+        write_shard(pipe, buckets, skipped, _shard(out, number), seed, batch)
+    if bad:
+        say(f"skipped {len(bad)} of {seen} samples; each shard names its own: {'; '.join(bad[:3])}")
+
+
+def sample_bytes(family: Family) -> int:
+    """What one sample takes in the cache, at the family's base resolution."""
+    base, side, clip = family.resolutions[0], family.vae_scale_factor, family.text_encoder
+    latents = 4 * (base.height // side) * (base.width // side)
+    text = clip["max_position_embeddings"] * family.unet["cross_attention_dim"]
+    return 2 * (latents + text + family.text_encoder_2["projection_dim"]) + 6 * 4
 
 
 def _shard(out: Path, number: int) -> Path:
     return out / f"shard-{number:06d}.safetensors"
 
 
-def _write_shard(
-    pipe: Any, buckets: dict[Resolution, list[Sample]], skipped: list[str], path: Path, seed: int, batch: int
+def write_shard(
+    pipe: Any, buckets: Mapping[Resolution, list[Sample]], skipped: list[str], path: Path, seed: int, batch: int
 ) -> None:
+    """Encodes samples, `batch` at a time, into one shard; `skipped` says what was left out and why."""
     tensors: dict[str, torch.Tensor] = {}
     about: dict[str, Any] = {"skipped": skipped, "samples": {}}
     for resolution, samples in sorted(buckets.items()):
@@ -118,9 +139,13 @@ def _write_shard(
         about["samples"][str(resolution)] = [
             {"key": s.key, "caption": s.caption, "crop": s.crop_top_left, "flipped": s.flipped} for s in samples
         ]
-    require_free_disk(path.parent, 2 * sum(t.nbytes for t in tensors.values()), "the next cache shard")
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"slimxl": json.dumps(about)})
+    try:
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"slimxl": json.dumps(about)})
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} cannot be written ({error}); free some space and run the same command again: finished shards stay"
+        ) from None
 
 
 class LatentCache:
@@ -128,12 +153,18 @@ class LatentCache:
     depend on the number of processes."""
 
     def __init__(self, folder: Path, *, batch_size: int, seed: int) -> None:
-        """Raises UserError for a folder that is no cache or holds no sample."""
+        """Raises UserError for a folder that is no cache, is not finished, or holds no sample."""
         self.key = read_json(folder / "cache.json")
         self.batch_size, self.seed = batch_size, seed
         self._rows: dict[Resolution, list[tuple[Path, int]]] = defaultdict(list)
         self._open: dict[Path, Any] = {}
-        for path in sorted(folder.glob("shard-*.safetensors")):
+        shards = sorted(folder.glob("shard-*.safetensors"))
+        if len(shards) < self.key.get("shards", 0):
+            raise UserError(
+                f"{folder} is not finished: it has {len(shards)} of {self.key['shards']} shards; run the same "
+                "`distill cache` command again"
+            )
+        for path in shards:
             with safe_open(path, "pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 (not iterable itself)
                     resolution, _, field = name.partition("/")

@@ -2,25 +2,31 @@
 
 shapes:N          N pictures of the procedural world, made as they are read
 folder            pictures with captions beside them (`name.txt`) or in `metadata.jsonl` (file_name, text)
-pattern.tar       WebDataset shards (`data-{000..099}.tar`) with jpg/png/webp and txt
-hf:org/name       a Hugging Face dataset with columns `image` and `text` (needs the `datasets` package)
+pattern.tar       local WebDataset shards (`data-{000..099}.tar`) with jpg/png/webp and txt
+hf:org/name       a Hugging Face dataset with a column of pictures and one of captions: `text`, `caption` or `prompt`;
+                  a local folder of parquet files too (needs the package `datasets`)
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import tarfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from distill.architectures import Family, Resolution
 from distill.errors import UserError
 from distill.shapes import random_scene, render
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+CAPTION_COLUMNS = ("text", "caption", "prompt")
 
 
 class BadSample(Exception):
@@ -80,7 +86,7 @@ class ShapesSource:
     """The procedural world, every resolution in turn. Never flipped: its captions name left and right."""
 
     def __init__(self, count: int, family: Family, seed: int) -> None:
-        self.count, self.family, self.seed = count, family, seed
+        self.count, self.family, self.seed, self.identity = count, family, seed, count
 
     def __len__(self) -> int:
         return self.count
@@ -93,54 +99,160 @@ class ShapesSource:
         return Sample(f"shape-{index}", render(scene, resolution, rng), scene.caption, resolution, size, (0, 0), False)
 
 
-class FolderSource:
-    """Pictures of a folder, in the order of their names."""
+@dataclass(frozen=True)
+class Row:
+    """One captioned picture not yet read: `open` gives it as PIL's or raises whatever a decoder raises."""
 
-    def __init__(self, folder: Path, family: Family, seed: int) -> None:
-        self.family, self.seed = family, seed
-        metadata = folder / "metadata.jsonl"
-        if metadata.is_file():
-            rows = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines() if line.strip()]
-            self.items = [(folder / row["file_name"], row.get("text", "")) for row in rows]
-        else:
-            images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-            self.items = [(path, None) for path in images]
-        if not self.items:
-            raise UserError(f"{folder} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        if all(caption is None and not path.with_suffix(".txt").is_file() for path, caption in self.items):
-            raise UserError(f"{folder} holds no captions: give NAME.txt beside each picture, or metadata.jsonl")
+    key: str
+    open: Callable[[], Image.Image]
+    caption: Callable[[], str]
+
+
+class PictureSource:
+    """Pictures of a folder, of WebDataset shards or of a Hugging Face dataset, read one at a time by index."""
+
+    def __init__(self, rows: Sequence[Row] | HubRows, family: Family, seed: int, identity: object) -> None:
+        self.rows, self.family, self.seed, self.identity = rows, family, seed, identity
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.rows)
 
     def read(self, index: int) -> Sample:
-        path, caption = self.items[index]
+        """Raises BadSample for one that cannot be decoded, has no caption, or is smaller than its bucket."""
+        row = self.rows[index]
         try:
-            text = path.with_suffix(".txt").read_text(encoding="utf-8") if caption is None else caption
-            with Image.open(path) as image:
-                return fit_to_bucket(path.name, image, text, self.family, np.random.default_rng([self.seed, index]))
-        except (OSError, UnicodeDecodeError, UnidentifiedImageError) as error:
-            raise BadSample(f"{path.name}: {error}") from None
+            with row.open() as image:
+                rng = np.random.default_rng([self.seed, index])
+                return fit_to_bucket(row.key, ImageOps.exif_transpose(image), row.caption(), self.family, rng)
+        except BadSample:
+            raise
+        except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, zlib.error, …
+            raise BadSample(f"{row.key}: {type(error).__name__}: {error}") from None
 
 
-class RowsSource:
-    """Rows already in memory order: of WebDataset shards or of a Hugging Face dataset."""
+def _folder_rows(folder: Path) -> list[Row]:
+    metadata = folder / "metadata.jsonl"
+    if metadata.is_file():
+        rows, captioned = [], False
+        for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
+            if line.strip():
+                try:
+                    entry = json.loads(line)
+                    name, text = str(entry["file_name"]), str(entry.get("text") or "")
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    raise UserError(
+                        f'{metadata}, line {number}: not of the form {{"file_name": "a.jpg", "text": "its caption"}}'
+                    ) from None
+                captioned |= bool(text.strip())
+                rows.append(Row(name, partial(Image.open, folder / name), partial(str, text)))
+    else:
+        images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        texts = [path.with_suffix(".txt") for path in images]
+        captioned = any(text.is_file() for text in texts)
+        rows = [
+            Row(str(path.relative_to(folder)), partial(Image.open, path), partial(text.read_text, encoding="utf-8"))
+            for path, text in zip(images, texts, strict=True)
+        ]
+    if not rows:
+        raise UserError(f"{folder} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    if not captioned:
+        raise UserError(f"{folder} holds no captions: give NAME.txt beside each picture, or metadata.jsonl")
+    return rows
 
-    def __init__(self, rows: list | object, family: Family, seed: int) -> None:
-        self.rows, self.family, self.seed = rows, family, seed
-        if not len(self):
-            raise UserError("the data set is empty")
+
+def _part_of(shard: Path, start: int, size: int) -> bytes:
+    with shard.open("rb") as file:
+        file.seek(start)
+        return file.read(size)
+
+
+def _missing(what: str) -> Any:
+    raise BadSample(what)
+
+
+def _shard_rows(pattern: str) -> list[Row]:
+    """The members of local WebDataset shards, found by their headers and read when wanted: what precedes the first dot
+    of a file's name is its sample's key (https://github.com/webdataset/webdataset#the-webdataset-format)."""
+    import braceexpand
+
+    rows, captioned = [], False
+    for shard in map(Path, braceexpand.braceexpand(pattern)):
+        try:
+            with tarfile.open(shard, "r:") as tar:
+                places = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
+        except (OSError, tarfile.TarError) as error:
+            raise UserError(f"{shard} is no whole, uncompressed tar file that can be read here ({error})") from None
+        samples: dict[str, dict[str, tuple[int, int]]] = {}
+        for name, start, size in places:
+            folder, slash, base = name.rpartition("/")
+            stem, _, suffix = base.partition(".")
+            samples.setdefault(f"{folder}{slash}{stem}", {})[f".{suffix.lower()}"] = (start, size)
+        for key, parts in samples.items():
+            named = f"{shard.name}/{key}"
+            image = next((place for suffix, place in parts.items() if suffix in IMAGE_SUFFIXES), None)
+            text = parts.get(".txt")
+            captioned |= text is not None
+            rows.append(
+                Row(
+                    named,
+                    partial(lambda s, p: Image.open(BytesIO(_part_of(s, *p))), shard, image)
+                    if image
+                    else partial(_missing, f"{named}: no picture ({', '.join(sorted(IMAGE_SUFFIXES))})"),
+                    partial(lambda s, p: _part_of(s, *p).decode("utf-8"), shard, text) if text else partial(str, ""),
+                )
+            )
+    if not rows:
+        raise UserError(f"{pattern} holds no samples")
+    if not captioned:
+        raise UserError(f"{pattern} holds no captions: each sample needs KEY.txt beside its picture")
+    return rows
+
+
+class HubRows:
+    """Rows of a Hugging Face dataset, pictures left undecoded until they are opened."""
+
+    def __init__(self, name: str) -> None:
+        """Raises UserError where the dataset cannot be had, is empty, or has no column of pictures or of captions."""
+        try:
+            import datasets
+        except ImportError:
+            raise UserError(
+                f"data 'hf:{name}' needs the package `datasets`: pip install -c constraints.txt datasets"
+            ) from None
+        datasets.disable_progress_bars()
+        try:
+            dataset = datasets.load_dataset(name, split="train")
+        except Exception as error:  # its builders raise anything
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"the dataset {name!r} cannot be had ({reason})") from None
+        columns = dataset.features
+        pictures = [column for column, kind in columns.items() if isinstance(kind, datasets.Image)]
+        captions = [column for column in CAPTION_COLUMNS if column in columns]
+        if not len(dataset):
+            raise UserError(f"the dataset {name!r} is empty")
+        if not pictures or not captions:
+            raise UserError(
+                f"the dataset {name!r} has the columns {', '.join(columns)}; wanted are one of type Image and one of "
+                f"captions called {' or '.join(CAPTION_COLUMNS)}"
+            )
+        self.picture, self.caption = pictures[0], captions[0]
+        self.fingerprint = dataset._fingerprint
+        self.dataset = dataset.cast_column(self.picture, datasets.Image(decode=False))
 
     def __len__(self) -> int:
-        return len(self.rows)  # type: ignore[arg-type]
+        return len(self.dataset)
 
-    def read(self, index: int) -> Sample:
-        row = self.rows[index]  # type: ignore[index]
-        rng = np.random.default_rng([self.seed, index])
-        return fit_to_bucket(str(row.get("key", index)), row["image"], row.get("text") or "", self.family, rng)
+    def __getitem__(self, index: int) -> Row:
+        row = self.dataset[index]
+        stored = row[self.picture]
+        return Row(
+            f"row {index}",
+            lambda: Image.open(BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]),
+            lambda: row[self.caption] or "",
+        )
 
 
-def open_source(spec: str, family: Family, seed: int) -> ShapesSource | FolderSource | RowsSource:
+def open_source(spec: str, family: Family, seed: int) -> ShapesSource | PictureSource:
     """The source that `spec` names. Raises UserError for an unknown form, an empty or caption-less data set."""
     if spec.startswith("shapes:"):
         count = spec.removeprefix("shapes:")
@@ -148,23 +260,12 @@ def open_source(spec: str, family: Family, seed: int) -> ShapesSource | FolderSo
             raise UserError(f"data {spec!r}: shapes:N needs a positive number, e.g. shapes:2000")
         return ShapesSource(int(count), family, seed)
     if spec.startswith("hf:"):
-        try:
-            from datasets import load_dataset
-        except ImportError:
-            raise UserError(f"data {spec!r} needs the package `datasets`: pip install datasets") from None
-        return RowsSource(load_dataset(spec.removeprefix("hf:"), split="train"), family, seed)
-    if ".tar" in spec:
-        return RowsSource(list(_webdataset_rows(spec)), family, seed)
+        hub = HubRows(spec.removeprefix("hf:"))
+        return PictureSource(hub, family, seed, hub.fingerprint)
     if Path(spec).is_dir():
-        return FolderSource(Path(spec), family, seed)
-    raise UserError(f"data {spec!r} is no folder and no known form: shapes:N, FOLDER, SHARDS.tar or hf:ORG/NAME")
-
-
-def _webdataset_rows(pattern: str) -> Iterator[dict]:
-    import webdataset
-
-    shards = webdataset.WebDataset(pattern, shardshuffle=False, handler=webdataset.warn_and_continue)
-    for row in shards.decode("pil", handler=webdataset.warn_and_continue):
-        image = next((row[kind] for kind in ("jpg", "jpeg", "png", "webp") if kind in row), None)
-        if image is not None:
-            yield {"key": row["__key__"], "image": image, "text": row.get("txt", "")}
+        rows = _folder_rows(Path(spec))
+    elif spec.endswith(".tar"):
+        rows = _shard_rows(spec)
+    else:
+        raise UserError(f"data {spec!r} is no folder and no known form: shapes:N, FOLDER, SHARDS.tar or hf:ORG/NAME")
+    return PictureSource(rows, family, seed, [row.key for row in rows])

@@ -109,8 +109,8 @@ def report_importance(checkpoint: Path, cache: Path, student: str, out: Path, *,
     on_device = {name: value.to(device) for name, value in batch.items()}
     scores = measure_importance(unet, depth, on_device, alphas_cumprod_of(checkpoint).to(device), levels)
     proposed = propose_layer_map(scores, depth, target.depth)
-    for score in sorted(scores, key=lambda s: s.score, reverse=True):
-        say(f"{score.score:10.5f}  {score.path}.transformer_blocks.{score.index}")
+    for line in describe(scores, proposed, levels):
+        say(line)
     write_json(
         out / "importance.json",
         {
@@ -124,21 +124,45 @@ def report_importance(checkpoint: Path, cache: Path, student: str, out: Path, *,
     say(f"the layer map for {student} is in {out / 'importance.json'}")
 
 
+def describe(scores: Sequence[BlockScore], proposed: LayerMap, timesteps: Sequence[int]) -> list[str]:
+    """The ranked table: the mean change, the change at each timestep, and which blocks the proposed map keeps."""
+    heads = "".join(f"{f't={timestep}':>10}" for timestep in timesteps)
+    lines = [
+        "relative mean square change of noise_pred with one block left out; * is kept",
+        f"{'rank':>4}{'mean':>10}{heads}",
+    ]
+    for rank, score in enumerate(sorted(scores, key=lambda s: s.score, reverse=True), 1):
+        kept = "*" if score.index in proposed.get(score.path, ()) else " "
+        changes = "".join(f"{change:10.2g}" for change in (score.score, *score.change))
+        lines.append(f"{rank:4}{changes}  {kept} {score.path}.transformer_blocks.{score.index}")
+    return lines
+
+
 def _plot(scores: Sequence[BlockScore], proposed: LayerMap, path: Path) -> None:
-    """One bar per block in the order of the forward pass; the kept ones dark."""
+    """One bar per block in the order of the forward pass, grouped by transformer; the kept ones dark."""
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(max(6, 0.16 * len(scores)), 3.5), layout="constrained")
-    kept = [score.index in proposed.get(score.path, ()) for score in scores]
-    axes.bar(range(len(scores)), [s.score for s in scores], color=["#1f4e8c" if keep else "#b8c4d4" for keep in kept])
+    figure, axes = plt.subplots(figsize=(max(7, 0.17 * len(scores)), 4), layout="constrained")
+    for keep, color, label in ((True, "#1f4e8c", "kept"), (False, "#b8c4d4", "left out")):
+        bars = [i for i, s in enumerate(scores) if (s.index in proposed.get(s.path, ())) == keep]
+        axes.bar(bars, [scores[i].score for i in bars], color=color, label=label)
     starts = [i for i, score in enumerate(scores) if score.index == 0]
-    axes.set_xticks(starts, [scores[i].path for i in starts], rotation=60, ha="right", fontsize=7)
+    for start in starts[1:]:
+        axes.axvline(start - 0.5, color="#dddddd", linewidth=0.8, zorder=0)
+    middles = [(start + end - 1) / 2 for start, end in zip(starts, [*starts[1:], len(scores)], strict=True)]
+    names = [scores[i].path.replace("_blocks", "").replace("_block", "").replace("attentions.", "") for i in starts]
+    axes.set_xticks(middles, names, rotation=45, ha="right", fontsize=8)
+    axes.tick_params(axis="x", length=0)
+    axes.set_xlim(-1, len(scores))
     axes.set(
-        yscale="log", ylabel="relative change of noise_pred", title="Each block left out alone; dark ones are kept"
+        yscale="log",
+        ylabel="relative change of noise_pred",
+        title="Each transformer block left out alone, by transformer",
     )
+    axes.legend(frameon=False, ncols=2)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="svg")
     plt.close(figure)

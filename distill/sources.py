@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,13 +95,13 @@ def load_component(folder: Path, component: str, dtype: torch.dtype) -> Any:
     return classes[component].from_pretrained(folder / component, torch_dtype=dtype, variant=variant).eval()
 
 
-def load_pipeline(folder: Path, dtype: torch.dtype) -> Any:
-    """The whole checkpoint folder as a diffusers StableDiffusionXLPipeline on the CPU."""
+def load_pipeline(folder: Path, dtype: torch.dtype, without: Collection[str] = ()) -> Any:
+    """The checkpoint folder as a diffusers StableDiffusionXLPipeline on the CPU; the networks in `without` are None."""
     import diffusers
     from diffusers import StableDiffusionXLPipeline
 
     diffusers.utils.logging.disable_progress_bar()
-    components = {component: load_component(folder, component, dtype) for component in COMPONENT_FOLDERS}
+    components = {name: None if name in without else load_component(folder, name, dtype) for name in COMPONENT_FOLDERS}
     return StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=dtype, add_watermarker=False, **components)
 
 

@@ -1,17 +1,26 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
+import webdataset
 from PIL import Image
 from safetensors import safe_open
 
 from distill.architectures import MINI_FAMILY, SDXL_FAMILY, Resolution
 from distill.cache import LatentCache, make_cache
-from distill.data import BadSample, fit_to_bucket, nearest_bucket, open_source
+from distill.data import BadSample, PictureSource, Row, fit_to_bucket, nearest_bucket, open_source
 from distill.errors import UserError
 
 
@@ -68,7 +77,7 @@ def test_bad_samples_are_skipped_and_named(mini_vega: Path, tmp_path: Path) -> N
 def test_too_many_bad_samples_stop_the_run(mini_vega: Path, tmp_path: Path) -> None:
     for i in range(4):
         _picture(tmp_path / "data", f"p{i}", (150, 150) if i else (20, 20), "a thing")
-    with pytest.raises(UserError, match=r"1 of the first 4 samples are bad, e\.g\. p0\.png"):
+    with pytest.raises(UserError, match=r"1 of the first 1 samples are bad: p0\.png: 20x20 is smaller"):
         make_cache(mini_vega, str(tmp_path / "data"), tmp_path / "cache")
 
 
@@ -86,14 +95,126 @@ def test_an_unusable_data_set_is_refused_at_once(make, message: str, tmp_path: P
         open_source(str(tmp_path / "data"), MINI_FAMILY, 0)
 
 
-def test_webdataset_shards_are_read(mini_vega: Path, tmp_path: Path) -> None:
-    import webdataset
+def test_photographs_are_turned_as_the_camera_says() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    data = BytesIO()
+    Image.new("RGB", (300, 200)).save(data, "JPEG", exif=exif)
+    row = Row("turned", lambda: Image.open(data), lambda: "a thing")
+    sample = PictureSource([row], MINI_FAMILY, 0, None).read(0)
+    assert sample.original_size == (300, 200) and sample.resolution.height > sample.resolution.width
 
-    with webdataset.TarWriter(str(tmp_path / "data-000.tar")) as writer:
-        for i in range(3):
-            writer.write({"__key__": f"k{i}", "png": Image.new("RGB", (160, 160), "red"), "txt": f"caption {i}"})
-    source = open_source(str(tmp_path / "data-000.tar"), MINI_FAMILY, 0)
-    assert [source.read(i).caption for i in range(len(source))] == ["caption 0", "caption 1", "caption 2"]
+
+def test_whatever_is_wrong_with_a_picture_makes_it_a_bad_sample_with_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    _picture(folder, "cut", (150, 150), "a thing")
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:2000])
+    _picture(folder, "latin", (150, 150), "")
+    (folder / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    (folder / "no.jpg").write_text("not a picture")
+    (folder / "no.txt").write_text("a caption")
+    _picture(folder, "silent", (150, 150), None)
+    source = open_source(str(folder), MINI_FAMILY, 0)
+    reasons = {"cut.png": "truncated|broken", "latin.png": "decode", "no.jpg": "identify", "silent.png": "silent.txt"}
+    for index, (name, reason) in enumerate(reasons.items()):
+        with pytest.raises(BadSample, match=rf"{name}: .*({reason})"):
+            source.read(index)
+
+
+def test_a_line_of_metadata_that_is_wrong_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n{"name": "b.png"}\n')
+    with pytest.raises(UserError, match=r"metadata.jsonl, line 2: not of the form"):
+        open_source(str(tmp_path), MINI_FAMILY, 0)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
+    with pytest.raises(UserError, match="holds no captions"):
+        open_source(str(tmp_path), MINI_FAMILY, 0)
+
+
+def test_webdataset_shards_are_read(tmp_path: Path) -> None:
+    for shard in range(2):
+        with webdataset.TarWriter(str(tmp_path / f"data-{shard}.tar")) as writer:
+            for i in range(3):
+                picture = Image.new("RGB", (160, 160), "red")
+                writer.write({"__key__": f"k{shard}{i}", "png": picture, "txt": f"caption {shard}{i}", "json": {}})
+    source = open_source(str(tmp_path / "data-{0..1}.tar"), MINI_FAMILY, 0)
+    assert [source.read(i).caption for i in range(6)] == [f"caption {shard}{i}" for shard in range(2) for i in range(3)]
+    assert [source.read(i).key for i in (5, 0)] == ["data-1.tar/k12", "data-0.tar/k00"]
+
+
+def test_bad_samples_of_a_shard_are_skipped_and_named(mini_vega: Path, tmp_path: Path, capsys) -> None:
+    with webdataset.TarWriter(str(tmp_path / "data.tar"), encoder=False) as writer:
+        for i in range(17):
+            data = BytesIO()
+            Image.new("RGB", (160, 160), "red").save(data, "PNG")
+            writer.write({"__key__": f"k{i:02}", "png": data.getvalue(), "txt": b"a caption"})
+        writer.write({"__key__": "torn", "jpg": b"no picture at all", "txt": b"a caption"})
+        writer.write({"__key__": "mute", "png": data.getvalue()})
+        writer.write({"__key__": "blind", "txt": b"a caption"})
+    make_cache(mini_vega, str(tmp_path / "data.tar"), tmp_path / "cache")
+    assert len(LatentCache(tmp_path / "cache", batch_size=3, seed=0)) == 17
+    told = capsys.readouterr().out
+    assert "skipped 3 of 20" in told
+    assert all(f"data.tar/{key}: " in told for key in ("torn", "mute", "blind"))
+
+
+def _tar_without_captions(path: Path) -> None:
+    with webdataset.TarWriter(str(path)) as writer:
+        writer.write({"__key__": "a", "png": Image.new("RGB", (160, 160), "red")})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:1000]), "no whole, uncompressed tar file"),
+        (lambda path: path.unlink(), "No such file"),
+        (lambda path: webdataset.TarWriter(str(path)).close(), "holds no samples"),
+        (_tar_without_captions, "holds no captions"),
+    ],
+)
+def test_an_unusable_shard_is_refused_at_once(change, message: str, tmp_path: Path) -> None:
+    with webdataset.TarWriter(str(tmp_path / "data.tar")) as writer:
+        writer.write({"__key__": "a", "png": Image.new("RGB", (160, 160), "red"), "txt": "a caption"})
+    change(tmp_path / "data.tar")
+    with pytest.raises(UserError, match=message):
+        open_source(str(tmp_path / "data.tar"), MINI_FAMILY, 0)
+
+
+@pytest.fixture
+def own_hub_cache(tmp_path: Path, monkeypatch) -> None:
+    for name in ("HF_DATASETS_CACHE", "HF_MODULES_CACHE"):
+        monkeypatch.setattr(datasets.config, name, tmp_path / name)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.usefixtures("own_hub_cache")
+def test_a_hugging_face_dataset_is_read(mini_vega: Path, tmp_path: Path) -> None:
+    pictures = [Image.new("RGB", (160, 160), color) for color in ("red", "green", "blue", "white", "black")]
+    columns = {"id": [*range(5)], "picture": pictures, "caption": ["a", "b", "c", "", "e"]}
+    kinds = {"id": datasets.Value("int64"), "picture": datasets.Image(), "caption": datasets.Value("string")}
+    (tmp_path / "parquet").mkdir()
+    dataset = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+    dataset.to_parquet(tmp_path / "parquet" / "train.parquet")
+    source = open_source(f"hf:{tmp_path / 'parquet'}", MINI_FAMILY, 0)
+    assert [source.read(i).caption for i in (0, 1, 2, 4)] == ["a", "b", "c", "e"]
+    assert source.read(2).image[0, 0].tolist() == [0, 0, 255]
+    with pytest.raises(BadSample, match="row 3: empty caption"):
+        source.read(3)
+    make_cache(mini_vega, f"hf:{tmp_path / 'parquet'}", tmp_path / "cache")
+    assert len(LatentCache(tmp_path / "cache", batch_size=2, seed=0)) == 4
+
+
+@pytest.mark.usefixtures("own_hub_cache")
+def test_a_hugging_face_dataset_that_will_not_do_is_refused(tmp_path: Path) -> None:
+    for name, columns in (("words", {"text": ["a"]}), ("none", {"text": []})):
+        (tmp_path / name).mkdir()
+        features = datasets.Features({"text": datasets.Value("string")})
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / name / "train.parquet")
+    with pytest.raises(UserError, match="has the columns text; wanted are one of type Image"):
+        open_source(f"hf:{tmp_path / 'words'}", MINI_FAMILY, 0)
+    with pytest.raises(UserError, match="corresponds to no data|is empty"):
+        open_source(f"hf:{tmp_path / 'none'}", MINI_FAMILY, 0)
+    with pytest.raises(UserError, match="'nobody/nothing' cannot be had"):
+        open_source("hf:nobody/nothing", MINI_FAMILY, 0)
 
 
 def test_a_cache_resumes_and_is_the_same_from_any_number_of_processes(
@@ -128,3 +249,72 @@ def test_batches_depend_on_the_step_alone(cache: Path) -> None:
 def test_an_empty_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         LatentCache(tmp_path, batch_size=1, seed=0)
+
+
+def test_a_data_set_that_has_changed_is_another(mini_vega: Path, tmp_path: Path) -> None:
+    for i in range(2):
+        _picture(tmp_path / "data", f"p{i}", (150, 150), "a thing")
+    make_cache(mini_vega, str(tmp_path / "data"), tmp_path / "cache")
+    _picture(tmp_path / "data", "a-new-first", (150, 150), "a thing")
+    with pytest.raises(UserError, match="cache of other data"):
+        make_cache(mini_vega, str(tmp_path / "data"), tmp_path / "cache")
+
+
+def test_a_disk_known_to_be_too_small_is_told_before_anything_is_written(
+    mini_vega: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    with pytest.raises(UserError, match=r"the cache of 9000 samples needs .* GB on the disk"):
+        make_cache(mini_vega, "shapes:9000", tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_disk_that_becomes_full_loses_nothing(mini_vega: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("distill.cache.SAMPLES_PER_SHARD", 4)
+    make_cache(mini_vega, "shapes:10", tmp_path / "whole")
+    make_cache(mini_vega, "shapes:10", tmp_path / "cache", rank=0, processes=3)  # the first shard
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, unlimited[1]))  # the kernel itself refuses to write more
+    try:
+        with pytest.raises(UserError, match=r"shard-000001.safetensors cannot be written .* finished shards stay"):
+            make_cache(mini_vega, "shapes:10", tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["cache.json", "shard-000000.safetensors"]
+    with pytest.raises(UserError, match="not finished: it has 1 of 3 shards"):
+        LatentCache(tmp_path / "cache", batch_size=1, seed=0)
+    make_cache(mini_vega, "shapes:10", tmp_path / "cache")
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "cache" / path.name).read_bytes()
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from distill import cache
+cache.SAMPLES_PER_SHARD = 4
+cache.make_cache(Path(sys.argv[1]), "shapes:30", Path(sys.argv[2]), rank=int(sys.argv[3]), processes=2)
+"""
+
+
+def test_two_processes_killed_at_any_moment_go_on_to_the_same_bytes(
+    mini_vega: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("distill.cache.SAMPLES_PER_SHARD", 4)
+    make_cache(mini_vega, "shapes:30", tmp_path / "whole")
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-c", SCRIPT, str(mini_vega), str(killed)]
+    makers = [subprocess.Popen([*command, str(rank)], cwd=Path(__file__).parents[2]) for rank in range(2)]
+    while not list(killed.glob("shard-*")) and None in [maker.poll() for maker in makers]:
+        time.sleep(0.001)
+    for maker in makers:
+        maker.send_signal(signal.SIGKILL)
+        maker.wait()
+    done = len(list(killed.glob("shard-*")))
+    assert 0 < done < 8
+    (killed / ".shard-000007.safetensors.left.partial").write_bytes(b"half a shard")
+    for rank in range(2):
+        make_cache(mini_vega, "shapes:30", killed, rank=rank, processes=2)
+    files = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert sorted(path.name for path in killed.iterdir()) == files
+    assert all((killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in files)

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
+from xml.etree import ElementTree
+
 import torch
 from diffusers import UNet2DConditionModel
 
-from distill.architectures import ARCHITECTURES, Depth
-from distill.importance import BlockScore, measure_importance, propose_layer_map
-from distill.surgery import transformer_depths
+from distill.architectures import ARCHITECTURES, MINI_FAMILY, Depth, find_architecture
+from distill.cache import make_cache
+from distill.importance import BlockScore, measure_importance, propose_layer_map, report_importance
+from distill.surgery import make_student_unet, read_layer_map, transformer_depths
 
 
 def test_a_block_that_does_nothing_scores_nothing_and_is_dropped() -> None:
@@ -35,3 +39,18 @@ def test_the_proposed_map_keeps_the_order_of_the_teacher() -> None:
     teacher, student = ARCHITECTURES["sdxl"].depth, ARCHITECTURES["ssd-1b"].depth
     scores = [BlockScore(p, i, (float(i),)) for p, n in transformer_depths(teacher).items() for i in range(n)]
     assert propose_layer_map(scores, teacher, student)["up_blocks.0.attentions.0"] == (6, 7, 8, 9)
+
+
+def test_the_report_ranks_every_block_and_proposes_a_map_that_surgery_takes(
+    mini_vega: Path, tmp_path: Path, capsys
+) -> None:
+    make_cache(mini_vega, "shapes:9", tmp_path / "cache")
+    depth = "-/1,1/1,1:0:2,2,2/1,1,1/-"
+    report_importance(mini_vega, tmp_path / "cache", depth, tmp_path / "out", samples=1, timesteps=2)
+    table = capsys.readouterr().out.splitlines()
+    ranked = [line for line in table if ".transformer_blocks." in line]
+    assert len(ranked) == 15 and sum(" * " in line for line in ranked) == 13
+    layer_map = read_layer_map(str(tmp_path / "out" / "importance.json"))
+    plan = make_student_unet(mini_vega, find_architecture(depth, MINI_FAMILY), layer_map, tmp_path / "unet")
+    assert plan.unused
+    assert ElementTree.parse(tmp_path / "out" / "importance.svg").getroot().tag.endswith("svg")
