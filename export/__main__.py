@@ -93,6 +93,7 @@ def verify(
     resolutions: str = "",
     batch: int = 2,
     seed: int | None = None,
+    out: Path | None = None,
     workdir: Path = WORKDIR,
 ) -> int:
     """Run every component in ONNX Runtime and in torch on random inputs, in every resolution; exit code 1 on a failure.
@@ -103,38 +104,51 @@ def verify(
         components: Only these, separated by commas.
         resolutions: Only at these WxH,...; a graph with open dimensions takes others than the family's too.
         seed: Of the inputs; drawn afresh where not given, and reported.
+        out: A JSON file to write: every comparison, its bounds, the versions.
     """
+    from dataclasses import asdict
+
     from rich.console import Console
     from rich.table import Table
 
-    from distill.files import read_json
+    from distill.files import read_json, write_json
     from distill.sources import resolve
-    from export.parity import BOUNDS, verify_folder, within_bounds
+    from export.folder import library_versions
+    from export.parity import BOUNDS, verify_folder
 
     about = read_json(folder / "slimxl.json")
     checkpoint = resolve(model or about["source"]["name"], workdir)
     sizes = [Resolution.parse(word) for word in _words(resolutions)]
     results = verify_folder(
-        folder, checkpoint, components=_words(components), sizes=sizes, batch=batch, seed=seed, workdir=workdir
+        folder,
+        checkpoint,
+        components=_words(components),
+        sizes=sizes,
+        batch=batch,
+        seed=seed,
+        workdir=workdir,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
     table = Table("component", "output", "worst at", title="ONNX Runtime against torch in float32")
     for column in ("relative error", "cosine", "bound"):
         table.add_column(column, justify="right")
     table.add_column("")
-    failed = False
     for name, rows in results.items():
-        failed_folder = folder / f"{name}.failed"
-        export = read_json((failed_folder if failed_folder.is_dir() else folder / name) / "export.json")
         for output in dict.fromkeys(row.output for row in rows):
-            worst = max((row for row in rows if row.output == output), key=lambda row: row.relative)
-            passed = within_bounds([row for row in rows if row.output == output], export["precision"])
-            failed = failed or not passed
-            bound = f"{export['precision']} {BOUNDS[export['precision']].relative:.0e}"
-            figures = (f"{worst.relative:.1e}", f"{worst.cosine:.8f}", bound, "ok" if passed else "FAILED")
+            here = [row for row in rows if row.output == output]
+            worst = max(here, key=lambda row: (not row.passed, row.relative))
+            bound = f"{worst.precision} {BOUNDS[worst.precision].relative:.0e}"
+            figures = (f"{worst.relative:.1e}", f"{worst.cosine:.8f}", bound, "ok" if worst.passed else "FAILED")
             table.add_row(name, output, worst.resolution, *figures)
     Console(width=None if sys.stdout.isatty() else 130).print(table)
-    print(f"seed {next((row.seed for rows in results.values() for row in rows), seed)}")
-    return int(failed)
+    every = [row for rows in results.values() for row in rows]
+    print(f"seed {every[0].seed}")
+    if out is not None:
+        figures_of = {name: [asdict(row) for row in rows] for name, rows in results.items()}
+        bounds = {precision: asdict(bound) for precision, bound in BOUNDS.items()}
+        source = about["source"] | {"opset": about["opset"]}
+        write_json(out, {"source": source, "bounds": bounds, "parity": figures_of, "versions": library_versions()})
+    return int(not all(row.passed for row in every))
 
 
 @app.command

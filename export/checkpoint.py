@@ -24,6 +24,8 @@ from distill.sources import (
 
 VAE_SOURCES = {"fp16-fix": "madebyollin/sdxl-vae-fp16-fix", "tiny": "madebyollin/taesdxl"}
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
+LORA_ENDINGS = ("lora_A.weight", "lora_down.weight", "lora.down.weight", "lora_linear_layer.down.weight")
+"""What a LoRA calls the first of its two matrices: peft, kohya, and diffusers of old."""
 Lora = tuple[Path, float]
 
 
@@ -83,15 +85,21 @@ def with_vae(checkpoint: Path, vae: str, workdir: Path) -> Path:
 def with_loras(checkpoint: Path, loras: Sequence[Lora], workdir: Path) -> Path:
     """`checkpoint` with LoRAs fused in the given order, computed in float32 and kept in the checkpoint's own dtype.
 
-    Raises UserError for a file that is no LoRA, or of another architecture.
+    The UNet and both text encoders are changed, in diffusers' and in kohya's naming. Raises UserError for a file that is
+    no LoRA, or of another architecture.
     """
     if not loras:
         return checkpoint
     for path, _ in loras:
         if not path.is_file():
             raise UserError(f"--lora {path} does not exist; give a .safetensors file")
-        if not any("lora" in key for key in read_safetensors_header(path)):
+        keys = read_safetensors_header(path)
+        if not any(key.endswith(LORA_ENDINGS) for key in keys):
             raise UserError(f"--lora {path} holds no LoRA weights: none of its keys names one")
+        if any("dora_scale" in key for key in keys):
+            raise UserError(
+                f"--lora {path} is a DoRA, whose scales diffusers would drop; merge it with its own trainer"
+            )
     recipe = [str(checkpoint.resolve()), *((sha256_file(path), scale) for path, scale in loras)]
     folder = workdir / f"{checkpoint.name}-lora-{sha256_json(recipe)[:12]}"
     if not folder.exists():
@@ -115,8 +123,12 @@ def _fuse(checkpoint: Path, loras: Sequence[Lora], folder: Path) -> None:
             reason = str(error).strip().splitlines()[0][:200]
             raise UserError(f"--lora {path} does not fit {checkpoint.name}: {reason}") from None
         fused = [part for part in parts if name in getattr(getattr(pipe, part), "peft_config", {})]
-        if not fused:
-            raise UserError(f"--lora {path} does not fit {checkpoint.name}: it changes no layer of it")
+        stored = sum(key.endswith(LORA_ENDINGS) for key in read_safetensors_header(path))
+        loaded = sum(name in getattr(module, "lora_A", ()) for part in fused for module in parts[part].modules())
+        if loaded != stored:  # diffusers only warns
+            raise UserError(
+                f"--lora {path} does not fit {checkpoint.name}: {stored - loaded} of its {stored} layers are not there"
+            )
         pipe.fuse_lora(components=fused, lora_scale=scale, adapter_names=[name])
         pipe.unload_lora_weights()
     with replacing(folder) as temporary:

@@ -74,6 +74,7 @@ class Job:
     precision: str
     options: ExportOptions
     base: Resolution
+    source_sha256: dict[str, str]
     key: str
 
 
@@ -112,25 +113,38 @@ def make_job(checkpoint: Path, name: str, options: ExportOptions) -> Job:
     for resolution in options.resolutions:  # every size is checked before anything is written
         COMPONENTS[name].inputs(config, resolution, options.batch, precision)
     base = find_architecture_of(checkpoint).family.resolutions[0]
+    weights = {path.name: sha256_file(path) for path in component_weights(checkpoint / COMPONENTS[name].source)}
     inputs = {
         "schema": SCHEMA,
         "code": [sha256_file(Path(__file__).parent / f"{module}.py") for module in GRAPH_MODULES],
         "component": name,
         "config": config,
-        "weights": [sha256_file(path) for path in component_weights(checkpoint / COMPONENTS[name].source)],
+        "weights": list(weights.values()),
         "precision": precision,
         "opset": options.opset,
         "resolutions": [str(resolution) for resolution in options.resolutions],
         "batch": options.batch if options.resolutions else None,
         "versions": library_versions(),
     }
-    return Job(name, checkpoint, config, precision, options, base, sha256_json(inputs))
+    return Job(name, checkpoint, config, precision, options, base, weights, sha256_json(inputs))
 
 
 def is_current(folder: Path, key: str) -> bool:
     """True where `folder` holds a finished component made from the same inputs."""
     about = folder / "export.json"
     return about.is_file() and read_json(about).get("key") == key and (folder / "model.onnx").is_file()
+
+
+def _refuse_strangers(prepared: Path, out: Path, options: ExportOptions) -> None:
+    """Raises UserError where `out` holds a component that is not to be written now and was made from something else."""
+    for name in COMPONENTS:
+        if name in options.components or not (out / name).is_dir():
+            continue
+        if not is_current(out / name, make_job(prepared, name, options).key):
+            raise UserError(
+                f"{out} holds a {name} of another checkpoint, precision or version: one folder is one model; export "
+                f"{name} too (--components), or choose another --out"
+            )
 
 
 def _check_free_disk(jobs: Sequence[Job], out: Path) -> None:
@@ -152,8 +166,10 @@ def export_checkpoint(
 ) -> None:
     """Writes the ONNX folder `out` of the diffusers folder `checkpoint`. Components that are up to date are kept.
 
-    A checkpoint with another VAE or with LoRAs is made under `workdir` first. Raises UserError for bad input, and
-    RuntimeError where an exported graph disagrees with torch.
+    A checkpoint with another VAE or with LoRAs is made under `workdir` first. While components are written there is no
+    slimxl.json, so that a folder that was left half new is not taken for a whole one.
+
+    Raises UserError for bad input, and where an exported graph disagrees with torch.
     """
     options = options or ExportOptions()
     original_hash = checkpoint_hash(checkpoint)
@@ -162,6 +178,7 @@ def export_checkpoint(
     for part in PIPELINE_PARTS:
         if not (prepared / part).is_dir():
             raise UserError(f"{checkpoint} is no whole SDXL checkpoint: it has no {part}/")
+    _refuse_strangers(prepared, out, options)
     stale = []
     for job in jobs:
         donors = [folder for folder in (out, *options.reuse) if is_current(folder / job.name, job.key)]
@@ -179,20 +196,23 @@ def export_checkpoint(
         for source in sorted({COMPONENTS[job.name].source for job in stale}):
             check_keys(prepared, source)
         _check_free_disk(stale, out)
+        (out / "slimxl.json").unlink(missing_ok=True)
         for job in stale:
             write_component(job, out / job.name, progress)
     _copy_pipeline_parts(prepared, out)
-    write_json(out / "slimxl.json", _about(prepared, original_hash, source_name or checkpoint.name, options))
+    origin = {"name": source_name or checkpoint.name, "sha256": original_hash}
+    exported_hash = original_hash if prepared == checkpoint else checkpoint_hash(prepared)
+    write_json(out / "slimxl.json", _about(prepared, origin, exported_hash, options))
 
 
-def _about(prepared: Path, original_hash: str, source_name: str, options: ExportOptions) -> dict[str, Any]:
-    """slimxl.json. `source` is what was given, `exported_sha256` the checkpoint after the change of VAE and LoRAs."""
+def _about(prepared: Path, source: dict[str, str], exported_hash: str, options: ExportOptions) -> dict[str, Any]:
+    """slimxl.json. `source` is what was given, `exported_hash` of the checkpoint after the change of VAE and LoRAs."""
     vae_config = read_config(prepared, "vae")
     resolutions = options.resolutions or find_architecture_of(prepared).family.resolutions
     return {
         "schema": SCHEMA,
-        "source": {"name": source_name, "sha256": original_hash},
-        "exported_sha256": checkpoint_hash(prepared),
+        "source": source,
+        "exported_sha256": exported_hash,
         "precision": options.precision,
         "opset": options.opset,
         "shapes": [str(resolution) for resolution in options.resolutions] or "dynamic",

@@ -11,7 +11,7 @@ fp16  The graph rounds each result to 2^-11 = 4.9e-4. Residual streams add the r
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,11 +42,22 @@ class Parity:
     """One output at one size: |got - reference| / |reference| in the 2-norm, the largest difference, the cosine."""
 
     output: str
+    precision: str
     resolution: str
     relative: float
     largest: float
     cosine: float
     seed: int
+
+    @property
+    def passed(self) -> bool:
+        """A NaN is outside of every bound."""
+        bound = BOUNDS[self.precision]
+        return self.relative <= bound.relative and self.cosine >= bound.cosine
+
+    def __str__(self) -> str:
+        figures = f"relative error {self.relative:.1e}, cosine {self.cosine:.8f}"
+        return f"{self.output} of {self.resolution}: {figures} (bound {BOUNDS[self.precision].relative:.0e})"
 
 
 def _metrics(got: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
@@ -57,13 +68,21 @@ def _metrics(got: np.ndarray, reference: np.ndarray) -> tuple[float, float, floa
 
 
 def cpu_session(model: Path, threads: int = 0) -> InferenceSession:
-    """ONNX Runtime on the CPU. Its threads sleep when they wait: spinning would starve torch and other processes."""
+    """ONNX Runtime on the CPU. Its threads sleep when they wait: spinning would starve torch and other processes.
+
+    Raises UserError where it refuses the graph.
+    """
     import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as refusals
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    except (refusals.Fail, refusals.InvalidGraph, refusals.InvalidProtobuf, refusals.NotImplemented) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"ONNX Runtime refuses {model}: {reason}; export it again, or with --opset 18") from None
 
 
 def compare(
@@ -77,7 +96,10 @@ def compare(
     seed: int | None = None,
 ) -> Iterable[Parity]:
     """Runs `model` in ONNX Runtime and `module` (`wrappers.wrap`) in float32 on the same random inputs, for every
-    resolution and batch. A seed of None is drawn afresh and reported."""
+    resolution and batch. A seed of None is drawn afresh and reported.
+
+    Raises UserError where an output has another type or shape than `components.py` says.
+    """
     import torch
 
     from export.wrappers import example
@@ -99,22 +121,18 @@ def compare(
             outputs = COMPONENTS[name].outputs(config, resolution, batch, precision)
             for spec, ours, theirs in zip(outputs, got, expected, strict=True):
                 if ours.shape != spec.shape or ours.dtype.name != spec.dtype:
-                    raise RuntimeError(f"{name}: output {spec.name} is {ours.dtype} {ours.shape}, expected {spec}")
+                    got_shape = f"{ours.dtype.name} {ours.shape}, expected {spec.dtype} {spec.shape}"
+                    raise UserError(f"{name}: the graph's output {spec.name} is {got_shape}")
                 relative, largest, cosine = _metrics(ours, theirs.numpy())
                 yield Parity(
                     output=spec.name,
+                    precision=precision,
                     resolution=f"{batch} of {resolution}",
                     relative=relative,
                     largest=largest,
                     cosine=cosine,
                     seed=seed,
                 )
-
-
-def within_bounds(results: Iterable[Parity], precision: str) -> bool:
-    """A NaN is outside of every bound."""
-    bound = BOUNDS[precision]
-    return all(result.relative <= bound.relative and result.cosine >= bound.cosine for result in results)
 
 
 def verify_folder(
@@ -126,11 +144,13 @@ def verify_folder(
     batch: int = 2,
     seed: int | None = None,
     workdir: Path = Path("out/models"),
+    progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, list[Parity]]:
     """Compares every component of an ONNX folder with its checkpoint, in `sizes` or every resolution of slimxl.json.
 
-    A component that fails is renamed to NAME.failed. Raises UserError where the checkpoint is another one than the
-    folder was made from.
+    `progress` is told every comparison as it is done. A component that fails is renamed to NAME.failed.
+
+    Raises UserError where the checkpoint is another one than the folder was made from.
     """
     from distill.sources import checkpoint_hash, load_component
     from export.checkpoint import prepare
@@ -164,13 +184,12 @@ def verify_folder(
                 raise unknown("resolution of this folder's static graphs", str(resolution), export["graphs"])
             graphs.setdefault(export["graphs"].get(str(resolution), "model.onnx"), []).append(resolution)
         batches = [batch if export["dynamic"] else export["inputs"][0]["shape"][0]]
-        results[name] = [
-            parity
-            for file, fitting in graphs.items()
-            for parity in compare(
-                name, folder / name / file, module, config, fitting, batches, export["precision"], seed
-            )
-        ]
-        if not within_bounds(results[name], export["precision"]):
+        results[name] = []
+        for file, fitting in graphs.items():
+            model = folder / name / file
+            for parity in compare(name, model, module, config, fitting, batches, export["precision"], seed):
+                results[name].append(parity)
+                progress(f"{name}: {parity}")
+        if not all(parity.passed for parity in results[name]):
             (folder / name).rename(folder / f"{name}.failed")
     return results

@@ -14,12 +14,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill.architectures import Resolution
+from distill.errors import UserError
 from distill.files import replacing, sha256_file, write_json
 from distill.sources import load_component
 from export.components import COMPONENTS, FLOAT_DTYPES, Config
 from export.folder import CHECK_BELOW_BYTES, Job, library_versions
 from export.graph import specialise
-from export.parity import Parity, compare, within_bounds
+from export.parity import Parity, compare
 from export.trace import trace
 from export.vae_safety import require_finite
 from export.wrappers import wrap
@@ -66,8 +67,19 @@ def _save(model: ir.Model, folder: Path, job: Job, resolutions: Sequence[Resolut
     return graphs
 
 
+def _require_valid(file: Path, name: str) -> None:
+    """Raises UserError where onnx.checker, with types and shapes inferred, refuses a graph."""
+    try:
+        onnx.checker.check_model(str(file), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{name}: onnx.checker refuses the exported graph, which was not kept: {reason}; try --opset 18"
+        ) from None
+
+
 def write_component(job: Job, folder: Path, progress: Callable[[str], None]) -> None:
-    """Raises RuntimeError, and leaves `folder` as it was, where the graph is invalid or disagrees with torch."""
+    """Raises UserError, and leaves `folder` as it was, where the graph is invalid or disagrees with torch."""
     started = time.monotonic()
     options, name = job.options, job.name
     component = COMPONENTS[name]
@@ -88,7 +100,7 @@ def write_component(job: Job, folder: Path, progress: Callable[[str], None]) -> 
         write_json(temporary / "config.json", job.config)
         saved = time.monotonic()
         for file in temporary.glob("*.onnx"):
-            onnx.checker.check_model(str(file), full_check=True)
+            _require_valid(file, name)
         if name == "vae_decoder":
             require_finite(temporary / "model.onnx", job.config, resolution, options.batch, job.precision)
         checked: list[Parity] = []
@@ -96,8 +108,12 @@ def write_component(job: Job, folder: Path, progress: Callable[[str], None]) -> 
             batches = (options.batch,) if fixed else (1, 3)
             model_file = temporary / "model.onnx"
             checked = list(compare(name, model_file, module, job.config, [resolution], batches, job.precision))
-            if not within_bounds(checked, job.precision):
-                raise RuntimeError(f"{name}: the graph disagrees with torch: {checked}")
+            for result in checked:
+                if not result.passed:
+                    raise UserError(
+                        f"{name}: the exported graph disagrees with torch and was not kept: {result}; try --opset 18, or "
+                        "--precision fp32"
+                    )
         verified = time.monotonic()
         parameters, flops = parameters_and_flops(name, network, job.config, job.base)
         write_json(
@@ -105,6 +121,7 @@ def write_component(job: Job, folder: Path, progress: Callable[[str], None]) -> 
             {
                 "key": job.key,
                 "component": name,
+                "source_sha256": job.source_sha256,
                 "precision": job.precision,
                 "opset": options.opset,
                 "dynamic": not fixed,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import onnxruntime
 import pytest
@@ -9,6 +10,7 @@ import torch
 from diffusers import AutoencoderTiny, StableDiffusionXLPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
 from distill.architectures import Resolution
 from distill.errors import UserError
@@ -16,7 +18,7 @@ from distill.files import read_json
 from distill.sources import load_component, read_config
 from export.checkpoint import prepare, with_loras, with_vae
 from export.components import COMPONENTS
-from export.folder import ExportOptions, export_checkpoint
+from export.folder import ExportOptions, component_precision, export_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +51,6 @@ def test_loras_are_fused_in_order_with_their_scales(mini_vega: Path, loras: list
     ours = load_component(fused, "unet", torch.float32).state_dict()
     before = load_component(mini_vega, "unet", torch.float32).state_dict()
     assert ours.keys() == before.keys()
-    from safetensors.torch import load_file
-
     expected = {key: tensor.clone() for key, tensor in before.items()}
     for file, scale in zip(loras, (0.5, 2.0), strict=True):
         pairs = load_file(file)
@@ -61,6 +61,41 @@ def test_loras_are_fused_in_order_with_their_scales(mini_vega: Path, loras: list
     assert len(changed) == 30 + 30 + 15  # to_q and to_v of 15 blocks' two attentions, and their feed-forward
     for key, tensor in expected.items():
         torch.testing.assert_close(ours[key], tensor, rtol=1e-5, atol=1e-5)
+
+
+def text_encoder_lora(checkpoint: Path, naming: str, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A LoRA on every linear layer of both text encoders, and by layer what it adds to the weight at scale 1."""
+    generator = torch.Generator().manual_seed(0)
+    tensors, added = {}, {}
+    for prefix, component in (("lora_te1", "text_encoder"), ("lora_te2", "text_encoder_2")):
+        for key, weight in load_component(checkpoint, component, torch.float32).state_dict().items():
+            if "layers" not in key or "norm" in key or not key.endswith("weight"):
+                continue
+            layer = key.removesuffix(".weight")
+            down, up = (torch.randn(size, generator=generator) for size in ((4, weight.shape[1]), (weight.shape[0], 4)))
+            added[f"{component}/{key}"] = up @ down
+            if naming == "kohya":  # its alpha of 2 over a rank of 4 halves what is added
+                name = f"{prefix}_{layer.replace('.', '_')}"
+                tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+                tensors[f"{name}.alpha"] = torch.tensor(2.0)
+                added[f"{component}/{key}"] *= 0.5
+            else:
+                tensors |= {f"{component}.{layer}.lora_A.weight": down, f"{component}.{layer}.lora_B.weight": up}
+    save_file(tensors, folder / f"{naming}.safetensors")
+    return folder / f"{naming}.safetensors", added
+
+
+@pytest.mark.parametrize("naming", ["diffusers", "kohya"])
+def test_a_lora_of_text_encoders_is_fused_too(mini_vega: Path, naming: str, tmp_path: Path) -> None:
+    file, added = text_encoder_lora(mini_vega, naming, tmp_path)
+    fused = with_loras(mini_vega, [(file, 0.5)], tmp_path)
+    for component in ("text_encoder", "text_encoder_2", "unet"):
+        before, after = (load_component(folder, component, torch.float32).state_dict() for folder in (mini_vega, fused))
+        assert before.keys() == after.keys()
+        for key, weight in before.items():
+            expected = weight + 0.5 * added.pop(f"{component}/{key}", torch.zeros(()))
+            torch.testing.assert_close(after[key], expected, rtol=1e-5, atol=1e-5)
+    assert not added
 
 
 def test_a_fused_checkpoint_is_exported_and_recorded(mini_vega: Path, loras: list[Path], tmp_path: Path) -> None:
@@ -79,9 +114,12 @@ def test_a_file_that_is_no_lora_is_refused(mini_vega: Path, tmp_path: Path) -> N
         with_loras(mini_vega, [(tmp_path / "absent.safetensors", 1.0)], tmp_path)
 
 
-def test_a_lora_of_another_architecture_is_refused(mini_sdxl: Path, mini_vega: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layers", [r"mid_block.*to_q", r".*to_q"])  # none of them is there, and some are
+def test_a_lora_of_another_architecture_is_refused(
+    mini_sdxl: Path, mini_vega: Path, layers: str, tmp_path: Path
+) -> None:
     unet = load_component(mini_sdxl, "unet", torch.float32)
-    unet.add_adapter(LoraConfig(r=2, target_modules=r"mid_block.*to_q", init_lora_weights=False))
+    unet.add_adapter(LoraConfig(r=2, target_modules=layers, init_lora_weights=False))
     StableDiffusionXLPipeline.save_lora_weights(
         tmp_path, unet_lora_layers=get_peft_model_state_dict(unet), weight_name="mid.safetensors"
     )
@@ -104,6 +142,42 @@ def test_a_tiny_vae_is_exported(mini_vega: Path, tiny_vae: Path, tmp_path: Path)
     assert np.abs(picture - expected).max() < 0.02 * np.abs(expected).max()
     [spec] = COMPONENTS["vae_encoder"].outputs(read_config(tiny_vae.parent, tiny_vae.name), Resolution(160, 96), 1)
     assert (spec.name, spec.shape) == ("latent_sample", (1, 4, 12, 20))
+
+
+@pytest.mark.parametrize("vae", ["fp16-fix", "tiny"])
+def test_a_named_vae_is_fetched_from_its_repository(
+    mini_vega: Path, tiny_vae: Path, vae: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = {"madebyollin/sdxl-vae-fp16-fix": mini_vega / "vae", "madebyollin/taesdxl": tiny_vae}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id, **_: str(folders[repo_id]))
+    checkpoint = with_vae(mini_vega, vae, tmp_path)
+    kind = {"fp16-fix": "AutoencoderKL", "tiny": "AutoencoderTiny"}[vae]
+    assert type(load_component(checkpoint, "vae", torch.float16)).__name__ == kind
+    assert read_json(checkpoint / "model_index.json")["vae"] == ["diffusers", kind]
+    options = ExportOptions(precision="fp16", vae=vae)
+    assert (
+        component_precision("vae_decoder", options, read_config(checkpoint, "vae") | {"force_upcast": False}) == "fp16"
+    )
+    assert with_vae(mini_vega, vae, tmp_path) == checkpoint  # the second time it is there
+
+
+@pytest.mark.parametrize("vae", ["fp16-fix", "tiny"])
+def test_a_named_vae_out_of_reach_is_one_line(
+    mini_vega: Path, vae: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(UserError, match=r"cannot be had from the Hugging Face hub.*local folder") as refusal:
+        with_vae(mini_vega, vae, tmp_path / "work")
+    assert "\n" not in str(refusal.value) and not (tmp_path / "work").exists()
+
+
+def test_what_diffusers_would_drop_is_refused(mini_vega: Path, tmp_path: Path) -> None:
+    name = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    tensors = {f"{name}.{part}": torch.ones(1, 1) for part in ("lora_down.weight", "lora_up.weight", "dora_scale")}
+    save_file(tensors, tmp_path / "dora.safetensors")
+    with pytest.raises(UserError, match="is a DoRA"):
+        with_loras(mini_vega, [(tmp_path / "dora.safetensors", 1.0)], tmp_path)
 
 
 def test_what_is_no_vae_is_refused(mini_vega: Path, tmp_path: Path) -> None:

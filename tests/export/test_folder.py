@@ -5,9 +5,11 @@ import shutil
 import sys
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from polygraphy.tools import main as polygraphy
@@ -21,6 +23,8 @@ from distill.files import read_json, sha256_file
 from distill.sources import load_component
 from export.components import COMPONENTS
 from export.folder import ExportOptions, export_checkpoint
+from export.parity import cpu_session
+from export.trace import trace
 
 SMALL = ("text_encoder",)
 
@@ -85,6 +89,25 @@ def test_a_second_run_does_nothing_and_a_change_does(mini_vega: Path, tmp_path: 
     assert run(ExportOptions(components=SMALL, precision="fp32")) != first
 
 
+def test_components_of_two_models_are_not_mixed(mini_vega: Path, tmp_path: Path) -> None:
+    def run(**options: Any) -> None:
+        export_checkpoint(mini_vega, tmp_path / "out", options=ExportOptions(**options), progress=lambda line: None)
+
+    run(components=SMALL)
+    with pytest.raises(UserError, match=r"holds a text_encoder of another checkpoint, precision.*--components"):
+        run(components=("text_encoder_2",), precision="fp32")
+    assert not (tmp_path / "out" / "text_encoder_2").exists()
+    about = read_json(tmp_path / "out" / "text_encoder" / "export.json")
+    file = mini_vega / "text_encoder" / "model.safetensors"
+    assert about["source_sha256"] == {file.name: sha256_file(file)}
+
+
+def test_a_graph_that_a_runtime_refuses_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(UserError, match=r"ONNX Runtime refuses .*model\.onnx"):
+        cpu_session(tmp_path / "model.onnx")
+
+
 def test_equal_components_are_taken_from_another_folder(onnx_fp16: Path, onnx_fp32: Path) -> None:
     ours, theirs = (read_json(folder / "vae_decoder" / "export.json") for folder in (onnx_fp16, onnx_fp32))
     assert ours == theirs
@@ -115,10 +138,19 @@ def test_static_graphs_share_one_file_of_weights(mini_vega: Path, onnx_fp32: Pat
 def test_a_graph_that_disagrees_never_gets_its_name(
     mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export.write, "within_bounds", lambda *_: False)
-    with pytest.raises(RuntimeError, match="disagrees with torch"):
+    def sabotaged(*arguments: Any) -> ir.Model:
+        """As `trace`, with the norms' gain (equal in all of them, so stored once) off by a tenth."""
+        model = trace(*arguments)
+        gain = next(value for name, value in model.graph.initializers.items() if name.endswith("layer_norm1.weight"))
+        gain.const_value = ir.tensor(gain.const_value.numpy() * np.float16(1.1), name=gain.name)
+        return model
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "slimxl.json").write_text("{}")  # of an earlier run
+    monkeypatch.setattr(export.write, "trace", sabotaged)
+    with pytest.raises(UserError, match=r"text_encoder: .*disagrees with torch.*last_hidden_state.*--opset 18"):
         export_checkpoint(mini_vega, tmp_path / "out", options=ExportOptions(components=SMALL))
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    assert not list((tmp_path / "out").iterdir())
 
 
 def copied(checkpoint: Path, folder: Path, drop: str) -> Path:

@@ -9,18 +9,18 @@ import pytest
 from onnx import numpy_helper
 
 from distill.errors import UserError
-from export.parity import Parity, verify_folder, within_bounds
+from export.parity import Parity, verify_folder
 
 
-def parity(relative: float, cosine: float) -> Parity:
-    return Parity(output="y", resolution="1", relative=relative, largest=0.0, cosine=cosine, seed=0)
+def passes(precision: str, relative: float, cosine: float) -> bool:
+    about = {"output": "y", "resolution": "1", "largest": 0.0, "seed": 0}
+    return Parity(precision=precision, relative=relative, cosine=cosine, **about).passed
 
 
 def test_bounds_tell_right_from_wrong_and_nan() -> None:
-    assert within_bounds([parity(5e-6, 1.0)], "fp32")
-    assert not within_bounds([parity(5e-3, 1.0)], "fp32") and within_bounds([parity(5e-3, 0.99999)], "fp16")
-    assert not within_bounds([parity(float("nan"), 1.0)], "fp16")
-    assert not within_bounds([parity(5e-3, 0.99)], "fp16")
+    assert passes("fp32", 5e-6, 1.0) and not passes("fp32", 5e-3, 1.0)
+    assert passes("fp16", 5e-3, 0.99999) and not passes("fp16", 5e-3, 0.99)
+    assert not passes("fp16", float("nan"), 1.0) and not passes("fp16", 5e-3, float("nan"))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -32,7 +32,8 @@ def test_every_component_agrees_in_every_resolution(
     assert set(results) == {"unet", "vae_decoder", "vae_encoder", "text_encoder", "text_encoder_2"}
     assert len({row.resolution for row in results["unet"]}) == 9
     for name, rows in results.items():
-        assert within_bounds(rows, "fp32" if name.startswith("vae") else precision), name
+        assert {row.precision for row in rows} == {"fp32" if name.startswith("vae") else precision}
+        assert all(row.passed for row in rows), name
     assert max(row.relative for row in results["unet"]) < (5e-6 if precision == "fp32" else 3e-3)
 
 
@@ -47,7 +48,7 @@ def test_a_wrong_graph_loses_its_name(mini_vega: Path, onnx_fp32: Path, tmp_path
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.01), weight.name))
     onnx.save(model, file)
     results = verify_folder(folder, mini_vega)
-    assert not within_bounds(results["vae_decoder"], "fp32")
+    assert not any(row.passed for row in results["vae_decoder"])
     assert (folder / "vae_decoder.failed").is_dir() and not (folder / "vae_decoder").exists()
 
 
