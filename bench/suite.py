@@ -165,9 +165,22 @@ def _absent(part: str, device: str) -> str | None:
         providers = onnxruntime.get_available_providers()
         if "CUDAExecutionProvider" not in providers:
             return f"this onnxruntime has no CUDAExecutionProvider, only {', '.join(providers)}"
-    elif kind != "onnxruntime" and device == "cpu":
-        return f"{kind} runs on an NVIDIA GPU only"
+    elif kind != "onnxruntime":
+        return _not_targeted(kind) if device == "cuda" else f"{kind} runs on an NVIDIA GPU only"
     return None
+
+
+def _not_targeted(flavor: str) -> str | None:
+    """Said before half a minute of export is spent on a GPU that the flavor names no target for."""
+    from engines.flavors import find_flavor
+    from engines.gpus import gpu_at_hand
+
+    found, targets = gpu_at_hand(), find_flavor(flavor).targets
+    if found is None or targets is None or found[1] in targets:
+        return None
+    return (
+        f"{flavor} has no target for {found[0]} (compute capability {found[1]}); what it says itself is in acceptance"
+    )
 
 
 def _stop(process: subprocess.Popen[Any]) -> None:

@@ -365,8 +365,13 @@ def fault_counts(results: Results) -> list[tuple[str, int]]:
 
 
 def main_faults(results: Results) -> list[str]:
-    """What is said against the very rows that the headline stands on."""
-    return list(dict.fromkeys(word for row in results.cells[0].rows for word in row.diagnosis))
+    """What is said against the very rows that the headline stands on, and of which of them where not of all."""
+    rows = results.cells[0].rows
+    said: dict[str, list[str]] = {}
+    for row in rows:
+        for word in row.diagnosis:
+            said.setdefault(word, []).append(words.title_of(row.contestant))
+    return [word if len(names) == len(rows) else f"{', '.join(names)} {word}" for word, names in said.items()]
 
 
 def kernel_table(all_results: list[Results]) -> dict[str, Any] | None:

@@ -1,9 +1,8 @@
-import time
 from dataclasses import replace
 
 import pytest
 
-from bench.fake import FakeContestant, busy_wait
+from bench.fake import FakeContestant
 from bench.measure import STAGES, Cell, CpuClock, Plan, cold_start, measure_cells, measure_rounds, timed_draw
 from bench.workload import Workload
 from distill.architectures import Resolution
@@ -34,18 +33,11 @@ def test_the_known_delays_come_back_from_the_real_clock():
 
 
 def test_the_harness_adds_less_than_one_percent():
-    """The least total over the least of the bare delays, for a call of 2 ms: far shorter than any real one."""
-    fake, clock = FakeContestant("fake", {"denoise": 0.5}), CpuClock()
-
-    def bare_ms() -> float:
-        begin = time.perf_counter_ns()
-        for _ in range(WORKLOAD.steps):
-            busy_wait(0.5)
-        return (time.perf_counter_ns() - begin) / 1e6
-
-    pairs = [(bare_ms(), timed_draw(fake, WORKLOAD, clock)[0].total_ms) for _ in range(200)]
-    least_bare, least_timed = (min(column) for column in zip(*pairs, strict=True))
-    assert (least_timed - least_bare) / least_bare < 0.01
+    """All that a call of 50 steps costs beyond its delays, none here, against the shortest picture worth timing (20 ms).
+    The least of many: whatever else the machine does can only add time."""
+    fake, clock = FakeContestant("fake", {}), CpuClock()
+    added_ms = min(timed_draw(fake, replace(WORKLOAD, steps=50), clock)[0].total_ms for _ in range(200))
+    assert 0 < added_ms / 20 < 0.01
 
 
 def test_rounds_are_interleaved_and_turn():

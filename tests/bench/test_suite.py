@@ -64,6 +64,15 @@ def test_what_does_not_fit_or_is_not_there_is_listed_with_its_reason(tmp_path, m
     assert "it needs about 60" in found["eager"]["why"]
 
 
+def test_a_gpu_without_a_target_is_told_before_anything_is_exported(monkeypatch):
+    monkeypatch.setattr("engines.gpus.gpu_at_hand", lambda: ("NVIDIA H200", "9.0"))
+    monkeypatch.setattr(suite.importlib.util, "find_spec", lambda _: True)
+    assert "no target for NVIDIA H200" in suite._absent("tensorrt-rtx:vega", "cuda")
+    assert suite._absent("tensorrt:vega", "cuda") is None
+    assert "NVIDIA GPU only" in suite._absent("tensorrt:vega", "cpu")
+    assert suite._absent("eager", "cuda") is None
+
+
 def test_one_part_that_breaks_hangs_or_dies_leaves_the_others_their_turn(tmp_path, monkeypatch):
     pretend(
         monkeypatch,
