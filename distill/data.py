@@ -61,7 +61,7 @@ def nearest_bucket(width: int, height: int, family: Family) -> Resolution:
 
 
 def fit_to_bucket(key: str, image: Image.Image, caption: str, family: Family, rng: np.random.Generator) -> Sample:
-    """Resizes to cover the nearest bucket, crops at a random place, flips half the time.
+    """Resizes to cover the nearest bucket, flips half the time, crops at a random place.
 
     Raises BadSample for an empty caption or a picture smaller than its bucket (SDXL would learn upscaling blur).
     """
@@ -75,11 +75,13 @@ def fit_to_bucket(key: str, image: Image.Image, caption: str, family: Family, rn
     resized = image.convert("RGB").resize(
         (max(bucket.width, round(width * scale)), max(bucket.height, round(height * scale))), Image.Resampling.LANCZOS
     )
+    flipped = bool(rng.random() < 0.5)
+    if flipped:  # before the crop, whose corner is told of the picture that is seen
+        resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     left = int(rng.integers(0, resized.width - bucket.width + 1))
     top = int(rng.integers(0, resized.height - bucket.height + 1))
     pixels = np.asarray(resized.crop((left, top, left + bucket.width, top + bucket.height)))
-    flipped = bool(rng.random() < 0.5)
-    return Sample(key, pixels[:, ::-1] if flipped else pixels, caption, bucket, (height, width), (top, left), flipped)
+    return Sample(key, pixels, caption, bucket, (height, width), (top, left), flipped)
 
 
 class ShapesSource:

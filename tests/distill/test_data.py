@@ -55,6 +55,18 @@ def test_micro_conditioning_is_of_the_sample() -> None:
     assert sample.time_ids == (300, 200, top, left, bucket.height, bucket.width)
 
 
+def test_the_crops_corner_is_of_the_picture_that_is_seen() -> None:
+    columns = np.broadcast_to(np.arange(250, dtype=np.uint8)[None, :, None], (96, 250, 3))
+    seen = set()
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        sample = fit_to_bucket("x", Image.fromarray(columns.copy()), "a", MINI_FAMILY, rng)
+        left = sample.crop_top_left[1]
+        assert sample.image[0, 0, 0] == (249 - left if sample.flipped else left)
+        seen.add((sample.flipped, left > 0))
+    assert {(True, True), (False, True)} <= seen
+
+
 def test_small_and_captionless_pictures_are_bad_samples() -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(BadSample, match="smaller than its bucket 128x128"):
@@ -211,7 +223,7 @@ def test_a_hugging_face_dataset_that_will_not_do_is_refused(tmp_path: Path) -> N
         datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / name / "train.parquet")
     with pytest.raises(UserError, match="has the columns text; wanted are one of type Image"):
         open_source(f"hf:{tmp_path / 'words'}", MINI_FAMILY, 0)
-    with pytest.raises(UserError, match="corresponds to no data|is empty"):
+    with pytest.raises(UserError, match=r"corresponds to no data|is empty"):
         open_source(f"hf:{tmp_path / 'none'}", MINI_FAMILY, 0)
     with pytest.raises(UserError, match="'nobody/nothing' cannot be had"):
         open_source("hf:nobody/nothing", MINI_FAMILY, 0)
