@@ -202,7 +202,10 @@ def triton(
         execution_env=execution_env,
     )
     names = write_repository(bundle, out, serving)
-    console.print(f"{out}: {', '.join(names)}; how to serve it: engines/SERVING.md", markup=False)
+    line = f"tritonserver --model-repository={out} --model-control-mode=none"
+    console.print(
+        f"{out}: {', '.join(names)}; serve with: {line} (what else is wise: engines/SERVING.md)", markup=False
+    )
     return 0
 
 

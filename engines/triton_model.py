@@ -89,14 +89,15 @@ class TritonPythonModel:
         self.pipeline.set_progress_bar_config(disable=True)
         self.sizes = self.pipeline.unet.component.resolutions
         if parameters["warm_up"] == "true":
-            self.warm_up()
+            self.warm_up(config["max_batch_size"])
 
-    def warm_up(self) -> None:
-        """One picture of every size, so that no request pays for what a runtime prepares at the first."""
+    def warm_up(self, most: int) -> None:
+        """Every size, one picture and `most` at once, so that no request pays for what a runtime prepares at first."""
         started = time.perf_counter()
         for size in self.sizes:
             width, height = map(int, size.split("x"))
-            self.pipeline("", width=width, height=height, num_inference_steps=1)
+            for images in sorted({1, most}):
+                self.pipeline("", width=width, height=height, num_inference_steps=1, num_images_per_prompt=images)
         seconds = time.perf_counter() - started
         pb_utils.Logger.log_info(f"warmed up {len(self.sizes)} sizes on {self.device} in {seconds:.1f} s")
 
@@ -108,7 +109,7 @@ class TritonPythonModel:
             try:
                 values = read_request(request, self.sizes)
             except UserError as error:
-                sender.send(failure(str(error)), flags=FINAL)
+                sender.send(failure(str(error), pb_utils.TritonError.INVALID_ARG), flags=FINAL)
                 continue
             values["outputs"] = request.requested_output_names()
             groups.setdefault(tuple(values[name] for name in ALIKE), []).append((values, sender))
@@ -142,7 +143,7 @@ class TritonPythonModel:
             responses = self.draw([values for values, _ in group], senders if self.decoupled else [])
         except Exception as error:  # whatever a runtime raises concerns these requests only
             pb_utils.Logger.log_error(f"drawing failed: {error!r}")
-            responses = [failure(f"drawing failed: {error}") for _ in senders]
+            responses = [failure(f"drawing failed: {error}", pb_utils.TritonError.INTERNAL) for _ in senders]
         for sender, response in zip(senders, responses, strict=True):
             sender.send(response, flags=FINAL)
 
@@ -215,8 +216,8 @@ class TritonPythonModel:
         del self.pipeline
 
 
-def failure(message: str) -> Any:
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message))
+def failure(message: str, code: int) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
 
 
 def tensor(name: str, values: Any, dtype: Any) -> Any:

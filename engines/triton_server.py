@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import http.client
 import os
 import re
 import secrets
@@ -16,8 +17,6 @@ import subprocess
 import sys
 import sysconfig
 import time
-import urllib.error
-import urllib.request
 import venv
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,12 +174,14 @@ class Server:
 
     def is_ready(self) -> bool:
         host = "127.0.0.1" if self.address.host == "0.0.0.0" else self.address.host
+        connection = http.client.HTTPConnection(host, self.address.http_port, timeout=5)
         try:
-            url = f"http://{host}:{self.address.http_port}/v2/health/ready"
-            with urllib.request.urlopen(url, timeout=5) as answer:
-                return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
+            connection.request("GET", "/v2/health/ready")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
             return False
+        finally:
+            connection.close()
 
     def stop(self) -> None:
         """Refuses new requests and finishes those under way; `process.wait()` then returns."""
@@ -208,7 +209,10 @@ def reason(log: Path) -> str:
 
 
 def serve(repository: Path, environment: Environment | None, address: Address, log: Path) -> int:
-    """Serves until Ctrl-C or SIGTERM, and then until what is under way is drawn. Returns the server's exit status."""
+    """Serves until Ctrl-C or SIGTERM, and then until what is under way is drawn. Returns the server's exit status.
+
+    Raises UserError where the server ends by itself.
+    """
     server = Server(repository, environment, address, log)
 
     def stop(number: int, frame: object) -> None:
@@ -228,4 +232,7 @@ def serve(repository: Path, environment: Environment | None, address: Address, l
     )
     if not address.is_loopback:
         print(f"listening on {address.host}: whoever reaches it can draw, there is no authentication", flush=True)
-    return server.process.wait()
+    status = server.process.wait()
+    if not server.stopping:
+        raise UserError(f"Triton ended by itself with status {status}: {reason(log)}; the whole log is {log}")
+    return status

@@ -439,6 +439,7 @@ def test_bad_requests_get_an_error_and_the_server_lives_on(server: Server, envir
     for index, (_, message) in enumerate(BAD):
         for answer in answers[2 * index : 2 * index + 2]:
             assert message in answer.get("error", ""), (message, answer)
+            assert answer["error"].startswith(("[400]", "[StatusCode.INVALID_ARGUMENT]")), answer
     good = ask(environment, server.address, drawing(), drawing("grpc"))
     assert all("sha256" in answer for answer in good)
 
@@ -484,7 +485,7 @@ def test_load_is_measured(server: Server, tmp_path: Path, monkeypatch: pytest.Mo
     assert load(*where, "--concurrency", "1,3", "--minutes", "0.04", "--size", "160x96") == 0
     result = read_load(tmp_path / "load.json")
     assert (result.workload.width, result.workload.height) == (160, 96)
-    assert result.bundle.source == "random:mini-vega" and len(result.bundle.manifest_sha256) == 64
+    assert result.bundle.source == "random-mini-vega" and len(result.bundle.manifest_sha256) == 64
     assert result.server.max_batch_size == 4 and result.server.instances == ["KIND_CPU"]
     assert [level.concurrency for level in result.levels] == [1, 3]
     for level in result.levels:
