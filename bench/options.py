@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.workload import SCHEDULERS
+from bench.workload import check_scheduler
 from distill.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class RunOptions:
     guidance: str = "5"
     """Guidance scales, comma-separated; 1 means no guidance."""
     scheduler: str = "default"
+    """default (the checkpoint's own), euler, euler-a, ddim, dpm++, unipc, lcm, or a scheduler class of diffusers."""
     seed: int = 0
     seconds: float = 60.0
     """Time for the timed rounds of all cells together; every cell gets at least `min-rounds`."""
@@ -75,8 +76,7 @@ def check_options(options: RunOptions, specs: list[Spec]) -> str:
             f"rounds from {options.min_rounds} to {options.max_rounds}: at least 1 is needed, and the most must not be "
             "below the least"
         )
-    if options.scheduler not in SCHEDULERS:
-        raise unknown("scheduler", options.scheduler, SCHEDULERS)
+    check_scheduler(options.scheduler)
     if options.device not in (None, "cpu", "cuda"):
         raise unknown("device", str(options.device), ("cpu", "cuda"))
     from bench.contestants import default_device

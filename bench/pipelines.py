@@ -101,7 +101,7 @@ class PipelineContestant:
         if name not in self._schedulers:
             import diffusers
 
-            kind = getattr(diffusers, str(SCHEDULERS[name]))
+            kind = getattr(diffusers, str(SCHEDULERS.get(name, name)))
             self._schedulers[name] = kind.from_config(self._schedulers["default"].config)
         return self._schedulers[name]
 

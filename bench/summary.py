@@ -68,6 +68,8 @@ def make_row(
     total = stats.median_interval(totals)
     step_ms = median(median(sample.steps_ms) for sample in samples)
     queues = [sample.queue_ms for sample in samples if sample.queue_ms is not None]
+    if costs:  # a scheduler of higher order calls the UNet more often than it has steps
+        costs = costs | {"unet": (len(samples[0].steps_ms), costs["unet"][1])}
     floor_ms = total_floor_ms(costs, peak.tflops, peak.terabytes_per_s) if costs and peak else None
     diagnosis = stats.diagnose(
         totals,

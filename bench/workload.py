@@ -31,6 +31,14 @@ PROMPTS = (
 )
 
 
+def check_scheduler(name: str) -> None:
+    """Raises UserError for what is neither a short name nor a scheduler class of diffusers."""
+    import diffusers
+
+    if name not in SCHEDULERS and not (name.endswith("Scheduler") and hasattr(diffusers, name)):
+        raise unknown("scheduler", name, [*SCHEDULERS, "any scheduler class of diffusers, e.g. HeunDiscreteScheduler"])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """One cell of a benchmark. `batch` counts images; under guidance the UNet sees twice as many latents."""
@@ -71,8 +79,7 @@ class Workload:
             raise UserError(f"{self.steps} steps: at least 1 is needed")
         if self.batch < 1:
             raise UserError(f"batch {self.batch}: at least 1 is needed")
-        if self.scheduler not in SCHEDULERS:
-            raise unknown("scheduler", self.scheduler, SCHEDULERS)
+        check_scheduler(self.scheduler)
         if family is not None:
             multiple = family.size_multiple
             if self.resolution.width % multiple or self.resolution.height % multiple:

@@ -1,8 +1,10 @@
 import json
-import os
+import signal
+import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from bench import parts, suite
@@ -16,6 +18,13 @@ def options(tmp_path, **changes):
     return SuiteOptions(**({"out": tmp_path / "results", "workdir": tmp_path / "work"} | MINI | changes))
 
 
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
 def session_of(tmp_path):
     value = json.loads(next((tmp_path / "results").glob("*_session.json")).read_text())
     return {one["part"]: one for one in value["parts"]}
@@ -24,7 +33,8 @@ def session_of(tmp_path):
 def pretend(monkeypatch, tmp_path, code):
     """Parts whose process runs `code` in place of the real one; `job` is the part's argument."""
     script = tmp_path / "part.py"
-    script.write_text(f"import json, os, pathlib, signal, sys, time\njob = json.loads(sys.argv[1])\n{code}")
+    start = "import json, os, pathlib, signal, sys, time\njob = json.loads(sys.argv[1])\n"
+    script.write_text(start + "pathlib.Path(job['out']).parent.mkdir(parents=True, exist_ok=True)\n" + code)
     real = suite.subprocess.Popen
     monkeypatch.setattr(
         suite.subprocess, "Popen", lambda command, **more: real([sys.executable, str(script), command[-1]], **more)
@@ -81,21 +91,19 @@ def test_one_part_that_breaks_hangs_or_dies_leaves_the_others_their_turn(tmp_pat
 kind = job["part"].partition(":")[0]
 if kind == "eager": sys.exit("boom\\nCUDA error: out of memory")
 if kind == "acceptance": os.kill(os.getpid(), signal.SIGSEGV)
-if kind == "batch": time.sleep(600)
+if kind == "compiled-batch": time.sleep(600)
 pathlib.Path(job["out"]).write_text('{"schema_version": "slimxl.bench.training/1", "rows": []}')
 """,
     )
-    monkeypatch.setattr(suite, "REPORT_S", 0.0)
-    monkeypatch.setitem(suite.NEEDS_S, "eager", 0)
     monkeypatch.setattr(suite, "NEEDS_S", dict.fromkeys(suite.NEEDS_S, 0))
-    begin = time.monotonic()
-    assert run_suite(options(tmp_path, minutes=0.1, parts="eager,acceptance,bf16,batch")) == 0
-    assert time.monotonic() - begin < 30
+    monkeypatch.setattr(suite.Session, "left_s", property(lambda session: 0.5 if len(session.records) == 3 else 600.0))
+    assert run_suite(options(tmp_path, parts="eager,acceptance,bf16,compiled-batch")) == 0
     found = session_of(tmp_path)
     assert (found["eager"]["state"], found["eager"]["why"]) == ("failed", "CUDA error: out of memory")
     assert found["eager"]["log"][0] == "boom"
     assert (found["acceptance"]["state"], found["acceptance"]["why"]) == ("failed", "ended by signal 11")
-    assert found["batch"]["state"] == "stopped"
+    assert found["bf16"]["state"] == "done"
+    assert found["compiled-batch"]["state"] == "stopped"
 
 
 def test_the_same_command_goes_on_with_what_is_not_done(tmp_path, monkeypatch):
@@ -118,31 +126,19 @@ pathlib.Path(job["out"]).write_text('{"schema_version": "slimxl.bench.training/1
         run_suite(options(tmp_path, steps=2))
 
 
-def test_a_stopped_part_takes_what_it_has_started_with_it(tmp_path, monkeypatch):
-    pretend(
-        monkeypatch,
-        tmp_path,
-        """
-import subprocess
+def test_a_stopped_part_takes_what_it_has_started_with_it(tmp_path):
+    script = """
+import pathlib, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-pathlib.Path(job["workdir"], "child").write_text(str(child.pid))
+pathlib.Path(sys.argv[1]).write_text(f"{child.pid}\\n")
 time.sleep(600)
-""",
-    )
-    monkeypatch.setattr(suite, "REPORT_S", 0.0)
-    monkeypatch.setattr(suite, "NEEDS_S", dict.fromkeys(suite.NEEDS_S, 0))
-    run_suite(options(tmp_path, minutes=0.05, parts="batch"))
-    child = int((tmp_path / "work" / "child").read_text())
-    for _ in range(100):
-        try:
-            os.kill(child, 0)
-        except ProcessLookupError:
-            break
-        if "Z" in open(f"/proc/{child}/stat").read().rpartition(")")[2].split()[0]:  # noqa: PTH123, SIM115
-            break
-        time.sleep(0.05)
-    else:
-        pytest.fail("the child lives on")
+"""
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "child")], start_new_session=True)
+    wait_for(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text().endswith("\n"))
+    suite._stop(process)
+    assert process.returncode == -signal.SIGKILL
+    pid = int((tmp_path / "child").read_text())
+    wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
 
 
 def test_real_parts_leave_results_a_session_and_a_report(tmp_path):
