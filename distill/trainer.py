@@ -170,7 +170,7 @@ def train(
         )
     latents = LatentCache(cache, batch_size=recipe.batch_size, seed=recipe.seed)
     teachers = {stage.teacher: resolve(stage.teacher, workdir) for stage in recipe.stages}
-    for teacher in list(teachers.values())[1:]:
+    for teacher in teachers.values():  # the first too: what it predicts is checked
         check_successor(next(iter(teachers.values())), teacher)
     run = {
         "recipe": recipe.as_dict(),

@@ -14,10 +14,13 @@ from transformers import CLIPTextModelWithProjection
 
 from distill.architectures import ARCHITECTURES, Depth
 from distill.assemble import component_shapes, meta_components
+from distill.cache import make_cache
 from distill.errors import UserError
+from distill.recipes import Recipe, Stage
 from distill.single_file import _unet_name
 from distill.sources import COMPONENT_FOLDERS, find_architecture_of, load_pipeline, read_config, resolve
 from distill.tensors import component_tensors, component_weights
+from distill.trainer import train
 
 RESNET = [
     ("in_layers.0", "norm1"),
@@ -185,11 +188,16 @@ def test_what_is_no_sdxl_file_is_refused_and_leaves_nothing(
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
-def test_a_file_that_says_v_prediction_is_believed(mini_vega: Path, tmp_path: Path) -> None:
+def test_a_file_that_says_v_prediction_is_believed_and_refused_as_a_teacher(mini_vega: Path, tmp_path: Path) -> None:
     save_file(ldm_tensors(mini_vega) | {"v_pred": torch.zeros(0)}, tmp_path / "v.safetensors")
     folder = resolve(str(tmp_path / "v.safetensors"), tmp_path)
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["prediction_type"] == "v_prediction"
+    make_cache(mini_vega, "shapes:9", tmp_path / "cache")
+    stage = Stage(name="whole", teacher=str(folder), student="mini-vega", steps=1)
+    recipe = Recipe(name="v", stages=(stage,), batch_size=1)
+    with pytest.raises(UserError, match="predicts 'v_prediction'"):
+        train(recipe, cache=tmp_path / "cache", out=tmp_path / "out", workdir=tmp_path)
 
 
 @pytest.mark.parametrize("architecture", ["sdxl", "ssd-1b", "vega"])
