@@ -233,7 +233,15 @@ def make_context(inputs: Inputs, title: str) -> dict[str, Any]:
         "fault_counts": views.fault_counts(results),
         "main_faults": views.main_faults(results),
         "rows_measured": sum(len(cell.rows) for cell in results.cells),
-        "others": [{"results": other, "machine": machine_name(other)} for other in all_results[1:]],
+        "others": [
+            {
+                "results": other,
+                "machine": machine_name(other),
+                "runtimes": list(dict.fromkeys(record.runtime for record in other.contestants)),
+                "failed": views.failed_guard(other),
+            }
+            for other in all_results[1:]
+        ],
         "method": method_lines(results),
         "environment": environment_facts(results),
         "hashes": views.hash_table(results),

@@ -381,10 +381,8 @@ def kernel_table(all_results: list[Results]) -> dict[str, Any] | None:
         for record in results.contestants:
             found = record.kernels or {}
             if found.get("families_ms"):
-                row = row_of(results.cells[0], record.name)
                 whole = sum(found["families_ms"].values())
                 rows.append({"title": words.title_of(record.name), "runtime": record.runtime, "whole": whole, **found})
-                rows[-1]["mfu"] = row.mfu if row else None
     totals: Counter[str] = Counter()
     for one in rows:
         for family, milliseconds in one["families_ms"].items():

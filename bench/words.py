@@ -85,8 +85,8 @@ def interval(estimate: Estimate | None, unit: str = "ms") -> str:
 def title_of(name: str) -> str:
     """A contestant's name as a heading: known models as their makers write them."""
     known = {"sdxl": "SDXL", "ssd-1b": "SSD-1B", "vega": "Vega", "teacher": "Teacher"}
-    family, dash, rest = name.partition("-")
-    if family == "mini" and dash:
-        return f"mini {known.get(rest.lower(), rest)}"
     head, space, tail = name.partition(" ")
+    family, dash, rest = head.partition("-")
+    if family == "mini" and dash:
+        return f"mini {known.get(rest.lower(), rest)}{space}{tail}"
     return known.get(head.lower(), head) + space + tail

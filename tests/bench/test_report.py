@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from bench.charts import Axis, Series, line_chart, log_ticks, nice_ticks, number
+from bench.predict import floor_ms
 from bench.quality import png_base64
 from bench.report import write_report
 from bench.results import Estimate
 from bench.words import count, interval, milliseconds, signed_percent, size, times
+from distill.architectures import ARCHITECTURES
 from distill.errors import UserError
 
 VOID = {"meta", "link", "img", "br"}
@@ -201,6 +203,72 @@ def test_a_refused_row_is_struck_through(results_path, tmp_path):
     write_report([tmp_path / "r.json"], tmp_path / "out")
     page = (tmp_path / "out" / "index.html").read_text()
     assert 'class="big refused"' in page and "refused: faster than the floor" in page
+
+
+def test_a_failed_guard_is_marked_everywhere_and_never_the_headline(results_path, tmp_path):
+    value = json.loads(results_path.read_text())
+    value["contestants"][1]["quality"] |= {"passed": False, "words": ["picture 0 is black"]}
+    (tmp_path / "r.json").write_text(json.dumps(value))
+    write_report([tmp_path / "r.json", tmp_path / "r.json"], tmp_path / "out")
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "draws a picture in" not in page and "picture 0 is black" in page
+    marks = page.count('title="failed the quality guard"')
+    assert marks >= 4 + len(value["cells"])  # card, bar, both tables' heads, and every row of the other run
+    assert "Vega (guard FAILED)" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_gpu_suites_files_have_their_sections(results_path, tmp_path):
+    from bench import acceptance, suite, training
+    from bench.kernels import by_family
+
+    value = json.loads(results_path.read_text())
+    value["contestants"][0]["kernels"] = by_family({"flash_fwd": 3000.0, "nvjet": 1500.0}, 3, 2.0)
+    value["cells"][0]["device"] = {"sm_clock_mhz": [1755.0, 1900.0, 1980.0], "power_w": [300.0, 500.0, 650.0]}
+    row = {"teacher": "sdxl", "student": "vega", "batch": 4, "title": "block features", "failed": None}
+    row |= {"samples_per_s": 21.5, "mfu": 0.52, "peak_memory_bytes": 41_000_000_000}
+    out_of_memory = row | {"title": "no features", "failed": "OutOfMemoryError: CUDA out of memory"}
+    files = {
+        "r": value,
+        "t": {"schema_version": training.SCHEMA, "rows": [row, out_of_memory]},
+        "a": {"schema_version": acceptance.SCHEMA, "rows": [acceptance._row("SM89", "ERROR: unsupported <SM90>")]},
+        "s": {
+            "schema_version": suite.SCHEMA,
+            "parts": [{"part": "batch", "state": "not run", "why": "9 s left, it needs about 45", "seconds": None}],
+        },
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    write_report([tmp_path / f"{name}.json" for name in files], tmp_path / "out")
+    page, text = ((tmp_path / "out" / name).read_text() for name in ("index.html", "report.md"))
+    parser = Balanced()
+    parser.feed(page)
+    assert parser.faults == [] and parser.open == []
+    assert "ERROR: unsupported &lt;SM90&gt;" in page and "ERROR: unsupported <SM90>" in text
+    for told in ("21.50", "41 GB", "OutOfMemoryError", "9 s left, it needs about 45"):
+        assert told in page and told in text, told
+    assert "SM clock 1,755–1,980 MHz, 300–650 W" in page
+    assert "attention" in page[page.index('id="kernels"') :]
+    told = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert told["training"][0]["rows"][0]["mfu"] == 0.52
+
+
+def test_predictions_are_held_against_what_was_measured(results_path, tmp_path):
+    """One GPU of the catalogue measured: the method is calibrated on its first figure, and the rest are checks."""
+    value = json.loads(results_path.read_text())
+    value["peak"] = {"name": "H200 SXM", "tflops": 989.4, "terabytes_per_s": 4.8}
+    for record, model in zip(value["contestants"], ("sdxl", "vega"), strict=True):
+        record |= {"parameters": ARCHITECTURES[model].parameters[0], "runtime": "diffusers eager"}
+    (tmp_path / "r.json").write_text(json.dumps(value))
+    write_report([tmp_path / "r.json"], tmp_path / "out")
+    checks = json.loads((tmp_path / "out" / "report.json").read_text())["prediction_of_measured"]
+    assert len(checks) == 2 * len(value["cells"]) - 1  # all but the one it was calibrated on
+    assert {one["resolution"] for one in checks} == {"1024x1024", "1152x896"}
+    first = value["cells"][0]["rows"][0]["total_ms"]["value"]
+    floors = [floor_ms("h200", model, 3) for model in ("sdxl", "vega")]
+    vega = next(one for one in checks if one["model"] == "vega" and one["resolution"] == "1024x1024")
+    assert vega["predicted_ms"] == pytest.approx(first * floors[1] / floors[0])
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert '<section id="checks">' in page
 
 
 def test_no_results_is_a_users_mistake(tmp_path):
