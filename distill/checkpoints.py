@@ -76,10 +76,12 @@ class TrainingState:
         parameters = list(self.student.parameters())
         own = [parameter.detach().clone() for parameter in parameters]
         self.ema.copy_to(parameters)
-        yield self.student
-        with torch.no_grad():
-            for parameter, value in zip(parameters, own, strict=True):
-                parameter.copy_(value)
+        try:
+            yield self.student
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, own, strict=True):
+                    parameter.copy_(value)
 
 
 def save_state(
@@ -143,11 +145,11 @@ def gather_student(state: TrainingState) -> UNet2DConditionModel | None:
     first gets the net."""
     with state.averaged() as student:
         weights = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if not weights:
-        return None
-    with torch.device("meta"):
-        whole = UNet2DConditionModel.from_config(state.student.config)
-    whole.load_state_dict(weights, assign=True)
+        if not weights:
+            return None
+        with torch.device("meta"):
+            whole = UNet2DConditionModel.from_config(student.config)
+        whole.to_empty(device="cpu").load_state_dict(weights)  # copied: on a CPU they are the student's own memory
     return whole.eval()
 
 

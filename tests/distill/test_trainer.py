@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
 from distill.architectures import ARCHITECTURES
 from distill.cache import make_cache
-from distill.checkpoints import TrainingState
+from distill.checkpoints import TrainingState, gather_student
 from distill.errors import UserError
 from distill.recipes import LossWeights, Recipe, Stage
 from distill.sharding import check_fsdp, check_no_other_fsdp
@@ -232,7 +233,7 @@ def test_compiled_blocks_are_tapped_as_before(
     torch._dynamo.reset()
     options = TrainOptions(log_every=1, compile=True)
     train(_short(mini_vega), cache=cache, out=tmp_path / "out", workdir=tmp_path, options=options)
-    assert len(compiled) == 9 + 15 and torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert len(compiled) == 10 + 15 and torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert _curve(tmp_path / "out") == pytest.approx(short, rel=1e-4)
 
 
@@ -289,6 +290,19 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused_first(
     with pytest.raises(UserError, match="the checkpoints of this run needs"):
         train(_short(mini_vega), cache=cache, out=tmp_path / "out", workdir=tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_average_is_what_is_saved_and_the_student_goes_on_as_it_was() -> None:
+    net = UNet2DConditionModel(**ARCHITECTURES["mini-vega"].unet_config)
+    state = TrainingState(net, torch.optim.AdamW(net.parameters()), EMAModel(net.parameters(), decay=0.9))
+    began = {key: value.clone() for key, value in net.state_dict().items()}
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(1.0)
+    gathered = gather_student(state)
+    assert gathered is not None and gathered.state_dict().keys() == began.keys()
+    assert all(torch.equal(value, began[key]) for key, value in gathered.state_dict().items())
+    assert all(torch.equal(value, began[key] + 1.0) for key, value in net.state_dict().items())
 
 
 def test_the_loss_scale_is_part_of_the_state(tmp_path: Path) -> None:
