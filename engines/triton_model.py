@@ -48,6 +48,8 @@ def read_request(request: Any, sizes: list[str]) -> dict[str, Any]:
             raise UserError(f"{name} has {array.size} values, a request takes one; send a request for each prompt")
         value = array.reshape(-1)[0]
         values[name] = read_text(name, value) if isinstance(value, bytes) else value.item()
+    if "prompt" not in values:  # Triton counts the inputs, it does not look for those that are not optional
+        raise UserError("the request has no prompt")
     for name, (low, high) in LIMITS.items():
         if not low <= values[name] <= high:
             raise UserError(f"{name} is {values[name]}, allowed are {low} to {high}")

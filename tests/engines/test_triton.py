@@ -427,7 +427,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (drawing() | {"raw": {"steps": ["int32", "INT32", [[2, 3]]]}}, "unexpected shape for input 'steps'"),
     (drawing() | {"raw": {"steps": ["int32", "INT32", [2]]}}, "unexpected shape for input 'steps'"),
     (drawing() | {"raw": {"sampler": ["int32", "INT32", [[2]]]}}, "unexpected inference input 'sampler'"),
-    ({"do": "draw", "over": "http", "inputs": {"steps": 2}}, "'prompt'"),
+    ({"do": "draw", "over": "http", "inputs": {"steps": 2}}, "the request has no prompt"),
     ({"do": "draw", "over": "http", "inputs": {}, "raw": {"prompt": text([["a"], ["b"]])}}, "prompt has 2 values"),
 ]
 
