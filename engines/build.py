@@ -19,6 +19,7 @@ from distill.errors import UserError
 from distill.files import require_free_disk, sha256_file
 from engines.bundle import (
     MANIFEST,
+    PIPELINE_PARTS,
     BuildRecord,
     Engine,
     FileRecord,
@@ -112,8 +113,7 @@ def build_bundle(
         components=components,
         options=options,
     )
-    if (out / MANIFEST).is_file() and not replace:
-        _require_same_source(out, read_manifest(out), folder)
+    _starting_manifest(out, folder, replace)  # refused at once, not after waiting for another build
     with bundle_lock(out):
         manifest = _starting_manifest(out, folder, replace)
         shutil.rmtree(out / PARTIAL, ignore_errors=True)
@@ -151,25 +151,26 @@ def _summary(engine: Engine) -> str:
     )
 
 
-def _require_same_source(out: Path, manifest: Manifest, folder: OnnxFolder) -> None:
-    if manifest.engines and manifest.source.sha256 != folder.source_sha256:
+def _starting_manifest(out: Path, folder: OnnxFolder, replace: bool) -> Manifest:
+    """What the bundle says now. Raises UserError where it cannot be read or holds engines of another checkpoint,
+    unless `replace` permits to begin anew."""
+    fresh = Manifest(source=Source(name=folder.source_name, sha256=folder.source_sha256))
+    if not (out / MANIFEST).is_file():
+        return fresh
+    try:
+        manifest = read_manifest(out)
+    except UserError:
+        if replace:
+            return fresh
+        raise
+    if manifest.source.sha256 == fresh.source.sha256:
+        return manifest.model_copy(update={"source": fresh.source})
+    if manifest.engines and not replace:
         raise UserError(
             f"{out} holds engines of {manifest.source.name} ({manifest.source.sha256[:12]}), not of "
             f"{folder.source_name} ({folder.source_sha256[:12]}); choose another --out, or add --replace to drop them"
         )
-
-
-def _starting_manifest(out: Path, folder: OnnxFolder, replace: bool) -> Manifest:
-    """What the bundle says now; a manifest that cannot be read is one that a build may replace."""
-    fresh = Manifest(source=Source(name=folder.source_name, sha256=folder.source_sha256))
-    if not (out / MANIFEST).is_file():
-        return fresh
-    manifest = read_manifest(out)
-    if manifest.source != fresh.source:
-        if manifest.source.sha256 != fresh.source.sha256:
-            return fresh
-        return manifest.model_copy(update={"source": fresh.source})
-    return manifest
+    return fresh
 
 
 def _with_engine(manifest: Manifest, engine: Engine) -> Manifest:
@@ -209,17 +210,19 @@ def _with_pipeline_files(manifest: Manifest, folder: OnnxFolder, out: Path) -> M
 
 
 def remove_strays(out: Path, manifest: Manifest, also: Sequence[Engine] = ()) -> list[Path]:
-    """Deletes engine files that the manifest does not name, below the folders of its components and of the engines
-    in `also`; returns them."""
+    """Deletes files that the manifest does not name, below the folders of its components, of the engines in `also`,
+    and of the tokenizers and scheduler; returns them."""
     named = {out / record.path for record in manifest.all_files}
     removed = []
-    for component in sorted({engine.component for engine in [*manifest.engines, *also]}):
-        for path in sorted((out / component).rglob("*"), reverse=True):
+    for folder in sorted({engine.component for engine in [*manifest.engines, *also]} | set(PIPELINE_PARTS)):
+        for path in sorted((out / folder).rglob("*"), reverse=True):
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
             elif path.is_file() and path not in named:
                 path.unlink()
                 removed.append(path)
+    for path in out.glob(f".{MANIFEST}.*.partial"):  # of a writer that was killed
+        path.unlink()
     shutil.rmtree(out / PARTIAL, ignore_errors=True)
     return removed
 

@@ -16,12 +16,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from distill.errors import UserError
 from distill.files import sha256_file, write_json
+from engines.gpus import GPUS
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST_BYTES = 16 << 20
 LAYOUTS = ("per-resolution", "shared", "ranged")
 Layout = Literal["per-resolution", "shared", "ranged"]
+FAMILY_SIZES = 9
+"""Resolutions of a model family: an engine with as many is for all of them."""
 PIPELINE_PARTS = ("tokenizer", "tokenizer_2", "scheduler")
 """Folders that diffusers and transformers read as a whole."""
 
@@ -171,12 +174,28 @@ class Manifest(_Record):
 
 
 def rebuild_command(bundle: Path, engine: Engine | None = None) -> str:
-    """The command that mends a bundle: building again replaces exactly what is damaged or missing."""
+    """The command that mends a bundle: it builds this very engine again, where that is damaged or missing."""
     command = f"python -m engines build --onnx ONNX --out {bundle}"
     if engine is None:
         return command
-    gpus = f" --gpus {','.join(engine.gpus)}" if engine.gpus else ""
-    return f"{command} --flavor {engine.flavor} --layout {engine.layout}{gpus}"
+    command += f" --flavor {engine.flavor} --layout {engine.layout}"
+    if engine.gpus:
+        known = [name if name in GPUS or name == "rtx" else "auto" for name in engine.gpus]
+        command += f" --gpus {','.join(dict.fromkeys(known))}"
+    command += f" --components {engine.component}"
+    if len(engine.resolutions) != FAMILY_SIZES:
+        command += f" --resolutions {','.join(engine.resolutions)}"
+    if engine.batches != [1]:
+        command += f" --batches {','.join(map(str, engine.batches))}"
+    if engine.component == "unet":
+        sample = engine.profiles[0].shapes.get("sample")
+        if sample and sample.max[0] == engine.profiles[0].batch:
+            command += " --guidance never"
+        elif sample and engine.layout != "ranged" and sample.min[0] < sample.max[0]:
+            command += " --guidance any"
+    for name, value in engine.options.items():
+        command += f" --{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+    return command
 
 
 def read_manifest(bundle: Path) -> Manifest:
@@ -185,9 +204,9 @@ def read_manifest(bundle: Path) -> Manifest:
     Raises UserError where it is missing, too large, not JSON, of another schema version or not of this schema.
     """
     path = Path(bundle) / MANIFEST
-    mend = f"build it with: {rebuild_command(bundle)}"
     if not path.is_file():
-        raise UserError(f"{bundle} is not a bundle (no {MANIFEST}); {mend}")
+        raise UserError(f"{bundle} is not a bundle (no {MANIFEST}); build it with: {rebuild_command(bundle)}")
+    mend = f"build it anew with: {rebuild_command(bundle)} --replace"
     if path.stat().st_size > LARGEST_MANIFEST_BYTES:
         raise UserError(f"{path} has {path.stat().st_size} bytes, more than any manifest; {mend}")
     try:
@@ -265,7 +284,7 @@ def unnamed_files(bundle: Path, manifest: Manifest) -> list[str]:
     configs = sorted({f"{engine.component}/config.json" for engine in manifest.engines})
     read = [path.relative_to(bundle).as_posix() for path in parts if not path.name.startswith(".")]
     expected = dict.fromkeys(["model_index.json", "scheduler/scheduler_config.json", *configs, *read])
-    mend = f"delete it, or mend the bundle with: {rebuild_command(bundle)}"
+    mend = f"mend it with: {rebuild_command(bundle, next(iter(manifest.engines), None))}"
     return [f"{path} is not named by the manifest of {bundle}; {mend}" for path in expected if path not in named]
 
 
@@ -276,7 +295,7 @@ def verify_bundle(bundle: Path) -> list[str]:
     owners: dict[str, Any] = {file.path: engine for engine in manifest.engines for file in engine.files}
     faults = []
     for record in manifest.all_files:
-        mend = f"mend it with: {rebuild_command(bundle, owners.get(record.path))}"
+        mend = f"mend it with: {rebuild_command(bundle, owners.get(record.path, next(iter(manifest.engines), None)))}"
         try:
             checked_path(bundle, record, mend)
         except UserError as error:

@@ -163,7 +163,7 @@ def load(
     backend = choose_flavor(manifest, flavor, device)
     place = device or backend.default_device()
     selected = select_engines(manifest, backend, place, layout)
-    mend = f"mend it with: {rebuild_command(bundle)}"
+    mend = f"mend it with: {rebuild_command(bundle, selected['unet'][0])}"
     for record in manifest.files:
         checked_path(bundle, record, mend)
     for fault in unnamed_files(bundle, manifest):

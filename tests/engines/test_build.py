@@ -16,8 +16,9 @@ import pytest
 
 from distill.errors import UserError
 from engines import build as build_room
+from engines.__main__ import main
 from engines.build import build_bundle
-from engines.bundle import Manifest, read_manifest, verify_bundle
+from engines.bundle import Manifest, read_manifest, rebuild_command, unnamed_files, verify_bundle
 from tests.engines.toys import make_static, make_toy_onnx
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -96,6 +97,70 @@ def test_another_checkpoint_needs_replace(tmp_path: Path, toy_bundle: Path) -> N
     manifest = build_bundle(other, bundle, gpus=[], flavor="onnxruntime", replace=True)
     assert manifest.source.name == "other" and len(manifest.engines) == 4
     assert not list(bundle.rglob("*.plan"))
+
+
+def test_a_build_that_waited_does_not_drop_the_engines_of_the_first(
+    tmp_path: Path, toy_onnx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two builds of different checkpoints begin together in a bundle that is not there yet."""
+    bundle, other = tmp_path / "bundle", make_toy_onnx(tmp_path / "onnx", source="other")
+    lock = build_room.bundle_lock
+
+    def overtaken(out: Path) -> object:
+        monkeypatch.setattr(build_room, "bundle_lock", lock)
+        build_bundle(toy_onnx, bundle, gpus=[], flavor="onnxruntime", components=["text_encoder"])
+        return lock(out)
+
+    monkeypatch.setattr(build_room, "bundle_lock", overtaken)
+    with pytest.raises(UserError, match=r"holds engines of toy .* --replace"):
+        build_bundle(other, bundle, gpus=[], flavor="onnxruntime")
+    assert read_manifest(bundle).source.name == "toy" and verify_bundle(bundle) == []
+
+
+def test_the_command_that_a_fault_names_builds_that_engine_again(
+    tmp_path: Path, toy_onnx_fp16: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all that its key depends on, so that the damaged engine is the one that is replaced."""
+    bundle = tmp_path / "bundle"
+    before = build_bundle(
+        toy_onnx_fp16,
+        bundle,
+        gpus=["rtx4090", "a100"],
+        flavor="tensorrt-rtx",
+        layout="shared",
+        resolutions="224x96,128x128",
+        batches=[2],
+        guidance="never",
+        components=["unet"],
+    )
+    plan = bundle / before.engines[0].files[0].path
+    plan.write_bytes(plan.read_bytes()[:-1])
+    (fault,) = verify_bundle(bundle)
+    words = fault.partition("mend it with: python -m engines ")[2].replace("ONNX", str(toy_onnx_fp16)).split()
+    monkeypatch.setattr("sys.argv", ["engines", *words])
+    assert main() == 0
+    assert verify_bundle(bundle) == []
+    assert [engine.key for engine in read_manifest(bundle).engines] == [before.engines[0].key]
+    options = {"refit": True, "hardware_compatible": "ampere+"}
+    elsewhere = before.engines[0].model_copy(update={"options": options, "gpus": ["NVIDIA A100-SXM4-80GB"]})
+    command = rebuild_command(bundle, elsewhere)
+    assert command.endswith("--guidance never --refit --hardware-compatible ampere+") and "--gpus auto" in command
+
+
+def test_the_command_that_is_named_mends(tmp_path: Path, toy_onnx: Path) -> None:
+    """A manifest that cannot be read, and a file that was slipped in."""
+    bundle = tmp_path / "bundle"
+    settings = {"gpus": [], "flavor": "onnxruntime", "components": ["text_encoder"]}
+    build_bundle(toy_onnx, bundle, **settings)  # type: ignore[arg-type]
+    (bundle / "tokenizer" / "extra.json").write_text("{}")
+    assert "extra.json is not named" in unnamed_files(bundle, read_manifest(bundle))[0]
+    build_bundle(toy_onnx, bundle, **settings)  # type: ignore[arg-type]
+    assert unnamed_files(bundle, read_manifest(bundle)) == []
+    (bundle / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"not valid JSON .* --replace"):
+        build_bundle(toy_onnx, bundle, **settings)  # type: ignore[arg-type]
+    build_bundle(toy_onnx, bundle, replace=True, **settings)  # type: ignore[arg-type]
+    assert verify_bundle(bundle) == [] and len(read_manifest(bundle).engines) == 1
 
 
 @pytest.mark.parametrize("layout, plans, profiles", [("shared", 1, 2), ("ranged", 1, 1), ("per-resolution", 2, 1)])
@@ -225,10 +290,10 @@ def test_manifest_is_canonical_json(toy_bundle: Path) -> None:
 
 
 def test_killed_before_any_file_operation_it_leaves_a_sound_bundle(tmp_path: Path, toy_onnx: Path) -> None:
-    """Not at moments but at places: before every second operation on a file (SLIMXL_KILL_EVERY=1: before each)."""
+    """Not at moments but at places: before every third operation on a file (SLIMXL_KILL_EVERY=1: before each)."""
     other = make_toy_onnx(tmp_path / "other", seed=1)
     script = Path(__file__).with_name("kill_everywhere.py")
-    every = os.environ.get("SLIMXL_KILL_EVERY", "2")
+    every = os.environ.get("SLIMXL_KILL_EVERY", "3")
     result = subprocess.run(
         [sys.executable, script, tmp_path, toy_onnx, other, every],
         cwd=REPOSITORY,

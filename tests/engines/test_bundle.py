@@ -99,10 +99,10 @@ def test_a_link_that_leads_out_is_refused(bundle: Path, tmp_path: Path) -> None:
 
 def test_a_file_without_a_hash_is_not_read(bundle: Path) -> None:
     """One that was slipped in, and one whose record was taken out of the manifest."""
-    (bundle / "tokenizer" / "added_tokens.json").write_text('{"circle": 7}')
+    (bundle / "tokenizer" / "tokenizer.json").write_text("{}")
     edit(bundle, lambda m: m.update(files=[r for r in m["files"] if r["path"] != "unet/config.json"]))
     faults = unnamed_files(bundle, read_manifest(bundle))
-    assert [fault.split(" ")[0] for fault in faults] == ["unet/config.json", "tokenizer/added_tokens.json"]
+    assert [fault.split(" ")[0] for fault in faults] == ["unet/config.json", "tokenizer/tokenizer.json"]
     with pytest.raises(UserError, match=r"unet/config.json is not named by the manifest .* python -m engines build"):
         load(bundle, flavor="onnxruntime")
 
