@@ -305,6 +305,7 @@ def teach(
     vae_steps: int = 3000,
     vae_whole_steps: int = 1200,
     minutes: float = 120,
+    learning_rate: float = 8e-4,
     decoder_steps: int = 3000,
     seed: int = 0,
 ) -> None:
@@ -316,6 +317,7 @@ def teach(
         vae_steps: Optimiser steps of the VAE on crops.
         vae_whole_steps: And on whole pictures.
         minutes: Training time of the UNet and text encoders.
+        learning_rate: Of the UNet and text encoders, at its highest.
         decoder_steps: Optimiser steps of the VAE's decoder alone, last.
     """
     from distill.teach import teach_mini
@@ -326,6 +328,7 @@ def teach(
         vae_steps=vae_steps,
         vae_whole_steps=vae_whole_steps,
         minutes=minutes,
+        learning_rate=learning_rate,
         decoder_steps=decoder_steps,
         seed=seed,
     )

@@ -264,7 +264,7 @@ def _loss_weights(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     """Weight of the noise's squared error at each timestep (1000,): min(SNR + 1, 5) / SNR within [0.5, 25], mean 1.
 
     What stands where is settled at high noise, where an error in the picture is small as an error in the noise: the
-    plain mean square hardly sees it. The cap of 5 is min-SNR's (arXiv 2303.09556), the + 1 that of v-prediction.
+    plain mean square hardly sees it. `teach_unet` lets these weights fade into it, which outlines need. The cap of 5 is min-SNR's (arXiv 2303.09556), the + 1 that of v-prediction.
     """
     snr = alphas_cumprod / (1 - alphas_cumprod)
     weights = ((snr + 1).clamp(max=5) / snr).clamp(0.5, 25)
@@ -308,8 +308,8 @@ def teach_unet(
     out: Path,
     *,
     minutes: float,
-    batch: int = 32,
     learning_rate: float = 8e-4,
+    batch: int = 32,
     per_resolution: int = 1200,
     seed: int = 0,
 ) -> None:
@@ -352,7 +352,7 @@ def teach_unet(
         noise_pred = unet(noisy, timesteps, hidden * kept[:, None, None], added_cond_kwargs=added).sample
         error = (noise_pred - noise).square().mean((1, 2, 3))
         optimizer.zero_grad()
-        (weights[timesteps] * error).mean().backward()
+        (weights[timesteps] ** (1 - used) * error).mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         ema.step(parameters)
@@ -406,6 +406,7 @@ def teach_mini(
     vae_steps: int,
     vae_whole_steps: int,
     minutes: float,
+    learning_rate: float,
     decoder_steps: int,
     seed: int,
 ) -> dict[str, float]:
@@ -420,7 +421,8 @@ def teach_mini(
     else:
         pipe = make_mini_pipeline(teach_vae(out, steps=vae_steps, whole_steps=vae_whole_steps, seed=seed))
     pipe.set_progress_bar_config(disable=True)
-    teach_unet(pipe, out, minutes=minutes, seed=seed)
-    polish_decoder(pipe.vae, out, steps=decoder_steps, seed=seed)
+    teach_unet(pipe, out, minutes=minutes, learning_rate=learning_rate, seed=seed)
+    if decoder_steps:
+        polish_decoder(pipe.vae, out, steps=decoder_steps, seed=seed)
     pipe.to(torch.float16).save_pretrained(out, safe_serialization=True)
     return judge(pipe.to(torch.float32))

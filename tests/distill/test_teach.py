@@ -22,7 +22,7 @@ def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_teacher_is_made_from_nothing(few_pictures: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teach, "judge", partial(teach.judge, count=9, steps=1))
     shares = teach.teach_mini(
-        tmp_path, start=None, vae_steps=2, vae_whole_steps=1, minutes=0.02, decoder_steps=1, seed=0
+        tmp_path, start=None, vae_steps=2, vae_whole_steps=1, minutes=0.02, learning_rate=1e-4, decoder_steps=1, seed=0
     )
     assert shares.keys() == {*ATTRIBUTES, "all"}
     pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path)
