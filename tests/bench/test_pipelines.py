@@ -88,7 +88,12 @@ def test_seed_scheduler_and_guidance_reach_the_pipeline(eager):
 
     base = draw()
     assert (draw() == base).all()
-    for changes in ({"seed": 1}, {"scheduler": "ddim"}, {"scheduler": "HeunDiscreteScheduler"}, {"guidance_scale": 1.0}):
+    for changes in (
+        {"seed": 1},
+        {"scheduler": "ddim"},
+        {"scheduler": "HeunDiscreteScheduler"},
+        {"guidance_scale": 1.0},
+    ):
         assert (draw(**changes) != base).any(), changes
     assert (draw() == base).all()  # and nothing of it stays
 
