@@ -264,7 +264,8 @@ def _loss_weights(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     """Weight of the noise's squared error at each timestep (1000,): min(SNR + 1, 5) / SNR within [0.5, 25], mean 1.
 
     What stands where is settled at high noise, where an error in the picture is small as an error in the noise: the
-    plain mean square hardly sees it. `teach_unet` lets these weights fade into it, which outlines need. The cap of 5 is min-SNR's (arXiv 2303.09556), the + 1 that of v-prediction.
+    plain mean square hardly sees it. `teach_unet` lets these weights fade into it, which outlines need. The cap of 5
+    is min-SNR's (arXiv 2303.09556), the + 1 that of v-prediction.
     """
     snr = alphas_cumprod / (1 - alphas_cumprod)
     weights = ((snr + 1).clamp(max=5) / snr).clamp(0.5, 25)
