@@ -55,8 +55,10 @@ def _shapes(component: OnnxComponent, resolution: Resolution, rows: int) -> dict
     shapes = {spec.name: list(spec.shape) for spec in component.input_specs(resolution, rows)}
     for tensor in component.inputs:
         wanted = shapes.get(tensor.name)
-        if wanted is None or any(
-            isinstance(side, int) and side != size for side, size in zip(tensor.shape, wanted, strict=True)
+        if (
+            wanted is None
+            or len(tensor.shape) != len(wanted)
+            or any(isinstance(side, int) and side != size for side, size in zip(tensor.shape, wanted, strict=True))
         ):
             raise UserError(
                 f"{component.model}: input {tensor.name} is {tensor.shape}, for {resolution} and {rows} row(s) it must "

@@ -86,7 +86,7 @@ def _unet_inputs(config: Config, resolution: Resolution, batch: int, dtype: str)
     first = ("batch",)
     specs = [
         TensorSpec("sample", dtype, (batch, config["in_channels"], height, width), ("batch", None, "height", "width")),
-        TensorSpec("timestep", "float32", (), ()),
+        TensorSpec("timestep", "float32", (1,), (None,)),  # no scalar: Triton's TensorRT backend takes none
         TensorSpec(
             "encoder_hidden_states",
             dtype,

@@ -39,7 +39,7 @@ def text_to_latent(bundle: Path, text: str, size: str, steps: int, guidance: flo
         "time_ids": [[height, width, 0, 0, height, width]] * 2,
     }
     for sigma, following, timestep in zip(sigmas[:-1], sigmas[1:], timesteps, strict=True):
-        inputs |= {"sample": np.repeat(latent / np.sqrt(sigma**2 + 1), 2, axis=0), "timestep": timestep}
+        inputs |= {"sample": np.repeat(latent / np.sqrt(sigma**2 + 1), 2, axis=0), "timestep": [timestep]}
         feed = {tensor["name"]: np.asarray(inputs[tensor["name"]], tensor["dtype"]) for tensor in engine["inputs"]}
         without, with_text = unet(feed, size)["out_sample"].astype(np.float64)
         latent = latent + (following - sigma) * (without + guidance * (with_text - without))

@@ -56,7 +56,7 @@ def make_toy_unet(folder: Path, kind: int, seed: int) -> None:
     ]
     inputs = [
         _value("sample", kind, "batch", 4, "height", "width"),
-        _value("timestep", wide),
+        _value("timestep", wide, 1),
         _value("encoder_hidden_states", kind, "batch", TEXT_LENGTH, CROSS),
         _value("text_embeds", wide, "batch", POOLED),
         _value("time_ids", wide, "batch", 6),

@@ -26,7 +26,7 @@ def test_sdxl_unet_has_the_known_inputs() -> None:
     specs = COMPONENTS["unet"].inputs(SDXL_UNET, Resolution(1536, 640), 2, "fp16")
     assert [(spec.name, spec.dtype, spec.shape) for spec in specs] == [
         ("sample", "float16", (2, 4, 80, 192)),
-        ("timestep", "float32", ()),
+        ("timestep", "float32", (1,)),
         ("encoder_hidden_states", "float16", (2, 77, 2048)),
         ("text_embeds", "float32", (2, 1280)),
         ("time_ids", "float32", (2, 6)),
