@@ -346,8 +346,8 @@ def judge(*, model: str, count: int = 90, steps: int = 25, workdir: Path = WORKD
     """
     import torch
 
+    from distill.judge import judge as judge_pipeline
     from distill.sources import load_pipeline, resolve
-    from distill.teach import judge as judge_pipeline
 
     pipe = load_pipeline(resolve(model, workdir), torch.float32)
     pipe.set_progress_bar_config(disable=True)

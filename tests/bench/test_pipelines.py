@@ -16,7 +16,7 @@ def folder(tmp_path_factory):
     """A mini pipeline of Vega's depth with random weights."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    from distill.teach import make_mini_pipeline
+    from distill.teach_unet import make_mini_pipeline
 
     torch.manual_seed(0)
     pipe = make_mini_pipeline(AutoencoderKL(**MINI_FAMILY.vae))

@@ -9,18 +9,21 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from safetensors import safe_open
 
-from distill import teach
+from distill import teach, teach_unet, teach_vae
+from distill.architectures import MINI_FAMILY
+from distill.judge import judge, share_followed
 from distill.shapes import ATTRIBUTES, Scene, render
 
 
 @pytest.fixture
 def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures = teach._pictures
-    monkeypatch.setattr(teach, "_pictures", lambda count, *rest: pictures(min(count, 32), *rest))
+    draw = teach_vae.draw_pictures
+    for module in (teach_vae, teach_unet):
+        monkeypatch.setattr(module, "draw_pictures", lambda count, *rest: draw(min(count, 32), *rest))
 
 
 def test_a_teacher_is_made_from_nothing(few_pictures: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teach, "judge", partial(teach.judge, count=9, steps=1))
+    monkeypatch.setattr(teach, "judge", partial(judge, count=9, steps=1))
     shares = teach.teach_mini(
         tmp_path, start=None, vae_steps=2, vae_whole_steps=1, minutes=0.02, learning_rate=1e-4, decoder_steps=1, seed=0
     )
@@ -33,9 +36,9 @@ def test_a_teacher_is_made_from_nothing(few_pictures: None, tmp_path: Path, monk
 
 
 def test_polishing_the_decoder_leaves_the_latents_alone(few_pictures: None, tmp_path: Path) -> None:
-    vae = AutoencoderKL(**teach.MINI_FAMILY.vae)
+    vae = AutoencoderKL(**MINI_FAMILY.vae)
     before = {key: value.clone() for key, value in vae.state_dict().items()}
-    teach.polish_decoder(vae, tmp_path, steps=1)
+    teach_vae.polish_decoder(vae, tmp_path, steps=1)
     changed = {key.split(".")[0] for key, value in vae.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {"decoder", "post_quant_conv"}
 
@@ -44,8 +47,8 @@ def test_a_killed_teacher_goes_on_where_it_was(
     few_pictures: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Killed in the midst of the second state's writing, with the first one whole."""
-    monkeypatch.setattr(teach, "_SAVE_EVERY", 0.0)
-    pipe = teach.make_mini_pipeline(AutoencoderKL(**teach.MINI_FAMILY.vae))
+    monkeypatch.setattr(teach_unet, "_SAVE_EVERY", 0.0)
+    pipe = teach_unet.make_mini_pipeline(AutoencoderKL(**MINI_FAMILY.vae))
     save, written = torch.save, []
 
     def save_once(state: dict, path: Path) -> None:
@@ -57,22 +60,22 @@ def test_a_killed_teacher_goes_on_where_it_was(
 
     monkeypatch.setattr(torch, "save", save_once)
     with pytest.raises(KeyboardInterrupt):
-        teach.teach_unet(pipe, tmp_path, minutes=10, batch=4)
+        teach_unet.teach_unet(pipe, tmp_path, minutes=10, batch=4)
     monkeypatch.setattr(torch, "save", save)
     assert written == [1] and not (tmp_path / "unet").exists()
-    other = teach.make_mini_pipeline(pipe.vae)
-    teach.teach_unet(other, tmp_path, minutes=0.02, batch=4)
+    other = teach_unet.make_mini_pipeline(pipe.vae)
+    teach_unet.teach_unet(other, tmp_path, minutes=0.02, batch=4)
     assert "going on at step 1" in capsys.readouterr().out
     assert (tmp_path / "unet").exists() and not (tmp_path / "teach.state").exists()
 
 
 def test_the_share_of_right_pictures_is_counted_by_attribute() -> None:
-    resolution = teach.MINI_FAMILY.resolutions[0]
+    resolution = MINI_FAMILY.resolutions[0]
     scenes = [
         Scene.parse(f"a large red {shape} at the top left on a {background} background")
         for shape, background in (("circle", "white"), ("square", "black"), ("ring", "gray"), ("star", "brown"))
     ]
     images = np.stack([render(scene, resolution) for scene in scenes])
     images[0] = images[0][::-1]  # now at the bottom left
-    shares = teach.share_followed(scenes, images)
+    shares = share_followed(scenes, images)
     assert shares == {"background": 1.0, "position": 0.75, "color": 0.75, "shape": 0.75, "size": 0.75, "all": 0.75}

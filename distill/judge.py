@@ -1,0 +1,48 @@
+"""How well a mini model follows its captions, read exactly from its pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from distill.architectures import MINI_FAMILY
+from distill.shapes import ATTRIBUTES, Scene, follows, random_scene
+
+
+def share_followed(scenes: list[Scene], images: Sequence[np.ndarray] | np.ndarray) -> dict[str, float]:
+    """For each attribute, and for `all` together, the share of pictures that show what their scene says."""
+    results = [follows(scene, image) for scene, image in zip(scenes, images, strict=True)]
+    shares = {attribute: float(np.mean([result[attribute] for result in results])) for attribute in ATTRIBUTES}
+    return shares | {"all": float(np.mean([all(result.values()) for result in results]))}
+
+
+@torch.no_grad()
+def judge(
+    pipe: StableDiffusionXLPipeline,
+    *,
+    count: int = 90,
+    steps: int = 25,
+    guidance_scale: float = 5.0,
+    seed: int = 10_000,
+) -> dict[str, float]:
+    """How often pictures of unseen captions show what they say: shares per attribute over the nine resolutions."""
+    rng = np.random.default_rng(seed)
+    scenes: list[Scene] = []
+    pictures: list[np.ndarray] = []
+    for index, resolution in enumerate(MINI_FAMILY.resolutions):
+        some = [random_scene(rng) for _ in range(count // len(MINI_FAMILY.resolutions))]
+        images = pipe(
+            [scene.caption for scene in some],
+            width=resolution.width,
+            height=resolution.height,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=torch.Generator().manual_seed(seed + index),
+            output_type="np",
+        ).images
+        scenes += some
+        pictures += [np.rint(image * 255).astype(np.uint8) for image in images]
+    return share_followed(scenes, pictures)
