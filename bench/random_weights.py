@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from distill.architectures import SDXL_FAMILY, find_architecture
+from distill.architectures import find_architecture
 
 if TYPE_CHECKING:
     import torch
@@ -22,11 +22,10 @@ def random_pipeline(name: str, device: str, dtype: torch.dtype) -> Any:
     The VAE says that it is safe in fp16, as the fixed one of the published figures does: weights of this scale are.
     """
     import torch
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    from distill.shapes import WORDS
-    from distill.tokenizer import make_clip_tokenizer
+    from distill.assemble import tokenizers_and_scheduler
 
     architecture = find_architecture(name)
     family = architecture.family
@@ -39,19 +38,4 @@ def random_pipeline(name: str, device: str, dtype: torch.dtype) -> Any:
     }
     with torch.device(device):
         networks = {component: make().to(dtype).eval() for component, make in makers.items()}
-    special = {key: family.text_encoder[key] for key in ("bos_token_id", "eos_token_id")}
-    words = () if family is SDXL_FAMILY else WORDS
-    length = family.text_encoder["max_position_embeddings"]
-    return StableDiffusionXLPipeline(
-        **networks,
-        tokenizer=make_clip_tokenizer(words, max_length=length, **special),
-        tokenizer_2=make_clip_tokenizer(words, max_length=length, pad_token="!", **special),
-        scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            timestep_spacing="leading",
-            steps_offset=1,
-        ),
-        add_watermarker=False,
-    )
+    return StableDiffusionXLPipeline(**networks, **tokenizers_and_scheduler(family), add_watermarker=False)

@@ -64,8 +64,6 @@ def assemble(
 
     Raises UserError where the disk is too small.
     """
-    from diffusers import EulerDiscreteScheduler
-
     size = sum(tensor.nbytes for component in tensors.values() for tensor in component.values())
     require_free_disk(folder.parent, size, str(folder.name))
     for component, module in meta_components(architecture).items():
@@ -73,31 +71,38 @@ def assemble(
         (module.save_config if is_diffusers else module.config.save_pretrained)(folder / component)
         stem = "diffusion_pytorch_model" if is_diffusers else "model"
         write_safetensors(folder / component / f"{stem}.safetensors", tensors[component])
-    for name, pad_token in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
-        _tokenizer(architecture.family, pad_token).save_pretrained(folder / name)
-    EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type=prediction_type,
-        timestep_spacing="leading",
-        steps_offset=1,
-    ).save_pretrained(folder / "scheduler")
+    for name, part in tokenizers_and_scheduler(architecture.family, prediction_type).items():
+        part.save_pretrained(folder / name)
     index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True} | CLASSES
     (folder / "model_index.json").write_text(json.dumps(index, indent=1))
 
 
-def _tokenizer(family: Family, pad_token: str) -> Any:
+def tokenizers_and_scheduler(family: Family, prediction_type: str = "epsilon") -> dict[str, Any]:
+    """What a pipeline of the family has beside its networks, under the pipeline's names, with SDXL's own settings."""
+    from diffusers import EulerDiscreteScheduler
+
     from distill.shapes import WORDS
     from distill.tokenizer import clip_merges, merges_of, tokenizer_from_merges
 
-    return tokenizer_from_merges(
+    tokenizer = partial(
+        tokenizer_from_merges,
         clip_merges() if family is SDXL_FAMILY else merges_of(WORDS),
         bos_token_id=family.text_encoder["bos_token_id"],
         eos_token_id=family.text_encoder["eos_token_id"],
         max_length=family.text_encoder["max_position_embeddings"],
-        pad_token=pad_token,
     )
+    return {
+        "tokenizer": tokenizer(pad_token="<|endoftext|>"),
+        "tokenizer_2": tokenizer(pad_token="!"),
+        "scheduler": EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type=prediction_type,
+            timestep_spacing="leading",
+            steps_offset=1,
+        ),
+    }
 
 
 def random_tensors(architecture: Architecture) -> dict[str, dict[str, MadeTensor]]:

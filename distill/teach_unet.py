@@ -8,15 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from distill.architectures import ARCHITECTURES, MINI_FAMILY, Resolution
+from distill.assemble import tokenizers_and_scheduler
 from distill.progress import say
-from distill.shapes import WORDS
 from distill.teach_vae import draw_pictures, to_tensor
-from distill.tokenizer import make_clip_tokenizer
 
 
 def _latent_pool(
@@ -38,22 +37,12 @@ def _latent_pool(
 def make_mini_pipeline(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
     """An SDXL pipeline of the mini family with untrained UNet and text encoders around `vae`."""
     family = MINI_FAMILY
-    special = {key: family.text_encoder[key] for key in ("bos_token_id", "eos_token_id")}
-    length = family.text_encoder["max_position_embeddings"]
     return StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(CLIPTextConfig(**family.text_encoder)),
         text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**family.text_encoder_2)),
-        tokenizer=make_clip_tokenizer(WORDS, max_length=length, **special),
-        tokenizer_2=make_clip_tokenizer(WORDS, max_length=length, pad_token="!", **special),
         unet=UNet2DConditionModel(**ARCHITECTURES["mini-sdxl"].unet_config),
-        scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            timestep_spacing="leading",
-            steps_offset=1,
-        ),
+        **tokenizers_and_scheduler(family),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
