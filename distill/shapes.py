@@ -140,10 +140,18 @@ def render(scene: Scene, resolution: Resolution, rng: np.random.Generator | None
     return np.rint(image).astype(np.uint8)
 
 
-def _templates(side: int = 24) -> np.ndarray:
+def _cropped(mask: np.ndarray, side: int = 24) -> np.ndarray:
+    """`mask` cut to its bounding box and sampled at `side` x `side` points, so that masks of any size compare."""
+    ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    box = mask[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
+    sample = (np.arange(side) + 0.5) / side
+    return box[(sample * box.shape[0]).astype(int)][:, (sample * box.shape[1]).astype(int)]
+
+
+def _templates(side: int = 480) -> np.ndarray:
     axis = (np.arange(side) + 0.5) / side * 2 - 1
     y, x = np.meshgrid(axis, axis, indexing="ij")
-    return np.stack([_inside(shape, x, y) for shape in SHAPES])
+    return np.stack([_cropped(_inside(shape, x, y)) for shape in SHAPES])
 
 
 _TEMPLATES = _templates()
@@ -174,13 +182,9 @@ def read_scene(image: np.ndarray) -> Scene:
         diameter = min(cell_width, cell_height)
         if mask.sum() < 0.15 * (SIZES["small"] * diameter) ** 2:
             continue
-        ys, xs = np.flatnonzero(mask.sum(1) > 0), np.flatnonzero(mask.sum(0) > 0)
-        box = mask[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
-        side = _TEMPLATES.shape[1]
-        sample = (np.arange(side) + 0.5) / side
-        box = box[(sample * box.shape[0]).astype(int)][:, (sample * box.shape[1]).astype(int)]
+        box = _cropped(mask)
         overlap = (_TEMPLATES & box).sum((1, 2)) / (_TEMPLATES | box).sum((1, 2))
-        extent = max(len(ys), len(xs)) / diameter
+        extent = max(np.ptp(np.flatnonzero(mask.any(axis))) + 1 for axis in (0, 1)) / diameter
         size = min(SIZES, key=lambda name: abs(SIZES[name] - extent))
         things.append(Thing(size, _PALETTE_NAMES[color], SHAPES[int(overlap.argmax())], position))
     return Scene(tuple(things), _PALETTE_NAMES[background])

@@ -37,7 +37,8 @@ def teach_mini(
     else:
         pipe = make_mini_pipeline(teach_vae(out, steps=vae_steps, whole_steps=vae_whole_steps, seed=seed))
     pipe.set_progress_bar_config(disable=True)
-    teach_unet(pipe, out, minutes=minutes, learning_rate=learning_rate, seed=seed)
+    if minutes:
+        teach_unet(pipe, out, minutes=minutes, learning_rate=learning_rate, seed=seed)
     if decoder_steps:
         polish_decoder(pipe.vae, out, steps=decoder_steps, seed=seed)
     pipe.to(torch.float16).save_pretrained(out, safe_serialization=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image, ImageFilter
 
 from distill.architectures import MINI_FAMILY, Resolution
 from distill.shapes import ATTRIBUTES, SHAPES, WORDS, Scene, Thing, follows, random_scene, read_scene, render
@@ -16,6 +17,14 @@ def test_the_reader_reads_every_picture_right(resolution: Resolution) -> None:
     for _ in range(60):
         scene = random_scene(rng)
         assert read_scene(render(scene, resolution, rng)) == scene
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_soft_edges_are_read_too(shape: str) -> None:
+    for resolution in MINI_FAMILY.resolutions:
+        scene = Scene((Thing("large", "blue", shape, "center"),), "white")
+        soft = Image.fromarray(render(scene, resolution)).filter(ImageFilter.GaussianBlur(1.3))
+        assert read_scene(np.asarray(soft)) == scene
 
 
 def test_captions_are_read_back() -> None:
