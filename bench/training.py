@@ -1,9 +1,9 @@
 """How fast a distillation step is at full size: the trainer's own step, on random weights and random pictures.
 
-Noise, losses, precision and optimiser are `distill.step`'s and `distill.trainer`'s, so a change of theirs shows here;
-clipping and the one wait for the loss values are timed too, reading the cache and the moving average are not. Rows
-differ in one thing each: which features are compared, whether latents and text come from the cache or are encoded in
-every step (as the published scripts do), recomputation, compilation.
+The step is `distill.pair`'s, so a change of the trainer's shows here; clipping and the one wait for the loss values are
+timed too, reading the cache and the moving average are not. Rows differ in one thing each: which features are compared,
+whether latents and text come from the cache or are encoded in every step (as the published scripts do), recomputation,
+compilation.
 """
 
 from __future__ import annotations
@@ -64,85 +64,53 @@ def step_flops(teacher: str, student: str, resolution: Resolution, batch: int) -
 
 
 class Bench:
-    """Teacher, student and optimiser as the trainer sets them up, in bf16 mixed precision, for one pair of models."""
+    """Teacher, student and optimiser as the trainer pairs them, in bf16 mixed precision, for one pair of models."""
 
     def __init__(self, teacher: str, student: str, device: str, batch: int) -> None:
         import torch
         from accelerate import Accelerator
         from diffusers import DDPMScheduler, UNet2DConditionModel
 
-        from distill.trainer import make_optimizer
+        from distill.layer_map import make_layer_map
+        from distill.options import TrainOptions
+        from distill.pair import Pair
+        from distill.recipes import Recipe
 
         self.teacher_spec, self.student_spec = find_architecture(teacher), find_architecture(student)
         self.family, self.batch, self.device = self.teacher_spec.family, batch, device
         self.resolution = self.family.resolutions[0]
-        self.accelerator = Accelerator(cpu=not device.startswith("cuda"), mixed_precision="bf16")
         torch.manual_seed(0)
         with torch.device(device):
-            self.teacher = UNet2DConditionModel(**self.teacher_spec.unet_config).to(torch.bfloat16).eval()
-            self.student = UNet2DConditionModel(**self.student_spec.unet_config).train()
-        self.teacher.requires_grad_(False)
-        optimizer = make_optimizer("adamw", self.student, weight_decay=1e-2)
-        self.model, self.optimizer = self.accelerator.prepare(self.student, optimizer)
+            nets = (
+                UNet2DConditionModel(**self.teacher_spec.unet_config).to(torch.bfloat16).eval(),
+                UNet2DConditionModel(**self.student_spec.unet_config).train(),
+            )
         schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-        self.alphas_cumprod = schedule.alphas_cumprod.float()
+        self.pair = Pair(
+            Accelerator(cpu=not device.startswith("cuda"), mixed_precision="bf16"),
+            *nets,
+            make_layer_map("first", self.teacher_spec.depth, self.student_spec.depth),
+            schedule.alphas_cumprod.float(),
+            Recipe(name="bench", stages=(), batch_size=batch),
+            TrainOptions(mixed_precision="bf16"),
+        )
 
     @contextmanager
     def stepping(self, variant: Variant) -> Iterator[Callable[[int], dict[str, float]]]:
         """A function that takes one step by its number and returns the loss terms."""
-        import torch
-
         from distill.recipes import LossWeights
-        from distill.step import add_noise, loss_terms
-        from distill.surgery import make_layer_map
-        from distill.taps import FeatureRecorder, make_taps
 
-        depths = self.teacher_spec.depth, self.student_spec.depth
-        taps = make_taps(variant.features, *depths, make_layer_map("first", *depths)) if variant.features else ()
         losses = LossWeights(level=variant.features) if variant.features else LossWeights(feature=0.0)
-        recorders = (
-            FeatureRecorder(self.student, [tap.student for tap in taps]),
-            FeatureRecorder(self.teacher, sorted({tap.teacher for tap in taps})),
-        )
-        if variant.recompute:
-            self.student.enable_gradient_checkpointing()
-        else:
-            self.student.disable_gradient_checkpointing()
+        student = self.pair.student
+        (student.enable_gradient_checkpointing if variant.recompute else student.disable_gradient_checkpointing)()
         make_batch = self._cached() if variant.cache else self._encoding()
-        accelerator, alphas_cumprod = self.accelerator, self.alphas_cumprod.to(self.device)
+        with self.pair.taught_by(losses) as step:
+            try:
+                yield lambda number: step(make_batch(number), seed=(0, number), learning_rate=1e-5)
+            finally:
+                self.pair.optimizer.zero_grad()
 
-        def step(number: int) -> dict[str, float]:
-            noised = add_noise(make_batch(), self.alphas_cumprod, seed=(0, number), caption_dropout=0.1)
-            terms = loss_terms(
-                self.model,
-                self.teacher,
-                {name: value.to(self.device) for name, value in noised.items()},
-                losses,
-                alphas_cumprod=alphas_cumprod,
-                warm=1.0,
-                taps=taps,
-                recorders=recorders,
-                autocast=accelerator.autocast,
-            )
-            accelerator.backward(torch.stack(list(terms.values())).sum())
-            accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            return dict(zip(terms, torch.stack(list(terms.values())).tolist(), strict=True))
-
-        try:
-            yield step
-        finally:
-            for recorder in recorders:
-                recorder.remove()
-            self.optimizer.zero_grad()
-
-    def compile_blocks(self) -> None:
-        """As the trainer's `compile` option does."""
-        self.student.compile_repeated_blocks()
-        self.teacher.compile_repeated_blocks()
-
-    def _cached(self) -> Callable[[], dict[str, Any]]:
+    def _cached(self) -> Callable[[int], dict[str, Any]]:
         """Batches as the latent cache gives them: FIELDS on the CPU, in fp32."""
         import torch
 
@@ -157,34 +125,18 @@ class Bench:
         fields = dict(zip(FIELDS, (torch.randn(self.batch, *shape) for shape in shapes), strict=False))
         height, width = self.resolution.height, self.resolution.width
         fields["time_ids"] = torch.tensor([[height, width, 0, 0, height, width]] * self.batch).float()
-        return lambda: fields
+        return lambda _number: fields
 
-    def _encoding(self) -> Callable[[], dict[str, Any]]:
+    def _encoding(self) -> Callable[[int], dict[str, Any]]:
         """VAE and text encoders at work in every step, in bf16."""
-        import numpy as np
         import torch
 
-        from bench.entrants import family_prompts
         from bench.random_weights import random_pipeline
-        from distill.cache import encode
-        from distill.data import Sample
+        from distill.bench import Encoding, base_samples
 
         pipe = random_pipeline(self.student_spec.name, self.device, torch.bfloat16)
         pipe.unet = None
-        rng, size = np.random.default_rng(0), (self.resolution.height, self.resolution.width)
-        samples = [
-            Sample(
-                key=str(index),
-                image=rng.integers(0, 256, (*size, 3), np.uint8),
-                caption=caption,
-                resolution=self.resolution,
-                original_size=size,
-                crop_top_left=(0, 0),
-                flipped=False,
-            )
-            for index, caption in enumerate(family_prompts(self.family, self.batch))
-        ]
-        return lambda: {name: value.float().cpu() for name, value in encode(pipe, samples, 0).items()}
+        return Encoding(pipe, base_samples(self.family, self.batch)).batch
 
 
 def measure_variant(bench: Bench, variant: Variant, peak: Peak | None, steps: int) -> dict[str, Any]:
@@ -212,7 +164,7 @@ def measure_variant(bench: Bench, variant: Variant, peak: Peak | None, steps: in
         "mfu": flops / median.value / (peak.tflops * 1e12) if peak else None,
         "mfu_why": None if peak else "no peak is known for this device",
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-        "loss_terms": len(terms),
+        "loss_terms": len(terms) - 1,  # beside their total
     }
 
 
@@ -242,7 +194,7 @@ def measure_training(
         else:
             try:
                 if variant.compiled and not compiled:
-                    bench.compile_blocks()
+                    bench.pair.compile_blocks()
                     compiled = True
                 row |= measure_variant(bench, variant, peak, steps)
             except Exception as error:

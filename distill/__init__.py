@@ -8,9 +8,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "architectures": ["ARCHITECTURES", "Architecture", "Depth", "Family", "Resolution", "find_architecture"],
         "cache": ["LatentCache", "make_cache"],
         "errors": ["UserError"],
+        "layer_map": ["make_layer_map"],
+        "options": ["TrainOptions"],
         "recipes": ["RECIPES", "LossWeights", "Recipe", "Stage", "find_recipe"],
         "sources": ["checkpoint_hash", "load_component", "load_pipeline", "resolve"],
-        "surgery": ["make_layer_map", "make_student_unet"],
-        "trainer": ["TrainOptions", "train"],
+        "surgery": ["make_student_unet"],
+        "trainer": ["train"],
     },
 )

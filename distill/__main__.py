@@ -70,8 +70,9 @@ def surgery(*, model: str, student: str, layer_map: str = "first", out: Path, wo
         out: The folder to write; its surgery.json says where each tensor came from and which are unused.
     """
     from distill.architectures import find_architecture
+    from distill.layer_map import read_layer_map
     from distill.sources import find_architecture_of, resolve
-    from distill.surgery import make_student, read_layer_map
+    from distill.surgery import make_student
 
     teacher = resolve(model, workdir)
     spec = find_architecture(student, find_architecture_of(teacher).family)
@@ -133,9 +134,10 @@ def train(
         fsdp: Share weights, moments and gradients over the processes instead of copying them (DDP).
         validate_every: Steps between pictures at fixed seeds, in OUT/samples; 0 draws them only after each stage.
     """
+    from distill.layer_map import read_layer_map
+    from distill.options import TrainOptions
     from distill.recipes import find_recipe
-    from distill.surgery import read_layer_map
-    from distill.trainer import TrainOptions, train
+    from distill.trainer import train
 
     options = TrainOptions(
         mixed_precision=mixed_precision,
@@ -176,9 +178,9 @@ def plan(
         memory_gb: The GPU's memory in units of 1e9 bytes; default: the device at hand.
     """
     from distill.architectures import ARCHITECTURES
+    from distill.options import HALF
     from distill.plan import describe_plan, device_memory, plan_recipe
     from distill.recipes import find_recipe
-    from distill.trainer import HALF
 
     teacher = ARCHITECTURES["mini-sdxl" if recipe.startswith("mini-") else "sdxl"]
     title, plans = plan_recipe(

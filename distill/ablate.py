@@ -27,12 +27,13 @@ from distill.checkpoints import alphas_cumprod_of
 from distill.errors import unknown
 from distill.files import read_json, replacing, write_json
 from distill.judge import judge
+from distill.options import TrainOptions
 from distill.progress import say
 from distill.recipes import LossWeights, Recipe, Stage, shortened
 from distill.shapes import ATTRIBUTES
 from distill.sources import checkpoint_hash, find_architecture_of, load_component, load_pipeline
 from distill.step import add_noise, predict
-from distill.trainer import TrainOptions, train
+from distill.trainer import train
 
 
 @dataclass(frozen=True, kw_only=True)

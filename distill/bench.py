@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,19 @@ import torch
 from diffusers import DDPMScheduler
 from torch.nn import functional
 
-from distill.architectures import ARCHITECTURES, Architecture, find_architecture
+from distill.architectures import ARCHITECTURES, Architecture, Family, find_architecture
 from distill.cache import LatentCache, encode, write_shard
+from distill.checkpoints import alphas_cumprod_of
 from distill.data import Sample, ShapesSource
 from distill.files import write_json
+from distill.layer_map import make_layer_map
+from distill.options import HALF, TrainOptions, make_accelerator
+from distill.pair import Pair, load_nets
 from distill.progress import say, track
-from distill.recipes import LossWeights, Recipe, Stage
+from distill.recipes import LossWeights, Recipe
 from distill.sources import find_architecture_of, load_pipeline, resolve
-from distill.taps import FeatureRecorder, Tap, make_taps
-from distill.trainer import HALF, TrainOptions, _make_accelerator, _StageRun
+from distill.surgery import make_student_unet
+from distill.taps import Tap, make_taps
 
 SCHEMA = "slimxl.distill.bench/1"
 WARMUP_ROUNDS = 2
@@ -81,6 +85,12 @@ class BenchOptions:
     workdir: Path = Path("out/models")
 
 
+def base_samples(family: Family, count: int) -> list[Sample]:
+    """Captioned pictures, all of the family's base resolution."""
+    source = ShapesSource(count * len(family.resolutions), family, seed=0)
+    return [source.read(index * len(family.resolutions)) for index in range(count)]
+
+
 class Encoding:
     """What the trainer asks its cache for, computed anew in every step."""
 
@@ -92,25 +102,19 @@ class Encoding:
 
 
 class Workshop:
-    """One stage of the trainer made ready, and the same captioned pictures as pixels and as a cache."""
+    """The trainer's pair of nets, and the same captioned pictures as pixels and as a cache."""
 
     def __init__(self, options: BenchOptions, loops: Sequence[Loop], folder: Path) -> None:
         teacher, student = architectures_of(options)
-        self.checkpoint, self.depths = resolve(options.model, options.workdir), (teacher.depth, student.depth)
-        stage = Stage(
-            name="bench", teacher=options.model, student=student.name, steps=1_000_000, losses=LossWeights(feature=0.0)
-        )
-        recipe = Recipe(name="bench", stages=(stage,), batch_size=options.batch, ema_decay=None)
+        checkpoint = resolve(options.model, options.workdir)
         settings = TrainOptions(
             mixed_precision=options.mixed_precision, gradient_checkpointing=options.gradient_checkpointing
         )
-        self.accelerator = _make_accelerator(settings, folder)
+        self.accelerator = make_accelerator(settings, folder)
         device, self.half = self.accelerator.device, HALF[options.mixed_precision]
-        family = teacher.family
-        source = ShapesSource(options.batch * len(family.resolutions), family, seed=0)
-        self.samples = [source.read(index * len(family.resolutions)) for index in range(options.batch)]
+        self.samples = base_samples(teacher.family, options.batch)
         self.resolution = self.samples[0].resolution
-        self.pipe = load_pipeline(self.checkpoint, self.half, without=("unet",))
+        self.pipe = load_pipeline(checkpoint, self.half, without=("unet",))
         self.pipe.vae.float()
         self.pipe.to(device)
         shard = folder / "shard-000000.safetensors"
@@ -119,42 +123,40 @@ class Workshop:
         self.cache = LatentCache(folder, batch_size=options.batch, seed=0)
         if all(loop.cache for loop in loops):
             self.pipe = None
-        self.run = _StageRun(self.accelerator, recipe, 0, self.checkpoint, self.cache, folder, settings)
-        self.run._make_ready(self.run._operate(None))
-        self.teacher: Any = self.run.teacher
-        self.scheduler = DDPMScheduler.from_pretrained(self.checkpoint, subfolder="scheduler")
-        parameters = self.run.model.parameters()
+        make_student_unet(checkpoint, student, "first", folder / "unet")
+        self.pair = Pair(
+            self.accelerator,
+            *load_nets(checkpoint, folder / "unet", self.half),
+            make_layer_map("first", teacher.depth, student.depth),
+            alphas_cumprod_of(checkpoint),
+            Recipe(name="bench", stages=(), batch_size=options.batch),
+            settings,
+        )
+        self.sub_blocks = make_taps("sub-block", teacher.depth, student.depth, self.pair.layer_map)
+        self.scheduler = DDPMScheduler.from_pretrained(checkpoint, subfolder="scheduler")
+        parameters = self.pair.student.parameters()
         self.published_optimizer = self.accelerator.prepare(torch.optim.AdamW(parameters, lr=1e-5, weight_decay=1e-2))
         self.number = 0
 
     @contextmanager
     def stepping(self, loop: Loop) -> Iterator[Callable[[], float]]:
         """A function that takes one step of `loop` and returns its loss."""
-        run, student = self.run, self.accelerator.unwrap_model(self.run.model)
-        taps = make_taps(loop.features, *self.depths, run.layer_map) if loop.features else ()
         if loop.published:
-            with raw_hooks(student, self.teacher, taps) as features:
-                yield lambda: self._published_step(taps, *features)
+            with raw_hooks(self.pair.student, self.pair.teacher, self.sub_blocks) as features:
+                yield lambda: self._published_step(*features)
             return
         losses = LossWeights(level=loop.features) if loop.features else LossWeights(feature=0.0)
-        run.stage, run.taps = replace(run.stage, losses=losses), taps
-        run.latents = self.cache if loop.cache else Encoding(self.pipe, self.samples)  # type: ignore[assignment]
-        run.recorders = (
-            FeatureRecorder(student, [tap.student for tap in taps]),
-            FeatureRecorder(self.teacher, sorted({tap.teacher for tap in taps})),
-        )
-        yield self._step
-        for recorder in run.recorders:
-            recorder.remove()
+        batches = self.cache if loop.cache else Encoding(self.pipe, self.samples)
+        with self.pair.taught_by(losses) as take_step:
 
-    def _step(self) -> float:
-        self.number += 1
-        return self.run._step(self.number)["total"]
+            def step() -> float:
+                self.number += 1
+                return take_step(batches.batch(self.number), seed=(0, self.number), learning_rate=1e-5)["total"]
 
-    def _published_step(
-        self, taps: Sequence[Tap], of_student: dict[str, torch.Tensor], of_teacher: dict[str, torch.Tensor]
-    ) -> float:
-        device, half, model = self.accelerator.device, self.half, self.run.model
+            yield step
+
+    def _published_step(self, of_student: dict[str, torch.Tensor], of_teacher: dict[str, torch.Tensor]) -> float:
+        device, half, teacher = self.accelerator.device, self.half, self.pair.teacher
         pixels = torch.from_numpy(np.stack([sample.image for sample in self.samples])).permute(0, 3, 1, 2)
         with torch.no_grad():
             posterior = self.pipe.vae.encode(pixels.to(device).float() / 127.5 - 1).latent_dist
@@ -181,12 +183,12 @@ class Workshop:
             "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids},
         }
         with self.accelerator.autocast():
-            noise_pred = model(noisy, timesteps, **inputs).sample
+            noise_pred = self.pair.model(noisy, timesteps, **inputs).sample
         with torch.no_grad():
-            teacher_pred = self.teacher(noisy, timesteps, **inputs).sample
+            teacher_pred = teacher(noisy, timesteps, **inputs).sample
         loss = functional.mse_loss(noise_pred.float(), noise.float())
         loss = loss + 0.5 * functional.mse_loss(noise_pred.float(), teacher_pred.float())
-        pairs = ((of_student[tap.student], of_teacher[tap.teacher]) for tap in taps)
+        pairs = ((of_student[tap.student], of_teacher[tap.teacher]) for tap in self.sub_blocks)
         loss = loss + 0.5 * sum(functional.mse_loss(ours, theirs) for ours, theirs in pairs)
         self.accelerator.backward(loss)
         self.published_optimizer.step()

@@ -29,10 +29,10 @@ from torch.distributed.checkpoint.state_dict import (
 
 from distill.errors import UserError
 from distill.files import read_json, replacing, write_json
+from distill.layer_map import LayerMap
 from distill.progress import say
 from distill.recipes import Recipe
 from distill.sources import load_pipeline, read_config
-from distill.surgery import LayerMap
 
 
 @dataclass

@@ -19,9 +19,9 @@ from distill.architectures import Depth, find_architecture
 from distill.cache import LatentCache
 from distill.checkpoints import alphas_cumprod_of
 from distill.files import replacing, write_json
+from distill.layer_map import LayerMap, make_layer_map, transformer_depths
 from distill.progress import say, track
 from distill.sources import find_architecture_of, load_component
-from distill.surgery import LayerMap, make_layer_map, transformer_depths
 
 
 @dataclass(frozen=True)

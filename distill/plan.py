@@ -25,10 +25,10 @@ from torch.utils.checkpoint import checkpoint
 
 from distill.architectures import Architecture, Resolution, find_architecture
 from distill.catalogue import count_parameters
+from distill.layer_map import make_layer_map
 from distill.recipes import LossWeights, Recipe
 from distill.sharding import SHARDED_TOGETHER
 from distill.step import loss_terms
-from distill.surgery import make_layer_map
 from distill.taps import FeatureRecorder, make_taps
 
 RESERVED_BYTES = 2_000_000_000
@@ -131,7 +131,6 @@ def plan_memory(
     processes: weights, average, moments and gradients are divided by it, and the transformer blocks and ResNets at
     work, with everything outside of them, gathered."""
     family = student.family
-    needs_teacher = bool(losses.output or losses.feature)
     with torch.device("meta"):
         nets = [UNet2DConditionModel(**a.unet_config).to(d) for a, d in ((teacher, half), (student, torch.float32))]
         nets[0].requires_grad_(False)
@@ -180,7 +179,7 @@ def plan_memory(
         gradients, work = 4 * parameters, 0
     gathered = _gathered_bytes(nets[1]) if shards > 1 else 0
     return MemoryPlan(
-        teacher=half.itemsize * count_parameters(nets[0]) if needs_teacher else 0,
+        teacher=half.itemsize * count_parameters(nets[0]) if losses.needs_teacher else 0,
         student=4 * parameters // shards,
         ema=4 * parameters // shards if ema else 0,
         optimizer=int(OPTIMIZER_BYTES[optimizer] * parameters) // shards,

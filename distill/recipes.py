@@ -13,7 +13,7 @@ from typing import Any
 
 from distill.architectures import MINI_FAMILY, SDXL_DEPTH, SSD_1B_DEPTH, Depth, find_architecture
 from distill.errors import unknown
-from distill.surgery import LayerMap, make_layer_map, transformer_depths
+from distill.layer_map import LayerMap, make_layer_map, transformer_depths
 
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 ZAVY_CHROMA_XL = "stablediffusionapi/zavychromaxl-v80"
@@ -31,6 +31,10 @@ class LossWeights:
     normalize: bool = False
     warmup_steps: int = 0
     min_snr_gamma: float | None = None
+
+    @property
+    def needs_teacher(self) -> bool:
+        return bool(self.output or self.feature)
 
 
 @dataclass(frozen=True, kw_only=True)

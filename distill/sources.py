@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from distill.architectures import ARCHITECTURES, Architecture, Depth, find_architecture
 from distill.errors import UserError, unknown
-from distill.files import replacing, sha256_file, sha256_json
+from distill.files import read_json, replacing, sha256_file, sha256_json
 from distill.tensors import component_tensors, component_weights, read_safetensors_header
 
 if TYPE_CHECKING:
@@ -53,6 +53,23 @@ def check_checkpoint(folder: Path) -> None:
     for component in COMPONENT_FOLDERS:
         read_config(folder, component)
         component_tensors(folder / component)
+
+
+def check_successor(first: Path, teacher: Path) -> None:
+    """Raises UserError where a later teacher differs from the first in architecture or prediction type."""
+    ignored = ("_class_name", "_diffusers_version", "_name_or_path", "sample_size")
+    before, now = (read_config(folder, "unet") for folder in (first, teacher))
+    for key in sorted((before.keys() | now.keys()) - set(ignored)):
+        if before.get(key) != now.get(key):
+            raise UserError(
+                f"teacher {teacher} cannot succeed {first}: UNet {key} is {now.get(key)!r}, was {before.get(key)!r}"
+            )
+    for folder in (first, teacher):
+        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+        if scheduler.get("prediction_type", "epsilon") != "epsilon":
+            raise UserError(
+                f"teacher {folder} predicts {scheduler['prediction_type']!r}; SDXL's distillation needs 'epsilon'"
+            )
 
 
 def checkpoint_hash(folder: Path) -> str:

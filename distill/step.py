@@ -75,7 +75,7 @@ def loss_terms(
     weight = None
     if losses.min_snr_gamma:
         weight = min_snr_weight(alphas_cumprod, batch["timesteps"], losses.min_snr_gamma)
-    if losses.output or losses.feature:
+    if losses.needs_teacher:
         with torch.no_grad(), of_teacher.recording():
             teacher_pred = predict(teacher, batch, teacher.dtype)
     with autocast(), of_student.recording():

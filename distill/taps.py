@@ -20,7 +20,7 @@ from torch import nn
 
 from distill.architectures import Depth
 from distill.errors import unknown
-from distill.surgery import LayerMap, transformer_depths
+from distill.layer_map import LayerMap, transformer_depths
 
 LEVELS = ("block", "sub-block", "layer", "self-attention")
 

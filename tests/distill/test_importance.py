@@ -9,7 +9,8 @@ from diffusers import UNet2DConditionModel
 from distill.architectures import ARCHITECTURES, MINI_FAMILY, Depth, find_architecture
 from distill.cache import make_cache
 from distill.importance import BlockScore, measure_importance, propose_layer_map, report_importance
-from distill.surgery import make_student_unet, read_layer_map, transformer_depths
+from distill.layer_map import read_layer_map, transformer_depths
+from distill.surgery import make_student_unet
 
 
 def test_a_block_that_does_nothing_scores_nothing_and_is_dropped() -> None:

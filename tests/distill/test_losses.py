@@ -8,8 +8,8 @@ from diffusers import UNet2DConditionModel
 
 from distill.architectures import ARCHITECTURES, SDXL_DEPTH, SSD_1B_DEPTH
 from distill.errors import UserError
+from distill.layer_map import make_layer_map
 from distill.losses import feature_loss, feature_losses, min_snr_weight, prediction_loss
-from distill.surgery import make_layer_map
 from distill.taps import LEVELS, FeatureRecorder, Tap, make_taps
 
 

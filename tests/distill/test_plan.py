@@ -14,10 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 from distill.__main__ import main
 from distill.architectures import ARCHITECTURES, Architecture
 from distill.catalogue import count_parameters
+from distill.layer_map import make_layer_map
 from distill.plan import describe_plan, plan_memory
 from distill.recipes import LossWeights
 from distill.step import loss_terms
-from distill.surgery import make_layer_map
 from distill.taps import FeatureRecorder, make_taps
 
 TEACHER, STUDENT = ARCHITECTURES["mini-ssd-1b"], ARCHITECTURES["mini-vega"]

@@ -4,9 +4,8 @@ import pytest
 
 from distill.architectures import SDXL_DEPTH, SSD_1B_DEPTH, Depth, find_architecture
 from distill.errors import UserError
+from distill.layer_map import inherit_layer_map, make_layer_map, relative_map
 from distill.recipes import RECIPES, find_recipe
-from distill.surgery import make_layer_map
-from distill.trainer import relative_map, stage_layer_map
 
 SHALLOW = "-/1,1/3,3:3:3,3,3/1,1,1/-"  # keeps three blocks of the middle
 INDICES = {"down_blocks.2.attentions.0": (0, 4, 9), "mid_block.attentions.0": (1, 2, 3)}
@@ -39,7 +38,7 @@ def test_any_depth_goes_the_same_road_by_any_layer_map() -> None:
     held = None
     for stage in recipe.stages:
         depth = Depth.parse(stage.student)
-        layer_map = stage_layer_map(stage, SDXL_DEPTH, depth, held)
+        layer_map = inherit_layer_map(stage.layer_map, SDXL_DEPTH, depth, held)
         relative_map(layer_map, held)
         held = layer_map
     assert held is not None and {path: held[path] for path in INDICES} == INDICES
@@ -50,7 +49,7 @@ def test_what_stays_as_deep_keeps_the_blocks_it_has() -> None:
     """A Vega started from an SSD-1B that was made by another layer map than Vega's recipe has."""
     held = dict(make_layer_map("first", SDXL_DEPTH, SSD_1B_DEPTH))
     stage = find_recipe("vega", layer_map="spread").stages[0]
-    layer_map = stage_layer_map(stage, SDXL_DEPTH, find_architecture(stage.student).depth, held)
+    layer_map = inherit_layer_map(stage.layer_map, SDXL_DEPTH, find_architecture(stage.student).depth, held)
     assert layer_map["down_blocks.2.attentions.0"] == (0, 1, 2, 3)
 
 

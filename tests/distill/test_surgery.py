@@ -10,9 +10,9 @@ from diffusers import UNet2DConditionModel
 from distill.__main__ import main
 from distill.architectures import ARCHITECTURES, SDXL_DEPTH, SSD_1B_DEPTH, VEGA_DEPTH
 from distill.errors import UserError
+from distill.layer_map import make_layer_map, read_layer_map, relative_map
 from distill.sources import component_tensors, find_architecture_of, load_pipeline
-from distill.surgery import make_layer_map, make_student_unet, plan_surgery, read_layer_map, unet_shapes
-from distill.trainer import relative_map
+from distill.surgery import make_student_unet, plan_surgery, unet_shapes
 
 
 @pytest.mark.parametrize("preset", ["first", "spread", "similarity"])

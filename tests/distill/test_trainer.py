@@ -21,11 +21,12 @@ from distill.architectures import ARCHITECTURES
 from distill.cache import make_cache
 from distill.checkpoints import TrainingState, gather_student
 from distill.errors import UserError
+from distill.options import TrainOptions
 from distill.recipes import LossWeights, Recipe, Stage
 from distill.sharding import check_fsdp, check_no_other_fsdp
-from distill.sources import component_tensors, read_config, resolve
+from distill.sources import check_successor, component_tensors, read_config, resolve
 from distill.step import DivergenceGuard
-from distill.trainer import TrainOptions, check_successor, train
+from distill.trainer import train
 
 HALF = "-/1,1/1,1:0:1,1,1/1,1,1/-"  # half of Vega's last transformers: a student that trains in a moment
 
@@ -102,7 +103,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_trainer import small_recipe
-from distill.trainer import TrainOptions, train
+from distill.options import TrainOptions
+from distill.trainer import train
 cache, teacher, out, *flags = sys.argv[1:]
 train(small_recipe(teacher), cache=Path(cache), out=Path(out), workdir=Path(out),
       options=TrainOptions(checkpoint_every=2, log_every=1, **dict.fromkeys(flags, True)))

@@ -1,0 +1,52 @@
+"""How a recipe is run on the machine at hand: what can be chosen, and accelerate set up accordingly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+
+from distill.errors import UserError
+from distill.sharding import check_no_other_fsdp
+
+HALF = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How to run a recipe on this machine. Only `mixed_precision` and `optimizer` change what is learned."""
+
+    mixed_precision: str = "no"
+    optimizer: str = "adamw"
+    accumulation: int = 1
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    fsdp: bool = False
+    tensorboard: bool = False
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    validate_every: int = 0
+    log_every: int = 10
+
+
+def make_accelerator(options: TrainOptions, out: Path) -> Accelerator:
+    """Raises UserError for fp16 without a GPU, for a missing package, and for FSDP asked of accelerate's launcher."""
+    check_no_other_fsdp()
+    if options.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("--mixed-precision fp16 needs a GPU, and there is none here; use bf16 or no")
+    if options.tensorboard:
+        try:
+            import tensorboard  # noqa: F401
+        except ImportError:
+            raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else each process of a GPU-less torchrun thinks it is alone
+        mixed_precision=options.mixed_precision,
+        gradient_accumulation_steps=options.accumulation,
+        step_scheduler_with_optimizer=False,
+        log_with="tensorboard" if options.tensorboard else None,
+        project_dir=out,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of them
+    )

@@ -1,0 +1,147 @@
+"""Teacher and student side by side on the device, and the optimiser step that teaches the one by the other.
+
+The trainer takes this step over a recipe's stages; the benchmarks take the same one to time it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+
+from distill.architectures import Depth
+from distill.errors import UserError, unknown
+from distill.layer_map import LayerMap
+from distill.options import TrainOptions
+from distill.plan import OPTIMIZER_BYTES
+from distill.recipes import LossWeights, Recipe
+from distill.sharding import shard
+from distill.sources import load_component
+from distill.step import add_noise, loss_terms
+from distill.taps import FeatureRecorder, Tap, make_taps
+
+Terms = dict[str, float]
+"""Every loss term by name, and their `total`."""
+
+
+def make_optimizer(name: str, student: torch.nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW, its moments in 32 or in 8 bits (arXiv 2110.02861). Raises UserError for another name, or without the
+    package that has the 8-bit one."""
+    if name == "adamw":
+        return torch.optim.AdamW(student.parameters(), weight_decay=weight_decay, fused=True)
+    if name != "adamw-8bit":
+        raise unknown("optimizer", name, OPTIMIZER_BYTES)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError("--optimizer adamw-8bit needs the package bitsandbytes: pip install bitsandbytes") from None
+    return AdamW8bit(student.parameters(), weight_decay=weight_decay)
+
+
+def load_nets(
+    teacher: Path | None, student: Path, half: torch.dtype
+) -> tuple[UNet2DConditionModel | None, UNet2DConditionModel]:
+    """The UNet of the pipeline folder `teacher` in `half`, and the one whose own folder is `student` in fp32, to train."""
+    trained = UNet2DConditionModel.from_pretrained(student, torch_dtype=torch.float32).train()
+    return teacher and load_component(teacher, "unet", half), trained
+
+
+class Pair:
+    """A frozen teacher (or None, where no loss needs one) and its student, ready to take steps.
+
+    Public are the `student` itself, the `model` that runs it (under DDP a wrapper), the `teacher` and the `optimizer`.
+    The teacher is never given to accelerate's `prepare`: its save hooks receive every prepared model, and so a teacher
+    was once saved over its student.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        teacher: UNet2DConditionModel | None,
+        student: UNet2DConditionModel,
+        layer_map: LayerMap,
+        alphas_cumprod: torch.Tensor,
+        recipe: Recipe,
+        options: TrainOptions,
+    ) -> None:
+        """Moves both nets to the device; the student is checkpointed, compiled and wrapped as the options say."""
+        self.accelerator, self.layer_map, self.recipe, self.options = accelerator, layer_map, recipe, options
+        self.alphas_cumprod = alphas_cumprod
+        self.student = student.to(accelerator.device)
+        self.teacher: Any = teacher and teacher.to(accelerator.device).requires_grad_(False)
+        if options.gradient_checkpointing:
+            student.enable_gradient_checkpointing()
+        if options.compile:
+            self.compile_blocks()
+        if options.fsdp:
+            shard(student)
+        self.model: Any = student if options.fsdp else accelerator.prepare(student)
+        self.optimizer: Any = accelerator.prepare(make_optimizer(options.optimizer, student, recipe.weight_decay))
+
+    def compile_blocks(self) -> None:
+        """torch.compile for each transformer block of both nets."""
+        for unet in filter(None, (self.student, self.teacher)):
+            unet.compile_repeated_blocks()
+
+    @contextmanager
+    def taught_by(self, losses: LossWeights) -> Iterator[Callable[..., Terms]]:
+        """Taps what `losses` compares; yields `step(batch, seed=…, learning_rate=…, warm=1.0)`, which takes one
+        optimiser step over a global batch of `LatentCache` and returns its terms, averaged over all processes."""
+        taps: tuple[Tap, ...] = ()
+        if losses.feature and self.teacher is not None:
+            teacher, student = (Depth.from_config(unet.config) for unet in (self.teacher, self.student))
+            taps = make_taps(losses.level, teacher, student, self.layer_map)
+        recorders = (
+            FeatureRecorder(self.student, [tap.student for tap in taps]),
+            FeatureRecorder(self.teacher or self.student, sorted({tap.teacher for tap in taps})),
+        )
+        terms_of = partial(
+            loss_terms,
+            self.model,
+            self.teacher,
+            losses=losses,
+            alphas_cumprod=self.alphas_cumprod.to(self.accelerator.device),
+            taps=taps,
+            recorders=recorders,
+            autocast=self.accelerator.autocast,
+        )
+
+        def step(
+            batch: Mapping[str, torch.Tensor], *, seed: tuple[int, ...], learning_rate: float, warm: float = 1.0
+        ) -> Terms:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            noised = add_noise(batch, self.alphas_cumprod, seed=seed, caption_dropout=self.recipe.caption_dropout)
+            return self._step(noised, partial(terms_of, warm=warm))
+
+        try:
+            yield step
+        finally:
+            for recorder in recorders:
+                recorder.remove()
+
+    def _step(self, noised: Mapping[str, torch.Tensor], terms_of: Callable[..., dict[str, torch.Tensor]]) -> Terms:
+        accelerator, parts = self.accelerator, self.options.accumulation
+        size = len(noised["noisy"]) // (accelerator.num_processes * parts)
+        totals: dict[str, torch.Tensor] = {}
+        for micro in range(parts):
+            begin = (accelerator.process_index * parts + micro) * size
+            part = {name: value[begin : begin + size].to(accelerator.device) for name, value in noised.items()}
+            with accelerator.accumulate(self.model):
+                terms = terms_of(batch=part)
+                total = torch.stack(list(terms.values())).sum()
+                accelerator.backward(total)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            for name, value in {**terms, "total": total}.items():
+                totals[name] = totals.get(name, 0) + value.detach() / parts
+        values = accelerator.reduce(torch.stack(list(totals.values())), reduction="mean").tolist()
+        return dict(zip(totals, values, strict=True))
