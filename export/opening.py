@@ -4,8 +4,9 @@ The trick is to trace with sizes that cannot be mistaken: batch, height and widt
 no dimension of any weight. Every size in these networks is a product (no sums), so in the traced graph a number shows
 by its factors which axes it is made of: 137 · 2 · 131 is columns times twice the rows. Such numbers may stand in two
 kinds of places only, the target of a Reshape or an Expand. There a size is kept by reference (0: as the input has it,
--1: what is left), or computed once from the input's shape. A number anywhere else means that the network does
-something with sizes that this cannot express: `CannotOpen`, and the caller traces with symbols.
+-1: what is left), or computed once from the input's shape. A constant of such a size was folded from an Expand, and
+repeats itself, or from an arange, and counts: it becomes that operator again. A number anywhere else means that the
+network does something with sizes that this cannot express: `CannotOpen`, and the caller traces with symbols.
 """
 
 from __future__ import annotations
@@ -101,24 +102,35 @@ class _Opener:
         return "*".join(([str(coefficient)] if coefficient != 1 else []) + words)
 
     def _constant(self, numbers: Sequence[int]) -> ir.Value:
-        key = ("constant", *numbers)
-        if key not in self.values:
-            name = "sizes_" + "_".join(map(str, numbers)).replace("-", "m")
-            tensor = ir.tensor(np.array(numbers, dtype=np.int64), name=name)
-            value = ir.Value(name=name, shape=ir.Shape([len(numbers)]), type=ir.TensorType(ir.DataType.INT64))
+        name = "sizes_" + "_".join(map(str, numbers)).replace("-", "m")
+        return self._initializer(name, np.array(numbers, dtype=np.int64))
+
+    def _initializer(self, name: str, array: np.ndarray) -> ir.Value:
+        """A constant; each `name` once."""
+        if name not in self.values:
+            tensor = ir.tensor(array, name=name)
+            value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
             value.const_value = tensor
             self.graph.register_initializer(value)
-            self.values[key] = value
-        return self.values[key]
+            self.values[name] = value
+        return self.values[name]
 
-    def _node(self, key: object, kind: str, inputs: list[ir.Value], length: int = 1, **attributes: int) -> ir.Value:
-        """One int64 vector computed at the start of the graph; each `key` once."""
+    def _node(
+        self,
+        key: object,
+        kind: str,
+        inputs: list[ir.Value],
+        shape: Sequence[int] = (1,),
+        dtype: ir.DataType = ir.DataType.INT64,
+        **attributes: int,
+    ) -> ir.Value:
+        """One tensor computed at the start of the graph; each `key` once."""
         if key not in self.values:
             node = ir.node(kind, inputs, attributes or None)
             node.name = f"size_node_{len(self.new_nodes)}"
             [output] = node.outputs
             output.name = f"size_{len(self.new_nodes)}"
-            output.shape, output.type = ir.Shape([length]), ir.TensorType(ir.DataType.INT64)
+            output.shape, output.type = ir.Shape(shape), ir.TensorType(dtype)
             self.new_nodes.append(node)
             self.values[key] = output
         return self.values[key]
@@ -154,7 +166,7 @@ class _Opener:
             return self._constant([entry for entry in entries if isinstance(entry, int)])
         parts = [self._constant([entry]) if isinstance(entry, int) else entry for entry in entries]
         key = ("vector", *(part.name for part in parts))
-        return self._node(key, "Concat", parts, len(parts), axis=0) if len(parts) > 1 else parts[0]
+        return self._node(key, "Concat", parts, [len(parts)], axis=0) if len(parts) > 1 else parts[0]
 
     def reshape_target(self, data: Sequence[int], target: Sequence[int]) -> ir.Value:
         entries: list[int | ir.Value] = []
@@ -182,6 +194,25 @@ class _Opener:
             ]
         )
 
+    def unfolded(self, constant: ir.Value) -> ir.Value:
+        """A constant of an open shape as what it was folded from."""
+        assert constant.const_value is not None
+        name, array = str(constant.name), constant.const_value.numpy()
+        once = array[tuple(slice(1) if self.is_open(size) else slice(None) for size in array.shape)]
+        if (array == once).all():
+            target = self.expand_target(once.shape, array.shape)
+            part = self._initializer(f"{name}_once", once)
+            return self._node(name, "Expand", [part, target], array.shape, constant.const_value.dtype)
+        if array.dtype == np.int64 and (array.ravel() == np.arange(array.size)).all():
+            start, step = (self._initializer(f"number_{number}", np.array(number)) for number in (0, 1))
+            end = self._node((name, "end"), "Squeeze", [self.computed(array.size)], ())
+            count = self._node((name, "count"), "Range", [start, end, step], [array.size])
+            if array.ndim == 1:
+                return count
+            target = self.reshape_target([array.size], array.shape)
+            return self._node(name, "Reshape", [count, target], array.shape)
+        raise CannotOpen(f"the constant {name} has an open shape {list(array.shape)}")
+
 
 def _ints(value: ir.Value | None) -> list[int]:
     """The numbers of a small integer constant; nothing for any other value."""
@@ -208,9 +239,9 @@ def open_dimensions(
     graph = model.graph
     opener = _Opener(graph, axes, frozenset(size for size in fixed_sizes if size > 1))
     nodes = list(graph)
-    for initializer in graph.initializers.values():
-        if initializer.shape is not None and any(isinstance(n, int) and opener.is_open(n) for n in initializer.shape):
-            raise CannotOpen(f"the constant {initializer.name} has an open shape {initializer.shape}")
+    for initializer in list(graph.initializers.values()):
+        if any(map(opener.is_open, _known_shape(initializer))):
+            ir.convenience.replace_all_uses_with(initializer, opener.unfolded(initializer))
     rewrites: list[tuple[ir.Node, list[int], list[int]]] = []
     for node in nodes:
         for attribute in node.attributes.values():
@@ -239,7 +270,9 @@ def open_dimensions(
         if [axis is not None for axis in spec.axes] != [isinstance(size, ir.SymbolicDim) for size in value.shape]:
             raise CannotOpen(f"{spec.name} has the shape {value.shape}, not {spec.axes}")
     outside = {id(value) for value in graph.outputs}
-    for value in (output for node in nodes for output in node.outputs if id(output) not in outside):
+    traced = [output for node in nodes for output in node.outputs if id(output) not in outside]
+    made = [output for node in opener.new_nodes for output in node.outputs]
+    for value in [*traced, *(value for value in made if any(map(opener.is_open, _known_shape(value))))]:
         value.shape = None  # sizes that are sums cannot be told from fixed ones; every reader infers shapes anyway
     graph.insert_before(nodes[0], opener.new_nodes)
     for value in [value for value in graph.initializers.values() if not value.uses() and not value.is_graph_output()]:

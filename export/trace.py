@@ -42,6 +42,8 @@ _ELEMENTWISE = {
     aten.cat.default,
     aten.concat.default,
 }
+_COMPARISONS = {aten.eq.Scalar, aten.lt.Tensor}
+_CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device}
 _ASSERTS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg}
 _DIRECT = {
     str(operator)
@@ -53,7 +55,8 @@ _DIRECT = {
         *(aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.expand.default, aten.slice.Tensor),
         *(aten.flatten.using_ints, aten.cat.default, aten.concat.default, aten.chunk.default, aten.embedding.default),
         *(aten.upsample_nearest2d.vec, aten.arange.start, aten.sym_size.int, aten._to_copy.default),
-        *(aten.squeeze.dim, aten.select.int, aten.constant_pad_nd.default, aten.arange.default),
+        *(aten.squeeze.dim, aten.select.int, aten.constant_pad_nd.default, aten.arange.default, aten.full.default),
+        *(aten.eq.Scalar, aten.lt.Tensor, aten.masked_fill.Scalar, aten.argmax.default, aten.index.Tensor),
     )
 } | {"<built-in function getitem>", "<built-in function mul>"}
 
@@ -106,17 +109,25 @@ def _replacement(node: Node) -> Node | None:
         return source
     if node.target is aten.dropout.default and not node.args[2]:
         return source
-    is_cast = node.target in (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default)
+    is_cast = node.target in _CASTS or node.target is aten._to_copy.default
     return source if is_cast and node.meta["val"].dtype == source.meta["val"].dtype else None
 
 
 def _mixes_types(node: Node) -> bool:
-    """True where an elementwise operator is given tensors of unlike types, which ONNX does not promote."""
-    if node.target not in _ELEMENTWISE:
+    """True where an elementwise operator is given numbers of unlike types, which ONNX does not promote."""
+    if node.target not in _ELEMENTWISE | _COMPARISONS:
         return False
-    result = node.meta["val"].dtype
     values = [argument.meta["val"] for argument in node.all_input_nodes]
-    return any(not isinstance(value, torch.Tensor) or value.dtype != result for value in values)
+    if not all(isinstance(value, torch.Tensor) for value in values):
+        return True
+    common = values[0].dtype if node.target in _COMPARISONS else node.meta["val"].dtype
+    has_fraction = any(isinstance(argument, float) for argument in node.args) and not common.is_floating_point
+    return has_fraction or any(value.dtype != common for value in values)
+
+
+def _is_fresh(argument: Any) -> bool:
+    """True for a new tensor that nothing else sees: to write into it is to make another."""
+    return isinstance(argument, Node) and argument.target is aten.full.default and len(argument.users) == 1
 
 
 def make_lean(program: ExportedProgram) -> bool:
@@ -131,12 +142,14 @@ def make_lean(program: ExportedProgram) -> bool:
         elif source is not None:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
-        elif node.target in (aten.to.dtype, aten.to.dtype_layout):
+        elif node.target in _CASTS:
             node.target, node.args, node.kwargs = (
                 aten._to_copy.default,
                 node.args[:1],
                 {"dtype": node.meta["val"].dtype},
             )
+        elif node.target is aten.masked_fill_.Scalar and _is_fresh(node.args[0]):
+            node.target = aten.masked_fill.Scalar
         elif node.target is aten.pad.default and node.args[2:] in (
             (),
             ("constant",),
@@ -211,8 +224,6 @@ def trace(
     multiple = component.size_multiple(config)
     names = list(dict.fromkeys(axis for spec in inputs for axis in spec.axes if axis is not None))
     try:
-        if names == ["batch"]:
-            raise CannotOpen("one symbol alone is quick, and text encoders count the batch")
         fixed_sizes = _fixed_sizes(module, inputs)
         axes = choose_axes(names, multiple, fixed_sizes)
         model = convert(capture(module, inputs, [sized(spec, axes) for spec in inputs]), inputs, outputs, opset)

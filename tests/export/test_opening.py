@@ -59,6 +59,42 @@ def test_a_reshape_is_opened_for_every_size() -> None:
         assert (y.ravel() == np.arange(y.size)).all()
 
 
+def added(array: np.ndarray, axes: list) -> ir.Model:
+    """x + a constant of the size the exporter folded it to."""
+    value = ir.Value(name="x", shape=ir.Shape(sized(INPUT, axes)), type=ir.TensorType(ir.DataType.INT64))
+    constant = ir.Value(name="folded", shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.INT64))
+    constant.const_value = ir.tensor(array, name="folded")
+    node = ir.node("Add", [value, constant])
+    [out] = node.outputs
+    out.name, out.shape, out.type = "y", ir.Shape(sized(INPUT, axes)), value.type
+    graph = ir.Graph([value], [out], nodes=[node], initializers=[constant], opset_imports={"": 23}, name="g")
+    return ir.Model(graph, ir_version=10)
+
+
+@pytest.mark.parametrize("kind", ["counts a column", "counts a row", "repeats"])
+def test_a_folded_constant_is_opened_for_every_size(kind: str) -> None:
+    axes = choose_axes(["batch", "height", "width"], 4, [6])
+    height, width = axes[1].size, axes[2].size
+    array = {
+        "counts a column": np.arange(height)[:, None],
+        "counts a row": np.arange(width),
+        "repeats": np.tile(np.array([7, 3, 1, 0, 5, 9])[:, None, None], (1, height, width)),
+    }[kind]
+    model = added(array, axes)
+    open_dimensions(model, [INPUT], [INPUT], axes, [6])
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+    for shape in ((1, 6, 4, 12), (5, 6, 8, 4)):
+        [y] = session.run(None, {"x": np.zeros(shape, dtype=np.int64)})
+        here = tuple(slice(size) for size in shape[-array.ndim :])
+        assert (y == np.broadcast_to(array[here], shape)).all()
+
+
+def test_a_constant_that_neither_counts_nor_repeats_is_refused() -> None:
+    axes = choose_axes(["batch", "height", "width"], 4, [6])
+    with pytest.raises(CannotOpen, match="folded"):
+        open_dimensions(added(np.arange(axes[2].size) ** 2, axes), [INPUT], [INPUT], axes, [6])
+
+
 def test_a_sum_of_sizes_is_refused() -> None:
     axes = choose_axes(["batch", "height", "width"], 4, [6])
     batch, height, width = (axis.size for axis in axes)

@@ -78,6 +78,21 @@ def test_opening_and_symbols_give_the_same_numbers(
         assert np.abs(with_symbols - opened).max() < 1e-5 * np.abs(opened).max()
 
 
+@pytest.mark.parametrize("opset", [23, 18])
+@pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2"])
+def test_text_encoders_are_opened_too(
+    mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, opset: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("traced with symbols")
+
+    monkeypatch.setattr(tracing, "capture_with_symbols", refuse)
+    model, module, config = traced(mini_vega, name, torch.float32, opset)
+    file = saved(model, tmp_path / name)
+    onnx.checker.check_model(str(file), full_check=True)
+    assert all(result.passed for result in compare(name, file, module, config, SIZES[:1], [1, 5], "fp32"))
+
+
 def test_only_known_operators_skip_decomposition() -> None:
     class Known(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -91,14 +106,29 @@ def test_only_known_operators_skip_decomposition() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + x.half()
 
+    class MixedComparison(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.int() == 0.5
+
+    class Shared(torch.nn.Module):  # written into where a view of it is read later
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            full = torch.full((8, 8), 1.0)
+            view = full.view(64)
+            full.masked_fill_(x[0, 0] < x[0, 1], 0)
+            return view
+
     spec = COMPONENTS["vae_encoder"].inputs(
         {"block_out_channels": [1], "in_channels": 3, "latent_channels": 4}, Resolution(8, 8), 1, "fp32"
     )
-    programs = {kind: capture(kind().eval(), spec, [spec[0].shape]) for kind in (Known, Foreign, Mixed)}
+    programs = {
+        kind: capture(kind().eval(), spec, [spec[0].shape]) for kind in (Known, Foreign, Mixed, MixedComparison, Shared)
+    }
     assert {kind: make_lean(program) for kind, program in programs.items()} == {
         Known: True,
         Foreign: False,
         Mixed: False,
+        MixedComparison: False,
+        Shared: False,
     }
     names = [str(node.target) for node in programs[Known].graph.nodes if node.op == "call_function"]
     assert names == ["aten.silu.default", "aten.add.Tensor"]
