@@ -1,7 +1,7 @@
 """Does TensorRT-RTX accept this GPU? A small fp16 network is built for every capability it names, then loaded and run.
 
 Its enumeration names no SM90, and the vendor's list no data-centre GPU, so the answer is kept with the runtime's own
-words. The GPU providers of ONNX Runtime are asked the same.
+words. The GPU providers of ONNX Runtime are asked the same, built in or as a plugin.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 SCHEMA = "slimxl.bench.acceptance/1"
 SIDE = 64
 PROVIDERS = ("NvTensorRTRTXExecutionProvider", "TensorrtExecutionProvider", "CUDAExecutionProvider")
+PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 
 
 def _weights() -> np.ndarray:
@@ -125,17 +126,10 @@ def try_capability(trt: Any, capability: str) -> dict[str, Any]:
     return row
 
 
-def try_provider(name: str) -> dict[str, Any]:
-    """The same network by one of ONNX Runtime's providers."""
+def _onnx_model() -> bytes:
     import onnx
-    import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
-    row = _row(name)
-    available = onnxruntime.get_available_providers()
-    if name not in available:
-        row["messages"].append(f"this ONNX Runtime ({onnxruntime.__version__}) has {', '.join(available)}")
-        return row
     shape = [SIDE, SIDE]
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Relu", ["p"], ["y"])],
@@ -146,14 +140,56 @@ def try_provider(name: str) -> dict[str, Any]:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
+def _run_session(row: dict[str, Any], name: str, **how: Any) -> None:
+    """The same network in a session that is to run on the provider `name`."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(_onnx_model(), **how)
+    row["reached"] = "loaded"
+    if name not in session.get_providers():
+        row["messages"].append(f"the session fell back to {', '.join(session.get_providers())}")
+        return
+    row["cosine"] = _cosine(session.run(["y"], {"x": _inputs()})[0])
+    row["reached"] = "ran"
+
+
+def try_provider(name: str) -> dict[str, Any]:
+    """One of the providers that ONNX Runtime was built with."""
+    import onnxruntime
+
+    row = _row(name)
+    available = onnxruntime.get_available_providers()
+    if name not in available:
+        row["messages"].append(f"this ONNX Runtime ({onnxruntime.__version__}) has {', '.join(available)}")
+        return row
     try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=[name])
-        row["reached"] = "loaded"
-        if name not in session.get_providers():
-            row["messages"].append(f"the session fell back to {', '.join(session.get_providers())}")
+        _run_session(row, name, providers=[name])
+    except Exception as error:
+        row["messages"].append(f"{type(error).__name__}: {error}")
+    return row
+
+
+def try_plugin(module: str) -> dict[str, Any]:
+    """A provider that comes as a package of its own and is registered with ONNX Runtime, for every device it names."""
+    import onnxruntime
+
+    row = _row(module)
+    try:
+        plugin = import_module(module)
+        name = plugin.get_ep_name()
+        onnxruntime.register_execution_provider_library(name, plugin.get_library_path())
+        devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
+        if not devices:
+            row["messages"].append(f"{name} {plugin.__version__} was registered and names no device here")
             return row
-        row["cosine"] = _cosine(session.run(["y"], {"x": _inputs()})[0])
-        row["reached"] = "ran"
+        options = onnxruntime.SessionOptions()
+        options.add_provider_for_devices(devices, {})
+        _run_session(row, name, sess_options=options)
+    except ImportError as error:
+        row["messages"].append(f"not installed: {error}")
     except Exception as error:
         row["messages"].append(f"{type(error).__name__}: {error}")
     return row
@@ -174,4 +210,6 @@ def measure_acceptance(on_row: Callable[[list[dict[str, Any]]], None]) -> list[d
     for name in PROVIDERS:
         rows.append(try_provider(name))
         on_row(rows)
+    rows.append(try_plugin(PLUGIN))
+    on_row(rows)
     return rows

@@ -3,14 +3,14 @@
 eager@fp16:random:vega          diffusers as it comes, in fp32, bf16 or fp16
 compiled@bf16:path/to/folder    the same with torch.compile, fused QKV, channels_last
 optimum:path/to/onnx            optimum's ONNX Runtime pipeline
-bundle@onnxruntime:path         a slimxl bundle, by one of its flavors
+bundle@onnxruntime:path         a slimxl bundle, by one of its flavors; +shared (or another layout) and +no-graphs follow it
 fake:denoise=10,vae_decode=25   known delays
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from distill.errors import UserError, unknown
 
@@ -78,11 +78,25 @@ def make_contestant(spec: Spec, device: str) -> Any:
         return kind(spec.name, spec.source, device, precision)
     if spec.kind == "optimum":
         return pipelines.OptimumContestant(spec.name, spec.source, device, "as exported")
-    return pipelines.BundleContestant(
+    return _bundle(spec, device)
+
+
+def _bundle(spec: Spec, device: str) -> Any:
+    """`FLAVOR[+LAYOUT][+no-graphs]`, in any order behind the flavor."""
+    from bench.pipelines import BundleContestant
+    from engines.bundle import LAYOUTS, Layout
+
+    flavor, *words = (spec.option or "").split("+")
+    for word in words:
+        if word not in (*LAYOUTS, "no-graphs"):
+            raise unknown("way to run a bundle", word, (*LAYOUTS, "no-graphs"))
+    return BundleContestant(
         spec.name,
         spec.source,
-        "cpu" if spec.option == "onnxruntime" and device == "cpu" else device,
+        device,
         "as built",
-        runtime=f"slimxl bundle, {spec.option or 'default flavor'}",
-        flavor=spec.option,
+        runtime=f"slimxl bundle, {', '.join([flavor or 'default flavor', *words])}",
+        flavor=flavor or None,
+        layout=next((layout for layout in get_args(Layout) if layout in words), None),
+        cuda_graphs="no-graphs" not in words,
     )

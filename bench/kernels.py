@@ -18,7 +18,7 @@ from bench.workload import Workload
 FAMILIES = (  # the first that matches a kernel's name; cuDNN's convolutions call themselves gemm too
     ("attention", r"flash|fmha|attention|sdpa|_mha"),
     ("convolution", r"conv|implicit|fprop|winograd"),
-    ("norm", r"norm|rowwisemoments|computefusedparams|welford"),
+    ("norm", r"norm|rowwisemoments|computefusedparams|welford|__myl\w*mea"),  # Myelin: _MeaSubMulMea..., mean
     ("gemm", r"gemm|nvjet|cutlass|cublas|splitk|hmma|matmul|triton_tem|aten::(add|b|badd)?mm$|mkldnn_linear"),
     ("copy", r"memcpy|memset|copy|catarray|aten::cat|transpose|nchwtonhwc|nhwctonchw"),
     (
@@ -35,8 +35,8 @@ def family_of(kernel: str) -> str:
     return next((family for family, pattern in FAMILIES if re.search(pattern, name)), "other")
 
 
-def _times(profiler: Any, device: str) -> dict[str, float]:
-    """Kernel name -> microseconds in all."""
+def kernel_times(profiler: Any, device: str) -> dict[str, float]:
+    """Kernel name -> microseconds in all; on a CPU operator name -> its own microseconds."""
     from torch.autograd import DeviceType
 
     if not device.startswith("cuda"):
@@ -89,4 +89,4 @@ def profile_denoise(contestant: Any, workload: Workload, step_ms: float | None) 
             profiler.start() if done == 1 else profiler.stop()
 
     contestant.draw(short, mark)
-    return by_family(_times(profiler, contestant.device), PROFILED_STEPS, step_ms)
+    return by_family(kernel_times(profiler, contestant.device), PROFILED_STEPS, step_ms)

@@ -180,24 +180,25 @@ class Plan:
 
 @dataclass
 class Cell:
-    """The samples of one workload, per contestant, in rounds that were interleaved."""
+    """The samples of one workload, per contestant, in rounds that were interleaved. `first_ms` is the very first call
+    of each visit, which pays for the change to this workload's shapes."""
 
     workload: Workload
     samples: dict[str, list[Sample]] = field(default_factory=dict)
+    first_ms: dict[str, list[float]] = field(default_factory=dict)
     warmups: dict[str, int] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
 
-def warm_up(contestant: Contestant, workload: Workload, clock: Clock, plan: Plan) -> int:
-    """Draws until two calls in a row agree within `stable_within`, `max_warmup` times at most. Returns how many."""
-    previous = None
+def warm_up(contestant: Contestant, workload: Workload, clock: Clock, plan: Plan) -> list[float]:
+    """Draws until two calls in a row agree within `stable_within`, `max_warmup` times at most. Returns their
+    milliseconds."""
+    totals: list[float] = []
     for count in range(1, plan.max_warmup + 1):
-        total_ms = timed_draw(contestant, workload, clock)[0].total_ms
-        stable = previous is not None and abs(total_ms - previous) <= plan.stable_within * previous
-        if count >= plan.warmup and stable:
-            return count
-        previous = total_ms
-    return plan.max_warmup
+        totals.append(timed_draw(contestant, workload, clock)[0].total_ms)
+        if count >= max(2, plan.warmup) and abs(totals[-1] - totals[-2]) <= plan.stable_within * totals[-2]:
+            break
+    return totals
 
 
 def measure_rounds(
@@ -219,10 +220,12 @@ def measure_rounds(
             continue
         clock = make_clock(contestant.device)
         try:
-            cell.warmups[contestant.name] = warm_up(contestant, cell.workload, clock, plan)
+            totals = warm_up(contestant, cell.workload, clock, plan)
         except Exception as error:
             cell.failures[contestant.name] = f"{type(error).__name__}: {error}"
             continue
+        cell.warmups[contestant.name] = len(totals)
+        cell.first_ms.setdefault(contestant.name, []).extend(totals[:1])
         running.append((contestant, clock))
         cell.samples.setdefault(contestant.name, [])
     first = 1 + max((sample.round for samples in cell.samples.values() for sample in samples), default=-1)

@@ -6,6 +6,7 @@ A part writes its file as it goes, so that one that is stopped, or takes its pro
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +17,11 @@ from typing import Any
 
 from distill.errors import UserError, exit_on_user_error
 from distill.files import write_json
+
+LAYOUTS = {  # the flavor's default first
+    "tensorrt-rtx": ("ranged", "shared", "per-resolution"),
+    "tensorrt": ("shared", "ranged", "per-resolution"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +42,7 @@ class Job:
 
     @property
     def subject(self) -> str:
-        """What follows the colon in the part's name: a model."""
+        """What follows the colon in the part's name: a model, a flavor, a size, `batch` or `bf16`."""
         return self.part.partition(":")[2]
 
     @property
@@ -45,11 +51,14 @@ class Job:
 
     @property
     def precision(self) -> str:
+        if self.subject == "bf16":
+            return "bf16"
         return "fp16" if self.on_gpu else "fp32"
 
     @property
     def first_resolution(self) -> str:
-        return self.resolutions.split(",")[0]
+        sizes = self.resolutions.split(",")
+        return self.subject if self.subject in sizes else sizes[0]
 
     def left_s(self) -> float:
         return self.seconds - (time.time() - self.began)
@@ -65,13 +74,15 @@ class Job:
             "out": Path(self.out),
             "resolutions": self.first_resolution,
             "steps": str(self.steps),
+            "batches": "4" if self.subject == "batch" else "1",
+            "reference": self.subject != "batch",  # it was compared one by one
             "seconds": min(seconds, max(1.0, 0.4 * self.left_s())),
             "load_seconds": 0.35 * self.left_s(),
             "min_rounds": 6,
             "max_rounds": 40,
             "max_warmup": 2,
             "pictures": 0,
-            "energy_seconds": 0.0,
+            "energy_seconds": 10.0 if self.on_gpu else 0.0,
             "kernels": True,
             "device": self.device,
             "workdir": Path(self.workdir),
@@ -81,32 +92,16 @@ class Job:
 
 def eager(job: Job) -> None:
     """All models side by side in diffusers, at every size asked for: what everything else is held against."""
-    specs = [f"{model}=eager@{job.precision}:random:{model}" for model in job.models]
-    job.bench(specs, 50.0, resolutions=job.resolutions, energy_seconds=10.0 if job.on_gpu else 0.0)
+    sizes = job.first_resolution if job.subject else job.resolutions
+    job.bench([f"{model}=eager@{job.precision}:random:{model}" for model in job.models], 45.0, resolutions=sizes)
 
 
 def compiled(job: Job) -> None:
-    """torch.compile of all models, eager beside it in the same rounds. The smallest loads first: compiling the largest
-    takes longest, and is what is left out where time is short."""
-    specs = [f"{model} eager=eager@{job.precision}:random:{model}" for model in job.models]
-    specs += [f"{model} compiled=compiled@{job.precision}:random:{model}" for model in reversed(job.models)]
-    job.bench(specs, 45.0, baseline=f"{job.models[0]} compiled")
-
-
-def batch(job: Job) -> None:
-    """Four pictures at once."""
-    specs = [f"{model}=eager@{job.precision}:random:{model}" for model in job.models]
-    job.bench(specs, 40.0, batches="4", reference=False)
-
-
-def compiled_batch(job: Job) -> None:
+    """torch.compile of all models; in the first of these parts eager is beside it in the same rounds. The smallest
+    loads first: compiling the largest takes longest, and is what is left out where time is short."""
+    beside = [] if job.subject else [f"{model} eager=eager@{job.precision}:random:{model}" for model in job.models]
     specs = [f"{model} compiled=compiled@{job.precision}:random:{model}" for model in reversed(job.models)]
-    job.bench(specs, 40.0, batches="4", reference=False, baseline=f"{job.models[0]} compiled")
-
-
-def bf16(job: Job) -> None:
-    specs = [f"{model} bf16=eager@bf16:random:{model}" for model in job.models]
-    job.bench(specs, 30.0)
+    job.bench([*beside, *specs], 45.0, baseline=f"{job.models[0]} compiled")
 
 
 def training(job: Job) -> None:
@@ -143,6 +138,18 @@ def training(job: Job) -> None:
         raise UserError(rows[0]["failed"])
 
 
+def published(job: Job) -> None:
+    """The trainer's step beside the published loop, in turn, by the distill room's own benchmark."""
+    folder = _checkpoint(job, job.models[0])
+    small = (
+        ["--batch", "4", "--mixed-precision", "bf16", "--gradient-checkpointing"] if job.on_gpu else ["--batch", "1"]
+    )
+    _command(
+        job, "distill", "bench", "--model", str(folder), "--student", job.subject, "--out", job.out,
+        "--workdir", job.workdir, "--rounds", "6", *small,
+    )  # fmt: skip
+
+
 def acceptance(job: Job) -> None:
     """Whether TensorRT-RTX and ONNX Runtime's GPU providers take this GPU, in their own words."""
     from bench.acceptance import SCHEMA, measure_acceptance
@@ -157,11 +164,18 @@ def acceptance(job: Job) -> None:
         print(f"  {row['target']}: {row['reached']}{': ' + row['messages'][-1] if row['messages'] else ''}", flush=True)
 
 
-def _command(job: Job, *arguments: str) -> None:
+def _command(job: Job, *arguments: str, hide_gpus: bool = False) -> None:
     """Another room's command. Raises UserError with its last line where it fails or finds no time."""
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": "-1"} if hide_gpus else {})
     try:
-        command = [sys.executable, "-m", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=max(1.0, job.left_s()), check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=max(1.0, job.left_s()),
+            check=False,
+            env=environment,
+        )
     except subprocess.TimeoutExpired:
         raise UserError(f"{' '.join(arguments[:2])} found no time to end") from None
     if done.returncode:
@@ -184,26 +198,70 @@ def _checkpoint(job: Job, model: str) -> Path:
     return folder
 
 
-def flavor(job: Job) -> None:
-    """One model by one of our flavors: exported, built for the first size, and run beside diffusers."""
-    name, model = job.part.partition(":")[0], job.subject
-    folder, work = _checkpoint(job, model), Path(job.workdir)
-    onnx, bundle = work / f"onnx-{model}-{job.precision}", work / f"bundle-{name}-{model}"
+def _exported(job: Job, model: str) -> tuple[Path, Path]:
+    """The same as a checkpoint folder and as an ONNX folder."""
+    folder = _checkpoint(job, model)
+    onnx = Path(job.workdir) / f"onnx-{model}-{job.precision}"
     _command(
         job, "export", "onnx", "--model", str(folder), "--out", str(onnx), "--precision", job.precision, "--no-check",
         "--components", "unet,vae_decoder,text_encoder,text_encoder_2", "--vae-precision", job.precision,
     )  # fmt: skip
-    where = ["--layout", "ranged"] if name == "onnxruntime" else ["--layout", "per-resolution", "--gpus", "auto"]
+    return folder, onnx
+
+
+def _build(
+    job: Job, onnx: Path, bundle: Path, flavor: str, layout: str, sizes: str, batches: str = "1", gpu: str = "auto"
+) -> None:
+    """Adds one layout to a bundle. A GPU that is named, not `auto`, is built for with no GPU in sight."""
     _command(
-        job, "engines", "build", "--onnx", str(onnx), "--out", str(bundle), "--flavor", name, *where,
-        "--resolutions", job.first_resolution, "--replace",
+        job, "engines", "build", "--onnx", str(onnx), "--out", str(bundle), "--flavor", flavor, "--layout", layout,
+        "--gpus", gpu, "--resolutions", sizes, "--batches", batches, "--replace", hide_gpus=gpu != "auto",
     )  # fmt: skip
-    ours = f"{model} {name}"
-    job.bench(
-        [f"{model} eager=eager@{job.precision}:{folder}", f"{ours}=bundle@{name}:{bundle}"],
-        30.0,
-        artifacts=[f"{ours}={part}" for part in (folder, onnx, bundle)],
-    )
+
+
+def flavor(job: Job) -> None:
+    """One model by one of our flavors, exported, built and run on the spot, beside diffusers and beside the models that
+    came before it: with the largest, which is last, the speed-ups of all on the same runtime. Every size and batch 4
+    too, but for TensorRT, which would build each for minutes."""
+    name, model, work = job.part.partition(":")[0], job.subject, Path(job.workdir)
+    folder, onnx = _exported(job, model)
+    layout, sizes, batches = ("ranged", job.resolutions, "1,4")
+    if name == "tensorrt":
+        layout, sizes, batches = ("per-resolution", job.first_resolution, "1")
+    _build(job, onnx, work / f"bundle-{name}-{model}", name, layout, sizes, batches)
+    runs = [f"{model} eager=eager@{job.precision}:{folder}"]
+    artifacts = []
+    for one in (model, *(other for other in job.models if other != model)):
+        bundle, ours = work / f"bundle-{name}-{one}", f"{one} {name}"
+        if (bundle / "manifest.json").is_file():
+            runs.append(f"{ours}=bundle@{name}:{bundle}")
+            artifacts += [
+                f"{ours}={part}"
+                for part in (work / f"{one}-{job.precision}", work / f"onnx-{one}-{job.precision}", bundle)
+            ]
+    job.bench(runs, 45.0, resolutions=sizes, batches=batches, artifacts=artifacts)
+
+
+def layouts(job: Job) -> None:
+    """The smallest model by one flavor in every layout, at every size: latency, memory, first picture, change of size.
+    Beside them CUDA graphs switched off, and what TensorRT-RTX builds ahead of time, without a GPU."""
+    from engines.gpus import GPUS, gpu_at_hand
+
+    name, model, work = job.subject, job.models[-1], Path(job.workdir)
+    folder, onnx = _exported(job, model)
+    bundle, ahead = work / f"layouts-{name}-{model}", work / f"ahead-{name}-{model}"
+    runs = []
+    for layout in LAYOUTS[name]:
+        _build(job, onnx, bundle, name, layout, job.resolutions)
+        runs.append(f"{model} {layout}=bundle@{name}+{layout}:{bundle}")
+    found, default = gpu_at_hand(), LAYOUTS[name][0]
+    names = [gpu.name for gpu in GPUS.values() if found and gpu.compute_capability == found[1]]
+    if name == "tensorrt-rtx" and names:
+        _build(job, onnx, ahead, name, default, job.resolutions, gpu=names[0])
+        runs.append(f"{model} {default} built ahead=bundle@{name}+{default}:{ahead}")
+    runs.append(f"{model} {default} no graphs=bundle@{name}+{default}+no-graphs:{bundle}")
+    artifacts = [f"{one.partition('=')[0]}={folder}" for one in runs]
+    job.bench(runs, 45.0, resolutions=job.resolutions, artifacts=artifacts, energy_seconds=0.0)
 
 
 FUNCTIONS: dict[str, Callable[[Job], None]] = {
@@ -211,12 +269,11 @@ FUNCTIONS: dict[str, Callable[[Job], None]] = {
     "acceptance": acceptance,
     "compiled": compiled,
     "training": training,
-    "batch": batch,
+    "published": published,
     "tensorrt": flavor,
     "tensorrt-rtx": flavor,
     "onnxruntime": flavor,
-    "bf16": bf16,
-    "compiled-batch": compiled_batch,
+    "layouts": layouts,
 }
 
 

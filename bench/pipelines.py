@@ -18,6 +18,8 @@ from distill.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from engines.bundle import Layout
+
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -197,13 +199,17 @@ class OptimumContestant(PipelineContestant):
 
 @dataclass
 class BundleContestant(PipelineContestant):
-    """A slimxl bundle: the sampler is diffusers' own, the networks are engines of one flavor."""
+    """A slimxl bundle: the sampler is diffusers' own, the networks are engines of one flavor and, where the bundle has
+    several, of one layout."""
 
-    flavor: str | None = None
     runtime: str = "slimxl bundle"
+    flavor: str | None = None
+    layout: Layout | None = None
+    cuda_graphs: bool = True
 
     def make_pipeline(self) -> Any:
         import engines
 
-        pipe = engines.load(Path(self.source), flavor=self.flavor, device=self.device)
-        return pipe
+        return engines.load(
+            self.source, self.flavor, device=self.device, layout=self.layout, cuda_graphs=self.cuda_graphs
+        )

@@ -1,14 +1,15 @@
-"""What a GPU that is not at hand would take: its floor over the efficiency seen on others, with the error of doing so.
+"""What a GPU that is not at hand would take: its floor over the share of it that software reaches there.
 
-The floor of a GPU scales with its peaks; software reaches a share of it (the efficiency, floor over measured time)
-that differs by runtime far more than by GPU. So a prediction is floor / median efficiency of one runtime, and its
-range runs over the efficiencies seen. How wrong that is can be said only where a figure exists: each known figure is
-predicted from all the others of its runtime that stand on another GPU, or another model.
+That share (the efficiency, floor over measured time) depends on the runtime, and on the generation of GPU: Hopper's peak
+grew more than anything else in it. Each is one factor, found from all known figures by median polish [Tukey 1977] of
+log efficiency = runtime + generation. How wrong that is can be said only where a figure exists: each known figure is
+predicted from the others, once with what other runtimes do on its generation, once as if nothing were known of it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import exp, log
 from statistics import median
 
 from bench.peaks import PEAKS, PUBLISHED, Published
@@ -55,8 +56,34 @@ def published_known() -> list[Known]:
 
 
 @dataclass(frozen=True)
+class Shares:
+    """Log efficiencies: of each runtime, and what each generation (a compute capability) adds to it."""
+
+    runtimes: dict[str, float]
+    generations: dict[str, float]
+
+    def share(self, gpu: str, runtime: str) -> float:
+        """The share of the floor. A generation that no figure stands on adds what the median one does."""
+        usual = median(self.generations.values())
+        return exp(self.runtimes[runtime] + self.generations.get(PEAKS[gpu].compute_capability, usual))
+
+
+def find_shares(known: list[Known]) -> Shares:
+    """Medians of rows and columns in turn, until they stay."""
+    points = [(one.runtime, PEAKS[one.gpu].compute_capability, log(one.efficiency)) for one in known]
+    runtimes = dict.fromkeys((runtime for runtime, _, _ in points), 0.0)
+    generations = dict.fromkeys((generation for _, generation, _ in points), 0.0)
+    for _ in range(100):
+        for name in runtimes:
+            runtimes[name] = median(value - generations[where] for what, where, value in points if what == name)
+        for name in generations:
+            generations[name] = median(value - runtimes[what] for what, where, value in points if where == name)
+    return Shares(runtimes, generations)
+
+
+@dataclass(frozen=True)
 class Prediction:
-    """`low` and `high` come from the best and the worst efficiency seen; None where only one figure calibrates."""
+    """`low` and `high` hold every error that the method made on a known figure."""
 
     gpu: str
     model: str
@@ -74,37 +101,47 @@ def predict(gpu: str, model: str, steps: int, runtime: str, known: list[Known]) 
     """One guided picture at 1024x1024. `total_ms` is None where no figure of that runtime calibrates."""
     floor = floor_ms(gpu, model, steps)
     tflop = total_flops(component_costs(architecture_configs(model), Workload(resolution=SQUARE, steps=steps))) / 1e12
-    shares = [one.efficiency for one in known if one.runtime == runtime]
-    if not shares:
+    if runtime not in {one.runtime for one in known}:
         return Prediction(gpu, model, steps, runtime, floor, None, None, None, 0, tflop)
-    low, high = (floor / max(shares), floor / min(shares)) if len(shares) > 1 else (None, None)
-    return Prediction(gpu, model, steps, runtime, floor, floor / median(shares), low, high, len(shares), tflop)
+    total = floor / find_shares(known).share(gpu, runtime)
+    errors = [check.error for check in check_predictions(known)]
+    low, high = (total / (1 + max(errors)), total / (1 + min(errors))) if errors else (None, None)
+    return Prediction(gpu, model, steps, runtime, floor, total, low, high, len(known), tflop)
 
 
 @dataclass(frozen=True)
 class Check:
-    """A known figure beside what the others of its runtime predict for it; `error` is (predicted - known) / known."""
+    """A known figure beside what the others predict for it; `error` is (predicted - known) / known, `blind_error` the
+    same with every figure of its generation left out, None where its runtime then has none."""
 
     known: Known
     predicted_ms: float
     calibrated_on: int
+    blind_error: float | None = None
 
     @property
     def error(self) -> float:
         return self.predicted_ms / self.known.total_ms - 1
 
 
+def _predicted_ms(one: Known, others: list[Known]) -> float | None:
+    if one.runtime not in {other.runtime for other in others}:
+        return None
+    return one.floor_ms / find_shares(others).share(one.gpu, one.runtime)
+
+
 def check_predictions(known: list[Known]) -> list[Check]:
-    """Leave one (GPU, model) out: nothing that shares both with the figure takes part in predicting it."""
+    """Leave one (GPU, model, runtime) out: nothing that shares all three takes part in predicting it."""
     checks = []
     for one in known:
-        others = [
-            other.efficiency
-            for other in known
-            if other.runtime == one.runtime and (other.gpu, other.model) != (one.gpu, one.model)
-        ]
-        if others:
-            checks.append(Check(one, one.floor_ms / median(others), len(others)))
+        ours = (one.gpu, one.model, one.runtime)
+        others = [other for other in known if (other.gpu, other.model, other.runtime) != ours]
+        generation = PEAKS[one.gpu].compute_capability
+        elsewhere = [other for other in others if PEAKS[other.gpu].compute_capability != generation]
+        predicted_ms, blind_ms = _predicted_ms(one, others), _predicted_ms(one, elsewhere)
+        if predicted_ms is not None:
+            blind_error = blind_ms / one.total_ms - 1 if blind_ms is not None else None
+            checks.append(Check(one, predicted_ms, len(others), blind_error))
     return checks
 
 

@@ -12,13 +12,13 @@ from bench.peaks import PEAKS
 from bench.predict import Check, Known, check_on_measured, check_predictions, floor_ms, predict, published_known
 from bench.quality import MIN_LATENT_COSINE, MIN_PSNR_DB
 from bench.results import Inputs, Results, read_inputs
+from bench.runtimes import MODELS, limit_table, model_of, runtime_table, shape_table
 from distill.architectures import Resolution
 from distill.errors import UserError
 from distill.files import replacing, write_json
 from distill.shapes import ATTRIBUTES
 
 TEMPLATES = Path(__file__).parent / "templates"
-MODELS = ("sdxl", "ssd-1b", "vega")
 STEPS = 30
 RUNTIME = "TensorRT"
 SIZE_ROWS = (  # label, key of views.size_table, how it is written
@@ -53,7 +53,7 @@ def measured_latencies(all_results: list[Results]) -> list[Known]:
         gpu = next((key for key, peak in PEAKS.items() if results.peak and peak.name == results.peak["name"]), None)
         if gpu is None:
             continue
-        models = {record.name: _model_of(record) for record in results.contestants}
+        models = {record.name: model_of(record) for record in results.contestants}
         for cell in results.cells:
             load = cell.workload
             for row in sorted(cell.rows, key=lambda row: row.contestant != results.baseline):
@@ -82,17 +82,6 @@ def known_latencies(measured: list[Known]) -> list[Known]:
     return published_known() + [one for one in measured if (one.resolution, one.batch) == ("1024x1024", 1)]
 
 
-def _model_of(record: Any) -> str | None:
-    return next((name for name in MODELS if record.parameters == _parameters(name)), None)
-
-
-def _parameters(model: str) -> int | None:
-    from distill.architectures import ARCHITECTURES
-
-    published = ARCHITECTURES[model].parameters
-    return published[0] if published else None
-
-
 def runtime_class(runtime: str) -> str:
     """The published figures' word for a runtime of ours."""
     lower = runtime.lower()
@@ -113,7 +102,13 @@ def _named(one: Any, gpu: str) -> dict[str, Any]:
 
 
 def _check_row(check: Check) -> dict[str, Any]:
-    return _named(check.known, check.known.gpu) | {"predicted_ms": check.predicted_ms, "error": check.error}
+    told = {"predicted_ms": check.predicted_ms, "error": check.error, "blind_error": check.blind_error}
+    return _named(check.known, check.known.gpu) | told
+
+
+def _errors(errors: list[float]) -> dict[str, float]:
+    sizes = [abs(error) for error in errors] or [0.0]
+    return {"median": median(sizes), "worst": max(sizes)}
 
 
 def absent_readings(results: Results) -> dict[str, list[str]]:
@@ -186,7 +181,7 @@ def make_context(inputs: Inputs, title: str) -> dict[str, Any]:
     measured = measured_latencies(all_results)
     known = known_latencies(measured)
     checks = [check for check in check_predictions(known) if check.known.origin != MEASURED]
-    errors = [abs(check.error) for check in checks]
+    measured_checks = check_on_measured(measured)
     cards = views.model_cards(results)
     sizes = views.size_table(results)
     follows = [card["record"].follows for card in cards if card["record"].follows]
@@ -215,14 +210,20 @@ def make_context(inputs: Inputs, title: str) -> dict[str, Any]:
         "prediction_steps": STEPS,
         "prediction_models": MODELS,
         "predictions": _predictions(known),
+        "known": known,
         "calibration": [_named(one, one.gpu) for one in known if one.runtime == RUNTIME],
         "failed": views.failed_guard(results),
         "checks": [_check_row(check) for check in checks],
         "sources": list(dict.fromkeys(check.known.origin for check in checks)),
-        "median_error": median(errors),
-        "worst_error": max(errors),
-        "measured_checks": [_check_row(check) for check in check_on_measured(measured)],
-        "kernels": views.kernel_table(all_results),
+        "error": _errors([check.error for check in checks]),
+        "blind": _errors([check.blind_error for check in checks if check.blind_error is not None]),
+        "measured_checks": [_check_row(check) for check in measured_checks],
+        "measured_error": _errors([check.error for check in measured_checks]),
+        "runtimes": runtime_table(all_results),
+        "limits": limit_table(all_results),
+        "shapes": shape_table(all_results),
+        "kernels": views.kernel_table(all_results, inputs.training),
+        "published_loops": inputs.published_loops,
         "training": [row for one in inputs.training for row in one["rows"]],
         "acceptance": inputs.acceptance,
         "sessions": inputs.sessions,
@@ -273,7 +274,8 @@ def report_json(context: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
             asdict(one) | {"kind": "predicted"} for entry in context["predictions"] for one in entry["models"]
         ],
         "published": [
-            asdict(row["known"]) | {"kind": "published", "predicted_ms": row["predicted_ms"], "error": row["error"]}
+            asdict(row["known"])
+            | {"kind": "published", **{key: row[key] for key in ("predicted_ms", "error", "blind_error")}}
             for row in context["checks"]
         ],
         "built": [
@@ -286,7 +288,15 @@ def report_json(context: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
             asdict(row["known"]) | {"predicted_ms": row["predicted_ms"], "error": row["error"]}
             for row in context["measured_checks"]
         ],
+        "runtimes": [
+            {"contestant": one["record"].name, "runtime": one["record"].runtime, "precision": one["record"].precision}
+            | {key: one[key] and one[key].model_dump() for key in ("over_eager", "over_compiled")}
+            | {"total_ms": one["row"].total_ms.model_dump(), "mfu": one["row"].mfu, "denoise_mfu": one["denoise_mfu"]}
+            for one in context["runtimes"]
+        ],
+        "limits": [one | {"speedup": one["speedup"].model_dump()} for one in context["limits"]],
         "training": inputs.training,
+        "published_loops": inputs.published_loops,
         "acceptance": inputs.acceptance,
         "sessions": inputs.sessions,
         "loads": [load.model_dump(mode="json") for load in inputs.loads],
@@ -312,6 +322,7 @@ def render(context: dict[str, Any], template: str) -> str:
         "sec": words.seconds,
         "size": words.size,
         "count": words.count,
+        "quality": views.quality_word,
         "times": words.times,
         "pct": words.percent,
         "interval": words.interval,

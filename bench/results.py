@@ -13,6 +13,7 @@ from distill.files import read_json, write_json
 from engines.load_file import LOAD_SCHEMA, LoadFile, read_load
 
 SCHEMA = "slimxl.bench.results/1"
+LOOPS_SCHEMA = "slimxl.distill.bench/1"  # distill.bench.SCHEMA: a report needs none of what trains
 
 
 class Record(BaseModel):
@@ -28,7 +29,8 @@ class Estimate(Record):
 
 
 class Row(Record):
-    """One contestant in one cell. Times in milliseconds; `speedup` is how many times faster than the baseline."""
+    """One contestant in one cell. Times in milliseconds; `speedup` is how many times faster than the baseline,
+    `first_ms` the first call of each visit to this cell, from another workload's shapes."""
 
     contestant: str
     total_ms: Estimate
@@ -43,6 +45,7 @@ class Row(Record):
     diagnosis: list[str]
     refused: bool
     warmups: int
+    first_ms: list[float] = []
     samples: list[dict[str, Any]]
 
 
@@ -141,6 +144,7 @@ class Inputs:
 
     results: list[Results] = field(default_factory=list)
     training: list[dict[str, Any]] = field(default_factory=list)
+    published_loops: list[dict[str, Any]] = field(default_factory=list)
     acceptance: list[dict[str, Any]] = field(default_factory=list)
     sessions: list[dict[str, Any]] = field(default_factory=list)
     loads: list[LoadFile] = field(default_factory=list)
@@ -153,6 +157,7 @@ def read_inputs(paths: list[Path]) -> Inputs:
     inputs = Inputs()
     lists = {
         training.SCHEMA: inputs.training,
+        LOOPS_SCHEMA: inputs.published_loops,
         acceptance.SCHEMA: inputs.acceptance,
         suite.SCHEMA: inputs.sessions,
     }

@@ -331,14 +331,16 @@ def run_bench(options: RunOptions) -> Results:
 
     names = [entrant.name for entrant in entrants]
     unchecked: dict[str, Any] = {"passed": None, "words": [STOPPED], "fidelity": None}
-    save(dict.fromkeys(names, unchecked), {name: {"j_per_image": None, "why": STOPPED} for name in names}, [])
-    energy = {entrant.name: _energy(entrant, main, gpu, options.energy_seconds) for entrant in entrants}
+    energy: dict[str, dict[str, Any]] = {name: {"j_per_image": None, "why": STOPPED} for name in names}
+    save(dict.fromkeys(names, unchecked), energy, [])
     if options.kernels:
         _say("kernels of the denoise loop")
         for entrant in entrants:
             entrant.kernels = _kernels(entrant, main, cells[0])
     _say("quality against the fp32 reference")
     quality = _quality(entrants, main, options, device)
+    save(quality, energy, [])
+    energy = {entrant.name: _energy(entrant, main, gpu, options.energy_seconds) for entrant in entrants}
     if options.pictures:
         _say(f"pictures: {options.pictures} prompts, the same seeds for all")
     results = save(quality, energy, _draw(entrants, main, family, options))

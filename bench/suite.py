@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.parts import FUNCTIONS, Job, as_argument
+from bench.parts import FUNCTIONS, LAYOUTS, Job, as_argument
 from distill.architectures import find_architecture
 from distill.errors import UserError, unknown
 from distill.files import read_json, write_json
@@ -32,8 +32,8 @@ MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx", "onnxruntime"
 REPORT_S = 25.0  # kept back for the report
 STOP_S = 10.0  # between what a part is told to keep within and the moment it is stopped
 NEEDS_S = {  # less than this and a part is not begun: what it takes on an 80 GB-class GPU to leave one figure
-    "eager": 60, "acceptance": 20, "compiled": 120, "training": 45, "batch": 45, "tensorrt": 120, "tensorrt-rtx": 90,
-    "onnxruntime": 90, "bf16": 45, "compiled-batch": 110,
+    "eager": 60, "acceptance": 20, "compiled": 120, "training": 45, "published": 240, "tensorrt": 120, "tensorrt-rtx": 90,
+    "onnxruntime": 90, "layouts": 240,
 }  # fmt: skip
 
 
@@ -92,7 +92,7 @@ class Session:
             console.print(f"  {part}: {state}: {why}")
 
 
-def part_names(models: list[str]) -> list[str]:
+def part_names(models: list[str], resolutions: str) -> list[str]:
     """In the order of their worth."""
     small_first = models[::-1]
     return [
@@ -100,20 +100,25 @@ def part_names(models: list[str]) -> list[str]:
         "acceptance",
         "compiled",
         *(f"training:{model}" for model in models[1:]),
-        "batch",
+        *(f"published:{model}" for model in models[1:2]),
+        "eager:batch",
         *(f"{flavor}:{model}" for flavor in MODULES for model in small_first),
-        "bf16",
-        "compiled-batch",
+        *(f"layouts:{flavor}" for flavor in LAYOUTS),
+        "compiled:batch",
+        "eager:bf16",
+        *(f"compiled:{size}" for size in resolutions.split(",")[1:]),
+        "compiled:bf16",
     ]
 
 
 def _chosen(options: SuiteOptions, models: list[str]) -> list[str]:
-    names = part_names(models)
+    names = part_names(models, options.resolutions)
     wanted = [name for name in options.parts.split(",") if name]
     for name in wanted:
         if name not in names and name not in FUNCTIONS:
             raise unknown("part", name, [*FUNCTIONS, *(name for name in names if ":" in name)])
-    return [name for name in names if not wanted or name in wanted or name.partition(":")[0] in wanted]
+    kinds = [name for name in wanted if name not in names]  # `training` is all of training:..., `eager` is itself
+    return [name for name in names if not wanted or name in wanted or name.partition(":")[0] in kinds]
 
 
 def _open_session(options: SuiteOptions) -> Session:
@@ -153,7 +158,7 @@ def _open_session(options: SuiteOptions) -> Session:
 
 def _absent(part: str, device: str) -> str | None:
     """Why this machine cannot run a part whatever the time, where that can be told without trying."""
-    kind = part.partition(":")[0]
+    kind = part.removeprefix("layouts:").partition(":")[0]
     module = MODULES.get(kind)
     if module is None:
         return None
@@ -253,12 +258,14 @@ def run_suite(options: SuiteOptions) -> int:
             continue
         console.print(f"{part}: {session.left_s:.0f} s left")
         _run_part(session, part)
-    files = [session.path(part) for part in part_names(session.models) if session.path(part).exists()]
+    names = part_names(session.models, options.resolutions)
+    files = [session.path(part) for part in names if session.path(part).exists()]
     from bench.report import write_report
     from bench.results import read_inputs
 
     if not any(one["state"] == "done" for one in session.records.values()):
         return 1
     if read_inputs(files).results:
-        write_report([*files, session.path("session")], options.out / f"{session.stem}_report", "slimxl on one GPU")
+        title = "slimxl on one GPU" if options.device == "cuda" else "slimxl's GPU suite, tried out on a CPU"
+        write_report([*files, session.path("session")], options.out / f"{session.stem}_report", title)
     return 0

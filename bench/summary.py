@@ -45,11 +45,17 @@ def stage_medians(samples: list[Sample]) -> dict[str, float]:
     return {name: total * share / whole for name, share in shares.items()}
 
 
-def paired(baseline: list[Sample], other: list[Sample]) -> tuple[list[float], list[float]]:
-    """The totals of the rounds that both finished."""
-    by_round = {sample.round: sample.total_ms for sample in baseline}
-    both = [(by_round[sample.round], sample.total_ms) for sample in other if sample.round in by_round]
-    return [one for one, _ in both], [two for _, two in both]
+def speedup(baseline: dict[int, float], other: dict[int, float]) -> Estimate | None:
+    """How many times faster `other` is; both map a round to its milliseconds. None without a round that both
+    finished."""
+    rounds = [number for number in other if number in baseline]
+    if not rounds:
+        return None
+    return _estimate(stats.ratio_interval([baseline[one] for one in rounds], [other[one] for one in rounds]))
+
+
+def _by_round(samples: list[Sample]) -> dict[int, float]:
+    return {sample.round: sample.total_ms for sample in samples}
 
 
 def make_row(
@@ -59,6 +65,7 @@ def make_row(
     workload: Workload,
     *,
     warmups: int,
+    first_ms: list[float],
     costs: Costs | None,
     peak: Peak | None,
     faults: dict[str, Any],
@@ -80,7 +87,6 @@ def make_row(
         **faults,
     )
     refused = stats.is_refused(diagnosis)
-    ones, others = paired(baseline, samples)
     return Row(
         contestant=name,
         total_ms=_estimate(total),
@@ -89,12 +95,13 @@ def make_row(
         images_per_s=1e3 * workload.batch / total.value,
         cv=stats.spread(totals),
         percentiles_ms=percentiles(totals),
-        speedup=_estimate(stats.ratio_interval(ones, others)) if ones and not refused else None,
+        speedup=None if refused else speedup(_by_round(baseline), _by_round(samples)),
         floor_ms=floor_ms,
         mfu=mfu(costs, total.value, peak.tflops) if costs and peak else None,
         diagnosis=diagnosis,
         refused=refused,
         warmups=warmups,
+        first_ms=first_ms,
         samples=[asdict(sample) for sample in samples],
     )
 
@@ -115,6 +122,7 @@ def summarise(
             reference,
             cell.workload,
             warmups=cell.warmups[name],
+            first_ms=cell.first_ms[name],
             costs=costs.get(name),
             peak=peak,
             faults=faults,

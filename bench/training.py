@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bench.kernels import by_family, kernel_times
 from bench.peaks import Peak
 from bench.roofline import architecture_configs, component_costs
 from bench.stats import median_interval
@@ -140,8 +141,10 @@ class Bench:
 
 
 def measure_variant(bench: Bench, variant: Variant, peak: Peak | None, steps: int) -> dict[str, Any]:
-    """Samples per second of `steps` steps after two that are left out, peak memory, MFU, the first step's seconds."""
+    """Samples per second of `steps` steps after two that are left out, peak memory, MFU, the first step's seconds; for
+    the recipe's own arrangement and the compiled ones also where the time goes, by family of kernel."""
     import torch
+    from torch.profiler import ProfilerActivity, profile
 
     on_gpu = bench.device.startswith("cuda")
     if on_gpu:
@@ -153,8 +156,14 @@ def measure_variant(bench: Bench, variant: Variant, peak: Peak | None, steps: in
             begin = time.perf_counter()
             terms = step(number)  # ends with the loss values on the host, so the device is done
             seconds.append(time.perf_counter() - begin)
-    first, seconds = seconds[0], seconds[WARMUP:]
-    median = median_interval(seconds)
+        first, seconds = seconds[0], seconds[WARMUP:]
+        median = median_interval(seconds)
+        memory = torch.cuda.max_memory_allocated() if on_gpu else None
+        kernels = None
+        if variant == VARIANTS[0] or variant.compiled:
+            with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+                step(WARMUP + steps)
+            kernels = by_family(kernel_times(profiler, bench.device), 1, 1e3 * median.value)
     flops = step_flops(bench.teacher_spec.name, bench.student_spec.name, bench.resolution, bench.batch)
     return {
         "seconds_per_step": seconds,
@@ -163,8 +172,9 @@ def measure_variant(bench: Bench, variant: Variant, peak: Peak | None, steps: in
         "tflop_per_sample": flops / bench.batch / 1e12,
         "mfu": flops / median.value / (peak.tflops * 1e12) if peak else None,
         "mfu_why": None if peak else "no peak is known for this device",
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "peak_memory_bytes": memory,
         "loss_terms": len(terms) - 1,  # beside their total
+        "kernels": kernels,
     }
 
 

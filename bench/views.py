@@ -293,7 +293,7 @@ def build_table(results: Results) -> list[dict[str, Any]]:
         for engine in (artifact(record, "bundle") or {}).get("engines", []):
             capabilities = tuple(engine["compute_capabilities"])
             key = (name, engine["flavor"], capabilities)
-            ran = record.spec.startswith(f"bundle@{engine['flavor']}:")
+            ran = record.spec.startswith((f"bundle@{engine['flavor']}:", f"bundle@{engine['flavor']}+"))
             group = groups.setdefault(
                 key,
                 {
@@ -374,15 +374,22 @@ def main_faults(results: Results) -> list[str]:
     return [word if len(names) == len(rows) else f"{', '.join(names)} {word}" for word, names in said.items()]
 
 
-def kernel_table(all_results: list[Results]) -> dict[str, Any] | None:
-    """{"families": largest first, "rows": one a contestant, from every run that was profiled}; None where none was."""
-    rows = []
+def kernel_table(all_results: list[Results], training: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """{"families": largest first, "rows": one a contestant, from every run that was profiled}; None where none was.
+    Of runs that profiled the same the first stands. Distillation steps, of the files in `training`, come last."""
+    rows, seen = [], set()
     for results in all_results:
         for record in results.contestants:
             found = record.kernels or {}
-            if found.get("families_ms"):
+            key = (results.cells[0].name, record.parameters or record.name, record.runtime, record.precision)
+            if found.get("families_ms") and key not in seen:
+                seen.add(key)
                 whole = sum(found["families_ms"].values())
                 rows.append({"title": words.title_of(record.name), "runtime": record.runtime, "whole": whole, **found})
+    for row in (row for one in training for row in one["rows"] if row.get("kernels")):
+        found, title = row["kernels"], f"{words.title_of(row['teacher'])} → {words.title_of(row['student'])}"
+        whole = sum(found["families_ms"].values())
+        rows.append({"title": title, "runtime": f"training, {row['title']}", "whole": whole, **found})
     totals: Counter[str] = Counter()
     for one in rows:
         for family, milliseconds in one["families_ms"].items():

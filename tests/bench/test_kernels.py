@@ -24,6 +24,7 @@ from distill.architectures import Resolution
         ("triton_poi_fused_add_mul_7", "elementwise"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernelImpl>", "elementwise"),
         ("__myl_AddMulSigmMul_0x1234", "elementwise"),
+        ("__myl_MeaSubMulMeaAddSqrDivMul_0x1234", "norm"),
         ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<c10::Half>", "copy"),
         ("Memcpy HtoD (Pageable -> Device)", "copy"),
         ("void cudnn::ops::nchwToNhwcKernel<__half, __half, float>", "copy"),

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
 from bench.peaks import PEAKS, PUBLISHED, find_peak
-from bench.predict import check_predictions, predict, published_known
+from bench.predict import Known, check_predictions, find_shares, predict, published_known
 from bench.roofline import (
     Cost,
     architecture_configs,
@@ -77,15 +79,33 @@ def test_predictions_state_their_error_against_what_was_published():
     by_figure = {(one.known.gpu, one.known.model, one.known.steps, one.known.runtime): one for one in checks}
     assert abs(by_figure["rtx4090-fp16acc", "sdxl", 30, "TensorRT"].error) < 0.10
     assert abs(by_figure["a100-sxm", "ssd-1b", 30, "compiled"].error) < 0.10
-    assert sorted(abs(one.error) for one in checks)[len(checks) // 2] < 0.25
+    assert sorted(abs(one.error) for one in checks)[len(checks) // 2] < 0.10
+    assert sum(abs(one.error) for one in checks) < sum(abs(one.blind_error or 0.0) for one in checks)
 
 
-def test_a_prediction_leaves_its_own_gpu_and_model_out():
-    checks = check_predictions(published_known())
-    alone = next(one for one in checks if one.known.gpu == "h100-sxm" and one.known.runtime == "TensorRT")
-    others = [one.efficiency for one in published_known() if one.runtime == "TensorRT" and one.gpu != "h100-sxm"]
-    assert alone.calibrated_on == len(others) == 3
-    assert alone.predicted_ms == pytest.approx(alone.known.floor_ms / sorted(others)[1])
+def test_a_prediction_leaves_its_own_gpu_model_and_runtime_out():
+    known = published_known()
+    wrong = [replace(one, total_ms=9 * one.total_ms) if one.gpu == "h100-sxm" else one for one in known]
+    alone, other = (
+        next(
+            one for one in check_predictions(figures) if (one.known.gpu, one.known.runtime) == ("h100-sxm", "TensorRT")
+        )
+        for figures in (known, [*wrong[:2], known[2], *wrong[3:]])
+    )
+    assert known[2].runtime == "TensorRT" and alone.calibrated_on == len(known) - 1
+    assert other.predicted_ms > 5 * alone.predicted_ms, "what another runtime does there counts"
+    assert other.blind_error == pytest.approx(alone.blind_error), "and blind, it does not"
+
+
+def test_shares_are_a_factor_of_the_runtime_times_one_of_the_generation():
+    def known(gpu, runtime, share):
+        return Known(gpu, "sdxl", 30, runtime, 100.0 / share, 100.0, "x")
+
+    figures = [known("a100-sxm", "a", 0.5), known("a100-sxm", "b", 0.25), known("h100-sxm", "a", 0.3)]
+    shares = find_shares(figures)
+    assert shares.share("h100-sxm", "b") == pytest.approx(0.15)
+    assert shares.share("h200", "b") == pytest.approx(0.15), "the same generation"
+    assert 0.15 < shares.share("l40s", "b") < 0.25, "one that nothing is known of lies between"
 
 
 def test_without_a_calibration_there_is_a_floor_and_no_prediction():

@@ -3,11 +3,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
 from bench import parts, suite
+from bench.contestants import Spec, make_contestant
 from bench.suite import SuiteOptions, part_names, run_suite
 from distill.errors import UserError
 
@@ -59,16 +61,88 @@ def test_bad_input_is_one_line(tmp_path, changes, word):
 
 
 def test_every_part_has_a_function_and_a_need():
-    for name in part_names(["sdxl", "ssd-1b", "vega"]):
+    names = part_names(["sdxl", "ssd-1b", "vega"], "1024x1024,1536x640")
+    for name in names:
         kind = name.partition(":")[0]
         assert kind in parts.FUNCTIONS and suite.NEEDS_S[kind] > 0
+    assert {"compiled:1536x640", "layouts:tensorrt-rtx", "published:ssd-1b", "tensorrt:sdxl"} <= set(names)
+    assert "compiled:1024x1024" not in names
+
+
+def test_parts_are_chosen_by_name_or_by_kind(tmp_path):
+    chosen = suite._chosen(options(tmp_path, parts="eager,training"), ["mini-sdxl", "mini-ssd-1b", "mini-vega"])
+    assert chosen == ["eager", "training:mini-ssd-1b", "training:mini-vega"]
+
+
+def made_job(tmp_path, part, **changes):
+    values = {"command": [], "out": str(tmp_path / "x.json"), "workdir": str(tmp_path), "models": ["sdxl", "vega"]}
+    values |= {
+        "resolutions": "1024x1024,1536x640",
+        "steps": 30,
+        "device": "cuda",
+        "seconds": 500.0,
+        "began": time.time(),
+    }
+    return parts.Job(part=part, **(values | changes))
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What a part asks of the other rooms and of `bench run`: (commands with whether GPUs were hidden, specs, changes)."""
+    commands, runs = [], []
+    monkeypatch.setattr(parts, "_checkpoint", lambda job, model: Path(job.workdir, f"{model}-{job.precision}"))
+
+    def command(job, *arguments, hide_gpus=False):
+        commands.append((arguments, hide_gpus))
+        if arguments[0] == "engines":
+            bundle = Path(arguments[arguments.index("--out") + 1])
+            bundle.mkdir(exist_ok=True)
+            (bundle / "manifest.json").touch()
+
+    monkeypatch.setattr(parts, "_command", command)
+    monkeypatch.setattr(parts.Job, "bench", lambda job, specs, seconds, **changes: runs.append((specs, changes)))
+    return commands, runs
+
+
+def test_layouts_are_built_each_and_run_side_by_side(tmp_path, monkeypatch, told):
+    monkeypatch.setattr("engines.gpus.gpu_at_hand", lambda: ("NVIDIA GeForce RTX 4090", "8.9"))
+    parts.layouts(made_job(tmp_path, "layouts:tensorrt-rtx"))
+    commands, [(specs, changes)] = told
+    builds = [
+        (part[part.index("--layout") + 1], part[part.index("--gpus") + 1], hidden) for part, hidden in commands[1:]
+    ]
+    on_the_spot = [(layout, "auto", False) for layout in ("ranged", "shared", "per-resolution")]
+    assert builds == [*on_the_spot, ("ranged", "rtx4090", True)]
+    contestants = [make_contestant(Spec.parse(spec), "cuda") for spec in specs]
+    ways = [(one.flavor, one.layout, one.cuda_graphs) for one in contestants]
+    assert ways[:3] == [("tensorrt-rtx", layout, True) for layout, _, _ in on_the_spot]
+    assert ways[3:] == [("tensorrt-rtx", "ranged", True), ("tensorrt-rtx", "ranged", False)]
+    assert contestants[3].source != contestants[0].source == contestants[4].source
+    assert changes["resolutions"] == "1024x1024,1536x640" and len(changes["artifacts"]) == 5
+
+
+def test_the_last_model_of_a_flavor_runs_beside_those_before(tmp_path, told):
+    for model in ("vega", "sdxl"):
+        parts.flavor(made_job(tmp_path, f"tensorrt:{model}"))
+    names = [[spec.partition("=")[0] for spec in specs] for specs, _ in told[1]]
+    assert names == [["vega eager", "vega tensorrt"], ["sdxl eager", "sdxl tensorrt", "vega tensorrt"]]
+
+
+def test_what_follows_the_colon_changes_the_run(tmp_path, told):
+    for part in ("eager", "eager:bf16", "compiled:1536x640"):
+        job = made_job(tmp_path, part)
+        parts.FUNCTIONS[part.partition(":")[0]](job)
+    (eager, plain), (halves, _), (compiled, _) = told[1]
+    assert eager[0] == "sdxl=eager@fp16:random:sdxl" and plain["resolutions"] == "1024x1024,1536x640"
+    assert halves[0] == "sdxl=eager@bf16:random:sdxl"
+    assert compiled[0] == "vega compiled=compiled@fp16:random:vega" and job.first_resolution == "1536x640"
 
 
 def test_what_does_not_fit_or_is_not_there_is_listed_with_its_reason(tmp_path, monkeypatch):
     monkeypatch.setitem(suite.MODULES, "tensorrt", "no_such_module")
     assert run_suite(options(tmp_path, minutes=0.5)) == 1
     found = session_of(tmp_path)
-    assert set(found) == set(part_names(["mini-vega"]))
+    assert set(found) == set(part_names(["mini-vega"], "64x64"))
     assert {one["state"] for one in found.values()} == {"not run"}
     assert "no_such_module is not installed" in found["tensorrt:mini-vega"]["why"]
     assert "it needs about 60" in found["eager"]["why"]
@@ -88,22 +162,21 @@ def test_one_part_that_breaks_hangs_or_dies_leaves_the_others_their_turn(tmp_pat
         monkeypatch,
         tmp_path,
         """
-kind = job["part"].partition(":")[0]
-if kind == "eager": sys.exit("boom\\nCUDA error: out of memory")
-if kind == "acceptance": os.kill(os.getpid(), signal.SIGSEGV)
-if kind == "compiled-batch": time.sleep(600)
+if job["part"] == "eager": sys.exit("boom\\nCUDA error: out of memory")
+if job["part"] == "acceptance": os.kill(os.getpid(), signal.SIGSEGV)
+if job["part"] == "compiled:batch": time.sleep(600)
 pathlib.Path(job["out"]).write_text('{"schema_version": "slimxl.bench.training/1", "rows": []}')
 """,
     )
     monkeypatch.setattr(suite, "NEEDS_S", dict.fromkeys(suite.NEEDS_S, 0))
-    monkeypatch.setattr(suite.Session, "left_s", property(lambda session: 0.5 if len(session.records) == 3 else 600.0))
-    assert run_suite(options(tmp_path, parts="eager,acceptance,bf16,compiled-batch")) == 0
+    monkeypatch.setattr(suite.Session, "left_s", property(lambda session: 0.5 if len(session.records) == 2 else 600.0))
+    assert run_suite(options(tmp_path, parts="eager,acceptance,compiled:batch,eager:bf16")) == 0
     found = session_of(tmp_path)
     assert (found["eager"]["state"], found["eager"]["why"]) == ("failed", "CUDA error: out of memory")
     assert found["eager"]["log"][0] == "boom"
     assert (found["acceptance"]["state"], found["acceptance"]["why"]) == ("failed", "ended by signal 11")
-    assert found["bf16"]["state"] == "done"
-    assert found["compiled-batch"]["state"] == "stopped"
+    assert found["compiled:batch"]["state"] == "stopped"
+    assert found["eager:bf16"]["state"] == "done"
 
 
 def test_the_same_command_goes_on_with_what_is_not_done(tmp_path, monkeypatch):
@@ -113,15 +186,15 @@ def test_the_same_command_goes_on_with_what_is_not_done(tmp_path, monkeypatch):
         """
 log = pathlib.Path(job["workdir"], "began")
 log.write_text((log.read_text() if log.exists() else "") + job["part"] + " ")
-if job["part"] == "bf16" and log.read_text().count("bf16") == 1: sys.exit("not yet")
+if job["part"] == "eager:bf16" and log.read_text().count("bf16") == 1: sys.exit("not yet")
 pathlib.Path(job["out"]).write_text('{"schema_version": "slimxl.bench.training/1", "rows": []}')
 """,
     )
-    run_suite(options(tmp_path, parts="batch,bf16"))
-    assert session_of(tmp_path)["bf16"]["state"] == "failed"
-    run_suite(options(tmp_path, parts="batch,bf16"))
-    assert session_of(tmp_path)["bf16"]["state"] == "done"
-    assert (tmp_path / "work" / "began").read_text() == "batch bf16 bf16 "
+    run_suite(options(tmp_path, parts="eager:batch,eager:bf16"))
+    assert session_of(tmp_path)["eager:bf16"]["state"] == "failed"
+    run_suite(options(tmp_path, parts="eager:batch,eager:bf16"))
+    assert session_of(tmp_path)["eager:bf16"]["state"] == "done"
+    assert (tmp_path / "work" / "began").read_text() == "eager:batch eager:bf16 eager:bf16 "
     with pytest.raises(UserError, match="other settings"):
         run_suite(options(tmp_path, steps=2))
 
@@ -155,7 +228,8 @@ def test_real_parts_leave_results_a_session_and_a_report(tmp_path):
     terms = {row["features"]: row["loss_terms"] for row in training}
     assert terms[None] == 2 < terms["block"] < terms["sub-block"] < terms["layer"]
     targets = {row["target"] for row in json.loads(next(results.glob("*_acceptance.json")).read_text())["rows"]}
-    assert {"CURRENT", "SM80", "SM89", "CUDAExecutionProvider"} <= targets
+    assert {"CURRENT", "SM80", "SM89", "CUDAExecutionProvider", "onnxruntime_ep_nv_tensorrt_rtx"} <= targets
+    assert training[0]["kernels"]["families_ms"]["gemm"] > 0
     page = (next(results.glob("*_report")) / "index.html").read_text()
     for section in ("kernels", "training", "acceptance", "session"):
         assert f'<section id="{section}">' in page
