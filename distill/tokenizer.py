@@ -57,19 +57,6 @@ def clip_merges() -> list[tuple[str, str]]:
     return [(first, second) for first, second in first_second]
 
 
-def make_clip_tokenizer(
-    words: Iterable[str], *, bos_token_id: int, eos_token_id: int, max_length: int, pad_token: str = "<|endoftext|>"
-) -> CLIPTokenizer:
-    """A CLIPTokenizer in which each word is one token; see `tokenizer_from_merges`."""
-    return tokenizer_from_merges(
-        merges_of(words),
-        bos_token_id=bos_token_id,
-        eos_token_id=eos_token_id,
-        max_length=max_length,
-        pad_token=pad_token,
-    )
-
-
 def tokenizer_from_merges(
     merges: Sequence[tuple[str, str]], *, bos_token_id: int, eos_token_id: int, max_length: int, pad_token: str
 ) -> CLIPTokenizer:

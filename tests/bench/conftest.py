@@ -57,7 +57,7 @@ def clip_folder(tmp_path_factory):
     import torch
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-    from distill.tokenizer import make_clip_tokenizer
+    from distill.tokenizer import merges_of, tokenizer_from_merges
 
     folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
@@ -66,7 +66,9 @@ def clip_folder(tmp_path_factory):
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 16, "patch_size": 8}
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
-    make_clip_tokenizer(["light"], max_length=16, bos_token_id=1022, eos_token_id=1023).save_pretrained(folder)
+    ids = {"bos_token_id": 1022, "eos_token_id": 1023}
+    tokenizer = tokenizer_from_merges(merges_of(["light"]), **ids, max_length=16, pad_token="<|endoftext|>")
+    tokenizer.save_pretrained(folder)
     size = {"height": 16, "width": 16}
     CLIPImageProcessor(size=size, crop_size=size).save_pretrained(folder)
     return folder

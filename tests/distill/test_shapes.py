@@ -3,10 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
+from transformers import CLIPTokenizer
 
-from distill.architectures import MINI_FAMILY, Resolution
+from distill.architectures import MINI_FAMILY, SDXL_FAMILY, Resolution
+from distill.assemble import tokenizers_and_scheduler
 from distill.shapes import ATTRIBUTES, SHAPES, WORDS, Scene, Thing, follows, random_scene, read_scene, render
-from distill.tokenizer import clip_merges, make_clip_tokenizer, tokenizer_from_merges
 
 SCENE = Scene((Thing("large", "red", "circle", "top left"), Thing("small", "blue", "ring", "bottom")), "white")
 
@@ -57,12 +58,21 @@ def test_noise_follows_nothing() -> None:
     assert not all(follows(SCENE, noise).values())
 
 
-def test_every_word_is_one_token_and_anything_else_is_bytes() -> None:
-    tokenizer = make_clip_tokenizer(WORDS, bos_token_id=1022, eos_token_id=1023, max_length=32)
+@pytest.fixture(scope="module")
+def tokenizer() -> CLIPTokenizer:
+    return tokenizers_and_scheduler(MINI_FAMILY)["tokenizer"]
+
+
+def test_every_word_is_one_token_and_anything_else_is_bytes(tokenizer: CLIPTokenizer) -> None:
     assert len(tokenizer(SCENE.caption).input_ids) == len(SCENE.caption.split()) + 2
     ids = tokenizer("héllo 漢").input_ids
     assert ids[0] == 1022 and ids[-1] == 1023 and max(ids[1:-1]) < 1022
     assert set(SHAPES) <= set(WORDS)
+
+
+@pytest.fixture(scope="module")
+def clips() -> CLIPTokenizer:
+    return tokenizers_and_scheduler(SDXL_FAMILY)["tokenizer"]
 
 
 @pytest.mark.parametrize(
@@ -76,9 +86,6 @@ def test_every_word_is_one_token_and_anything_else_is_bytes() -> None:
         ("héllo wörld —", [71, 3459, 19293, 86, 31762, 730, 2005]),
     ],
 )
-def test_clips_own_tokenizer_is_clips(text: str, ids: list[int]) -> None:
-    tokenizer = tokenizer_from_merges(
-        clip_merges(), bos_token_id=49406, eos_token_id=49407, max_length=77, pad_token="<|endoftext|>"
-    )
-    assert len(tokenizer) == 49408
-    assert tokenizer(text).input_ids == [49406, *ids, 49407]
+def test_clips_own_tokenizer_is_clips(clips: CLIPTokenizer, text: str, ids: list[int]) -> None:
+    assert len(clips) == 49408
+    assert clips(text).input_ids == [49406, *ids, 49407]

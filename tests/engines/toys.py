@@ -119,15 +119,19 @@ def make_toy_onnx(root: Path, precision: str = "fp32", seed: int = 0, source: st
     """A whole ONNX folder in the form that export leaves."""
     from diffusers import EulerDiscreteScheduler
 
-    from distill.tokenizer import make_clip_tokenizer
+    from distill.tokenizer import merges_of, tokenizer_from_merges
 
     kind = TensorProto.FLOAT16 if precision == "fp16" else TensorProto.FLOAT
     make_toy_unet(root / "unet", kind, seed)
     make_toy_vae_decoder(root / "vae_decoder", seed)
     for name in ("text_encoder", "text_encoder_2"):
         make_toy_text_encoder(root / name, name, kind, seed)
-        tokenizer = make_clip_tokenizer(
-            ["a", "red", "circle"], bos_token_id=1022, eos_token_id=1023, max_length=TEXT_LENGTH
+        tokenizer = tokenizer_from_merges(
+            merges_of(["a", "red", "circle"]),
+            bos_token_id=1022,
+            eos_token_id=1023,
+            max_length=TEXT_LENGTH,
+            pad_token="<|endoftext|>",
         )
         tokenizer.save_pretrained(root / name.replace("text_encoder", "tokenizer"))
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
