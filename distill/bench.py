@@ -32,6 +32,7 @@ from distill.architectures import ARCHITECTURES, Architecture, Family, find_arch
 from distill.cache import LatentCache, encode, write_shard
 from distill.checkpoints import alphas_cumprod_of
 from distill.data import Sample, ShapesSource
+from distill.errors import UserError, explaining_full_memory
 from distill.files import write_json
 from distill.layer_map import make_layer_map
 from distill.options import HALF, TrainOptions, make_accelerator
@@ -228,17 +229,26 @@ def architectures_of(options: BenchOptions) -> tuple[Architecture, Architecture]
 def _peak_memory(options: BenchOptions, loop: Loop, send: Any) -> None:
     """Runs in a process of its own: the most memory (GPU: allocated; CPU, Linux: resident) in two steps of `loop`."""
     with tempfile.TemporaryDirectory() as folder:
-        workshop = Workshop(options, [loop], Path(folder))
-        on_gpu = workshop.accelerator.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            _begin_peak_of_resident_set()
-        with workshop.stepping(loop) as step:
-            step()
-            step()
-        send.send(torch.cuda.max_memory_allocated() if on_gpu else _peak_resident_bytes())
+        try:
+            with explaining_full_memory(_memory_advice(options, loop)):
+                workshop = Workshop(options, [loop], Path(folder))
+                on_gpu = workshop.accelerator.device.type == "cuda"
+                if on_gpu:
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
+                else:
+                    _begin_peak_of_resident_set()
+                with workshop.stepping(loop) as step:
+                    step()
+                    step()
+                send.send(torch.cuda.max_memory_allocated() if on_gpu else _peak_resident_bytes())
+        except UserError as error:
+            send.send(error)
+
+
+def _memory_advice(options: BenchOptions, loop: Loop) -> str:
+    further = "" if options.gradient_checkpointing else " or --gradient-checkpointing"
+    return f"the loop {loop.name!r} was at its turn; take --batch below {options.batch}{further}"
 
 
 def _begin_peak_of_resident_set() -> None:
@@ -253,17 +263,23 @@ def _peak_resident_bytes() -> int:
 
 
 def peak_memory(options: BenchOptions, loop: Loop) -> int | None:
-    """None where the process ended without an answer. It is forked, so call this before any thread computes."""
+    """None where the process ended without an answer. It is forked, so call this before any thread computes.
+
+    Raises UserError where the GPU's memory is too small for the loop.
+    """
     receive, send = multiprocessing.get_context("fork").Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=_peak_memory, args=(options, loop, send))
     process.start()
     send.close()
     try:
-        return receive.recv()
+        answer = receive.recv()
     except EOFError:
         return None
     finally:
         process.join()
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
 
 
 def time_loops(options: BenchOptions, loops: Sequence[Loop]) -> tuple[Workshop, dict[str, list[tuple[float, float]]]]:
@@ -274,7 +290,7 @@ def time_loops(options: BenchOptions, loops: Sequence[Loop]) -> tuple[Workshop, 
         for number in track(range(WARMUP_ROUNDS + options.rounds), "steps in turn", unit="round"):
             turn = number % len(loops)
             for loop in [*loops[turn:], *loops[:turn]]:
-                with workshop.stepping(loop) as step:
+                with explaining_full_memory(_memory_advice(options, loop)), workshop.stepping(loop) as step:
                     begin, begin_cpu = time.perf_counter(), time.process_time()
                     step()  # ends with the loss on the host, so the device is done
                     seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
@@ -292,7 +308,7 @@ def ratio(slower: Sequence[float], faster: Sequence[float]) -> dict[str, float]:
 def bench_loops(options: BenchOptions, out: Path) -> dict[str, Any]:
     """Measures every loop, writes the raw samples to `out` (JSON) and returns what it wrote.
 
-    Raises UserError for an unknown model or student.
+    Raises UserError for an unknown model or student, and for a GPU whose memory is too small.
     """
     teacher, student = architectures_of(options)
     say(f"{teacher.name} into {student.name}, batch {options.batch}: the memory of each loop, in a process of its own")

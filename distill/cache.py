@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from distill.architectures import Family, Resolution
 from distill.data import BadSample, Sample, open_source
-from distill.errors import UserError
+from distill.errors import UserError, explaining_full_memory
 from distill.files import read_json, replacing, require_free_disk, sha256_file, sha256_json, write_json
 from distill.progress import say, track
 from distill.sources import component_weights, find_architecture_of, load_pipeline
@@ -67,7 +67,8 @@ def make_cache(
     """Encodes every sample of `data` with the checkpoint's VAE and text encoders into `out`.
 
     Raises UserError where `out` holds a cache of something else, where more than a fifth of the samples are bad, and
-    where the disk is or becomes too small; finished shards stay, and the same call goes on after them.
+    where the disk or the GPU's memory is or becomes too small; finished shards stay, and the same call goes on after
+    them.
     """
     family = find_architecture_of(checkpoint).family
     source = open_source(data, family, seed)
@@ -87,7 +88,10 @@ def make_cache(
     out.mkdir(parents=True, exist_ok=True)
     write_json(stated, key)
     device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    pipe = load_pipeline(checkpoint, torch.float32, without=("unet",)).to(device)
+    advice = f"take --batch below {batch}; finished shards stay, and the same command goes on"
+    pipe = load_pipeline(checkpoint, torch.float32, without=("unet",))
+    with explaining_full_memory(advice):
+        pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     seen = 0
     bad: list[str] = []
@@ -108,7 +112,8 @@ def make_cache(
                     f"{len(bad + skipped)} of the first {seen} samples are bad: {'; '.join((bad + skipped)[:3])}"
                 )
         bad += skipped
-        write_shard(pipe, buckets, skipped, _shard(out, number), seed, batch)
+        with explaining_full_memory(advice):
+            write_shard(pipe, buckets, skipped, _shard(out, number), seed, batch)
     if bad:
         say(f"skipped {len(bad)} of {seen} samples; each shard names its own: {'; '.join(bad[:3])}")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -18,6 +19,19 @@ def unknown(kind: str, got: str, allowed: Iterable[str]) -> UserError:
     near = get_close_matches(got, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return UserError(f"unknown {kind} {got!r}: known are {', '.join(names)}{hint}")
+
+
+@contextmanager
+def explaining_full_memory(advice: str) -> Iterator[None]:
+    """A GPU whose memory runs out inside is a UserError: what was wanted and what there is, in torch's words, and
+    `advice` on what to do."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        wanted = ". ".join(str(error).split(". ")[:3])
+        raise UserError(f"the GPU's memory is full ({wanted}); {advice}") from None
 
 
 def exit_on_user_error(command: Callable[[], int | None]) -> int:

@@ -147,17 +147,37 @@ def resolve(source: str, workdir: Path) -> Path:
 
 
 def _downloaded(repo_id: str) -> Path:
+    """The fp16 weights where the hub has them apart, else the plain ones; what an interrupted call left is gone on with."""
     from diffusers import StableDiffusionXLPipeline
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    def download(variant: str | None) -> Path:
+        return Path(StableDiffusionXLPipeline.download(repo_id, variant=variant, use_safetensors=True))
 
     try:
-        return Path(StableDiffusionXLPipeline.download(repo_id, use_safetensors=True))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"model {repo_id!r} is no local folder and cannot be had from the Hugging Face hub ({reason}); "
-            "check the name and the network, or give a local folder"
-        ) from None
+        try:
+            return download("fp16")
+        except ValueError as error:
+            if isinstance(error, OSError):  # the network went, which says nothing of the variant
+                raise
+            return download(None)  # there is none in fp16
+    except (OSError, ValueError) as error:  # every error of the hub's and of the network's is an OSError
+        known = isinstance(error, HfHubHTTPError)
+        reason = error if known else error.__cause__ or error  # diffusers may hide the hub's behind one of the cache
+        if isinstance(reason, GatedRepoError):
+            told = (
+                "is gated: accept its terms on its page and log in (hf auth login, or HF_TOKEN), or give a local folder"
+            )
+        elif isinstance(reason, RepositoryNotFoundError):
+            told = (
+                "is neither a local folder nor on the hub, unless it is private: check the name, or log in (HF_TOKEN)"
+            )
+        elif isinstance(reason, EntryNotFoundError) and not isinstance(reason, FileNotFoundError):
+            told = f"is no pipeline folder: it has no model_index.json; allowed are {FORMS}"
+        else:
+            first = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
+            told = f"cannot be had from the hub ({first}); check the network and run the same command again: it goes on"
+        raise UserError(f"model {repo_id!r} {told}") from None
 
 
 def _converted_single_file(path: Path, workdir: Path) -> Path:

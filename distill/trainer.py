@@ -26,12 +26,12 @@ from distill.checkpoints import (
     save_state,
     save_student,
 )
-from distill.errors import UserError
+from distill.errors import UserError, explaining_full_memory
 from distill.files import read_json, replacing, require_free_disk, sha256_json, write_json
 from distill.layer_map import LayerMap, inherit_layer_map, relative_map
 from distill.options import HALF, TrainOptions, make_accelerator
 from distill.pair import Pair, Terms, load_nets
-from distill.plan import describe_plan, device_memory, plan_recipe
+from distill.plan import MemoryPlan, describe_plan, device_memory, plan_recipe
 from distill.progress import say, track
 from distill.recipes import Recipe
 from distill.sharding import check_fsdp
@@ -53,8 +53,8 @@ def train(
 
     `start` is an earlier student to begin from (default: the first stage's teacher). A finished `out` is left as it
     is; an unfinished one goes on from its last checkpoint. Raises UserError for an `out` of another recipe, layer maps
-    that are not nested, a teacher that cannot succeed the one before, a disk or GPU too small, and a loss that is no
-    longer finite or has diverged.
+    that are not nested, a teacher that cannot succeed the one before, a disk or GPU too small (the last checkpoint
+    stays), and a loss that is no longer finite or has diverged.
     """
     options = options or TrainOptions()
     accelerator = make_accelerator(options, out)
@@ -83,17 +83,18 @@ def train(
         return
     if (out / "run.json").exists() and read_json(out / "run.json")["key"] != run["key"]:
         raise UserError(f"{out} belongs to another recipe, teacher or cache; choose another --out or remove it")
+    plans: dict[str, MemoryPlan] = {}
     if accelerator.is_main_process:
-        _look_ahead(recipe, find_architecture_of(teachers[recipe.stages[0].teacher]), out, options, accelerator)
-    if accelerator.is_main_process:
+        plans = _look_ahead(recipe, find_architecture_of(teachers[recipe.stages[0].teacher]), out, options, accelerator)
         write_json(out / "run.json", run)
     if options.tensorboard:
         accelerator.init_trackers("tensorboard")
     accelerator.wait_for_everyone()
     previous = start
-    for number in range(len(recipe.stages)):
-        folder = teachers[recipe.stages[number].teacher]
-        previous = _StageRun(accelerator, recipe, number, folder, latents, out, options).run(previous)
+    with explaining_full_memory(_memory_advice(options, accelerator.num_processes, per_process, plans, out)):
+        for number in range(len(recipe.stages)):
+            folder = teachers[recipe.stages[number].teacher]
+            previous = _StageRun(accelerator, recipe, number, folder, latents, out, options).run(previous)
     if accelerator.is_main_process:
         _finish(out, previous or teachers[recipe.stages[0].teacher], run)
     accelerator.end_training()
@@ -101,8 +102,11 @@ def train(
 
 def _look_ahead(
     recipe: Recipe, teacher: Architecture, out: Path, options: TrainOptions, accelerator: Accelerator
-) -> None:
-    """Tells the memory plan before anything is loaded. Raises UserError where the disk cannot hold the checkpoints."""
+) -> dict[str, MemoryPlan]:
+    """Tells the memory plan before anything is loaded, and returns it.
+
+    Raises UserError where the disk cannot hold the checkpoints.
+    """
     title, plans = plan_recipe(
         recipe,
         teacher,
@@ -117,6 +121,26 @@ def _look_ahead(
     plan = next(iter(plans.values()))
     state_bytes = (plan.student + plan.ema + plan.optimizer) * (accelerator.num_processes if options.fsdp else 1)
     require_free_disk(out, (options.keep_checkpoints + 1) * state_bytes, "the checkpoints of this run")
+    return plans
+
+
+def _memory_advice(
+    options: TrainOptions, processes: int, micro_batch: int, plans: dict[str, MemoryPlan], out: Path
+) -> str:
+    """What was planned, and what of all that saves memory is left to try."""
+    planned = ", ".join(f"{plan.total / 1e9:.1f} GB {name}" for name, plan in plans.items())
+    left = []
+    if not options.gradient_checkpointing:
+        left.append("--gradient-checkpointing")
+    if micro_batch > 1:
+        left.append(f"--accumulation above {options.accumulation}")
+    if not options.fsdp:
+        left.append("--fsdp" if processes > 1 else "--fsdp on several GPUs")
+    anew = "" if options.fsdp or options.optimizer != "adamw" else "; or start anew with --optimizer adamw-8bit"
+    return (
+        f"{f'planned were {planned}; ' if planned else ''}go on from the last checkpoint in {out / 'state'} with the same "
+        f"command and {' or '.join(left) or 'more GPUs'}{anew}"
+    )
 
 
 def _finish(out: Path, last: Path, run: dict[str, Any]) -> None:

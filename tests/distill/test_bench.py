@@ -4,14 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from distill.bench import LOOPS, BenchOptions, bench_loops, describe, ratio
+from distill.bench import LOOPS, BenchOptions, Workshop, bench_loops, describe, ratio
+from distill.errors import UserError
+
+HALF = "-/1,1/1,1:0:1,1,1/1,1,1/-"
 
 
 def test_every_loop_is_measured_and_every_sample_kept(mini_vega: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("distill.bench.WARMUP_ROUNDS", 0)
     monkeypatch.setattr("distill.bench.peak_memory", lambda *_: 10**9)
-    options = BenchOptions(model=str(mini_vega), student="-/1,1/1,1:0:1,1,1/1,1,1/-", batch=2, rounds=2)
+    options = BenchOptions(model=str(mini_vega), student=HALF, batch=2, rounds=2)
     result = bench_loops(options, tmp_path / "bench.json")
     assert json.loads((tmp_path / "bench.json").read_text()) == result
     assert [row["name"] for row in result["loops"]] == [loop.name for loop in LOOPS]
@@ -22,3 +26,16 @@ def test_every_loop_is_measured_and_every_sample_kept(mini_vega: Path, tmp_path:
 
 def test_a_ratio_is_of_rounds_not_of_means() -> None:
     assert ratio([2.0, 4.0, 60.0], [1.0, 2.0, 30.0])["median"] == pytest.approx(2.0)
+
+
+def test_a_full_gpu_in_a_loops_own_process_is_one_line(mini_vega: Path, tmp_path: Path, monkeypatch) -> None:
+    def full(_self: Workshop, *_features: object) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.20 GiB free. More.")
+
+    monkeypatch.setattr(Workshop, "_published_step", full)
+    options = BenchOptions(model=str(mini_vega), student=HALF, batch=2, rounds=1)
+    with pytest.raises(
+        UserError, match=r"2\.00 GiB\..*'published' was at its turn; take --batch below 2 or --gradient"
+    ):
+        bench_loops(options, tmp_path / "bench.json")
+    assert not list(tmp_path.iterdir())

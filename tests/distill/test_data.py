@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from distill.architectures import MINI_FAMILY, SDXL_FAMILY, Resolution
-from distill.cache import LatentCache, make_cache
+from distill.cache import LatentCache, encode, make_cache
 from distill.data import BadSample, PictureSource, Row, fit_to_bucket, nearest_bucket, open_source
 from distill.errors import UserError
 
@@ -37,6 +37,23 @@ def _picture(folder: Path, name: str, size: tuple[int, int], caption: str | None
     Image.fromarray(pixels).save(folder / f"{name}.png")
     if caption is not None:
         (folder / f"{name}.txt").write_text(caption)
+
+
+def test_a_full_gpu_leaves_the_finished_shards_and_the_same_command_goes_on(
+    mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(pipe: object, samples: list, seed: int) -> dict[str, torch.Tensor]:
+        if any(tmp_path.glob("out/shard-*")):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free. More.")
+        return encode(pipe, samples, seed)
+
+    monkeypatch.setattr("distill.cache.SAMPLES_PER_SHARD", 30)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"allocate 2\.00 GiB\..*take --batch below 3"):
+        patch.setattr("distill.cache.encode", full)
+        make_cache(mini_vega, "shapes:60", tmp_path / "out", batch=3)
+    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["cache.json", "shard-000000.safetensors"]
+    make_cache(mini_vega, "shapes:60", tmp_path / "out", batch=3)
+    assert len(LatentCache(tmp_path / "out", batch_size=4, seed=0)) == 60
 
 
 @pytest.mark.parametrize(

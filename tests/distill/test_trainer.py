@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
@@ -20,7 +23,7 @@ from safetensors.torch import load_file
 from distill.architectures import ARCHITECTURES
 from distill.cache import make_cache
 from distill.checkpoints import TrainingState, gather_student
-from distill.errors import UserError
+from distill.errors import UserError, exit_on_user_error
 from distill.options import TrainOptions
 from distill.recipes import LossWeights, Recipe, Stage
 from distill.sharding import check_fsdp, check_no_other_fsdp
@@ -282,6 +285,44 @@ def test_a_checkpoint_that_the_disk_does_not_take_leaves_the_one_before(
         train(_short(mini_vega), cache=cache, out=tmp_path, workdir=tmp_path, options=TrainOptions(checkpoint_every=1))
     train(_short(mini_vega), cache=cache, out=tmp_path, workdir=tmp_path, options=TrainOptions(log_every=1))
     assert [json.loads(line)["step"] for line in (tmp_path / "losses.jsonl").open()] == [2, 3, 4]
+
+
+FULL_GPU = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB of which 1.20 GiB is free. "
+    "Including non-PyTorch memory, this process has 77.90 GiB memory in use."
+)
+
+
+def test_a_full_gpu_is_one_line_and_the_same_command_goes_on(
+    short: list[float],
+    cache: Path,
+    mini_vega: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The memory is said to be full within the third backward pass."""
+    backward, calls = Accelerator.backward, itertools.count(1)
+
+    def full(self: Accelerator, loss: torch.Tensor) -> None:
+        backward(self, loss)
+        if next(calls) == 3:
+            raise torch.OutOfMemoryError(FULL_GPU)
+
+    def run(**options: object) -> None:
+        chosen = TrainOptions(checkpoint_every=1, log_every=1, **options)
+        train(_short(mini_vega), cache=cache, out=tmp_path, workdir=tmp_path, options=chosen)
+
+    monkeypatch.setattr(Accelerator, "backward", full)
+    assert exit_on_user_error(run) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB" in told
+    assert "with the same command and --gradient-checkpointing or --accumulation above 1 or --fsdp on several" in told
+    assert re.search(r"planned were \S+ GB plain, \S+ GB gradient checkpointing; go on", told), told
+    assert "start anew with --optimizer adamw-8bit" in told
+    assert [path.name for path in sorted((tmp_path / "state").iterdir())] == ["01-0000001", "01-0000002"]
+    run(gradient_checkpointing=True, accumulation=2)
+    assert _curve(tmp_path) == pytest.approx(short, rel=1e-4)
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_refused_first(
