@@ -92,8 +92,10 @@ def told(monkeypatch):
     commands, runs = [], []
     monkeypatch.setattr(parts, "_checkpoint", lambda job, model: Path(job.workdir, f"{model}-{job.precision}"))
 
-    def command(job, *arguments, hide_gpus=False):
+    def command(job, *arguments, hide_gpus=False, keep_s=0.0):
         commands.append((arguments, hide_gpus))
+        if "shared" in arguments and job.models == ["without shared"]:
+            raise UserError("no memory")
         if arguments[0] == "engines":
             bundle = Path(arguments[arguments.index("--out") + 1])
             bundle.mkdir(exist_ok=True)
@@ -119,6 +121,15 @@ def test_layouts_are_built_each_and_run_side_by_side(tmp_path, monkeypatch, told
     assert ways[3:] == [("tensorrt-rtx", "ranged", True), ("tensorrt-rtx", "ranged", False)]
     assert contestants[3].source != contestants[0].source == contestants[4].source
     assert changes["resolutions"] == "1024x1024,1536x640" and len(changes["artifacts"]) == 5
+
+
+def test_a_layout_that_cannot_be_built_leaves_the_others_their_turn(tmp_path, monkeypatch, told):
+    monkeypatch.setattr("engines.gpus.gpu_at_hand", lambda: None)
+    with pytest.raises(UserError, match="shared: no memory"):
+        parts.layouts(made_job(tmp_path, "layouts:tensorrt", models=["without shared"]))
+    [(specs, _)] = told[1]
+    options = [Spec.parse(spec).option for spec in specs]
+    assert options == ["tensorrt+ranged", "tensorrt+per-resolution", "tensorrt+ranged+no-graphs"]
 
 
 def test_the_last_model_of_a_flavor_runs_beside_those_before(tmp_path, told):
