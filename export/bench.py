@@ -75,7 +75,12 @@ def _unet_latency(folders: dict[str, Path], checkpoint: Path, rounds: int) -> di
     times: dict[str, list[float]] = {name: [] for name in folders}
     for index in range(rounds + 2):
         for name, session in sessions.items():
-            typed = {value.name: np.asarray(feeds[value.name], kinds[value.type]) for value in session.get_inputs()}
+            typed = {
+                value.name: feeds[value.name]
+                .astype(kinds[value.type])
+                .reshape(feeds[value.name].shape if value.shape else ())
+                for value in session.get_inputs()  # optimum's timestep has no dimension
+            }
             started = time.perf_counter()
             session.run(None, typed)
             if index >= 2:
