@@ -18,7 +18,6 @@ from distill.sources import (
     component_tensors,
     component_weights,
     load_component,
-    read_config,
     read_safetensors_header,
 )
 
@@ -137,42 +136,6 @@ def _fuse(checkpoint: Path, loras: Sequence[Lora], folder: Path) -> None:
             dtypes = {record.dtype for record in component_tensors(checkpoint / name).values()}
             half = "F16" in dtypes
             (part.half() if half else part).save_pretrained(temporary / name, safe_serialization=True)
-
-
-def _modern(key: str) -> str:
-    """Key names that diffusers and transformers translate when they load."""
-    for old, new in ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")):
-        key = key.replace(old, new)
-    return key.removeprefix("text_model.")
-
-
-def check_keys(checkpoint: Path, component: str) -> None:
-    """Raises UserError where a weight is missing or of another shape: loading alone would fill it at random."""
-    import torch
-    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    config = read_config(checkpoint, component)
-    classes: dict[str, Any] = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}
-    with torch.device("meta"):
-        if component == "unet":
-            network: Any = UNet2DConditionModel.from_config(config)
-        elif component == "vae":
-            network = classes[config.get("_class_name", "AutoencoderKL")].from_config(config)
-        else:
-            kind = CLIPTextModel if component == "text_encoder" else CLIPTextModelWithProjection
-            network = kind(CLIPTextConfig.from_dict(config))
-    needed = {_modern(key): tuple(tensor.shape) for key, tensor in network.named_parameters()}
-    found = {_modern(key): record.shape for key, record in component_tensors(checkpoint / component).items()}
-    missing = sorted(needed.keys() - found.keys())
-    if missing:
-        raise UserError(
-            f"{checkpoint / component} lacks {len(missing)} of {len(needed)} weights, the first is {missing[0]}; fetch the "
-            "checkpoint again"
-        )
-    for key, shape in needed.items():  # linear layers may be stored as 1x1 convolutions
-        if tuple(n for n in shape if n != 1) != tuple(n for n in found[key] if n != 1):
-            raise UserError(f"{checkpoint / component}: {key} has shape {found[key]}, its config.json means {shape}")
 
 
 def prepare(checkpoint: Path, vae: str, loras: Sequence[Lora], workdir: Path) -> Path:

@@ -20,7 +20,7 @@ from distill.architectures import Resolution
 from distill.errors import UserError, unknown
 from distill.files import read_json, replacing, require_free_disk, sha256_file, sha256_json, write_json
 from distill.sources import checkpoint_hash, component_weights, find_architecture_of, read_config
-from export.checkpoint import check_keys, prepare
+from export.checkpoint import prepare
 from export.components import COMPONENTS, FLOAT_DTYPES, Config, unet_config, vae_scale_factor
 
 SCHEMA = 1
@@ -28,7 +28,7 @@ OPSETS = (23, 18, 19, 20, 21, 22)
 """23 keeps Attention and GroupNormalization whole; below, they are spelled out."""
 PIPELINE_PARTS = ("tokenizer", "tokenizer_2", "scheduler")
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "slimxl")
-GRAPH_MODULES = ("components", "wrappers", "trace", "opening", "graph", "write")
+GRAPH_MODULES = ("components", "wrappers", "trace", "opening", "weights", "graph", "write")
 """What decides the bytes of a graph: where one of these has changed, nothing is up to date."""
 CHECK_BELOW_BYTES = 500_000_000
 """Components up to this size are compared with torch before they get their name; larger ones by `verify`."""
@@ -191,10 +191,11 @@ def export_checkpoint(
                 shutil.copytree(donors[0] / job.name, temporary)
             progress(f"{job.name}: taken from {donors[0]}")
     if stale:
-        from export.write import write_component
+        from export.weights import load_shapes
+        from export.write import TORCH_DTYPES, write_component
 
         for source in sorted({COMPONENTS[job.name].source for job in stale}):
-            check_keys(prepared, source)
+            load_shapes(prepared, source, TORCH_DTYPES[options.precision])  # what is missing is told before it begins
         _check_free_disk(stale, out)
         (out / "slimxl.json").unlink(missing_ok=True)
         for job in stale:

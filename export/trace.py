@@ -27,6 +27,7 @@ from torch.fx import Node
 from export.components import Component, Config, TensorSpec
 from export.graph import name_dimensions, optimize
 from export.opening import CannotOpen, choose_axes, open_dimensions, sized
+from export.weights import read_when_written
 from export.wrappers import example
 
 aten = torch.ops.aten
@@ -190,8 +191,10 @@ def capture(module: nn.Module, inputs: Sequence[TensorSpec], shapes: Sequence[tu
         return torch.export.export(module, arguments, strict=False)
 
 
-def convert(program: ExportedProgram, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], opset: int) -> Model:
-    """The ONNX graph with the component's names, optimised, its weights still those of the program."""
+def convert(
+    program: ExportedProgram, module: nn.Module, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], opset: int
+) -> Model:
+    """The ONNX graph with the component's names, optimised, its weights still those of `module`, or in their file."""
     is_direct = make_lean(program)
     if is_direct:
         program.run_decompositions = lambda *args, **kwargs: program
@@ -208,6 +211,7 @@ def convert(program: ExportedProgram, inputs: Sequence[TensorSpec], outputs: Seq
         )
     if onnx_program is None:
         raise RuntimeError("torch.onnx.export returned no program")
+    read_when_written(onnx_program.model, module)
     optimize(onnx_program.model, infer_shapes=opset < WHOLE_ATTENTION_OPSET)
     return onnx_program.model
 
@@ -226,10 +230,10 @@ def trace(
     try:
         fixed_sizes = _fixed_sizes(module, inputs)
         axes = choose_axes(names, multiple, fixed_sizes)
-        model = convert(capture(module, inputs, [sized(spec, axes) for spec in inputs]), inputs, outputs, opset)
+        model = convert(capture(module, inputs, [sized(spec, axes) for spec in inputs]), module, inputs, outputs, opset)
         open_dimensions(model, inputs, outputs, axes, fixed_sizes)
     except CannotOpen:
-        model = convert(capture_with_symbols(module, inputs, multiple), inputs, outputs, opset)
+        model = convert(capture_with_symbols(module, inputs, multiple), module, inputs, outputs, opset)
         name_dimensions(model, inputs, outputs)
     return model
 

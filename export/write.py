@@ -10,7 +10,6 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill.architectures import Resolution
@@ -23,6 +22,7 @@ from export.graph import specialise
 from export.parity import Parity, compare
 from export.trace import trace
 from export.vae_safety import require_finite
+from export.weights import load_shapes, on_meta
 from export.wrappers import wrap
 
 TORCH_DTYPES = {name: getattr(torch, dtype) for name, dtype in FLOAT_DTYPES.items()}
@@ -34,16 +34,16 @@ def trace_resolution(name: str, config: Config) -> Resolution:
     return Resolution(5 * step, 4 * step)
 
 
-def parameters_and_flops(name: str, network: nn.Module, config: Config, resolution: Resolution) -> tuple[int, int]:
+def parameters_and_flops(name: str, checkpoint: Path, config: Config, resolution: Resolution) -> tuple[int, int]:
     """Parameters the component uses, and the floating-point operations of one call of batch 1 at `resolution`."""
-    meta = wrap(name, network)
+    network = on_meta(checkpoint, COMPONENTS[name].source)
     other_half = {"vae_decoder": ("encoder.", "quant_conv."), "vae_encoder": ("decoder.", "post_quant_conv.")}
     unused = other_half.get(name, ("-",))
     parameters = sum(tensor.numel() for key, tensor in network.named_parameters() if not key.startswith(unused))
     inputs = COMPONENTS[name].inputs(config, resolution, 1, "fp32")
     arguments = [torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta") for spec in inputs]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        meta.to_empty(device="meta").float()(*arguments)
+        wrap(name, network.to("meta").float())(*arguments)
     return parameters, counter.get_total_flops()
 
 
@@ -83,9 +83,8 @@ def write_component(job: Job, folder: Path, progress: Callable[[str], None]) -> 
     started = time.monotonic()
     options, name = job.options, job.name
     component = COMPONENTS[name]
-    network = load_component(job.checkpoint, component.source, TORCH_DTYPES[job.precision])
-    loaded = time.monotonic()
-    module = wrap(name, network)
+    dtype = TORCH_DTYPES[job.precision]
+    module = wrap(name, load_shapes(job.checkpoint, component.source, dtype))
     fixed = options.resolutions[:1] if name.startswith("text") else options.resolutions  # no picture goes in
     resolution = fixed[0] if fixed else trace_resolution(name, job.config)
     inputs = component.inputs(job.config, resolution, options.batch, job.precision)
@@ -106,8 +105,9 @@ def write_component(job: Job, folder: Path, progress: Callable[[str], None]) -> 
         checked: list[Parity] = []
         if options.check and sum(file.stat().st_size for file in temporary.iterdir()) < CHECK_BELOW_BYTES:
             batches = (options.batch,) if fixed else (1, 3)
+            real = wrap(name, load_component(job.checkpoint, component.source, dtype))
             model_file = temporary / "model.onnx"
-            checked = list(compare(name, model_file, module, job.config, [resolution], batches, job.precision))
+            checked = list(compare(name, model_file, real, job.config, [resolution], batches, job.precision))
             for result in checked:
                 if not result.passed:
                     raise UserError(
@@ -115,7 +115,7 @@ def write_component(job: Job, folder: Path, progress: Callable[[str], None]) -> 
                         "--precision fp32"
                     )
         verified = time.monotonic()
-        parameters, flops = parameters_and_flops(name, network, job.config, job.base)
+        parameters, flops = parameters_and_flops(name, job.checkpoint, job.config, job.base)
         write_json(
             temporary / "export.json",
             {
@@ -138,8 +138,7 @@ def write_component(job: Job, folder: Path, progress: Callable[[str], None]) -> 
             },
         )
     seconds = [
-        ("load", loaded - started),
-        ("trace", traced - loaded),
+        ("trace", traced - started),
         ("save", saved - traced),
         ("check", verified - saved),
         ("describe", time.monotonic() - verified),
