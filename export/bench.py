@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from distill.errors import UserError
-from distill.sources import find_architecture_of
 from export.components import COMPONENTS
 from export.folder import library_versions, make_config
 from export.parity import cpu_session
@@ -64,10 +63,11 @@ def _sizes(folder: Path) -> dict[str, dict[str, int]]:
 
 
 def _unet_latency(folders: dict[str, Path], checkpoint: Path, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of one UNet call of batch 2 at the family's smallest resolution, one thread, interleaved."""
+    """Milliseconds of one UNet call of batch 2 on a small picture, one thread, interleaved."""
+    from export.write import trace_resolution
+
     config = make_config(checkpoint, "unet")
-    resolution = min(find_architecture_of(checkpoint).family.resolutions, key=lambda size: size.width * size.height)
-    specs = COMPONENTS["unet"].inputs(config, resolution, 2, "fp32")
+    specs = COMPONENTS["unet"].inputs(config, trace_resolution("unet", config), 2, "fp32")
     rng = np.random.default_rng(0)
     feeds = {spec.name: rng.standard_normal(spec.shape) for spec in specs}
     sessions = {name: cpu_session(folder / "unet" / "model.onnx", threads=1) for name, folder in folders.items()}
