@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import nn
@@ -81,9 +82,11 @@ def load_shapes(folder: Path, component: str, dtype: torch.dtype) -> nn.Module:
 
 def _reader(record: TensorRecord, tensor: ir.TensorProtocol) -> Callable[[], ir.TensorProtocol]:
     def read() -> ir.TensorProtocol:
-        stored = torch.frombuffer(bytearray(b"".join(record.chunks())), dtype=STORED_DTYPES[record.dtype])
-        array = stored.numpy() if record.dtype != "BF16" else stored.float().numpy()
-        return ir.tensor(array.astype(tensor.dtype.numpy(), copy=False).reshape(tensor.shape.numpy()), name=tensor.name)
+        stored = torch.from_numpy(np.fromfile(record.file, np.uint8, record.nbytes, offset=record.start))
+        dtype = getattr(torch, tensor.dtype.numpy().name)
+        return ir.tensor(
+            stored.view(STORED_DTYPES[record.dtype]).to(dtype).view(record.shape).numpy(), name=tensor.name
+        )
 
     return read
 
