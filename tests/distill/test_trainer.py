@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill.architectures import ARCHITECTURES
 from distill.cache import make_cache
@@ -242,13 +243,17 @@ def test_compiled_blocks_are_tapped_as_before(
     assert _curve(tmp_path / "out") == pytest.approx(short, rel=1e-4)
 
 
-def test_pictures_at_fixed_seeds_along_the_way(cache: Path, mini_vega: Path, tmp_path: Path) -> None:
+def test_pictures_at_fixed_seeds_and_curves_along_the_way(cache: Path, mini_vega: Path, tmp_path: Path) -> None:
     recipe = replace(_short(mini_vega, learning_rate=0.0), validation_prompts=("a small red ring at the top",))
-    options = TrainOptions(validate_every=1)
+    options = TrainOptions(validate_every=1, tensorboard=True, log_every=1)
     train(recipe, cache=cache, out=tmp_path / "out", workdir=tmp_path, options=options)
     pictures = sorted((tmp_path / "out" / "samples").glob("01-whole-*.png"))
     assert [path.stem[-1] for path in pictures] == ["1", "2", "3"]
     assert len({path.read_bytes() for path in pictures}) == 1, "the same weights, so the same pictures"
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    for line in map(json.loads, (tmp_path / "out" / "losses.jsonl").read_text().splitlines()):
+        for name, value in line["terms"].items():
+            assert events.Scalars(name)[line["step"] - 1].value == pytest.approx(value)
 
 
 def test_the_guard_tells_a_bad_step_from_a_bad_road() -> None:
