@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript.optimizer import fold_constants
@@ -73,6 +74,41 @@ def specialise(model: ir.Model, inputs: Sequence[TensorSpec]) -> None:
     fold_constants(model, onnx_shape_inference=False, should_fold=_is_no_weight)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.RemoveUnusedNodesPass()(model)
+
+
+def spell_group_norms(model: ir.Model) -> None:
+    """Writes each float32 GroupNormalization, in place, as an InstanceNormalization over groups, scaled and shifted.
+
+    The same numbers; ONNX Runtime 1.31 has a CPU kernel for the one and spells the other out in ten operators. The weights
+    are not looked at, so they may stay in their file.
+    """
+    for node in [node for node in model.graph if node.op_type == "GroupNormalization"]:
+        x, scale, shift = node.inputs
+        if scale is None or shift is None or scale.dtype != ir.DataType.FLOAT:
+            continue
+        tape, groups, channels = ir.tape.Tape(), node.attributes["num_groups"].as_int(), scale.shape[0]  # type: ignore[index]
+        arrays = {
+            "groups": np.array([0, groups, -1]),
+            "channels": np.array([0, channels, -1]),
+            "ones": np.ones(groups, np.float32),
+            "zeros": np.zeros(groups, np.float32),
+            "column": np.array([-1, 1]),
+        }
+        made = {name: tape.initializer(ir.tensor(array, name=f"{node.name}.{name}")) for name, array in arrays.items()}
+        grouped = tape.op("Reshape", [x, made["groups"]])
+        epsilon = {"epsilon": node.attributes["epsilon"].as_float()}
+        normal = tape.op("InstanceNormalization", [grouped, made["ones"], made["zeros"]], epsilon)
+        by_channel = tape.op("Reshape", [normal, made["channels"]])
+        column_scale, column_shift = (tape.op("Reshape", [value, made["column"]]) for value in (scale, shift))
+        scaled = tape.op("Add", [tape.op("Mul", [by_channel, column_scale]), column_shift])
+        result = tape.op("Reshape", [scaled, tape.op("Shape", [x])])
+        for value in made.values():
+            model.graph.register_initializer(value)
+        model.graph.insert_before(node, list(tape.nodes))
+        node.outputs[0].replace_all_uses_with(result, replace_graph_outputs=True)
+        model.graph.remove(node, safe=True)
+    common.RemoveUnusedNodesPass()(model)
+    common.NameFixPass()(model)
 
 
 def _evaluated(expression: str, sizes: dict[str, int]) -> int | None:

@@ -1,4 +1,5 @@
-"""ONNX Runtime, on the CPU or CUDA: its engines are the ONNX files themselves, so one serves every resolution."""
+"""ONNX Runtime, on the CPU or CUDA: its engines are ONNX files, the weights shared with the export, so one serves every
+resolution."""
 
 from __future__ import annotations
 
@@ -80,16 +81,25 @@ class OnnxRuntimeFlavor:
         self.version()
 
     def build(self, request: BuildRequest, report: Report) -> list[TensorInfo]:
-        """A hard link where the disk allows it, else a copy; then the session is opened once to see that it loads."""
+        """The graph as this runtime is quickest with it, beside a hard link to the weights, or a copy where the disk has
+        no links; then the session is opened once to see that it loads."""
+        import onnx_ir as ir
+
+        from export.graph import spell_group_norms
+
         request.out.mkdir()
-        for count, source in enumerate(request.onnx_files):
-            report("linking", count / (len(request.onnx_files) + 1))
+        graph, *weights = request.onnx_files
+        for file in weights:
+            report("linking", 0.1)
             try:
-                os.link(source.resolve(), request.out / source.name)
+                os.link(file.resolve(), request.out / file.name)
             except OSError:
-                shutil.copyfile(source, request.out / source.name)
+                shutil.copyfile(file, request.out / file.name)
+        model = ir.load(graph)
+        spell_group_norms(model)
+        ir.save(model, request.out / graph.name)
         report("opening", 0.9)
-        engine = OnnxRuntimeEngine(request.out / request.onnx_files[0].name, request.outputs, LoadOptions(device="cpu"))
+        engine = OnnxRuntimeEngine(request.out / graph.name, request.outputs, LoadOptions(device="cpu"))
         outputs = [value for value in engine.session.get_outputs() if value.name in request.outputs]
         return [TensorInfo(name=v.name, dtype=_DTYPES[v.type], shape=list(v.shape)) for v in outputs]  # type: ignore[arg-type]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from diffusers import (
@@ -75,6 +77,12 @@ def test_same_seed_same_picture(
     reference: StableDiffusionXLPipeline, pipeline: StableDiffusionXLPipeline, arguments: dict
 ) -> None:
     assert psnr_db(draw(pipeline, **arguments), draw(reference, **arguments)) >= 40
+
+
+def test_group_norms_are_spelled_as_the_cpu_is_quickest_with_them(mini_bundle: Path) -> None:
+    [file] = mini_bundle.glob("unet/*/model.onnx")
+    kinds = Counter(node.op_type for node in onnx.load(file, load_external_data=False).graph.node)
+    assert (kinds["GroupNormalization"], kinds["InstanceNormalization"], kinds["Attention"]) == (0, 43, 30)
 
 
 @pytest.mark.parametrize(
