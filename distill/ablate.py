@@ -255,21 +255,34 @@ def _table(report: Mapping[str, Any]) -> str:
 
 
 def _plot(report: Mapping[str, Any], path: Path) -> None:
-    """One dot a run: loss against right pictures, the teacher as a star."""
+    """A row a variant, a dot a seed: the loss, and the share of right pictures; the teacher is a line. A loss half
+    as high again as the teacher's is off the scale and told in words."""
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
-    for name, runs in _by_variant(report).items():
-        axes.scatter([run["held_out_loss"] for run in runs], [run["followed"]["all"] for run in runs], label=name)
+    by_variant = _by_variant(report)
     teacher = report["teacher"]
-    axes.scatter(
-        teacher["held_out_loss"], teacher["followed"]["all"], marker="*", s=120, color="black", label="teacher"
+    limit = 1.5 * teacher["held_out_loss"]
+    figure, (losses, pictures) = plt.subplots(
+        1, 2, figsize=(8, 0.8 + 0.4 * len(by_variant)), sharey=True, layout="constrained"
     )
-    axes.set(xlabel="held-out loss", ylabel="pictures right in everything", xscale="log", ylim=(-0.02, 1.02))
-    axes.legend(fontsize=7)
+    for row, runs in enumerate(by_variant.values()):
+        values = [run["held_out_loss"] for run in runs]
+        inside = [value for value in values if value <= limit]
+        losses.scatter(inside, [row] * len(inside), color="C0", alpha=0.7)
+        if len(inside) < len(values):
+            losses.annotate(f"off the scale: {mean(values):.4f} →", (limit, row), ha="right", va="center", fontsize=8)
+        pictures.scatter([run["followed"]["all"] for run in runs], [row] * len(runs), color="C1", alpha=0.7)
+    for axes, value in ((losses, teacher["held_out_loss"]), (pictures, teacher["followed"]["all"])):
+        axes.axvline(value, color="black", linestyle="--", linewidth=1, label="teacher")
+        axes.grid(axis="y", alpha=0.3)
+    pictures.legend(fontsize=8, loc="lower left")
+    losses.set(xlabel="held-out loss", yticks=range(len(by_variant)), yticklabels=list(by_variant))
+    losses.set_xlim(right=limit * 1.01)
+    losses.invert_yaxis()
+    pictures.set(xlabel="pictures right in everything", xlim=(-0.02, 1.02))
     with replacing(path) as temporary:
         figure.savefig(temporary, format="svg", metadata={"Date": None})
     plt.close(figure)
