@@ -83,8 +83,9 @@ def runtime_table(all_results: list[Results]) -> list[dict[str, Any]]:
 
 def limit_table(all_results: list[Results]) -> list[dict[str, Any]]:
     """Each smaller model against the largest on the same runtime, in the same rounds: `speedup`, the `limit` that
-    arithmetic sets at equal efficiency (the ratio of FLOPs), and the published `claim`, where there is one. Of runs that
-    measured the same the first stands."""
+    arithmetic sets at equal efficiency (the ratio of FLOPs), and the published `claim`, where there is one. A
+    speed-up of too few runs for an interval is left to the table by size; of runs that measured the same the first
+    stands."""
     table: dict[tuple[Any, ...], dict[str, Any]] = {}
     for results in all_results:
         for cell in results.cells:
@@ -94,7 +95,7 @@ def limit_table(all_results: list[Results]) -> list[dict[str, Any]]:
                 largest, base = max(group, key=lambda pair: pair[0].parameters or 0)
                 for record, row in group:
                     found = _between(base, row) if record.parameters != largest.parameters else None
-                    if found is not None:
+                    if found is not None and found.low is not None:
                         entry = {
                             "title": words.title_of(record.name),
                             "base": words.title_of(largest.name),
