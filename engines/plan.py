@@ -14,7 +14,7 @@ from engines.gpus import Target, resolve_targets
 from engines.layouts import DEFAULT_LAYOUTS, Guidance, plan_profiles
 from engines.onnx_folder import OnnxComponent, OnnxFolder
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """Part of every key: raise it when the same inputs should give another plan."""
 OPTIONAL = ("vae_encoder",)
 
