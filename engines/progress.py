@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -20,12 +21,15 @@ def duration(seconds: float) -> str:
 class BuildProgress:
     """Knows the expected cost of every job and what was really spent, and so what is left."""
 
-    def __init__(self, costs: list[float], console: Console | None = None) -> None:
+    def __init__(
+        self, costs: list[float], console: Console | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.console = console or Console(highlight=False)
         self._costs = costs
+        self._clock = clock
         self._job = -1
-        self._fraction = 0.0
-        self._started = time.monotonic()
+        self._milestone = 0.0, 0.0  # fraction of the running job, and its seconds when the builder told it
+        self._started = clock()
         self._job_started = self._started
         self._spoke = self._started
         self._label = ""
@@ -51,53 +55,62 @@ class BuildProgress:
             self._bar.stop()
 
     @property
-    def _done(self) -> float:
-        """Cost finished so far, the running job in part."""
-        if self._job < 0:
-            return 0.0
-        cost = self._costs[self._job]
-        spent = (time.monotonic() - self._job_started) * self._done_rate()
-        # within a phase that reports no steps, time itself moves the job, but never to its end
-        fraction = max(self._fraction, min(0.95, spent / cost))
-        return sum(self._costs[: self._job]) + cost * fraction
-
-    def _done_rate(self) -> float:
-        """Cost units per second, from finished jobs; 1 until one is finished."""
-        before = sum(self._costs[: self._job])
-        return before / (self._job_started - self._started) if before and self._job_started > self._started else 1.0
+    def _fraction(self) -> float:
+        """Of the running job. The builder's last milestone, and at its speed since; before the first, the time spent
+        in proportion to the expected cost. Never the whole."""
+        spent = self._clock() - self._job_started
+        milestone, at = self._milestone
+        guess = milestone * spent / at if milestone else spent / self._expected_seconds
+        return min(guess, 0.99)
 
     @property
-    def left_seconds(self) -> float:
-        """Estimated from the expected costs and the speed so far."""
-        elapsed, done = time.monotonic() - self._started, self._done
-        total = sum(self._costs)
+    def _expected_seconds(self) -> float:
+        """Of the running job: its cost, in the seconds that finished jobs took for theirs."""
+        before = sum(self._costs[: self._job])
+        rate = (self._job_started - self._started) / before if before else 1.0
+        return max(self._costs[self._job] * rate, 1e-3)
+
+    @property
+    def _done(self) -> float:
+        """Cost finished so far, the running job in part."""
+        return sum(self._costs[: self._job]) + self._costs[self._job] * self._fraction
+
+    @property
+    def left(self) -> str:
+        """The time left in words, from the expected costs and the speed so far."""
+        spent = self._clock() - self._job_started
+        if not self._milestone[0] and spent > self._expected_seconds:
+            return f"longer than the {duration(self._expected_seconds)} expected"
+        elapsed, done = self._clock() - self._started, self._done
         speed = done / elapsed if done and elapsed > 1 else 1.0
-        return (total - done) / speed
+        return f"about {duration((sum(self._costs) - done) / speed)} left"
 
     def start(self, label: str) -> None:
         self._job += 1
-        self._fraction, self._label, self._job_started = 0.0, label, time.monotonic()
+        self._milestone, self._label, self._job_started = (0.0, 0.0), label, self._clock()
         self._show("started", always=True)
 
     def update(self, phase: str, fraction: float) -> None:
-        self._fraction = max(self._fraction, min(fraction, 0.99))
+        """`fraction` of the running job is done, as far as the builder tells."""
+        if fraction > self._milestone[0]:
+            self._milestone = fraction, self._clock() - self._job_started
         self._show(phase)
 
     def finish(self, summary: str) -> None:
-        self._fraction = 1.0
         self.console.print(
             f"[{self._job + 1}/{len(self._costs)}] {self._label}: {summary}", markup=False, soft_wrap=True
         )
 
     def _show(self, phase: str, always: bool = False) -> None:
-        left = f"about {duration(self.left_seconds)} left"
         if self._bar and self._task is not None:
             text = f"[{self._job + 1}/{len(self._costs)}] {self._label}: {phase}"
-            self._bar.update(self._task, completed=self._done, description=text.replace("[", "\\["), left=left)
+            self._bar.update(self._task, completed=self._done, description=text.replace("[", "\\["), left=self.left)
             return
-        now = time.monotonic()
+        now = self._clock()
         if always or now - self._spoke > QUIET_SECONDS:
             self._spoke = now
             self.console.print(
-                f"[{self._job + 1}/{len(self._costs)}] {self._label}: {phase}, {left}", markup=False, soft_wrap=True
+                f"[{self._job + 1}/{len(self._costs)}] {self._label}: {phase}, {self.left}",
+                markup=False,
+                soft_wrap=True,
             )
