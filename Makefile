@@ -33,7 +33,7 @@ help:  ## this list
 $(READY): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (some minutes, once)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[optimum,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[optimum,training,dev]'
 	touch $@
 
 setup: $(READY)  ## install everything into .venv

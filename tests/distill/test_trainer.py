@@ -223,6 +223,29 @@ def test_gradient_checkpointing_and_accumulation_change_no_loss(
     assert _curve(tmp_path / "out") == pytest.approx(short, rel=1e-4)
 
 
+def test_moments_in_8_bits_learn_alike_and_survive_a_stop(
+    short: list[float], cache: Path, mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, options = _short(mini_vega), TrainOptions(checkpoint_every=1, log_every=1, optimizer="adamw-8bit")
+    train(recipe, cache=cache, out=tmp_path / "whole", workdir=tmp_path, options=options)
+    assert _curve(tmp_path / "whole") == pytest.approx(short, rel=2e-2)
+    assert _curve(tmp_path / "whole") != short
+    save, saved = TrainingState.save, []
+
+    def stop_at_the_third(self: TrainingState, folder: Path) -> None:
+        saved.append(folder)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        save(self, folder)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainingState, "save", stop_at_the_third)
+        train(recipe, cache=cache, out=tmp_path / "stopped", workdir=tmp_path, options=options)
+    train(recipe, cache=cache, out=tmp_path / "stopped", workdir=tmp_path, options=options)
+    ours, whole = (tmp_path / run / "unet" / "diffusion_pytorch_model.safetensors" for run in ("stopped", "whole"))
+    assert ours.read_bytes() == whole.read_bytes()
+
+
 def test_compiled_blocks_are_tapped_as_before(
     short: list[float], cache: Path, mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
