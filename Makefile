@@ -33,7 +33,12 @@ help:  ## this list
 $(READY): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (some minutes, once)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[optimum,training,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[optimum,dev]'
+	touch $@
+
+# Apart from the rest, since diffusers imports bitsandbytes wherever it is: over a second in every command.
+$(VENV)/.training: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[training]'
 	touch $@
 
 setup: $(READY)  ## install everything into .venv
@@ -89,7 +94,7 @@ serve: $(READY)  ## BUNDLE inside a Triton server, on its GPUs or the CPU; loopb
 load: $(READY)  ## images/s and latencies of the running server at CONCURRENCY clients, into OUT/load.json
 	$(BIN)/python -m engines load --concurrency $(CONCURRENCY) --minutes $(MINUTES) --out $(OUT)/load.json
 
-test: $(READY)  ## lint, types and every test, the full-size ones too
+test: $(VENV)/.training  ## lint, types and every test, the full-size ones too
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

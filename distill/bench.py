@@ -55,6 +55,7 @@ class Loop:
     features: str | None = None
     cache: bool = True
     published: bool = False
+    compiled: bool = False
 
 
 LOOPS = (
@@ -65,8 +66,10 @@ LOOPS = (
     Loop(name="sub-block", features="sub-block"),
     Loop(name="layer", features="layer"),
     Loop(name="self-attention", features="self-attention"),
+    Loop(name="sub-block, compiled", features="sub-block", compiled=True),
 )
 RATIOS = (  # how many times faster the second is
+    ("published", "sub-block, compiled"),
     ("published", "sub-block"),
     ("published", "sub-block, no cache"),
     *((level, "output only") for level in ("block", "sub-block", "layer", "self-attention")),
@@ -109,7 +112,9 @@ class Workshop:
         teacher, student = architectures_of(options)
         checkpoint = resolve(options.model, options.workdir)
         settings = TrainOptions(
-            mixed_precision=options.mixed_precision, gradient_checkpointing=options.gradient_checkpointing
+            mixed_precision=options.mixed_precision,
+            gradient_checkpointing=options.gradient_checkpointing,
+            compile=any(loop.compiled for loop in loops),
         )
         self.accelerator = make_accelerator(settings, folder)
         device, self.half = self.accelerator.device, HALF[options.mixed_precision]
@@ -142,6 +147,11 @@ class Workshop:
     @contextmanager
     def stepping(self, loop: Loop) -> Iterator[Callable[[], float]]:
         """A function that takes one step of `loop` and returns its loss."""
+        with torch.compiler.set_stance("default" if loop.compiled else "force_eager"), self._stepping(loop) as step:
+            yield step
+
+    @contextmanager
+    def _stepping(self, loop: Loop) -> Iterator[Callable[[], float]]:
         if loop.published:
             with raw_hooks(self.pair.student, self.pair.teacher, self.sub_blocks) as features:
                 yield lambda: self._published_step(*features)
