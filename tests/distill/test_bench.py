@@ -12,6 +12,26 @@ from distill.errors import UserError
 HALF = "-/1,1/1,1:0:1,1,1/1,1,1/-"
 
 
+@pytest.fixture
+def compiled_calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """One entry for each call of a compiled graph. Graphs are captured, but run by eager kernels: generating code takes
+    long."""
+    calls: list[object] = []
+    real = torch.nn.Module.compile
+
+    def backend(graph: torch.fx.GraphModule, _inputs: object) -> object:
+        def run(*arguments: object) -> object:
+            calls.append(graph)
+            return graph(*arguments)
+
+        return run
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, *_, **__: real(module, backend=backend))
+    torch._dynamo.reset()
+    return calls
+
+
+@pytest.mark.usefixtures("compiled_calls")
 def test_every_loop_is_measured_and_every_sample_kept(mini_vega: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("distill.bench.WARMUP_ROUNDS", 0)
     monkeypatch.setattr("distill.bench.peak_memory", lambda *_: 10**9)
@@ -22,6 +42,20 @@ def test_every_loop_is_measured_and_every_sample_kept(mini_vega: Path, tmp_path:
     assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in result["loops"])
     table = "\n".join(describe(result))
     assert all(loop.name in table for loop in LOOPS) and "1,000 MB" in table
+
+
+def test_one_loop_is_compiled_and_the_others_on_the_same_nets_are_not(
+    mini_vega: Path, tmp_path: Path, compiled_calls: list[object]
+) -> None:
+    loops = [loop for loop in LOOPS if loop.name in ("published", "layer", "sub-block, compiled")]
+    workshop = Workshop(BenchOptions(model=str(mini_vega), student=HALF, batch=2), loops, tmp_path)
+    calls = {}
+    for loop in [*loops, *loops]:
+        with workshop.stepping(loop) as step:
+            step()
+        calls[loop.name] = len(compiled_calls)
+        compiled_calls.clear()
+    assert calls == {"published": 0, "layer": 0, "sub-block, compiled": 10 + 15}
 
 
 def test_a_ratio_is_of_rounds_not_of_means() -> None:
