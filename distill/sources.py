@@ -72,14 +72,18 @@ def check_successor(first: Path, teacher: Path) -> None:
             )
 
 
-def checkpoint_hash(folder: Path) -> str:
-    """sha256 over the configs and weights of the four networks: equal content, equal hash, whatever the file dates."""
-    files = {
+def file_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every config and weights file of the four networks, by its path inside the checkpoint."""
+    return {
         f"{component}/{path.name}": sha256_file(path)
         for component in COMPONENT_FOLDERS
         for path in [folder / component / "config.json", *component_weights(folder / component)]
     }
-    return sha256_json(files)
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """sha256 over `file_hashes`: equal content, equal hash, whatever the file dates."""
+    return sha256_json(file_hashes(folder))
 
 
 def find_architecture_of(folder: Path) -> Architecture:

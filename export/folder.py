@@ -19,7 +19,7 @@ from typing import Any
 from distill.architectures import Resolution
 from distill.errors import UserError, unknown
 from distill.files import read_json, replacing, require_free_disk, sha256_file, sha256_json, write_json
-from distill.sources import checkpoint_hash, component_weights, find_architecture_of, read_config
+from distill.sources import checkpoint_hash, component_weights, file_hashes, find_architecture_of, read_config
 from export.checkpoint import prepare
 from export.components import COMPONENTS, FLOAT_DTYPES, Config, unet_config, vae_scale_factor
 
@@ -107,13 +107,19 @@ def make_config(checkpoint: Path, name: str) -> dict[str, Any]:
     return unet_config(config, vae_config=vae, text_config=text)
 
 
-def make_job(checkpoint: Path, name: str, options: ExportOptions) -> Job:
+def _weights_hashes(checkpoint: Path, component: str, hashes: dict[str, str]) -> dict[str, str]:
+    """Of `hashes`, those of a component's weights, by file name."""
+    return {path.name: hashes[f"{component}/{path.name}"] for path in component_weights(checkpoint / component)}
+
+
+def make_job(checkpoint: Path, name: str, options: ExportOptions, hashes: dict[str, str]) -> Job:
+    """`hashes` as `distill.sources.file_hashes` tells them: a checkpoint's gigabytes are read for them once."""
     config = make_config(checkpoint, name)
     precision = component_precision(name, options, read_config(checkpoint, "vae"))
     for resolution in options.resolutions:  # every size is checked before anything is written
         COMPONENTS[name].inputs(config, resolution, options.batch, precision)
     base = find_architecture_of(checkpoint).family.resolutions[0]
-    weights = {path.name: sha256_file(path) for path in component_weights(checkpoint / COMPONENTS[name].source)}
+    weights = _weights_hashes(checkpoint, COMPONENTS[name].source, hashes)
     inputs = {
         "schema": SCHEMA,
         "code": [sha256_file(Path(__file__).parent / f"{module}.py") for module in GRAPH_MODULES],
@@ -135,12 +141,12 @@ def is_current(folder: Path, key: str) -> bool:
     return about.is_file() and read_json(about).get("key") == key and (folder / "model.onnx").is_file()
 
 
-def _refuse_strangers(prepared: Path, out: Path, options: ExportOptions) -> None:
+def _refuse_strangers(prepared: Path, out: Path, options: ExportOptions, hashes: dict[str, str]) -> None:
     """Raises UserError where `out` holds a component that is not to be written now and was made from something else."""
     for name in COMPONENTS:
         if name in options.components or not (out / name).is_dir():
             continue
-        if not is_current(out / name, make_job(prepared, name, options).key):
+        if not is_current(out / name, make_job(prepared, name, options, hashes).key):
             raise UserError(
                 f"{out} holds a {name} of another checkpoint, precision or version: one folder is one model; export "
                 f"{name} too (--components), or choose another --out"
@@ -172,13 +178,13 @@ def export_checkpoint(
     Raises UserError for bad input, and where an exported graph disagrees with torch.
     """
     options = options or ExportOptions()
-    original_hash = checkpoint_hash(checkpoint)
     prepared = prepare(checkpoint, options.vae, options.loras, workdir)
-    jobs = [make_job(prepared, name, options) for name in options.components]
+    hashes = file_hashes(prepared)
+    jobs = [make_job(prepared, name, options, hashes) for name in options.components]
     for part in PIPELINE_PARTS:
         if not (prepared / part).is_dir():
             raise UserError(f"{checkpoint} is no whole SDXL checkpoint: it has no {part}/")
-    _refuse_strangers(prepared, out, options)
+    _refuse_strangers(prepared, out, options, hashes)
     stale = []
     for job in jobs:
         donors = [folder for folder in (out, *options.reuse) if is_current(folder / job.name, job.key)]
@@ -201,19 +207,19 @@ def export_checkpoint(
         for job in stale:
             write_component(job, out / job.name, progress)
     _copy_pipeline_parts(prepared, out)
+    original_hash = sha256_json(hashes) if prepared == checkpoint else checkpoint_hash(checkpoint)
     origin = {"name": source_name or checkpoint.name, "sha256": original_hash}
-    exported_hash = original_hash if prepared == checkpoint else checkpoint_hash(prepared)
-    write_json(out / "slimxl.json", _about(prepared, origin, exported_hash, options))
+    write_json(out / "slimxl.json", _about(prepared, origin, hashes, options))
 
 
-def _about(prepared: Path, source: dict[str, str], exported_hash: str, options: ExportOptions) -> dict[str, Any]:
-    """slimxl.json. `source` is what was given, `exported_hash` of the checkpoint after the change of VAE and LoRAs."""
+def _about(prepared: Path, source: dict[str, str], hashes: dict[str, str], options: ExportOptions) -> dict[str, Any]:
+    """slimxl.json. `source` is what was given, `hashes` of the checkpoint after the change of VAE and LoRAs."""
     vae_config = read_config(prepared, "vae")
     resolutions = options.resolutions or find_architecture_of(prepared).family.resolutions
     return {
         "schema": SCHEMA,
         "source": source,
-        "exported_sha256": exported_hash,
+        "exported_sha256": sha256_json(hashes),
         "precision": options.precision,
         "opset": options.opset,
         "shapes": [str(resolution) for resolution in options.resolutions] or "dynamic",
@@ -224,7 +230,7 @@ def _about(prepared: Path, source: dict[str, str], exported_hash: str, options: 
             "precision": component_precision("vae_decoder", options, vae_config),
             "scaling_factor": vae_config.get("scaling_factor"),
             "pixels_per_latent": vae_scale_factor(vae_config),
-            "sha256": [sha256_file(path) for path in component_weights(prepared / "vae")],
+            "sha256": list(_weights_hashes(prepared, "vae", hashes).values()),
         },
         "loras": [{"file": str(path), "sha256": sha256_file(path), "scale": scale} for path, scale in options.loras],
         "versions": library_versions(),
