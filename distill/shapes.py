@@ -117,9 +117,18 @@ def _grid_cell(position: str, resolution: Resolution) -> tuple[float, float, flo
     return column * width, row * height, width, height
 
 
+def _coverage(shape: str, x: float, y: float, radius: float, width: int, height: int) -> np.ndarray:
+    """Share of each pixel that `shape` covers, (height, width), its bounding box centred at (x, y) pixels."""
+    supersample = 3
+    ys = (np.arange(height * supersample) + 0.5) / supersample
+    xs = (np.arange(width * supersample) + 0.5) / supersample
+    down, right = np.meshgrid((ys - y) / radius, (xs - x) / radius, indexing="ij")
+    mask = _inside(shape, right, down).astype(np.float32)
+    return mask.reshape(height, supersample, width, supersample).mean((1, 3))
+
+
 def render(scene: Scene, resolution: Resolution, rng: np.random.Generator | None = None) -> np.ndarray:
     """The picture as uint8 (height, width, 3), edges anti-aliased; `rng` moves each thing a little inside its cell."""
-    supersample = 3
     image = np.tile(np.array(BACKGROUNDS[scene.background], np.float32), (resolution.height, resolution.width, 1))
     for thing in scene.things:
         left, top, cell_width, cell_height = _grid_cell(thing.position, resolution)
@@ -128,33 +137,41 @@ def render(scene: Scene, resolution: Resolution, rng: np.random.Generator | None
         shift = rng.uniform(-0.5, 0.5, 2) if rng is not None else (0.0, 0.0)
         center_x = left + cell_width / 2 + shift[0] * slack_x
         center_y = top + cell_height / 2 + shift[1] * slack_y
-        ys = (np.arange(resolution.height * supersample) + 0.5) / supersample
-        xs = (np.arange(resolution.width * supersample) + 0.5) / supersample
-        rows = slice(int(top) * supersample, int(np.ceil(top + cell_height)) * supersample)
-        columns = slice(int(left) * supersample, int(np.ceil(left + cell_width)) * supersample)
-        y, x = np.meshgrid((ys[rows] - center_y) / radius, (xs[columns] - center_x) / radius, indexing="ij")
-        mask = _inside(thing.shape, x, y).astype(np.float32)
-        mask = mask.reshape(mask.shape[0] // supersample, supersample, -1, supersample).mean((1, 3))[..., None]
         window = image[int(top) : int(np.ceil(top + cell_height)), int(left) : int(np.ceil(left + cell_width))]
+        height, width, _ = window.shape
+        mask = _coverage(thing.shape, center_x - int(left), center_y - int(top), radius, width, height)[..., None]
         window += mask * (np.array(COLORS[thing.color], np.float32) - window)
     return np.rint(image).astype(np.uint8)
 
 
-def _cropped(mask: np.ndarray, side: int = 24) -> np.ndarray:
-    """`mask` cut to its bounding box and sampled at `side` x `side` points, so that masks of any size compare."""
-    ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    box = mask[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
-    sample = (np.arange(side) + 0.5) / side
-    return box[(sample * box.shape[0]).astype(int)][:, (sample * box.shape[1]).astype(int)]
-
-
-def _templates(side: int = 480) -> np.ndarray:
+def _measure(shape: str, side: int = 480) -> tuple[float, float]:
+    """(area, height of the centroid) of `shape` on the box [-1, 1]²."""
     axis = (np.arange(side) + 0.5) / side * 2 - 1
     y, x = np.meshgrid(axis, axis, indexing="ij")
-    return np.stack([_cropped(_inside(shape, x, y)) for shape in SHAPES])
+    mask = _inside(shape, x, y)
+    return 4 * float(mask.mean()), float(y[mask].mean())
 
 
-_TEMPLATES = _templates()
+_MEASURES = {shape: _measure(shape) for shape in SHAPES}
+
+
+def _read_shape(covered: np.ndarray) -> tuple[str, float]:
+    """The shape, and its radius in pixels, that covers pixels as `covered` (height, width) says.
+
+    Every shape is drawn with the same area and centroid, neither of which a soft edge moves; the one nearest in squares
+    is it.
+    """
+    height, width = covered.shape
+    area = covered.sum()
+    y = covered.sum(1) @ (np.arange(height) + 0.5) / area
+    x = covered.sum(0) @ (np.arange(width) + 0.5) / area
+    errors = {}
+    for shape, (unit_area, unit_y) in _MEASURES.items():
+        radius = float(np.sqrt(area / unit_area))
+        drawn = _coverage(shape, x, y - unit_y * radius, radius, width, height)
+        errors[shape] = float(np.square(drawn - covered).sum()), radius
+    shape = min(errors, key=lambda name: errors[name][0])
+    return shape, errors[shape][1]
 
 
 def read_scene(image: np.ndarray) -> Scene:
@@ -172,21 +189,18 @@ def read_scene(image: np.ndarray) -> Scene:
         left, top, cell_width, cell_height = _grid_cell(position, resolution)
         rows = slice(round(top), round(top + cell_height))
         columns = slice(round(left), round(left + cell_width))
-        # foreground: nearer to some object colour than halfway from the background
         window = image[rows, columns].astype(np.float32)
         colors = np.bincount(labels[rows, columns].ravel(), minlength=len(_PALETTE))[: len(COLORS)]
         color = int(colors.argmax())
+        # how far each pixel is from the background to the object's colour
         axis = _PALETTE_RGB[color] - _PALETTE_RGB[background]
         share = ((window - _PALETTE_RGB[background]) @ axis) / (axis @ axis)
-        mask = share > 0.5
         diameter = min(cell_width, cell_height)
-        if mask.sum() < 0.15 * (SIZES["small"] * diameter) ** 2:
+        if (share > 0.5).sum() < 0.15 * (SIZES["small"] * diameter) ** 2:
             continue
-        box = _cropped(mask)
-        overlap = (_TEMPLATES & box).sum((1, 2)) / (_TEMPLATES | box).sum((1, 2))
-        extent = max(np.ptp(np.flatnonzero(mask.any(axis))) + 1 for axis in (0, 1)) / diameter
-        size = min(SIZES, key=lambda name: abs(SIZES[name] - extent))
-        things.append(Thing(size, _PALETTE_NAMES[color], SHAPES[int(overlap.argmax())], position))
+        shape, radius = _read_shape(np.where(share > 0.2, share.clip(max=1), 0))
+        size = min(SIZES, key=lambda name: abs(SIZES[name] - 2 * radius / diameter))
+        things.append(Thing(size, _PALETTE_NAMES[color], shape, position))
     return Scene(tuple(things), _PALETTE_NAMES[background])
 
 

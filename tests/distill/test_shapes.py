@@ -7,7 +7,7 @@ from transformers import CLIPTokenizer
 
 from distill.architectures import MINI_FAMILY, SDXL_FAMILY, Resolution
 from distill.assemble import tokenizers_and_scheduler
-from distill.shapes import ATTRIBUTES, SHAPES, WORDS, Scene, Thing, follows, random_scene, read_scene, render
+from distill.shapes import ATTRIBUTES, SHAPES, SIZES, WORDS, Scene, Thing, follows, random_scene, read_scene, render
 
 SCENE = Scene((Thing("large", "red", "circle", "top left"), Thing("small", "blue", "ring", "bottom")), "white")
 
@@ -20,12 +20,18 @@ def test_the_reader_reads_every_picture_right(resolution: Resolution) -> None:
         assert read_scene(render(scene, resolution, rng)) == scene
 
 
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_soft_edges_are_read_too(shape: str) -> None:
+def test_soft_edges_and_noise_are_read_too(shape: str, size: str) -> None:
+    rng = np.random.default_rng(0)
     for resolution in MINI_FAMILY.resolutions:
-        scene = Scene((Thing("large", "blue", shape, "center"),), "white")
-        soft = Image.fromarray(render(scene, resolution)).filter(ImageFilter.GaussianBlur(1.3))
-        assert follows(scene, np.asarray(soft))["shape"]
+        scene = Scene((Thing(size, "blue", shape, "center"),), "white")
+        sharp = Image.fromarray(render(scene, resolution))
+        soft = np.asarray(sharp.filter(ImageFilter.GaussianBlur(1.2)))
+        coarse = np.asarray(sharp.resize((resolution.width // 2, resolution.height // 2), Image.Resampling.BOX))
+        noisy = np.asarray(sharp) + rng.normal(0, 12, (resolution.height, resolution.width, 3))
+        for image in (soft, coarse, noisy.clip(0, 255).astype(np.uint8)):
+            assert read_scene(image) == scene
 
 
 def test_captions_are_read_back() -> None:
