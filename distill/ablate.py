@@ -26,7 +26,7 @@ from distill.cache import LatentCache, make_cache
 from distill.checkpoints import alphas_cumprod_of
 from distill.errors import unknown
 from distill.files import read_json, replacing, write_json
-from distill.judge import judge
+from distill.judge import READER, judge
 from distill.options import TrainOptions
 from distill.progress import say
 from distill.recipes import LossWeights, Recipe, Stage, shortened
@@ -106,6 +106,8 @@ def _run(name: str, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(settings["threads"])
     out = Path(settings["out"]) / "runs" / f"{name}-{seed}"
     out.mkdir(parents=True, exist_ok=True)
+    path = out / "result.json"
+    earlier = read_json(path) if path.exists() else {}  # trained, then judged otherwise than is asked now
     cpu, wall = time.process_time(), time.monotonic()
     recipe = make_recipe(
         name,
@@ -126,10 +128,10 @@ def _run(name: str, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
             "seed": seed,
             "held_out_loss": held_out_loss(out, Path(settings["out"]) / "held-out"),
             "followed": judge(pipe, count=settings["pictures"], steps=settings["picture_steps"]),
-            "training_cpu_s": round(trained - cpu, 1),
+            "training_cpu_s": earlier.get("training_cpu_s", round(trained - cpu, 1)),
             "wall_s": round(time.monotonic() - wall, 1),
         }
-    write_json(out / "result.json", result | {"settings": settings})
+    write_json(path, result | {"settings": settings})
     return result
 
 
@@ -167,6 +169,7 @@ def run_ablation(
         "held_out": held_out,
         "pictures": pictures,
         "picture_steps": picture_steps,
+        "reader": READER,
         "threads": max(1, torch.get_num_threads() // jobs),
         "out": str(out),
     }
@@ -210,7 +213,12 @@ def _matters(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _reference(teacher: Path, out: Path, pictures: int, picture_steps: int) -> dict[str, Any]:
     """The teacher, judged as its students are."""
     path = out / "teacher.json"
-    key = {"hash": checkpoint_hash(teacher), "pictures": pictures, "picture_steps": picture_steps}
+    key = {
+        "hash": checkpoint_hash(teacher),
+        "pictures": pictures,
+        "picture_steps": picture_steps,
+        "reader": READER,
+    }
     if not path.exists() or read_json(path)["key"] != key:
         pipe = load_pipeline(teacher, torch.float32)
         pipe.set_progress_bar_config(disable=True)

@@ -11,6 +11,9 @@ from diffusers import StableDiffusionXLPipeline
 from distill.architectures import MINI_FAMILY
 from distill.shapes import ATTRIBUTES, Scene, follows, random_scene
 
+READER = 2
+"""Counts the ways in which `read_scene` has read: shares read in different ways do not compare."""
+
 
 def share_followed(scenes: list[Scene], images: Sequence[np.ndarray] | np.ndarray) -> dict[str, float]:
     """For each attribute, and for `all` together, the share of pictures that show what their scene says."""

@@ -7,6 +7,7 @@ import pytest
 
 from distill.ablate import VARIANTS, make_recipe, run_ablation
 from distill.errors import UserError
+from distill.judge import READER
 from distill.recipes import Recipe
 from distill.sources import MINI_TEACHER
 
@@ -23,7 +24,9 @@ def test_every_variant_takes_the_same_steps_to_the_same_student(name: str) -> No
     assert len(recipe.stages) == (3 if "progressive" in name else 1)
 
 
-def test_an_ablation_goes_on_where_it_was(mini_vega: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_ablation_goes_on_where_it_was(
+    mini_vega: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = tmp_path / "results"
     for variants, new in ((["from-scratch"], 1), (["from-scratch", "layer-progressive"], 1)):
         run_ablation(mini_vega, tmp_path / "runs", results, variants=variants, student=HALF, **SMALL)
@@ -35,6 +38,12 @@ def test_an_ablation_goes_on_where_it_was(mini_vega: Path, tmp_path: Path, capsy
     table = (results / "ablation.md").read_text()
     assert f"| layer-progressive | {layers:.5f} |" in table and "| teacher |" in table
     assert (results / "ablation.svg").read_text().startswith("<?xml")
+    monkeypatch.setattr("distill.ablate.READER", READER + 1)  # then pictures are read again, and nothing is trained
+    run_ablation(mini_vega, tmp_path / "runs", results, variants=["from-scratch"], student=HALF, **SMALL)
+    assert "1/1 from-scratch, seed 0" in capsys.readouterr().out
+    again = json.loads((results / "ablation.json").read_text())
+    assert again["settings"]["reader"] == READER + 1
+    assert again["runs"] == [report["runs"][0] | {"wall_s": again["runs"][0]["wall_s"]}]
 
 
 def test_an_unknown_variant_is_refused(mini_vega: Path, tmp_path: Path) -> None:
