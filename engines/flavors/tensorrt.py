@@ -269,7 +269,8 @@ def make_monitor(trt: Any, profiles: int, report: Report) -> Any:
 
         def _tell(self, phase: str, within: float) -> None:
             share = 0.1 if phase == "Optimizing graph" else 0.9
-            report(phase, min(0.99, (self.profiles_done + share * within) / profiles))
+            words = f"profile {min(self.profiles_done + 1, profiles)} of {profiles}" if profiles > 1 else phase
+            report(words, min(0.99, (self.profiles_done + share * within) / profiles))
 
     return Monitor()
 

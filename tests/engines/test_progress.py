@@ -7,6 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
+from engines.flavors.tensorrt import import_tensorrt, make_monitor
 from engines.progress import BuildProgress
 
 
@@ -61,3 +62,15 @@ def test_finished_jobs_set_the_pace_of_those_to_come(clock: Clock) -> None:
     assert progress.left == "about 10 s left"
     clock.seconds += 20
     assert progress.left == "longer than the 30 s expected"
+
+
+def test_the_builders_phases_become_one_fraction_and_a_profile() -> None:
+    told: list[tuple[str, float]] = []
+    monitor = make_monitor(import_tensorrt("tensorrt-rtx"), 3, lambda words, fraction: told.append((words, fraction)))
+    monitor.phase_start("Optimizing graph", "Building engine from subgraph", 4)
+    assert monitor.step_complete("Optimizing graph", 3)
+    assert told[-1] == ("profile 1 of 3", pytest.approx(0.1 / 3))
+    for number in (1, 2, 3):
+        monitor.phase_start("Determining refit engines", "Computing profile costs", 1)
+        monitor.phase_finish("Determining refit engines")
+        assert told[-1] == (f"profile {min(number + 1, 3)} of 3", pytest.approx(min(0.99, number / 3)))
