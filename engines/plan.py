@@ -76,12 +76,12 @@ class Job:
     def memory_bytes(self) -> int:
         """An upper estimate of the builder's peak memory.
 
-        TensorRT-RTX 1.7 held 3.3 times the weights for one profile and 0.06 to 0.1 times more for each further one,
-        on UNets of 1.5, 2.7 and 5.1 GB; half a gigabyte is the library and the graph.
+        TensorRT-RTX 1.7 held 2.8 to 2.9 times the weights for one profile and 0.055 to 0.09 times more for each further
+        one, on UNets of 1.5, 2.7 and 5.1 GB; 0.7 GB are the library and the graph.
         """
         if self.flavor == "onnxruntime":
             return int(300e6 + 1.5 * self.component.weights_bytes)
-        return int(700e6 + self.component.weights_bytes * (3.3 + 0.1 * (len(self.profiles) - 1)))
+        return int(700e6 + self.component.weights_bytes * (2.95 + 0.095 * (len(self.profiles) - 1)))
 
     @property
     def disk_bytes(self) -> int:
