@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -124,36 +125,26 @@ def with_baselines(costs: Sequence[LayoutCost]) -> list[tuple[LayoutCost, Layout
 
 def cost_table(costs: Sequence[LayoutCost]) -> Table:
     """One row per layout and component."""
-    table = Table(title="layouts (ratios to static builds, one for each resolution)", title_justify="left")
-    for column in (
-        "component",
-        "layout",
-        "plans x profiles",
-        "time",
-        "",
-        "CPU time",
-        "",
-        "peak memory",
-        "",
-        "disk",
-        "",
-        "x weights",
-    ):
-        table.add_column(column)
+    table = Table(
+        title="layouts (in brackets: ratio to static builds, one for each resolution)",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for column in ("component", "layout"):
+        table.add_column(column, no_wrap=True)
+    for column in ("plans", "time", "CPU", "memory", "disk", "/ weights"):
+        table.add_column(column, overflow="fold")
     for cost, base in with_baselines(costs):
         ratio = ratios(cost, base)
         table.add_row(
             cost.component,
             cost.layout,
             f"{cost.plans} x {cost.profiles // cost.plans}",
-            f"{cost.build_s:.1f} s",
-            f"{ratio['time']:.2f}",
-            f"{cost.cpu_s:.1f} s",
-            f"{ratio['cpu']:.2f}",
-            size(cost.peak_rss_bytes),
-            f"{ratio['memory']:.2f}",
-            size(cost.disk_bytes),
-            f"{ratio['disk']:.3f}",
+            f"{cost.build_s:.1f} s ({ratio['time']:.2f})",
+            f"{cost.cpu_s:.1f} s ({ratio['cpu']:.2f})",
+            f"{size(cost.peak_rss_bytes)} ({ratio['memory']:.2f})",
+            f"{size(cost.disk_bytes)} ({ratio['disk']:.3f})",
             f"{cost.disk_over_weights:.3f}",
         )
     return table
