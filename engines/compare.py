@@ -129,7 +129,7 @@ def cost_table(costs: Sequence[LayoutCost]) -> Table:
         title="layouts (×: against static builds, one for each resolution)",
         title_justify="left",
         box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
         pad_edge=False,
     )
     for column in ("component", "layout", "time", "×", "memory", "×", "disk", "×", "/ weights"):
