@@ -24,7 +24,7 @@ import torch
 from distill.architectures import find_architecture
 from distill.cache import LatentCache, make_cache
 from distill.checkpoints import alphas_cumprod_of
-from distill.errors import unknown
+from distill.errors import quiet_libraries, unknown
 from distill.files import read_json, replacing, write_json
 from distill.judge import READER, judge
 from distill.options import TrainOptions
@@ -183,7 +183,8 @@ def run_ablation(
                 done[name, seed] = stated
     todo = [pair for pair in wanted if pair not in done]
     started = time.monotonic()
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=quiet_libraries) as pool:
         running = [pool.submit(_run, name, seed, settings) for name, seed in todo]
         for number, future in enumerate(as_completed(running), 1):
             result = future.result()

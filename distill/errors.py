@@ -35,14 +35,17 @@ def explaining_full_memory(advice: str) -> Iterator[None]:
         raise UserError(f"the GPU's memory is full ({wanted}); {advice}") from None
 
 
-def exit_on_user_error(command: Callable[[], int | None]) -> int:
-    """Run `command`; a UserError becomes one line on stderr and exit code 2, Ctrl-C becomes 130.
-
-    The libraries' own notices are kept out of the user's sight, unless the environment asks for them.
-    """
+def quiet_libraries() -> None:
+    """Keeps the libraries' own notices out of the user's sight, unless the environment asks for them."""
     for library in ("DIFFUSERS", "TRANSFORMERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def exit_on_user_error(command: Callable[[], int | None]) -> int:
+    """Run `command`, the libraries' notices kept quiet; a UserError becomes one line on stderr and exit code 2,
+    Ctrl-C becomes 130."""
+    quiet_libraries()
     try:
         return command() or 0
     except UserError as error:
