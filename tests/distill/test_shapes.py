@@ -27,7 +27,7 @@ def test_soft_edges_and_noise_are_read_too(shape: str, size: str) -> None:
     for resolution in MINI_FAMILY.resolutions:
         scene = Scene((Thing(size, "blue", shape, "center"),), "white")
         sharp = Image.fromarray(render(scene, resolution))
-        soft = np.asarray(sharp.filter(ImageFilter.GaussianBlur(1.2)))
+        soft = np.asarray(sharp.filter(ImageFilter.GaussianBlur(1.4)))
         coarse = np.asarray(sharp.resize((resolution.width // 2, resolution.height // 2), Image.Resampling.BOX))
         noisy = np.asarray(sharp) + rng.normal(0, 12, (resolution.height, resolution.width, 3))
         for image in (soft, coarse, noisy.clip(0, 255).astype(np.uint8)):
