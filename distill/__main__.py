@@ -100,6 +100,20 @@ def cache(
 
 
 @app.command
+def recipe(name: tyro.conf.Positional[str], /, *, student: str | None = None, layer_map: str | None = None) -> None:
+    """Print a recipe as JSON: stages, teachers, losses, steps. Changed and saved, it is a recipe of your own.
+
+    Args:
+        name: ssd-1b, vega, mini-ssd-1b, mini-vega, or the slimxl.json of a finished student.
+        student: Another student by the same road: an architecture or a depth pattern.
+        layer_map: first, spread, similarity, or a JSON file.
+    """
+    from distill.recipes import find_recipe
+
+    print(json.dumps(find_recipe(name, student=student, layer_map=layer_map).as_dict(), indent=1))
+
+
+@app.command
 def train(
     *,
     recipe: str,
@@ -123,7 +137,7 @@ def train(
     """Distil a student by a recipe. Start it with torchrun for many GPUs or nodes. First it tells its memory plan.
 
     Args:
-        recipe: ssd-1b, vega, mini-ssd-1b or mini-vega.
+        recipe: ssd-1b, vega, mini-ssd-1b, mini-vega, or a .json file that `distill recipe` has begun.
         cache: A latent cache made by `distill cache` with the teacher's VAE and text encoders.
         out: Becomes a diffusers pipeline folder; an unfinished run there is continued.
         student: Another student by the same road: an architecture or a depth pattern, e.g. -/2,2/4,4:0:4,4,10/2,1,1/-
@@ -134,7 +148,6 @@ def train(
         fsdp: Share weights, moments and gradients over the processes instead of copying them (DDP).
         validate_every: Steps between pictures at fixed seeds, in OUT/samples; 0 draws them only after each stage.
     """
-    from distill.layer_map import read_layer_map
     from distill.options import TrainOptions
     from distill.recipes import find_recipe
     from distill.trainer import train
@@ -153,7 +166,7 @@ def train(
     )
     if start is not None and not (start / "slimxl.json").is_file():
         raise UserError(f"--start {start} is no student made by `distill train`: it has no slimxl.json")
-    chosen = find_recipe(recipe, student=student, layer_map=read_layer_map(layer_map) if layer_map else None)
+    chosen = find_recipe(recipe, student=student, layer_map=layer_map)
     train(chosen, cache=cache, out=out, workdir=workdir, start=start, options=options)
 
 
@@ -172,7 +185,7 @@ def plan(
     """Tell what a training needs of each GPU's memory, with and without gradient checkpointing; nothing is loaded.
 
     Args:
-        recipe: ssd-1b, vega, mini-ssd-1b or mini-vega.
+        recipe: ssd-1b, vega, mini-ssd-1b, mini-vega, or a .json file.
         student: Another student by the same road: an architecture or a depth pattern.
         processes: GPUs that share the batch.
         memory_gb: The GPU's memory in units of 1e9 bytes; default: the device at hand.
@@ -182,10 +195,11 @@ def plan(
     from distill.plan import describe_plan, device_memory, plan_recipe
     from distill.recipes import find_recipe
 
-    teacher = ARCHITECTURES["mini-sdxl" if recipe.startswith("mini-") else "sdxl"]
+    chosen = find_recipe(recipe, student=student)
+    is_mini = chosen.stages[0].teacher.startswith(("mini:", "random:mini"))
     title, plans = plan_recipe(
-        find_recipe(recipe, student=student),
-        teacher,
+        chosen,
+        ARCHITECTURES["mini-sdxl" if is_mini else "sdxl"],
         half=HALF[mixed_precision],
         optimizer=optimizer,
         processes=processes,

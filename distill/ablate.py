@@ -29,7 +29,7 @@ from distill.files import read_json, replacing, write_json
 from distill.judge import READER, judge
 from distill.options import TrainOptions
 from distill.progress import say
-from distill.recipes import LossWeights, Recipe, Stage, shortened
+from distill.recipes import Level, LossWeights, Recipe, Stage, shortened
 from distill.shapes import ATTRIBUTES
 from distill.sources import checkpoint_hash, find_architecture_of, load_component, load_pipeline
 from distill.step import add_noise, predict
@@ -45,7 +45,7 @@ class Variant:
     progressive: bool = False
 
 
-def _features(level: str) -> LossWeights:
+def _features(level: Level) -> LossWeights:
     return LossWeights(output=1.0, feature=0.2, level=level, normalize=True)
 
 

@@ -73,7 +73,7 @@ def make_layer_map(spec: str | LayerMap, teacher: Depth, student: Depth) -> Laye
             raise UserError(f"the student has {count} blocks at {path}, its teacher only {available}")
         explicit = None if isinstance(spec, str) else spec.get(path)
         indices = tuple(explicit) if explicit else PRESETS[spec if isinstance(spec, str) else "first"](available, count)
-        if len(indices) != count or sorted(set(indices)) != list(indices) or indices[-1] >= available:
+        if len(indices) != count or sorted(set(indices)) != list(indices) or indices[0] < 0 or indices[-1] >= available:
             raise UserError(f"layer map at {path}: {list(indices)} must be {count} rising indices below {available}")
         layer_map[path] = indices
     return layer_map

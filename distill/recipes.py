@@ -7,13 +7,34 @@ in all. How the steps were divided, and which blocks were kept, was not publishe
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 
 from distill.architectures import MINI_FAMILY, SDXL_DEPTH, SSD_1B_DEPTH, Depth, find_architecture
-from distill.errors import unknown
-from distill.layer_map import LayerMap, make_layer_map, transformer_depths
+from distill.errors import UserError, unknown
+from distill.files import read_json
+from distill.layer_map import LayerMap, make_layer_map, read_layer_map, transformer_depths
+
+Level = Literal["block", "sub-block", "layer", "self-attention"]
+"""Which features are compared; see `taps.py`."""
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+"""It becomes part of a folder's."""
+_WHOLE = ConfigDict(extra="forbid", strict=True)
 
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 ZAVY_CHROMA_XL = "stablediffusionapi/zavychromaxl-v80"
@@ -24,13 +45,14 @@ JUGGERNAUT_XL = "RunDiffusion/Juggernaut-XL-v9"
 class LossWeights:
     """λ of each loss; `level` and `normalize` say what the feature terms are; `warmup_steps` raises λ from 0."""
 
-    task: float = 1.0
-    output: float = 0.5
-    feature: float = 0.5
-    level: str = "sub-block"
+    __pydantic_config__ = _WHOLE
+    task: NonNegativeFloat = 1.0
+    output: NonNegativeFloat = 0.5
+    feature: NonNegativeFloat = 0.5
+    level: Level = "sub-block"
     normalize: bool = False
-    warmup_steps: int = 0
-    min_snr_gamma: float | None = None
+    warmup_steps: NonNegativeInt = 0
+    min_snr_gamma: PositiveFloat | None = None
 
     @property
     def needs_teacher(self) -> bool:
@@ -43,29 +65,31 @@ class Stage:
     of the *teacher's* blocks each student block is made from, so maps of successive stages must be nested. A student
     `from_scratch` copies nothing: it begins with random weights, as a comparison."""
 
-    name: str
+    __pydantic_config__ = _WHOLE
+    name: Name
     teacher: str
     student: str
-    steps: int
+    steps: PositiveInt
     layer_map: str | LayerMap = "similarity"
     from_scratch: bool = False
     losses: LossWeights = LossWeights()
-    learning_rate: float = 1e-5
-    warmup_steps: int = 500
+    learning_rate: PositiveFloat = 1e-5
+    warmup_steps: NonNegativeInt = 500
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """`batch_size` is global: over all processes and accumulation steps."""
 
-    name: str
-    stages: tuple[Stage, ...]
-    batch_size: int = 128
-    caption_dropout: float = 0.1
-    weight_decay: float = 1e-2
-    max_grad_norm: float = 1.0
-    ema_decay: float | None = 0.9999
-    seed: int = 0
+    __pydantic_config__ = _WHOLE
+    name: Name
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    batch_size: PositiveInt = 128
+    caption_dropout: Fraction = 0.1
+    weight_decay: NonNegativeFloat = 1e-2
+    max_grad_norm: PositiveFloat = 1.0
+    ema_decay: Fraction | None = 0.9999
+    seed: NonNegativeInt = 0
     validation_prompts: tuple[str, ...] = (
         "a portrait of an old fisherman, golden hour, 85 mm",
         "a red fox in fresh snow, wide shot",
@@ -177,14 +201,38 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
 
 def find_recipe(name: str, *, student: str | None = None, layer_map: str | LayerMap | None = None) -> Recipe:
     """The recipe called `name`, on the same road to another `student` (an architecture's name or a depth pattern) or
-    by another `layer_map` (a preset's name or indices) where they are given.
+    by another `layer_map` (a preset's name, a file or indices) where they are given; or the one that stands in the file
+    `name`.
 
-    Raises UserError for an unknown recipe, student or preset, and for indices that do not fit the student.
+    Raises UserError for an unknown recipe, student or preset, for indices that do not fit the student, and for a file
+    that holds no recipe.
     """
-    if name not in RECIPES:
-        raise unknown("recipe", name, RECIPES)
-    changes = {"student": student, "layer_map": layer_map}
-    recipe = RECIPES[name](**{key: value for key, value in changes.items() if value is not None})
+    known = read_layer_map(layer_map) if isinstance(layer_map, str) else layer_map
+    changes = {key: value for key, value in (("student", student), ("layer_map", known)) if value is not None}
+    if name.endswith(".json"):
+        if changes:
+            raise UserError(f"{name} says its own {' and '.join(changes)}: change it there")
+        recipe = read_recipe(Path(name))
+    elif name in RECIPES:
+        recipe = RECIPES[name](**changes)
+    else:
+        raise unknown("recipe", name, [*RECIPES, "FILE.json"])
     for stage in recipe.stages:
         make_layer_map(stage.layer_map, SDXL_DEPTH, find_architecture(stage.student).depth)
     return recipe
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe that a JSON file is, or holds as its `recipe` (a student's slimxl.json does). Raises UserError with the
+    first fault."""
+    stated = read_json(path)
+    stated = stated.get("recipe", stated) if isinstance(stated, dict) else stated
+    try:
+        return TypeAdapter(Recipe).validate_json(json.dumps(stated))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"])) or "the whole"
+        raise UserError(
+            f"{path} is no recipe: {where}: {fault['msg'][:1].lower()}{fault['msg'][1:]}; `python -m distill recipe "
+            "ssd-1b` prints one"
+        ) from None

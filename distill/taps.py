@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -21,8 +21,9 @@ from torch import nn
 from distill.architectures import Depth
 from distill.errors import unknown
 from distill.layer_map import LayerMap, transformer_depths
+from distill.recipes import Level
 
-LEVELS = ("block", "sub-block", "layer", "self-attention")
+LEVELS = get_args(Level)
 
 
 @dataclass(frozen=True)
