@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from distill.ahead import ahead
 from distill.architectures import Family, Resolution
-from distill.data import BadSample, Sample, open_source
+from distill.data import BadSample, Sample, Source, open_source
 from distill.errors import UserError, explaining_full_memory
 from distill.files import read_json, replacing, require_free_disk, sha256_file, sha256_json, write_json
 from distill.progress import say, track
@@ -93,29 +95,48 @@ def make_cache(
     with explaining_full_memory(advice):
         pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    seen = 0
-    bad: list[str] = []
-    for number in track(todo, f"caching {samples} samples", unit="shard"):
+    reader = _Reader(source)
+    shards = ahead(lambda number: reader.read(ranges[number]), todo)
+    for number, (buckets, skipped) in zip(track(todo, f"caching {samples} samples", unit="shard"), shards, strict=True):
         for left in out.glob(f".{_shard(out, number).name}.*.partial"):  # of a killed run
             left.unlink()
-        buckets: dict[Resolution, list[Sample]] = defaultdict(list)
-        skipped = []
-        for index in ranges[number]:
-            try:
-                sample = source.read(index)
-                buckets[sample.resolution].append(sample)
-            except BadSample as error:
-                skipped.append(str(error))
-            seen += 1
-            if len(bad + skipped) > MOST_BAD_SAMPLES * max(seen, min(50, len(source))):
-                raise UserError(
-                    f"{len(bad + skipped)} of the first {seen} samples are bad: {'; '.join((bad + skipped)[:3])}"
-                )
-        bad += skipped
         with explaining_full_memory(advice):
             write_shard(pipe, buckets, skipped, _shard(out, number), seed, batch)
-    if bad:
-        say(f"skipped {len(bad)} of {seen} samples; each shard names its own: {'; '.join(bad[:3])}")
+    if reader.bad:
+        say(
+            f"skipped {len(reader.bad)} of {reader.seen} samples; each shard names its own: {'; '.join(reader.bad[:3])}"
+        )
+
+
+class _Reader:
+    """Decodes samples on all cores, keeps count of the bad ones, and gives up where they are too many."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.seen = source, 0
+        self.bad: list[str] = []
+
+    def read(self, indices: range) -> tuple[dict[Resolution, list[Sample]], list[str]]:
+        """Samples by resolution, in order, and what was skipped and why. Raises UserError for too many bad ones."""
+        buckets: dict[Resolution, list[Sample]] = defaultdict(list)
+        before = len(self.bad)
+        with ThreadPoolExecutor() as pool:  # decoders let go of the interpreter
+            for sample in pool.map(self._read_one, indices):
+                self.seen += 1
+                if isinstance(sample, Sample):
+                    buckets[sample.resolution].append(sample)
+                else:
+                    self.bad.append(str(sample))
+                if len(self.bad) > MOST_BAD_SAMPLES * max(self.seen, min(50, len(self.source))):
+                    raise UserError(
+                        f"{len(self.bad)} of the first {self.seen} samples are bad: {'; '.join(self.bad[:3])}"
+                    )
+        return buckets, self.bad[before:]
+
+    def _read_one(self, index: int) -> Sample | BadSample:
+        try:
+            return self.source.read(index)
+        except BadSample as error:
+            return error
 
 
 def sample_bytes(family: Family) -> int:
@@ -194,15 +215,15 @@ class LatentCache:
             self._epoch, self._order = epoch, [batches[i] for i in rng.permutation(len(batches))]
         return self._order
 
-    def batch(self, step: int) -> dict[str, torch.Tensor]:
-        """The whole global batch of a step: FIELDS in float32, `time_ids` too."""
+    def batch(self, step: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
+        """FIELDS of a step's global batch, or of some rows of it, in float32, `time_ids` too."""
         epoch, place = divmod(step, len(self._order_of(0)) if self._epoch < 0 else len(self._order))
         resolution, indices = self._order_of(epoch)[place]
-        rows = [self._rows[resolution][i] for i in indices]
+        places = [self._rows[resolution][i] for i in indices[rows]]
         fields = {}
         for field in FIELDS:
             name = f"{resolution}/{field}"
-            fields[field] = torch.stack([self._shard(path).get_slice(name)[i] for path, i in rows]).float()
+            fields[field] = torch.stack([self._shard(path).get_slice(name)[i] for path, i in places]).float()
         return fields
 
     def _shard(self, path: Path) -> Any:

@@ -186,7 +186,8 @@ def draw_validation(
     steps: int = 20,
     seed: int = 0,
 ) -> None:
-    """One row of pictures of `prompts`, at the model's own base resolution and always the same seeds."""
+    """One row of pictures of `prompts`, at the model's own base resolution and always the same seeds; one at a time, and
+    none where the GPU has no memory left for them beside the training."""
     from PIL import Image
 
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
@@ -194,8 +195,14 @@ def draw_validation(
     pipe.unet = student
     pipe.to(device, dtype)
     pipe.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    images = pipe(list(prompts), num_inference_steps=steps, generator=generators).images
+    try:
+        images = [
+            pipe(prompt, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed + i)).images[0]
+            for i, prompt in enumerate(prompts)
+        ]
+    except torch.OutOfMemoryError:
+        say(f"{path.name} was not drawn: the GPU has no memory left for it")
+        return
     row = Image.new("RGB", (sum(image.width for image in images), images[0].height))
     for i, image in enumerate(images):
         row.paste(image, (i * image.width, 0))

@@ -254,7 +254,10 @@ class HubRows:
         )
 
 
-def open_source(spec: str, family: Family, seed: int) -> ShapesSource | PictureSource:
+Source = ShapesSource | PictureSource
+
+
+def open_source(spec: str, family: Family, seed: int) -> Source:
     """The source that `spec` names. Raises UserError for an unknown form, an empty or caption-less data set."""
     if spec.startswith("shapes:"):
         count = spec.removeprefix("shapes:")

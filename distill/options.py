@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from distill.errors import UserError
 from distill.sharding import check_no_other_fsdp
 
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for one that downloads a teacher, saves a student or draws; NCCL's own ten minutes are few."""
 HALF = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -48,5 +51,8 @@ def make_accelerator(options: TrainOptions, out: Path) -> Accelerator:
         step_scheduler_with_optimizer=False,
         log_with="tensorboard" if options.tensorboard else None,
         project_dir=out,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of them
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of them
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
     )

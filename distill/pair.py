@@ -88,13 +88,34 @@ class Pair:
 
     def compile_blocks(self) -> None:
         """torch.compile for each transformer block of both nets."""
+        torch._dynamo.config.skip_nnmodule_hook_guards = False  # a block that is tapped inside has a graph of its own
         for unet in filter(None, (self.student, self.teacher)):
             unet.compile_repeated_blocks()
 
+    @property
+    def rows(self) -> slice:
+        """This process's share of the global batch."""
+        share = self.recipe.batch_size // self.accelerator.num_processes
+        return slice(self.accelerator.process_index * share, (self.accelerator.process_index + 1) * share)
+
+    def noised(self, batch: Mapping[str, torch.Tensor], seed: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        """What a step takes, from this process's `rows` of a batch of `LatentCache`. All of it is the host's work, so
+        it can be done ahead; for a GPU it ends in page-locked memory."""
+        noised = add_noise(
+            batch,
+            self.alphas_cumprod,
+            seed=seed,
+            caption_dropout=self.recipe.caption_dropout,
+            rows=self.rows,
+            batch_size=self.recipe.batch_size,
+        )
+        on_gpu = self.accelerator.device.type == "cuda"
+        return {name: value.pin_memory() for name, value in noised.items()} if on_gpu else noised
+
     @contextmanager
     def taught_by(self, losses: LossWeights) -> Iterator[Callable[..., Terms]]:
-        """Taps what `losses` compares; yields `step(batch, seed=…, learning_rate=…, warm=1.0)`, which takes one
-        optimiser step over a global batch of `LatentCache` and returns its terms, averaged over all processes."""
+        """Taps what `losses` compares; yields `step(noised, learning_rate=…, warm=1.0)`, which takes one optimiser step
+        over what `noised` made ready in each process, and returns its terms, averaged over all processes."""
         taps: tuple[Tap, ...] = ()
         if losses.feature and self.teacher is not None:
             teacher, student = (Depth.from_config(unet.config) for unet in (self.teacher, self.student))
@@ -114,12 +135,9 @@ class Pair:
             autocast=self.accelerator.autocast,
         )
 
-        def step(
-            batch: Mapping[str, torch.Tensor], *, seed: tuple[int, ...], learning_rate: float, warm: float = 1.0
-        ) -> Terms:
+        def step(noised: Mapping[str, torch.Tensor], *, learning_rate: float, warm: float = 1.0) -> Terms:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
-            noised = add_noise(batch, self.alphas_cumprod, seed=seed, caption_dropout=self.recipe.caption_dropout)
             return self._step(noised, partial(terms_of, warm=warm))
 
         try:
@@ -130,11 +148,13 @@ class Pair:
 
     def _step(self, noised: Mapping[str, torch.Tensor], terms_of: Callable[..., dict[str, torch.Tensor]]) -> Terms:
         accelerator, parts = self.accelerator, self.options.accumulation
-        size = len(noised["noisy"]) // (accelerator.num_processes * parts)
+        size = len(noised["noisy"]) // parts
         totals: dict[str, torch.Tensor] = {}
-        for micro in range(parts):
-            begin = (accelerator.process_index * parts + micro) * size
-            part = {name: value[begin : begin + size].to(accelerator.device) for name, value in noised.items()}
+        for begin in range(0, parts * size, size):
+            part = {
+                name: value[begin : begin + size].to(accelerator.device, non_blocking=True)
+                for name, value in noised.items()
+            }
             with accelerator.accumulate(self.model):
                 terms = terms_of(batch=part)
                 total = torch.stack(list(terms.values())).sum()

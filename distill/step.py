@@ -28,14 +28,21 @@ def add_noise(
     *,
     seed: Sequence[object],
     caption_dropout: float,
+    rows: slice = slice(None),
+    batch_size: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """Adds `noise`, `timesteps` and `noisy` to a batch of `LatentCache`; a dropped caption's text becomes zeros, which
-    is what SDXL's pipeline gives for an empty prompt."""
+    is what SDXL's pipeline gives for an empty prompt.
+
+    Where `batch` is but the `rows` of a global batch, `batch_size` is the size of that: noise is drawn for all of it,
+    so that a sample's own does not depend on how the batch is shared out.
+    """
     latents = batch["latents"]
+    size = batch_size or len(latents)
     generator = torch.Generator().manual_seed(seed_of(*seed))  # type: ignore[arg-type]
-    noise = torch.randn(latents.shape, generator=generator)
-    timesteps = torch.randint(0, len(alphas_cumprod), (len(latents),), generator=generator)
-    kept = (torch.rand(len(latents), generator=generator) >= caption_dropout).float()
+    noise = torch.randn((size, *latents.shape[1:]), generator=generator)[rows]
+    timesteps = torch.randint(0, len(alphas_cumprod), (size,), generator=generator)[rows]
+    kept = (torch.rand(size, generator=generator)[rows] >= caption_dropout).float()
     signal = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     return {
         "noise": noise,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
@@ -15,6 +16,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 
+from distill.ahead import ahead
 from distill.architectures import Architecture, Depth, find_architecture
 from distill.cache import LatentCache, seed_of
 from distill.checkpoints import (
@@ -95,6 +97,8 @@ def train(
         for number in range(len(recipe.stages)):
             folder = teachers[recipe.stages[number].teacher]
             previous = _StageRun(accelerator, recipe, number, folder, latents, out, options).run(previous)
+            gc.collect()  # accelerate's wrappers hold the student in a cycle
+            torch.cuda.empty_cache()
     if accelerator.is_main_process:
         _finish(out, previous or teachers[recipe.stages[0].teacher], run)
     accelerator.end_training()
@@ -186,7 +190,7 @@ class _StageRun:
         ema = EMAModel(pair.student.parameters(), decay=self.recipe.ema_decay) if self.recipe.ema_decay else None
         state = TrainingState(pair.student, pair.optimizer.optimizer, ema, self.accelerator.scaler)
         with pair.taught_by(self.stage.losses) as step:
-            self._train(state, step)
+            self._train(state, pair, step)
         student = gather_student(state)
         if student is not None and self.accelerator.is_main_process:
             save_student(student, self.teacher_folder, self.folder, self.layer_map, self.recipe, self.number)
@@ -226,17 +230,22 @@ class _StageRun:
             self.options,
         )
 
-    def _train(self, state: TrainingState, take_step: Callable[..., Terms]) -> None:
+    def _train(self, state: TrainingState, pair: Pair, take_step: Callable[..., Terms]) -> None:
         accelerator, options, stage, states = self.accelerator, self.options, self.stage, self.out / "state"
         first_step = resume(accelerator, state, states, self.number, self.out / "losses.jsonl")
         started = time.monotonic()
         guard = DivergenceGuard()
         title = f"{self.recipe.name} {self.number + 1}/{len(self.recipe.stages)} {stage.name}"
+
+        def noised(step: int) -> dict[str, torch.Tensor]:
+            batch = self.latents.batch(_global_step(self.recipe, self.number, step), pair.rows)
+            return pair.noised(batch, (self.recipe.seed, self.number, step))
+
         steps = range(first_step, stage.steps)
-        for step in track(steps, title, done=first_step) if accelerator.is_main_process else steps:
+        shown = track(steps, title, done=first_step) if accelerator.is_main_process else steps
+        for step, batch in zip(shown, ahead(noised, steps), strict=True):
             terms = take_step(
-                self.latents.batch(_global_step(self.recipe, self.number, step)),
-                seed=(self.recipe.seed, self.number, step),
+                batch,
                 learning_rate=learning_rate(stage, step),
                 warm=min(1.0, (step + 1) / max(1, stage.losses.warmup_steps)),
             )

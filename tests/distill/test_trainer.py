@@ -26,7 +26,7 @@ from distill.cache import make_cache
 from distill.checkpoints import TrainingState, gather_student
 from distill.errors import UserError, exit_on_user_error
 from distill.options import TrainOptions
-from distill.recipes import LossWeights, Recipe, Stage
+from distill.recipes import Level, LossWeights, Recipe, Stage
 from distill.sharding import check_fsdp, check_no_other_fsdp
 from distill.sources import check_successor, component_tensors, read_config, resolve
 from distill.step import DivergenceGuard
@@ -246,8 +246,9 @@ def test_moments_in_8_bits_learn_alike_and_survive_a_stop(
     assert ours.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.parametrize("level", ["layer", "self-attention"])
 def test_compiled_blocks_are_tapped_as_before(
-    short: list[float], cache: Path, mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    level: Level, cache: Path, mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the graphs captured and differentiated ahead of time, but run by eager kernels: what taps could break is
     the capture, and generating code takes minutes."""
@@ -260,10 +261,12 @@ def test_compiled_blocks_are_tapped_as_before(
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
     torch._dynamo.reset()
-    options = TrainOptions(log_every=1, compile=True)
-    train(_short(mini_vega), cache=cache, out=tmp_path / "out", workdir=tmp_path, options=options)
+    recipe = _short(mini_vega, losses=LossWeights(level=level, normalize=True))
+    for name, compile in (("plain", False), ("compiled", True)):
+        options = TrainOptions(log_every=1, compile=compile)
+        train(recipe, cache=cache, out=tmp_path / name, workdir=tmp_path, options=options)
     assert len(compiled) == 10 + 15 and torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    assert _curve(tmp_path / "out") == pytest.approx(short, rel=1e-4)
+    assert _curve(tmp_path / "compiled") == pytest.approx(_curve(tmp_path / "plain"), rel=1e-4)
 
 
 def test_pictures_at_fixed_seeds_and_curves_along_the_way(cache: Path, mini_vega: Path, tmp_path: Path) -> None:
