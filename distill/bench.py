@@ -38,7 +38,7 @@ from distill.layer_map import make_layer_map
 from distill.options import HALF, TrainOptions, make_accelerator
 from distill.pair import Pair, load_nets
 from distill.progress import say, track
-from distill.recipes import LossWeights, Recipe
+from distill.recipes import Level, LossWeights, Recipe
 from distill.sources import find_architecture_of, load_pipeline, resolve
 from distill.surgery import make_student_unet
 from distill.taps import Tap, make_taps
@@ -52,7 +52,7 @@ class Loop:
     """One way to take a training step. `features` None compares predictions alone."""
 
     name: str
-    features: str | None = None
+    features: Level | None = None
     cache: bool = True
     published: bool = False
     compiled: bool = False
@@ -140,8 +140,6 @@ class Workshop:
         )
         self.sub_blocks = make_taps("sub-block", teacher.depth, student.depth, self.pair.layer_map)
         self.scheduler = DDPMScheduler.from_pretrained(checkpoint, subfolder="scheduler")
-        parameters = self.pair.student.parameters()
-        self.published_optimizer = self.accelerator.prepare(torch.optim.AdamW(parameters, lr=1e-5, weight_decay=1e-2))
         self.number = 0
 
     @contextmanager
@@ -162,7 +160,8 @@ class Workshop:
 
             def step() -> float:
                 self.number += 1
-                return take_step(batches.batch(self.number), seed=(0, self.number), learning_rate=1e-5)["total"]
+                noised = self.pair.noised(batches.batch(self.number), (0, self.number))
+                return take_step(noised, learning_rate=1e-5)["total"]
 
             yield step
 
@@ -202,8 +201,8 @@ class Workshop:
         pairs = ((of_student[tap.student], of_teacher[tap.teacher]) for tap in self.sub_blocks)
         loss = loss + 0.5 * sum(functional.mse_loss(ours, theirs) for ours, theirs in pairs)
         self.accelerator.backward(loss)
-        self.published_optimizer.step()
-        self.published_optimizer.zero_grad()
+        self.pair.optimizer.step()
+        self.pair.optimizer.zero_grad()
         return self.accelerator.gather(loss.detach().repeat(len(latents))).mean().item()
 
 
@@ -273,12 +272,13 @@ def _peak_resident_bytes() -> int:
 
 
 def peak_memory(options: BenchOptions, loop: Loop) -> int | None:
-    """None where the process ended without an answer. It is forked, so call this before any thread computes.
+    """None where the process ended without an answer. It is a fresh one: neither CUDA nor threads survive a fork.
 
     Raises UserError where the GPU's memory is too small for the loop.
     """
-    receive, send = multiprocessing.get_context("fork").Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_peak_memory, args=(options, loop, send))
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_peak_memory, args=(options, loop, send))
     process.start()
     send.close()
     try:
@@ -316,24 +316,27 @@ def ratio(slower: Sequence[float], faster: Sequence[float]) -> dict[str, float]:
 
 
 def bench_loops(options: BenchOptions, out: Path) -> dict[str, Any]:
-    """Measures every loop, writes the raw samples to `out` (JSON) and returns what it wrote.
+    """Measures every loop, writes the raw samples to `out` (JSON) and returns what it wrote: the times as soon as they
+    are there, since the memory of each loop takes as long again.
 
     Raises UserError for an unknown model or student, and for a GPU whose memory is too small.
     """
     teacher, student = architectures_of(options)
-    say(f"{teacher.name} into {student.name}, batch {options.batch}: the memory of each loop, in a process of its own")
-    memory = {loop.name: peak_memory(options, loop) for loop in track(LOOPS, "memory", unit="loop")}
+    say(f"{teacher.name} into {student.name}, batch {options.batch}")
     workshop, taken = time_loops(options, LOOPS)
-    device = workshop.accelerator.device
+    device, resolution = workshop.accelerator.device, workshop.resolution
+    del workshop
+    gc.collect()
+    torch.cuda.empty_cache()
     on_gpu = device.type == "cuda"
     wall, cpu = ({name: [pair[i] for pair in pairs] for name, pairs in taken.items()} for i in (0, 1))
-    result = {
+    result: dict[str, Any] = {
         "schema_version": SCHEMA,
         "kind": "measured",
         "teacher": teacher.name,
         "student": student.name,
         "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} thread(s)",
-        "resolution": str(workshop.resolution),
+        "resolution": str(resolution),
         "options": {name: value for name, value in asdict(options).items() if name != "workdir"},
         "versions": {
             "python": platform.python_version(),
@@ -345,7 +348,7 @@ def bench_loops(options: BenchOptions, out: Path) -> dict[str, Any]:
             {
                 **asdict(loop),
                 "samples_per_s": options.batch / float(np.median(wall[loop.name])),
-                "peak_memory_bytes": memory[loop.name],
+                "peak_memory_bytes": None,
                 "seconds": wall[loop.name],
                 "cpu_seconds": cpu[loop.name],
             }
@@ -362,6 +365,10 @@ def bench_loops(options: BenchOptions, out: Path) -> dict[str, Any]:
         ],
     }
     write_json(out, result)
+    say("the memory of each loop, in a process of its own")
+    for loop, row in zip(track(LOOPS, "memory", unit="loop"), result["loops"], strict=True):
+        row["peak_memory_bytes"] = peak_memory(options, loop)
+        write_json(out, result)
     return result
 
 

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from distill.bench import LOOPS, BenchOptions, Workshop, bench_loops, describe, ratio
+from distill.bench import LOOPS, BenchOptions, Loop, Workshop, _peak_memory, bench_loops, describe, peak_memory, ratio
 from distill.errors import UserError
 
 HALF = "-/1,1/1,1:0:1,1,1/1,1,1/-"
@@ -62,7 +63,34 @@ def test_a_ratio_is_of_rounds_not_of_means() -> None:
     assert ratio([2.0, 4.0, 60.0], [1.0, 2.0, 30.0])["median"] == pytest.approx(2.0)
 
 
-def test_a_full_gpu_in_a_loops_own_process_is_one_line(mini_vega: Path, tmp_path: Path, monkeypatch) -> None:
+def test_the_memory_of_a_loop_is_that_of_a_process_of_its_own(mini_vega: Path) -> None:
+    options = BenchOptions(model=str(mini_vega), student=HALF, batch=2)
+    measured = peak_memory(options, next(loop for loop in LOOPS if loop.name == "output only"))
+    assert measured is not None and 1e8 < measured < 2e9
+
+
+def test_times_are_kept_where_the_memory_is_not_measured_to_the_end(
+    mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(_options: BenchOptions, loop: Loop) -> int:
+        if loop.name == "block":
+            raise KeyboardInterrupt
+        return 10**9
+
+    monkeypatch.setattr("distill.bench.LOOPS", [loop for loop in LOOPS if not loop.compiled])
+    monkeypatch.setattr("distill.bench.RATIOS", [])
+    monkeypatch.setattr("distill.bench.WARMUP_ROUNDS", 0)
+    monkeypatch.setattr("distill.bench.peak_memory", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bench_loops(BenchOptions(model=str(mini_vega), student=HALF, batch=1, rounds=1), tmp_path / "bench.json")
+    rows = json.loads((tmp_path / "bench.json").read_text())["loops"]
+    assert all(len(row["seconds"]) == 1 for row in rows)
+    assert [row["peak_memory_bytes"] for row in rows] == [10**9] * 3 + [None] * 4
+
+
+def test_a_full_gpu_is_one_line_here_and_from_a_loops_own_process(
+    mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(_self: Workshop, *_features: object) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.20 GiB free. More.")
 
@@ -73,3 +101,6 @@ def test_a_full_gpu_in_a_loops_own_process_is_one_line(mini_vega: Path, tmp_path
     ):
         bench_loops(options, tmp_path / "bench.json")
     assert not list(tmp_path.iterdir())
+    sent: list[object] = []
+    _peak_memory(options, LOOPS[0], SimpleNamespace(send=sent.append))
+    assert isinstance(sent[0], UserError) and "'published' was at its turn" in str(sent[0])
