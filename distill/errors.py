@@ -43,9 +43,10 @@ def quiet_libraries() -> None:
 
 
 def exit_on_user_error(command: Callable[[], int | None]) -> int:
-    """Run `command`, the libraries' notices kept quiet; a UserError becomes one line on stderr and exit code 2,
-    Ctrl-C becomes 130."""
+    """Run `command`, the libraries' notices kept quiet and GPUs numbered as nvidia-smi does; a UserError becomes one
+    line on stderr and exit code 2, Ctrl-C becomes 130."""
     quiet_libraries()
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     try:
         return command() or 0
     except UserError as error:

@@ -34,7 +34,6 @@ def build(
     replace: bool = False,
     refit: bool = False,
     strip: bool = False,
-    weight_streaming: bool = False,
     version_compatible: bool = False,
     hardware_compatible: Literal["none", "same", "ampere+"] = "none",
 ) -> int:
@@ -54,14 +53,13 @@ def build(
         replace: Drop engines of another checkpoint from the bundle.
         refit: Plans whose weights can be exchanged (needs a GPU).
         strip: Plans without weights, refitted at load (needs a GPU).
-        weight_streaming: Plans that can keep part of their weights in host memory.
         version_compatible: Plans for newer TensorRT versions too (tensorrt only).
         hardware_compatible: Plans for other GPUs too (tensorrt only).
     """
     from engines.build import build_bundle
     from engines.plan import plan_options
 
-    options = plan_options(flavor, refit, strip, weight_streaming, version_compatible, hardware_compatible)
+    options = plan_options(flavor, refit, strip, version_compatible, hardware_compatible)
     build_bundle(
         onnx,
         out,

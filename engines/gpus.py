@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
 
 from distill.errors import UserError, unknown
 
@@ -52,18 +54,27 @@ def gpu_at_hand(position: int = 0) -> tuple[str, str] | None:
     there is no such GPU or no driver."""
     import pynvml
 
-    visible = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
-    if visible and position >= len(visible):
-        return None
-    name = visible[position] if visible else str(position)
     try:
-        pynvml.nvmlInit()
-        by_index, by_uuid = pynvml.nvmlDeviceGetHandleByIndex, pynvml.nvmlDeviceGetHandleByUUID
-        handle = by_index(int(name)) if name.isdigit() else by_uuid(name)
+        handle = nvml_handle(position)
         major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
         return str(pynvml.nvmlDeviceGetName(handle)), f"{major}.{minor}"
     except pynvml.NVMLError:
         return None
+
+
+def nvml_handle(position: int = 0) -> Any:
+    """NVML's handle of the CUDA device at this position among the visible ones. Both number GPUs alike where
+    CUDA_DEVICE_ORDER is PCI_BUS_ID, which slimxl's commands see to. Raises pynvml.NVMLError where there is none."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    name: str | None = str(position)
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        names = list(takewhile(lambda part: part not in ("", "-1"), map(str.strip, visible.split(","))))
+        name = names[position] if position < len(names) else None
+    if name is None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+    return pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(name)
 
 
 def driver_at_hand() -> tuple[str, int] | None:

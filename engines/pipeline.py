@@ -108,7 +108,7 @@ def _one_layout(engines: list[Engine], flavor: str, layout: str | None) -> list[
 
 def refit(pipeline: StableDiffusionXLPipeline, onnx: str | Path) -> list[str]:
     """Gives the pipeline's plans the weights of another ONNX folder of the same architecture (a fine-tune, a merged
-    LoRA), in place: nothing is rebuilt, and CUDA graphs stay. Returns the components it changed.
+    LoRA), in place: nothing is rebuilt, CUDA graphs are captured anew. Returns the components it changed.
 
     Raises UserError, before anything is changed, where the folder has other weights for a plan that cannot take them;
     and where it does not fit.

@@ -186,7 +186,6 @@ def plan_options(
     flavor: str,
     refit: bool = False,
     strip: bool = False,
-    weight_streaming: bool = False,
     version_compatible: bool = False,
     hardware_compatible: str = "none",
 ) -> dict[str, bool | int | str]:
@@ -196,7 +195,6 @@ def plan_options(
     chosen = {
         "refit": refit,
         "strip": strip,
-        "weight_streaming": weight_streaming,
         "version_compatible": version_compatible,
     }
     options: dict[str, bool | int | str] = {name: True for name, on in chosen.items() if on}

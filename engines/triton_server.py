@@ -21,6 +21,8 @@ import venv
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from distill.errors import UserError
 
 PACKAGES = ("nvidia-pytriton==0.7.0", "tritonclient[http,grpc]==2.73.0", "numpy==1.26.4")
@@ -82,11 +84,17 @@ class Address:
 
 
 def make_environment(folder: Path) -> Environment:
-    """Installs the server from PyPI, once. Raises UserError where pip cannot."""
+    """Installs the server from PyPI, once, whoever else asks for it meanwhile. Raises UserError where pip cannot."""
     environment = Environment(folder.resolve())
-    if (folder / READY).is_file():
-        return environment
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not (folder / READY).is_file():
+            _install(environment)
+    return environment
+
+
+def _install(environment: Environment) -> None:
+    folder, version = environment.folder, f"{sys.version_info.major}.{sys.version_info.minor}"
     if sys.version_info[:2] > LAST_PYTHON:
         raise UserError(
             f"the Triton server on PyPI is for Python 3.10 to 3.{LAST_PYTHON[1]}, this is {version}; use one of those, "
@@ -107,7 +115,6 @@ def make_environment(folder: Path) -> Environment:
     stub = source / "python_backend_stubs" / version / "triton_python_backend_stub"
     shutil.copy2(stub, environment.backends / "python")
     (folder / READY).touch()
-    return environment
 
 
 def find_environment(folder: Path) -> Environment | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -31,6 +31,10 @@ class CudaDevice:
 
     def empty(self, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def current(self) -> AbstractContextManager[None]:
+        """CUDA's current device inside: TensorRT has no other way of being told one, and each thread starts with 0."""
+        return torch.cuda.device(self.device)
 
     @contextmanager
     def ordered(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from distill.errors import UserError
 from engines.bundle import Engine, Profile, TensorInfo, checked_path, rebuild_command
 from engines.flavors import BuildRequest, LoadOptions, Options, Report
+from engines.gpus import gpu_at_hand
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +30,15 @@ class OnnxRuntimeEngine:
             settings.intra_op_num_threads = options.threads
         self._device = options.device
         self._outputs = outputs
+        self._index = int(options.device.partition(":")[2] or 0)
         on_cuda = options.device.startswith("cuda")
-        provider: Any = "CPUExecutionProvider"
-        if on_cuda:
-            provider = ("CUDAExecutionProvider", {"device_id": int(options.device.partition(":")[2] or 0)})
-        self.session = onnxruntime.InferenceSession(str(model), settings, providers=[provider])
+        provider = "CUDAExecutionProvider" if on_cuda else "CPUExecutionProvider"
+        chosen: Any = (provider, {"device_id": self._index}) if on_cuda else provider
+        self.session = onnxruntime.InferenceSession(str(model), settings, providers=[chosen])
+        if provider not in self.session.get_providers():
+            raise RuntimeError(
+                f"{provider} did not start, and {', '.join(self.session.get_providers())} took its place"
+            )
 
     def run(self, inputs: dict[str, torch.Tensor], profile: Profile) -> dict[str, torch.Tensor]:
         import torch
@@ -41,15 +46,16 @@ class OnnxRuntimeEngine:
         if not self._device.startswith("cuda"):
             arrays = self.session.run(self._outputs, {name: tensor.numpy() for name, tensor in inputs.items()})
             return {name: torch.from_numpy(array) for name, array in zip(self._outputs, arrays, strict=True)}
-        binding = self.session.io_binding()
-        for name, tensor in inputs.items():
-            binding.bind_ortvalue_input(name, _as_ortvalue(tensor))
-        for name in self._outputs:
-            binding.bind_output(name, "cuda", int(self._device.partition(":")[2] or 0))
-        torch.cuda.current_stream().synchronize()  # ONNX Runtime works on a stream of its own
-        self.session.run_with_iobinding(binding)
-        values = zip(self._outputs, binding.get_outputs(), strict=True)
-        return {name: torch.from_dlpack(value) for name, value in values}
+        with torch.cuda.device(self._index):  # torch hands out only tensors of the current device
+            binding = self.session.io_binding()
+            for name, tensor in inputs.items():
+                binding.bind_ortvalue_input(name, _as_ortvalue(tensor))
+            for name in self._outputs:
+                binding.bind_output(name, "cuda", self._index)
+            torch.cuda.current_stream().synchronize()  # ONNX Runtime works on a stream of its own
+            self.session.run_with_iobinding(binding)
+            values = zip(self._outputs, binding.get_outputs(), strict=True)
+            return {name: torch.from_dlpack(value) for name, value in values}
 
 
 def _as_ortvalue(tensor: torch.Tensor) -> Any:
@@ -73,9 +79,11 @@ class OnnxRuntimeFlavor:
         return str(onnxruntime.__version__)
 
     def default_device(self) -> str:
+        """Providers are what the package was compiled with: a GPU must be there too."""
         import onnxruntime
 
-        return "cuda:0" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
+        able = "CUDAExecutionProvider" in onnxruntime.get_available_providers() and gpu_at_hand() is not None
+        return "cuda:0" if able else "cpu"
 
     def check_build(self, compute_capabilities: tuple[str, ...], options: Options) -> None:
         self.version()
@@ -112,8 +120,10 @@ class OnnxRuntimeFlavor:
         if device.startswith("cuda") and "CUDAExecutionProvider" not in providers:
             raise UserError(
                 f"device {device} needs ONNX Runtime's CUDAExecutionProvider, this one has {', '.join(providers)}; "
-                "pip install onnxruntime-gpu in place of onnxruntime, or use device cpu"
+                "pip uninstall onnxruntime, then pip install onnxruntime-gpu, or use device cpu"
             )
+        if device.startswith("cuda") and gpu_at_hand(int(device.partition(":")[2] or 0)) is None:
+            raise UserError(f"device {device}: no such NVIDIA GPU answers here; use device cpu")
 
     def open_bundle(self, bundle: Path, options: LoadOptions) -> LoadOptions:
         return options

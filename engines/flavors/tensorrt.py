@@ -94,11 +94,10 @@ class TensorRTFlavor:
             version_compatible=bool(request.options.get("version_compatible")),
             refittable=bool(request.options.get("refit")),
             strip_plan=bool(request.options.get("strip")),
-            weight_streaming=bool(request.options.get("weight_streaming")),
             hardware_compatibility_level=_hardware_level(trt, request.options),
         )(builder, network)
-        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # one activation arena, and always capturable
-        if self.name == "tensorrt-rtx":
+        if self.name == "tensorrt-rtx":  # TensorRT has neither, and needs neither
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # one activation arena, and always capturable
             target_capabilities(trt, config, request.compute_capabilities)
         with request.out.open("wb") as file:
             if not builder.build_serialized_network_to_stream(network, config, make_writer(trt, file)):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ class Arena:
         self.bundle = bundle
         self.device = device or CudaDevice(options.device)
         self.logger = trt.Logger(trt.Logger.WARNING)
-        self.runtime = trt.Runtime(self.logger)
+        with self.device.current():
+            self.runtime = trt.Runtime(self.logger)
         self.generation = 0
         self._buffer = self.device.empty([0], torch.uint8)
 
@@ -75,13 +77,17 @@ class RuntimeCache:
             digest, blob = content[:32], content[32:]
             if hashlib.sha256(blob).digest() == digest and cache.deserialize(blob):
                 self._saved = digest
-        atexit.register(self.save)
+        save = weakref.WeakMethod(self.save)  # at exit too, since some kernels are compiled beside a run
+        atexit.register(lambda: (alive := save()) and alive())
 
     def save(self) -> None:
         """Writes the file anew where kernels were added; a folder that cannot be written to is no fault."""
         if self._path is None:
             return
-        blob = bytes(self._cache.serialize())
+        content = self._cache.serialize()
+        if content is None:
+            return
+        blob = bytes(content)
         digest = hashlib.sha256(blob).digest()
         if digest == self._saved:
             return
@@ -100,33 +106,43 @@ class TensorRTEngine:
         self, engine: Engine, plan: bytes, arena: Arena, mend: str, weights: OnnxComponent | None = None
     ) -> None:
         """Raises UserError where the plan does not fit this machine, by its header first and then by the whole."""
+        # CPython frees attributes in the order they were set: contexts go before the settings and the cache that they
+        # use, which TensorRT-RTX does not keep alive for them
+        self._contexts: dict[tuple[int, Shapes], _Context] = {}
         self.record = engine
         self._arena = arena
         self._is_rtx = engine.flavor == "tensorrt-rtx"
-        _check_header(arena, plan, engine, mend)
-        if engine.options.get("version_compatible"):
-            arena.runtime.engine_host_code_allowed = True  # such a plan brings its runtime along; its hash was compared
-        self._plan = arena.runtime.deserialize_cuda_engine(plan)
-        if self._plan is None:
-            raise UserError(f"{engine.flavor} refused {engine.files[0].path}; its own message stands above; {mend}")
         stripped = bool(engine.options.get("strip"))
         if stripped and weights is None:
             raise UserError(
                 f"{engine.files[0].path} is a plan without weights: name the ONNX folder that holds them, "
                 "engines.load(bundle, weights=FOLDER)"
             )
-        if weights is not None and (stripped or not weights.made(engine)):
-            self.refit(weights)
-        self._config = self._runtime_config()
-        self._contexts: dict[tuple[int, Shapes], _Context] = {}
-        arena.reserve(self._activation_bytes())
+        with arena.device.current():
+            self._plan = self._deserialise(plan, mend)
+            if weights is not None and (stripped or not weights.made(engine)):
+                self.refit(weights)
+            self._configure()
+            arena.reserve(self._activation_bytes())
 
-    def _runtime_config(self) -> Any:
+    def _deserialise(self, plan: bytes, mend: str) -> Any:
+        doubt = _check_header(self._arena, plan, self.record, mend)
+        runtime, flavor, path = self._arena.runtime, self.record.flavor, self.record.files[0].path
+        if self.record.options.get("version_compatible"):
+            runtime.engine_host_code_allowed = True  # such a plan brings its runtime along; its hash was compared
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            why = f" ({doubt})" if doubt else ""
+            raise UserError(f"{flavor} refused {path}{why}; its own message stands above; {mend}")
+        return engine
+
+    def _configure(self) -> None:
         """TensorRT-RTX's settings, from the layout: a range is specialised for the shapes it meets, exact profiles
         have nothing left to specialise."""
         trt = self._arena.trt
+        self._config: Any = None
         if not self._is_rtx:
-            return None
+            return
         config = self._plan.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         graphs = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE if self._arena.options.cuda_graphs else None
@@ -137,9 +153,9 @@ class TensorRTEngine:
         config.dynamic_shapes_kernel_specialization_strategy = getattr(strategies, strategy.upper())
         cache = config.create_runtime_cache()
         title = f"{self.record.component}-{self.record.key[:8]}_{self._arena.device.title}"
-        self.cache = RuntimeCache(self._arena.options.runtime_cache, title, cache)
+        kernels = RuntimeCache(self._arena.options.runtime_cache, title, cache)
         config.set_runtime_cache(cache)
-        return config
+        self._config, self.cache = config, kernels
 
     def make_context(self) -> Any:
         """An execution context that brings no activation memory of its own."""
@@ -174,18 +190,18 @@ class TensorRTEngine:
         """Enqueues one call and returns tensors that the caller owns; the host does not wait."""
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items())
         key = (profile.index, shapes)
-        context = self._contexts.get(key)
-        if context is None:
+        with self._arena.device.current():
+            if (context := self._contexts.get(key)) is not None:
+                return context.run(inputs)
             context = self._contexts[key] = _Context(self, self._arena, profile, shapes)
             outputs = context.run(inputs)
-            if self._is_rtx:
-                self.cache.save()
-            return outputs
-        return context.run(inputs)
+        if self._is_rtx:
+            self.cache.save()
+        return outputs
 
     def refit(self, weights: OnnxComponent) -> None:
-        """Exchanges the weights for those of an ONNX file of the same graph (a fine-tune, a merged LoRA); contexts
-        and CUDA graphs stay valid, since the memory stays. Raises UserError where the plan or the file does not fit."""
+        """Exchanges the weights for those of an ONNX file of the same graph (a fine-tune, a merged LoRA); contexts stay,
+        CUDA graphs are captured anew. Raises UserError where the plan or the file does not fit."""
         trt, path, onnx = self._arena.trt, self.record.files[0].path, weights.model
         if not self.record.options.get("refit") and not (
             self.record.options.get("strip") and weights.made(self.record)
@@ -194,29 +210,39 @@ class TensorRTEngine:
                 "takes back only the weights it was built from" if self.record.options.get("strip") else "keeps its own"
             )
             raise UserError(f"{path} was built without --refit and {kept}; rebuild it with --refit to use {onnx}")
-        refitter = trt.Refitter(self._plan, self._arena.logger)
-        fits = trt.OnnxParserRefitter(refitter, self._arena.logger).refit_from_file(str(onnx))
-        missing = list(refitter.get_missing_weights())
-        if not fits or missing:
-            named = f", without {', '.join(missing[:3])}" if missing else ""
-            raise UserError(f"{onnx} does not fit {path}{named}: export the same architecture")
-        with self._arena.device.ordered():
-            if not refitter.refit_cuda_engine_async(self._arena.device.stream_handle):
+        device = self._arena.device
+        with device.current(), device.ordered():
+            refitter = trt.Refitter(self._plan, self._arena.logger)
+            parser = trt.OnnxParserRefitter(refitter, self._arena.logger)
+            fits = parser.refit_from_file(str(onnx))
+            missing = list(refitter.get_missing_weights())
+            if not fits or missing:
+                said = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+                said += [f"without {', '.join(missing[:3])}"] * bool(missing)
+                raise UserError(f"{onnx} does not fit {path} ({'; '.join(said[:2])}): export the same architecture")
+            if not refitter.refit_cuda_engine_async(device.stream_handle):
                 raise UserError(f"{self.record.flavor} could not refit {path} from {onnx}")
+        for context in self._contexts.values():
+            context.forget_graph()
 
 
-def _check_header(arena: Arena, plan: bytes, engine: Engine, mend: str) -> None:
-    """TensorRT-RTX says from the first bytes whether a plan can run here, and why not."""
+def _check_header(arena: Arena, plan: bytes, engine: Engine, mend: str) -> str:
+    """TensorRT-RTX says from the first bytes whether a plan can run here, and why not. Returns what it doubts but what
+    only deserialising decides: version 1.6 has called plans unfit for a GPU on which they then ran."""
     size = getattr(arena.runtime, "engine_header_size", None)
     if engine.flavor != "tensorrt-rtx" or size is None:
-        return
+        return ""
     validity, reasons = arena.runtime.get_engine_validity(plan[:size])
-    if validity == arena.trt.EngineValidity.INVALID:
-        kinds = arena.trt.EngineInvalidityDiagnostics.__members__
-        found = [name.lower().replace("_", " ") for name, kind in kinds.items() if reasons & int(kind)]
-        if found == ["old cuda driver"]:
-            mend = "update the NVIDIA driver"
-        raise UserError(f"{engine.files[0].path} cannot run here: {', '.join(found) or 'not a plan'}; {mend}")
+    if validity != arena.trt.EngineValidity.INVALID:
+        return ""
+    kinds = arena.trt.EngineInvalidityDiagnostics.__members__
+    found = [name.lower().replace("_", " ") for name, kind in kinds.items() if reasons & int(kind)]
+    if found == ["unsupported cc"]:
+        return "unsupported cc"
+    mends = {"old cuda driver": "update the NVIDIA driver", "insufficient gpu memory": "free memory of this GPU"}
+    if len(found) == 1:
+        mend = mends.get(found[0], mend)
+    raise UserError(f"{engine.files[0].path} cannot run here: {', '.join(found) or 'not a plan'}; {mend}")
 
 
 def _largest_shapes(profile: Profile, resolution: str, component: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -273,6 +299,10 @@ class _Context:
             for name, tensor in owned.items():
                 tensor.copy_(self._outputs[name], non_blocking=True)
         return owned
+
+    def forget_graph(self) -> None:
+        """The next run binds the memory and captures anew."""
+        self._generation = -1
 
     def _launch(self) -> None:
         self._arena.reserve(self._needed_bytes)

@@ -8,6 +8,8 @@ import pytest
 
 from engines.build import build_bundle
 from engines.bundle import Manifest, read_manifest
+from engines.triton_server import Environment, make_environment
+from tests.engines.serving import ROOT
 from tests.engines.toys import make_toy_onnx
 
 
@@ -33,3 +35,9 @@ def toy_bundle(tmp_path_factory: pytest.TempPathFactory, toy_onnx: Path, toy_onn
 @pytest.fixture(scope="session")
 def toy_manifest(toy_bundle: Path) -> Manifest:
     return read_manifest(toy_bundle)
+
+
+@pytest.fixture(scope="session")
+def environment() -> Environment:
+    """The Triton server and its client, installed once for all runs of the tests."""
+    return make_environment(ROOT / "out/triton/environment")

@@ -1,11 +1,13 @@
 """A stand-in for the TensorRT modules and for CUDA: plans that double their first input, and a record of every call.
 
-It checks what the real library would: that memory is bound, large enough and aligned, and that addresses are set.
+It checks what the real library would: that memory is bound, large enough and aligned, that addresses are set, and that
+the bundle's GPU is CUDA's current one in every call.
 """
 
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +26,19 @@ class FakeDevice:
     title = "Fake-GPU_1.0"
     stream_handle = 7
 
+    current_depth = 0  # CUDA's current device is one for all of a thread
+
     def __init__(self) -> None:
         self.captures = 0
         self.ordered_depth = 0
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        FakeDevice.current_depth += 1
+        try:
+            yield
+        finally:
+            FakeDevice.current_depth -= 1
 
     def empty(self, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
@@ -41,6 +53,10 @@ class FakeDevice:
         """A graph is captured without being run."""
         self.captures += 1
         return work
+
+
+def require_current() -> None:
+    assert FakeDevice.current_depth, "called while another GPU is CUDA's current device"
 
 
 class FakeContext:
@@ -75,6 +91,7 @@ class FakeContext:
         self.memory = (address, size)
 
     def execute_async_v3(self, stream: int) -> bool:
+        require_current()
         assert stream == FakeDevice.stream_handle
         assert self.memory[1] >= self.update_device_memory_size_for_shapes(), "activation memory too small"
         self.enqueued += 1
@@ -85,24 +102,37 @@ class FakeContext:
         return True
 
 
+class FakeConfig:
+    """It does not keep the cache alive: nor does the real one."""
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.allocation = strategy
+
+    def create_runtime_cache(self) -> FakeCache:
+        return FakeCache()
+
+    def set_runtime_cache(self, cache: FakeCache) -> bool:
+        self.has_cache = True
+        return True
+
+
 class FakePlan:
     def __init__(self, profiles: int) -> None:
         self.profiles = profiles
         self.scale = 2.0
         self.contexts: list[FakeContext] = []
+        self.lets_go = False  # do not keep the contexts alive
         self.configs: list[Any] = []
 
-    def create_runtime_config(self) -> Any:
-        config = SimpleNamespace(cache=None)
-        config.set_execution_context_allocation_strategy = lambda strategy: setattr(config, "allocation", strategy)
-        config.create_runtime_cache = FakeCache
-        config.set_runtime_cache = lambda cache: setattr(config, "cache", cache)
-        self.configs.append(config)
-        return config
+    def create_runtime_config(self) -> FakeConfig:
+        self.configs.append(FakeConfig())
+        return self.configs[-1]
 
     def create_execution_context(self, how: Any) -> FakeContext:
-        self.contexts.append(FakeContext(self))
-        return self.contexts[-1]
+        require_current()
+        context = FakeContext(self)
+        self.contexts.append(weakref.proxy(context) if self.lets_go else context)
+        return context
 
     def get_device_memory_size_for_profile_v2(self, index: int) -> int:
         return 100_000 * (index + 1)
@@ -123,6 +153,7 @@ class FakeCache:
 
 class FakeRefitter:
     def __init__(self, plan: FakePlan, logger: Any) -> None:
+        require_current()
         self.plan = plan
 
     def get_missing_weights(self) -> list[str]:
@@ -136,23 +167,26 @@ class FakeRefitter:
 class FakeTensorRT:
     """The module. `plan` is what every deserialisation gives."""
 
-    def __init__(self, profiles: int = 1, header_reasons: int = 0) -> None:
-        self.plan = FakePlan(profiles)
+    def __init__(self, profiles: int = 1, header_reasons: int = 0, refuses: bool = False) -> None:
+        self.plan, self.refuses = FakePlan(profiles), refuses
         self.deserialised: list[bytes] = []
         self.Logger = type("Logger", (), {"WARNING": 2, "__init__": lambda self, level: None})
         self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
         self.CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole", DISABLED="disabled")
         self.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager", LAZY="lazy", NONE="none")
         self.EngineValidity = SimpleNamespace(INVALID="invalid", VALID="valid")
-        members = {"VERSION_MISMATCH": 1, "UNSUPPORTED_CC": 2, "OLD_CUDA_DRIVER": 4}
+        members = {"VERSION_MISMATCH": 1, "UNSUPPORTED_CC": 2, "OLD_CUDA_DRIVER": 4, "INSUFFICIENT_GPU_MEMORY": 8}
         self.EngineInvalidityDiagnostics = SimpleNamespace(__members__=members)
         self.Refitter = FakeRefitter
         self.header_reasons = header_reasons
 
     def Runtime(self, logger: Any) -> Any:
-        def deserialise(plan: bytes) -> FakePlan:
+        require_current()
+
+        def deserialise(plan: bytes) -> FakePlan | None:
+            require_current()
             self.deserialised.append(plan)
-            return self.plan
+            return None if self.refuses else self.plan
 
         verdict = ("invalid" if self.header_reasons else "valid", self.header_reasons)
         return SimpleNamespace(
@@ -160,7 +194,10 @@ class FakeTensorRT:
         )
 
     def OnnxParserRefitter(self, refitter: FakeRefitter, logger: Any) -> Any:
-        return SimpleNamespace(refit_from_file=lambda path: Path(path).is_file())
+        fault = SimpleNamespace(desc=lambda: "no such file")
+        return SimpleNamespace(
+            refit_from_file=lambda path: Path(path).is_file(), num_errors=0, get_error=lambda index: fault
+        )
 
 
 class OnnxPlans:

@@ -191,6 +191,33 @@ def test_static_graphs_are_built_one_by_one_and_kept(tmp_path: Path) -> None:
     assert verify_bundle(tmp_path / "bundle") == []
 
 
+def test_the_tensorrt_flavor_asks_for_nothing_that_tensorrt_lacks(
+    tmp_path: Path, toy_onnx_fp16: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole way to a bundle, as on an A100, with TensorRT-RTX's builder in TensorRT's place."""
+    monkeypatch.syspath_prepend(str(Path(__file__).with_name("as_tensorrt")))
+    monkeypatch.setattr("engines.flavors.tensorrt.gpu_at_hand", lambda: ("NVIDIA A100", "8.0"))
+    monkeypatch.setattr("engines.gpus.gpu_at_hand", lambda: ("NVIDIA A100", "8.0"))
+    try:
+        for layout in ("shared", "ranged"):
+            manifest = build_bundle(
+                toy_onnx_fp16,
+                tmp_path / "bundle",
+                gpus=["auto"],
+                flavor="tensorrt",
+                layout=layout,  # type: ignore[arg-type]
+                resolutions="128x128,224x96",
+                components=["unet"],
+            )
+    finally:
+        sys.modules.pop("tensorrt", None)
+    assert {(engine.layout, engine.flavor_version) for engine in manifest.engines} == {
+        ("shared", "11.1.0"), ("ranged", "11.1.0"),
+    }  # fmt: skip
+    assert {engine.gpus[0] for engine in manifest.engines} == {"NVIDIA A100"}
+    assert verify_bundle(tmp_path / "bundle") == []
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -207,7 +234,11 @@ def test_static_graphs_are_built_one_by_one_and_kept(tmp_path: Path) -> None:
         ({"memory_gb": 0.1}, "needs about .* GB of memory .* 0.1 GB may be used"),
     ],
 )
-def test_bad_input_is_one_clear_line(tmp_path: Path, toy_onnx_fp16: Path, change: dict, message: str) -> None:
+def test_bad_input_is_one_clear_line(
+    tmp_path: Path, toy_onnx_fp16: Path, change: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("engines.gpus", "engines.flavors.tensorrt"):  # whatever there is
+        monkeypatch.setattr(f"{module}.gpu_at_hand", lambda position=0: None)
     arguments = {"gpus": ["rtx4090"], "flavor": "tensorrt-rtx"} | change
     with pytest.raises(UserError, match=message) as caught:
         build_bundle(toy_onnx_fp16, tmp_path / "bundle", **arguments)

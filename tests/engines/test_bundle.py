@@ -291,9 +291,36 @@ def test_a_compatible_plan_is_for_newer_versions_by_number(
         flavor.check_load(plan, "cuda:0")
 
 
+def test_onnx_runtime_with_cuda_and_no_gpu_stays_on_the_cpu(
+    toy_manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its providers are what it was compiled with, not what works."""
+    import onnxruntime
+
+    from engines.flavors import onnxruntime as module
+
+    flavor = module.make("onnxruntime")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(module, "gpu_at_hand", lambda position=0: None)
+    assert flavor.default_device() == "cpu"
+    with pytest.raises(UserError, match="device cuda:1: no such NVIDIA GPU answers here; use device cpu"):
+        flavor.check_load(toy_manifest.engines[0], "cuda:1")
+    monkeypatch.setattr(module, "gpu_at_hand", lambda position=0: ("NVIDIA A100", "8.0"))
+    assert flavor.default_device() == "cuda:0"
+    flavor.check_load(toy_manifest.engines[0], "cuda:1")
+
+
 @pytest.mark.parametrize(
     "visible, position, asked",
-    [(None, 1, 1), ("3,GPU-abc", 0, 3), ("3,GPU-abc", 1, "GPU-abc"), ("3", 1, None)],
+    [
+        (None, 1, 1),
+        ("3,GPU-abc", 0, 3),
+        ("3,GPU-abc", 1, "GPU-abc"),
+        ("3", 1, None),
+        ("", 0, None),
+        ("-1", 0, None),
+        ("0,-1,2", 1, None),
+    ],
 )
 def test_the_gpu_is_the_one_that_cuda_sees(
     monkeypatch: pytest.MonkeyPatch, visible: str | None, position: int, asked: int | str | None
@@ -303,7 +330,7 @@ def test_the_gpu_is_the_one_that_cuda_sees(
     from engines.gpus import gpu_at_hand
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible:
+    if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
     for name in ("nvmlDeviceGetHandleByIndex", "nvmlDeviceGetHandleByUUID"):

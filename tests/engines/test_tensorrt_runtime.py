@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,8 @@ def make(
         update={"flavor": flavor, "layout": layout, "profiles": profiles, "inputs": sample, "outputs": outputs}
         | {"options": options.pop("built_with", {})}
     )
-    trt = FakeTensorRT(profiles=len(profiles), header_reasons=options.pop("header_reasons", 0))
+    faults = {name: options.pop(name) for name in ("header_reasons", "refuses") if name in options}
+    trt = FakeTensorRT(profiles=len(profiles), **faults)
     settings = LoadOptions(device="cpu", runtime_cache=tmp_path / "cache", **options)
     arena = Arena(trt, tmp_path, settings, FakeDevice())  # type: ignore[arg-type]
     weights = weights_for(engine, settings.weights) if settings.weights else None
@@ -140,12 +143,38 @@ def test_rtx_settings_follow_the_layout(
     _, trt, _, _ = make(toy_manifest, tmp_path, "tensorrt-rtx", layout, specialization=asked)
     config = trt.plan.configs[0]
     assert config.dynamic_shapes_kernel_specialization_strategy == strategy
-    assert config.cuda_graph_strategy == "whole" and config.allocation == "user" and config.cache is not None
+    assert config.cuda_graph_strategy == "whole" and config.allocation == "user" and config.has_cache
 
 
 def test_header_is_judged_before_the_plan_is_deserialised(toy_manifest: Manifest, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot run here: version mismatch, old cuda driver; mend it"):
         make(toy_manifest, tmp_path, "tensorrt-rtx", header_reasons=5)
+    with pytest.raises(UserError, match="cannot run here: insufficient gpu memory; free memory of this GPU"):
+        make(toy_manifest, tmp_path, "tensorrt-rtx", header_reasons=8)
+
+
+def test_a_doubtful_gpu_is_decided_by_deserialising(toy_manifest: Manifest, tmp_path: Path) -> None:
+    loaded, _, _, engine = make(toy_manifest, tmp_path, "tensorrt-rtx", header_reasons=2)
+    assert torch.equal(
+        loaded.run({"sample": sample("128x128")}, engine.profiles[0])["out_sample"], sample("128x128", 2)
+    )
+    with pytest.raises(UserError, match=r"refused unet/.* \(unsupported cc\); its own .* above; mend it"):
+        make(toy_manifest, tmp_path, "tensorrt-rtx", header_reasons=2, refuses=True)
+
+
+def test_contexts_go_before_the_settings_and_the_cache_they_use(toy_manifest: Manifest, tmp_path: Path) -> None:
+    """TensorRT-RTX does not keep either alive for a context; whichever went first would end the process."""
+    loaded, trt, _, engine = make(toy_manifest, tmp_path, "tensorrt-rtx")
+    trt.plan.lets_go = True
+    loaded.run({"sample": sample("128x128")}, engine.profiles[0])
+    (context,) = loaded._contexts.values()
+    gone: list[str] = []
+    for name, thing in (("context", context._context), ("settings", loaded._config), ("cache", loaded.cache._cache)):
+        weakref.finalize(thing, gone.append, name)
+    trt.plan.configs.clear()
+    del context, thing, loaded
+    gc.collect()
+    assert gone == ["context", "settings", "cache"]
 
 
 def test_runtime_cache_is_kept_and_a_damaged_one_ignored(tmp_path: Path) -> None:
@@ -167,10 +196,18 @@ def test_runtime_cache_in_a_folder_that_cannot_be_written(tmp_path: Path) -> Non
     cache.save()
 
 
+def test_a_dropped_bundle_takes_its_kernels_along(tmp_path: Path) -> None:
+    cache = RuntimeCache(tmp_path, "gpu", FakeCache())
+    kernels = weakref.ref(cache._cache)
+    del cache
+    gc.collect()
+    assert kernels() is None, "the wish to save at exit must not hold them"
+
+
 def test_refit_exchanges_weights_and_keeps_contexts(
     toy_manifest: Manifest, tmp_path: Path, other_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded, trt, _, engine = make(toy_manifest, tmp_path, built_with={"refit": True})
+    loaded, trt, arena, engine = make(toy_manifest, tmp_path, built_with={"refit": True})
     loaded.run({"sample": sample("128x128", 1)}, engine.profiles[0])
     contexts = len(trt.plan.contexts)
     monkeypatch.setitem(fake_tensorrt.WEIGHTS, "scale", 5.0)
@@ -179,8 +216,9 @@ def test_refit_exchanges_weights_and_keeps_contexts(
     loaded.refit(weights)
     result = loaded.run({"sample": sample("128x128", 1)}, engine.profiles[0])["out_sample"]
     assert torch.equal(result, sample("128x128", 5)) and len(trt.plan.contexts) == contexts
+    assert arena.device.captures == 2, "a graph may hold the old weights"  # type: ignore[attr-defined]
     monkeypatch.setattr(FakeRefitter, "get_missing_weights", lambda self: ["conv.weight"])
-    with pytest.raises(UserError, match=r"does not fit .*without conv.weight: export the same architecture"):
+    with pytest.raises(UserError, match=r"does not fit .*\(without conv\.weight\): export the same architecture"):
         loaded.refit(weights)
 
 

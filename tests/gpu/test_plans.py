@@ -46,6 +46,14 @@ def usable_flavors() -> list[str]:
 FLAVORS = usable_flavors()
 
 
+def test_some_tensorrt_is_for_this_gpu() -> None:
+    """Else the tests below are none."""
+    assert FLAVORS, (
+        f"no TensorRT module that is installed targets {gpu_at_hand()}; TensorRT itself does: "
+        "pip install -c constraints.txt -e '.[gpu]'"
+    )
+
+
 @pytest.fixture(scope="module")
 def mini_onnx(tmp_path_factory: pytest.TempPathFactory, mini_vega: Path) -> dict[str, Path]:
     """A true export at Vega's depth, in fp16 and fp32."""
@@ -125,6 +133,10 @@ def test_a_step_of_the_unet_never_waits_for_the_host(flavor: str, mini_onnx: dic
 def test_refit_draws_the_pictures_of_the_other_weights(flavor: str, tmp_path: Path) -> None:
     """A plan built from one set of weights, given another, draws what a plan built from the other draws; and back."""
     first, second = (make_toy_onnx(tmp_path / f"onnx{seed}", "fp16", seed) for seed in (0, 1))
+    if flavor == "tensorrt" and find_flavor(flavor).version().startswith("11.3"):
+        with pytest.raises(UserError, match=r"11\.3 gives wrong output"):
+            build(first, tmp_path / "refit", flavor, refit=True)
+        return
     plans = build(first, tmp_path / "refit", flavor, refit=True)
     assert all(engine.options == {"refit": True} for engine in read_manifest(plans).engines)
     pipeline = engines.load(plans, flavor=flavor)

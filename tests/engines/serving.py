@@ -1,0 +1,37 @@
+"""What the tests of serving share: Triton's own client at work, and free ports."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from engines.triton_server import Address, Environment
+
+ROOT = Path(__file__).resolve().parents[2]
+CLIENT = Path(__file__).with_name("triton_client.py")
+
+
+def ask(environment: Environment, address: Address, *asks: dict[str, Any]) -> list[dict[str, Any]]:
+    """The answers of the client in the server's environment."""
+    line = [environment.python, CLIENT, str(address.http_port), str(address.grpc_port)]
+    paths = os.environ | {"PYTHONPATH": str(ROOT / "engines")}
+    done = subprocess.run(
+        line, input=json.dumps(asks), capture_output=True, text=True, timeout=300, env=paths, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    answers: list[dict[str, Any]] = json.loads(done.stdout)
+    return answers
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def drawing(over: str = "http", **inputs: Any) -> dict[str, Any]:
+    return {"do": "draw", "over": over, "inputs": {"prompt": "a red circle", "steps": 2, "seed": 5} | inputs}
