@@ -91,32 +91,41 @@ def family_prompts(family: Family, count: int) -> list[str]:
     return [random_scene(rng).caption for _ in range(count)]
 
 
-def _allocator_peak(device: str, *, reset: bool = False) -> int | None:
-    """The most bytes torch's allocator held on the GPU since the last reset; None on a CPU."""
-    if not device.startswith("cuda"):
-        return None
-    import torch
+class _AllocatorPeak:
+    """What a contestant adds, at most, to what torch's allocator already holds on the GPU. Blocks that others left free
+    go back first, or NVML would see the newcomer move into them."""
 
-    if reset:
-        torch.cuda.reset_peak_memory_stats()
-    return int(torch.cuda.max_memory_allocated())
+    def __init__(self, device: str) -> None:
+        import torch
+
+        gc.collect()
+        self._cuda = torch.cuda if device.startswith("cuda") else None
+        self._before = 0
+        if self._cuda:
+            self._cuda.empty_cache()
+            self._cuda.reset_peak_memory_stats()
+            self._before = self._cuda.memory_allocated()
+
+    @property
+    def added_bytes(self) -> int | None:
+        """None on a CPU."""
+        return self._cuda.max_memory_allocated() - self._before if self._cuda else None
 
 
 def load_entrant(entrant: Entrant, workload: Workload, gpu: Gpu) -> None:
     """The cold start of one contestant, and what it added to memory."""
     import psutil
 
-    gc.collect()
+    peak = _AllocatorPeak(entrant.contestant.device)
     rss = psutil.Process().memory_info().rss
     used = gpu.state()["memory_used_bytes"]
-    _allocator_peak(entrant.contestant.device, reset=True)
     start = cold_start(entrant.contestant, workload)
     entrant.cold = {"load_ms": start.load_ms, "first_image_ms": start.first_image_ms}
     after = gpu.state()["memory_used_bytes"]
     entrant.memory = {
         "rss_added_bytes": psutil.Process().memory_info().rss - rss,
         "device_added_bytes": after - used if after is not None and used is not None else None,
-        "allocator_peak_bytes": _allocator_peak(entrant.contestant.device),
+        "allocator_peak_bytes": peak.added_bytes,
         "why": gpu.reason,
     }
 

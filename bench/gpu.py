@@ -31,19 +31,13 @@ class Gpu:
         try:
             import pynvml
 
-            self._nvml = pynvml
-            pynvml.nvmlInit()
-            self._handle = pynvml.nvmlDeviceGetHandleByIndex(self._physical_index(index))
+            from engines.gpus import nvml_handle
+
+            self._nvml, self._handle = pynvml, nvml_handle(index)
         except ImportError:
             self.reason = "the package nvidia-ml-py is not installed"
         except Exception as error:
             self.reason = f"no NVIDIA GPU by NVML: {error}"
-
-    @staticmethod
-    def _physical_index(index: int) -> int:
-        """CUDA_VISIBLE_DEVICES renumbers the devices for CUDA, but not for NVML."""
-        visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip().isdigit()]
-        return int(visible[index]) if index < len(visible) else index
 
     @property
     def present(self) -> bool:

@@ -16,10 +16,15 @@ from bench.measure import make_clock, timed_draw
 from bench.workload import Workload
 
 FAMILIES = (  # the first that matches a kernel's name; cuDNN's convolutions call themselves gemm too
+    # inductor names its kernels after all that was fused into them; what is no template computes no product
+    ("norm", r"triton_(red|per)_\w*norm"),
+    ("elementwise", r"triton_(poi|red|per)_"),
+    ("optimizer", r"multi_tensor_apply|fused_?adam"),
     ("attention", r"flash|fmha|attention|sdpa|_mha"),
-    ("convolution", r"conv|implicit|fprop|winograd"),
-    ("norm", r"norm|rowwisemoments|computefusedparams|welford|__myl\w*mea"),  # Myelin: _MeaSubMulMea..., mean
-    ("gemm", r"gemm|nvjet|cutlass|cublas|splitk|hmma|matmul|triton_tem|aten::(add|b|badd)?mm$|mkldnn_linear"),
+    ("convolution", r"conv|implicit|[fdw]prop|dgrad|wgrad|winograd"),
+    # Myelin: _MeaSubMulMea..., mean
+    ("norm", r"norm|rowwisemoments|fusedparams|internalgradients|gammabeta|welford|__myl\w*mea"),
+    ("gemm", r"gemm|gemv|nvjet|cutlass|cublas|splitk|hmma|matmul|triton_tem|aten::(add|b|badd)?mm$|mkldnn_linear"),
     ("copy", r"memcpy|memset|copy|catarray|aten::cat|transpose|nchwtonhwc|nhwctonchw"),
     (
         "elementwise",

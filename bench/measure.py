@@ -258,8 +258,8 @@ def measure_cells(
 ) -> list[Cell]:
     """Every workload twice, there and back again, so that a drift of the machine does not look like an effect of size
     or steps. `plan.min_rounds` and `max_rounds` are shared by both visits; the first workload gets a triple share of
-    the time. Once half as much again as `seconds` has gone, every visit left is a single round. `on_visit(cell, last)`
-    is called after each visit.
+    the time. Once half as much again as `seconds` has gone, every visit left, but to the first, is a single round.
+    `on_visit(cell, last)` is called after each visit.
     """
     cells = [Cell(workload) for workload in workloads]
     visits = [*cells, *reversed(cells)] if plan.max_rounds > 1 else cells
@@ -270,7 +270,8 @@ def measure_cells(
         rounds = half if plan.max_rounds > 1 else plan
         if index >= len(cells):  # the second visit finds everything allocated and compiled
             rounds = replace(rounds, warmup=1, max_warmup=1)
-        if time.monotonic() - begin > 1.5 * seconds:  # far slower than asked for: finish, with what that allows
+        if cell is not cells[0] and time.monotonic() - begin > 1.5 * seconds:  # far slower than asked for: the main
+            # cell gets the rounds that an interval needs, the others what is left
             rounds = replace(rounds, min_rounds=1, max_warmup=1)
         measure_rounds(contestants, cell, rounds, unit_s * (3 if cell is cells[0] else 1), on_round=on_round)
         on_visit(cell, index >= len(visits) - len(cells))

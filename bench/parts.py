@@ -5,6 +5,7 @@ A part writes its file as it goes, so that one that is stopped, or takes its pro
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -22,6 +23,8 @@ LAYOUTS = {  # the flavor's default first
     "tensorrt-rtx": ("ranged", "shared", "per-resolution"),
     "tensorrt": ("shared", "ranged", "per-resolution"),
 }
+PARTIAL = 3
+"""The exit code of a part that has its figures, but not all of them."""
 MEASURING_S = 150.0  # of the time for the layouts, not to be spent on building
 
 
@@ -40,6 +43,8 @@ class Job:
     device: str
     seconds: float
     began: float
+    again: bool = False
+    """An earlier try, cut short, has left what it compiled."""
 
     @property
     def subject(self) -> str:
@@ -64,11 +69,13 @@ class Job:
     def left_s(self) -> float:
         return self.seconds - (time.time() - self.began)
 
-    def bench(self, contestants: list[str], seconds: float, **changes: Any) -> None:
-        """One `bench run` into `out`, its timed rounds within `seconds`. Once a third of the time is gone, no further
-        contestant begins to load: the largest is loaded last, and compiles as long as all before it."""
+    def bench(self, contestants: list[str], seconds: float, **changes: Any) -> list[str]:
+        """One `bench run` into `out`, its timed rounds within `seconds`. No contestant begins to load that would not be
+        there once a third of the time is gone: the largest is loaded last, and compiles as long as all before it.
+        Returns what was left out for want of time."""
         from bench.options import RunOptions
-        from bench.run import run_bench
+        from bench.results import write_results
+        from bench.run import NOT_LOADED, run_bench
 
         values: dict[str, Any] = {
             "contestants": contestants,
@@ -88,29 +95,34 @@ class Job:
             "device": self.device,
             "workdir": Path(self.workdir),
         }
-        run_bench(RunOptions(**(values | changes)))
+        results = run_bench(RunOptions(**(values | changes)))
+        left_out = [note for note in results.notes if NOT_LOADED in note]
+        if self.again:
+            note = "an earlier try of this part had compiled some of it: the cold start is not from nothing"
+            write_results(Path(self.out), results.model_copy(update={"notes": [*results.notes, note]}))
+        return left_out
 
 
-def eager(job: Job) -> None:
+def eager(job: Job) -> list[str]:
     """All models side by side in diffusers, at every size asked for: what everything else is held against."""
     sizes = job.first_resolution if job.subject else job.resolutions
-    job.bench([f"{model}=eager@{job.precision}:random:{model}" for model in job.models], 45.0, resolutions=sizes)
+    return job.bench([f"{model}=eager@{job.precision}:random:{model}" for model in job.models], 45.0, resolutions=sizes)
 
 
-def compiled(job: Job) -> None:
+def compiled(job: Job) -> list[str]:
     """torch.compile of all models; in the first of these parts eager is beside it in the same rounds. The smallest
     loads first: compiling the largest takes longest, and is what is left out where time is short."""
     beside = [] if job.subject else [f"{model} eager=eager@{job.precision}:random:{model}" for model in job.models]
     specs = [f"{model} compiled=compiled@{job.precision}:random:{model}" for model in reversed(job.models)]
-    job.bench([*beside, *specs], 45.0, baseline=f"{job.models[0]} compiled")
+    return job.bench([*beside, *specs], 45.0, baseline=f"{job.models[0]} compiled")
 
 
-def training(job: Job) -> None:
+def training(job: Job) -> list[str]:
     """The distillation step of the first model into one other."""
     from bench.gpu import Gpu
     from bench.host import describe_host
     from bench.peaks import find_peak
-    from bench.training import SCHEMA, VARIANTS, measure_training
+    from bench.training import NO_TIME, SCHEMA, VARIANTS, measure_training
 
     identity = Gpu().identity() if job.on_gpu else {"name": None}
     rows: list[dict[str, Any]] = []
@@ -137,6 +149,7 @@ def training(job: Job) -> None:
     )
     if all(row["failed"] for row in rows):
         raise UserError(rows[0]["failed"])
+    return [f"{row['title']}: {row['failed']}" for row in rows if (row["failed"] or "").startswith(NO_TIME)]
 
 
 def published(job: Job) -> None:
@@ -197,6 +210,8 @@ def _checkpoint(job: Job, model: str) -> Path:
         dtype = torch.float16 if job.on_gpu else torch.float32
         with replacing(folder) as temporary:
             random_pipeline(model, job.device, dtype).save_pretrained(temporary)
+        gc.collect()  # diffusers' pipelines are cycles, and what is measured next needs the GPU's memory
+        torch.cuda.empty_cache()
     return folder
 
 
@@ -230,7 +245,7 @@ def _build(
     )  # fmt: skip
 
 
-def flavor(job: Job) -> None:
+def flavor(job: Job) -> list[str]:
     """One model by one of our flavors, exported, built and run on the spot, beside diffusers and beside the models that
     came before it: with the largest, which is last, the speed-ups of all on the same runtime. Every size and batch 4
     too, but for TensorRT, which would build each for minutes."""
@@ -250,10 +265,10 @@ def flavor(job: Job) -> None:
                 f"{ours}={part}"
                 for part in (work / f"{one}-{job.precision}", work / f"onnx-{one}-{job.precision}", bundle)
             ]
-    job.bench(runs, 45.0, resolutions=sizes, batches=batches, artifacts=artifacts)
+    return job.bench(runs, 45.0, resolutions=sizes, batches=batches, artifacts=artifacts)
 
 
-def layouts(job: Job) -> None:
+def layouts(job: Job) -> list[str]:
     """The smallest model by one flavor in every layout, at every size: latency, memory, first picture, change of size.
     Beside them CUDA graphs switched off, and what TensorRT-RTX builds ahead of time, without a GPU. Raises UserError
     for what could not be built, once the rest is measured."""
@@ -267,7 +282,7 @@ def layouts(job: Job) -> None:
     wanted = [(layout, bundle, layout, "auto") for layout in LAYOUTS[name]]
     if name == "tensorrt-rtx" and names:
         wanted.append((f"{default} built ahead", ahead, default, names[0]))
-    runs, failed = [], []
+    runs, failed, left_out = [], [], []
     for title, out, layout, gpu in wanted:
         try:
             _build(job, onnx, out, name, layout, job.resolutions, gpu=gpu, keep_s=MEASURING_S)
@@ -278,12 +293,13 @@ def layouts(job: Job) -> None:
         first = runs[0].partition("+")[2].partition(":")[0]
         runs.append(f"{model} {first} no graphs=bundle@{name}+{first}+no-graphs:{bundle}")
         artifacts = [f"{one.partition('=')[0]}={folder}" for one in runs]
-        job.bench(runs, 45.0, resolutions=job.resolutions, artifacts=artifacts, energy_seconds=0.0)
+        left_out = job.bench(runs, 45.0, resolutions=job.resolutions, artifacts=artifacts, energy_seconds=0.0)
     if failed:
         raise UserError("; ".join(failed))
+    return left_out
 
 
-FUNCTIONS: dict[str, Callable[[Job], None]] = {
+FUNCTIONS: dict[str, Callable[[Job], list[str] | None]] = {
     "eager": eager,
     "acceptance": acceptance,
     "compiled": compiled,
@@ -305,8 +321,10 @@ def main() -> int:
     sys.argv[1:] = job.command  # what the results will say they were made by
 
     def run() -> int:
-        FUNCTIONS[job.part.partition(":")[0]](job)
-        return 0
+        left_out = FUNCTIONS[job.part.partition(":")[0]](job)
+        if left_out:
+            print("; ".join(left_out), file=sys.stderr)
+        return PARTIAL if left_out else 0
 
     return exit_on_user_error(run)
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from distill.files import read_json
 if TYPE_CHECKING:
     import torch
 
+MATRIX_SIDE = 1024
 COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder")
 
 
@@ -190,8 +192,9 @@ def mfu(costs: dict[str, tuple[int, Cost]], total_ms: float, tflops: float) -> f
     return total_flops(costs) / (total_ms / 1e3) / (tflops * 1e12)
 
 
-def measure_cpu_peak(seconds: float = 0.6) -> Peak:
-    """This CPU's fp32 rate in a large matrix product and its copy bandwidth, each the best of many short tries.
+def measure_cpu_peak(precisions: Iterable[str] = (), seconds: float = 0.6) -> Peak:
+    """This CPU's rate in a large matrix product, in fp32 or whichever of `precisions` is faster (bf16, fp16), and its copy
+    bandwidth, each the best of several short tries.
 
     No data sheet is consulted, so this is what torch reaches here: a yardstick, close to the peak but not above it.
     """
@@ -201,23 +204,30 @@ def measure_cpu_peak(seconds: float = 0.6) -> Peak:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(usable)
     try:
-        a, b = torch.rand(768, 768), torch.rand(768, 768)
+        halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        dtypes = {"fp32": torch.float32} | {name: halves[name] for name in precisions if name in halves}
+        flops = {}
+        for name, dtype in dtypes.items():
+            a, b = torch.rand(2, MATRIX_SIDE, MATRIX_SIDE).to(dtype)
+            flops[name] = 2 * MATRIX_SIDE**3 / _least_seconds(partial(torch.mm, a, b), seconds / 2)
         source, target = torch.rand(16 << 20), torch.empty(16 << 20)
-        rates = {"flops": 0.0, "bytes": 0.0}
-        for key, work, amount in (
-            ("flops", lambda: torch.mm(a, b), 2 * 768**3),
-            ("bytes", lambda: target.copy_(source), 2 * source.numel() * 4),
-        ):
-            work()
-            end, tries = time.perf_counter() + seconds / 2, 0
-            while time.perf_counter() < end or tries < 5:
-                tries += 1
-                begin = time.perf_counter()
-                work()
-                rates[key] = max(rates[key], amount / (time.perf_counter() - begin))
+        bandwidth = 2 * source.numel() * 4 / _least_seconds(partial(target.copy_, source), seconds / 2)
     finally:
         torch.set_num_threads(threads)
-    return Peak("this CPU (measured)", rates["flops"] / 1e12, rates["bytes"] / 1e12, "")
+    fastest = max(flops, key=lambda name: flops[name])
+    return Peak(f"this CPU (measured, {fastest})", flops[fastest] / 1e12, bandwidth / 1e12, "")
+
+
+def _least_seconds(work: Callable[[], Any], seconds: float) -> float:
+    """Of several calls after the first, for `seconds` and three of them at least."""
+    work()
+    taken: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(taken) < 3:
+        begin = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - begin)
+    return min(taken)
 
 
 def architecture_configs(name: str) -> ModelConfigs:

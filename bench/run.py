@@ -6,6 +6,7 @@ import gc
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime, timezone
 from statistics import median
@@ -27,6 +28,7 @@ from distill.architectures import Family
 from distill.errors import UserError
 
 STOPPED = "the run was stopped before this"
+NOT_LOADED = "was not loaded"
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
@@ -39,16 +41,18 @@ def _load_all(
     entrants: list[Entrant], main: Workload, gpu: Gpu, seconds: float | None
 ) -> tuple[list[Entrant], list[str]]:
     """Those that loaded, and a note on each that did not: out of memory on one leaves the others their turn, and none
-    begins to load once `seconds` have passed.
+    begins to load that would not be done within `seconds`, if it took as long as the one before it.
 
     Raises UserError where a contestant says itself what is wrong with it, or where none is left.
     """
     loaded: list[Entrant] = []
     notes: list[str] = []
-    begin = time.monotonic()
+    begin = last = time.monotonic()
     for entrant in entrants:
-        if loaded and seconds is not None and time.monotonic() - begin > seconds:
-            notes.append(f"{entrant.name} was not loaded: the {seconds:.0f} s for loading had passed")
+        now = time.monotonic()
+        last_s, last = now - last, now
+        if loaded and seconds is not None and now + last_s - begin > seconds:
+            notes.append(f"{entrant.name} {NOT_LOADED}: too little was left of the {seconds:.0f} s for loading")
             _say(f"  {notes[-1]}")
             continue
         try:
@@ -68,8 +72,15 @@ def _load_all(
 
 
 def _measure(
-    entrants: list[Entrant], workloads: list[Workload], options: RunOptions, baseline: str, peak: Peak | None, gpu: Gpu
-) -> list[CellRecord]:
+    entrants: list[Entrant],
+    workloads: list[Workload],
+    options: RunOptions,
+    baseline: str,
+    peak: Peak | None,
+    gpu: Gpu,
+    keep: Callable[[list[CellRecord]], None],
+) -> None:
+    """The timed rounds. `keep` is given the records of all cells met so far, after each visit to one."""
     from bench.host import OtherLoad
 
     plan = Plan(options.min_rounds, options.max_rounds, options.warmup, options.max_warmup)
@@ -77,6 +88,18 @@ def _measure(
     company: dict[str, list[float]] = {workload.name: [] for workload in workloads}
     states: dict[str, list[dict[str, Any]]] = {workload.name: [] for workload in workloads}
     load, visit, seen = OtherLoad(), 0, [gpu.state()]
+    met: dict[str, Cell] = {}
+
+    def record_of(cell: Cell) -> CellRecord:
+        name = cell.workload.name
+        faults = {
+            "others_cpu_percent": max(company[name]),
+            "throttle_reasons": sorted(throttled[name]),
+            "other_gpu_processes": gpu.other_processes() or 0,
+        }
+        costs = {entrant.name: entrant.costs(cell.workload) for entrant in entrants}
+        record = summarise(cell, baseline, costs=costs, peak=peak, faults=faults)
+        return record.model_copy(update={"device": device_ranges(states[name])})
 
     def on_round(_: int) -> None:
         seen.append(gpu.state())
@@ -87,6 +110,8 @@ def _measure(
         throttled[cell.workload.name].update(*(state["throttle_reasons"] or [] for state in seen))
         states[cell.workload.name] += seen
         seen.clear()
+        met[cell.workload.name] = cell
+        keep([record_of(one) for one in met.values()])
         load, visit = OtherLoad(), visit + 1
         totals = {name: median(one.total_ms for one in samples) for name, samples in cell.samples.items() if samples}
         _say(
@@ -97,19 +122,7 @@ def _measure(
             _say(f"    {name} failed: {why}")
 
     contestants = [entrant.contestant for entrant in entrants]
-    cells = measure_cells(contestants, workloads, plan, options.seconds, on_round=on_round, on_visit=on_visit)
-    records = []
-    for cell in cells:
-        name = cell.workload.name
-        faults = {
-            "others_cpu_percent": max(company[name]),
-            "throttle_reasons": sorted(throttled[name]),
-            "other_gpu_processes": gpu.other_processes() or 0,
-        }
-        costs = {entrant.name: entrant.costs(cell.workload) for entrant in entrants}
-        record = summarise(cell, baseline, costs=costs, peak=peak, faults=faults)
-        records.append(record.model_copy(update={"device": device_ranges(states[name])}))
-    return records
+    measure_cells(contestants, workloads, plan, options.seconds, on_round=on_round, on_visit=on_visit)
 
 
 def _references(entrants: list[Entrant], workload: Workload, device: str) -> dict[str, Pictures | str]:
@@ -266,8 +279,8 @@ def _kernels(entrant: Entrant, main: Workload, cell: CellRecord) -> dict[str, An
 
 
 def run_bench(options: RunOptions) -> Results:
-    """Raises UserError for bad input before anything is loaded. Writes `options.out` once the timed rounds are done,
-    again when energy, guard and pictures are, and returns what it wrote."""
+    """Raises UserError for bad input before anything is loaded. Writes `options.out` after each visit to a workload,
+    again when energy, guard and pictures are done, and returns what it wrote."""
     begin = time.monotonic()
     specs = parse_specs(options.contestants)
     baseline = check_options(options, specs)
@@ -296,7 +309,8 @@ def run_bench(options: RunOptions) -> Results:
 
     gpu = Gpu() if device == "cuda" else _no_gpu(device)
     identity = gpu.identity()
-    peak = find_peak(identity["name"]) if device == "cuda" else measure_cpu_peak()
+    precisions = {entrant.contestant.precision for entrant in entrants}
+    peak = find_peak(identity["name"]) if device == "cuda" else measure_cpu_peak(precisions)
     before = gpu.state()
     import_quietly()
     _say(f"bench on {device}: {len(entrants)} contestants, {len(workloads)} workloads; cold start")
@@ -304,9 +318,8 @@ def run_bench(options: RunOptions) -> Results:
     if baseline not in [entrant.name for entrant in entrants]:
         notes.append(f"the baseline {baseline} did not load; speed-ups are against {entrants[0].name}")
         baseline = entrants[0].name
-    _say("timed rounds, interleaved")
-    cells = _measure(entrants, workloads, options, baseline, peak, gpu)
-    after = gpu.state()
+    cells: list[CellRecord] = []
+    after = before
 
     def save(quality: dict[str, Any], energy: dict[str, Any], pictures: list[PictureRecord]) -> Results:
         results = Results(
@@ -332,7 +345,14 @@ def run_bench(options: RunOptions) -> Results:
     names = [entrant.name for entrant in entrants]
     unchecked: dict[str, Any] = {"passed": None, "words": [STOPPED], "fidelity": None}
     energy: dict[str, dict[str, Any]] = {name: {"j_per_image": None, "why": STOPPED} for name in names}
-    save(dict.fromkeys(names, unchecked), energy, [])
+
+    def keep(records: list[CellRecord]) -> None:
+        nonlocal after
+        cells[:], after = records, gpu.state()
+        save(dict.fromkeys(names, unchecked), energy, [])
+
+    _say("timed rounds, interleaved")
+    _measure(entrants, workloads, options, baseline, peak, gpu, keep)
     if options.kernels:
         _say("kernels of the denoise loop")
         for entrant in entrants:

@@ -2,7 +2,7 @@
 
 Every part runs in a process of its own, which is stopped when the time is over: one that fails, hangs or takes its
 process down leaves the others their turn. A part that does not fit the time left is not begun. The session file says
-what became of each; the same command again goes on with the parts that are not done.
+what became of each; the same command again goes on with the parts that are not done, those never tried first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.parts import FUNCTIONS, LAYOUTS, Job, as_argument
+from bench.parts import FUNCTIONS, LAYOUTS, PARTIAL, Job, as_argument
 from distill.architectures import find_architecture
 from distill.errors import UserError, unknown
 from distill.files import read_json, write_json
@@ -32,7 +32,7 @@ MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx", "onnxruntime"
 REPORT_S = 25.0  # kept back for the report
 STOP_S = 10.0  # between what a part is told to keep within and the moment it is stopped
 NEEDS_S = {  # less than this and a part is not begun: what it takes on an 80 GB-class GPU to leave one figure
-    "eager": 60, "acceptance": 20, "compiled": 120, "training": 45, "published": 360, "tensorrt": 120, "tensorrt-rtx": 90,
+    "eager": 120, "acceptance": 20, "compiled": 180, "training": 90, "published": 240, "tensorrt": 120, "tensorrt-rtx": 90,
     "onnxruntime": 90, "layouts": 240,
 }  # fmt: skip
 
@@ -61,7 +61,7 @@ class SuiteOptions:
 
 @dataclass
 class Session:
-    """The parts and what became of them: done, failed, stopped or not run, with the reason."""
+    """The parts and what became of them: done, partial, failed, stopped or not run, with the reason."""
 
     options: SuiteOptions
     models: list[str]
@@ -75,6 +75,10 @@ class Session:
 
     def path(self, part: str) -> Path:
         return self.options.out / f"{self.stem}_{part.replace(':', '-')}.json"
+
+    def state(self, part: str) -> str | None:
+        """None where it was never thought of."""
+        return self.records[part]["state"] if part in self.records else None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -197,6 +201,7 @@ def _stop(process: subprocess.Popen[Any]) -> None:
 def _run_part(session: Session, part: str) -> None:
     options, began = session.options, time.time()
     timeout_s = session.left_s
+    again = part.startswith("compiled") and session.state(part) in ("partial", "stopped")
     job = Job(
         part=part,
         command=sys.argv[1:],
@@ -208,11 +213,13 @@ def _run_part(session: Session, part: str) -> None:
         device=options.device,
         seconds=timeout_s - STOP_S,
         began=began,
+        again=again,
     )
     options.workdir.mkdir(parents=True, exist_ok=True)
     log = options.workdir / f"{part.replace(':', '-')}.log"
     kernels = options.workdir / f"compiled-{part.replace(':', '-')}"
-    shutil.rmtree(kernels, ignore_errors=True)  # compilation is timed from nothing, and never from half-written files
+    if not again:  # compilation is timed from nothing, unless it did not fit one command
+        shutil.rmtree(kernels, ignore_errors=True)
     with log.open("wb") as errors:
         command = [sys.executable, "-m", "bench.parts", as_argument(job)]
         environment = os.environ | {
@@ -234,6 +241,8 @@ def _run_part(session: Session, part: str) -> None:
     if code == 0:
         return session.record(part, "done", seconds=seconds)
     said = log.read_text(errors="replace").strip().splitlines()
+    if code == PARTIAL:
+        return session.record(part, "partial", said[-1], seconds=seconds)
     if code is None:
         return session.record(part, "stopped", f"not done after {seconds:.0f} s", seconds=seconds, log=said[-20:])
     why = said[-1].removeprefix("error: ") if said and code > 0 else None
@@ -245,8 +254,9 @@ def run_suite(options: SuiteOptions) -> int:
     """Runs the parts that fit and are not done yet, then makes the report of all that is there; 1 where no part is
     done."""
     session = _open_session(options)
-    for part in _chosen(options, session.models):
-        if session.records.get(part, {}).get("state") == "done" and session.path(part).exists():
+    chosen = _chosen(options, session.models)
+    for part in sorted(chosen, key=lambda part: session.state(part) in ("partial", "stopped", "failed")):
+        if session.state(part) == "done" and session.path(part).exists():
             console.print(f"{part}: done earlier")
             continue
         needed = NEEDS_S[part.partition(":")[0]]
@@ -263,7 +273,7 @@ def run_suite(options: SuiteOptions) -> int:
     from bench.report import write_report
     from bench.results import read_inputs
 
-    if not any(one["state"] == "done" for one in session.records.values()):
+    if not any(one["state"] in ("done", "partial") for one in session.records.values()):
         return 1
     if read_inputs(files).results:
         title = "slimxl on one GPU" if options.device == "cuda" else "slimxl's GPU suite, tried out on a CPU"

@@ -21,16 +21,18 @@ from bench.roofline import architecture_configs, component_costs
 from bench.stats import median_interval
 from bench.workload import Workload
 from distill.architectures import Resolution, find_architecture
+from distill.recipes import Level
 
 SCHEMA = "slimxl.bench.training/1"
 WARMUP = 2
+NO_TIME = "not run"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """One arrangement of the step. `features` None compares predictions alone."""
 
-    features: str | None = "sub-block"
+    features: Level | None = "sub-block"
     cache: bool = True
     recompute: bool = True
     compiled: bool = False
@@ -107,7 +109,7 @@ class Bench:
         make_batch = self._cached() if variant.cache else self._encoding()
         with self.pair.taught_by(losses) as step:
             try:
-                yield lambda number: step(make_batch(number), seed=(0, number), learning_rate=1e-5)
+                yield lambda number: step(self.pair.noised(make_batch(number), (0, number)), learning_rate=1e-5)
             finally:
                 self.pair.optimizer.zero_grad()
 
@@ -200,7 +202,7 @@ def measure_training(
         row |= {"resolution": str(bench.resolution), "batch": batch, "precision": "bf16", "failed": None}
         needed_s = 40 if variant.compiled else 12
         if left_s() < needed_s:
-            row["failed"] = f"not run: {left_s():.0f} s left, it needs about {needed_s}"
+            row["failed"] = f"{NO_TIME}: {left_s():.0f} s left, it needs about {needed_s}"
         else:
             try:
                 if variant.compiled and not compiled:

@@ -115,6 +115,9 @@ def test_without_a_calibration_there_is_a_floor_and_no_prediction():
 
 
 def test_the_cpus_yardstick_is_of_a_real_machines_size():
-    peak = measure_cpu_peak(0.1)
+    peak = measure_cpu_peak(seconds=0.1)
+    assert peak.name == "this CPU (measured, fp32)"
+    fastest = measure_cpu_peak(("bf16", "as exported"), 0.1)
+    assert fastest.name in ("this CPU (measured, fp32)", "this CPU (measured, bf16)") and 1e-3 < fastest.tflops < 50
     assert 1e-3 < peak.tflops < 50
     assert 1e-4 < peak.terabytes_per_s < 5

@@ -69,6 +69,25 @@ def test_what_was_timed_is_kept_where_the_rest_is_cut_short(tmp_path, monkeypatc
     assert results.contestants[0].quality["words"] == ["the run was stopped before this"]
 
 
+def test_a_run_killed_between_two_workloads_keeps_the_first(tmp_path, monkeypatch, virtual_time):
+    from bench import run
+
+    real = run.measure_cells
+
+    def killed(*arguments, on_visit, **more):
+        def once(cell, last):
+            on_visit(cell, last)
+            raise KeyboardInterrupt
+
+        return real(*arguments, on_visit=once, **more)
+
+    monkeypatch.setattr(run, "measure_cells", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(fake_options(tmp_path / "r.json"))
+    (cell,) = read_results(tmp_path / "r.json").cells
+    assert [len(row.samples) for row in cell.rows] == [4, 4]
+
+
 def test_no_contestant_begins_to_load_too_late(tmp_path, virtual_time, monkeypatch):
     from bench.fake import FakeContestant
 

@@ -156,7 +156,7 @@ def test_what_does_not_fit_or_is_not_there_is_listed_with_its_reason(tmp_path, m
     assert set(found) == set(part_names(["mini-vega"], "64x64"))
     assert {one["state"] for one in found.values()} == {"not run"}
     assert "no_such_module is not installed" in found["tensorrt:mini-vega"]["why"]
-    assert "it needs about 60" in found["eager"]["why"]
+    assert "it needs about 120" in found["eager"]["why"]
 
 
 def test_a_gpu_without_a_target_is_told_before_anything_is_exported(monkeypatch):
@@ -208,6 +208,40 @@ pathlib.Path(job["out"]).write_text('{"schema_version": "slimxl.bench.training/1
     assert (tmp_path / "work" / "began").read_text() == "eager:batch eager:bf16 eager:bf16 "
     with pytest.raises(UserError, match="other settings"):
         run_suite(options(tmp_path, steps=2))
+
+
+def test_what_was_left_out_is_tried_again_after_what_was_never_tried(tmp_path, monkeypatch):
+    """And finds what it has compiled."""
+    pretend(
+        monkeypatch,
+        tmp_path,
+        """
+work, kernels = pathlib.Path(job["workdir"]), pathlib.Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+with (work / "began").open("a") as log: print(job["part"], job["again"], (kernels / "one").exists(), file=log)
+kernels.mkdir(exist_ok=True)
+(kernels / "one").touch()
+pathlib.Path(job["out"]).write_text('{"schema_version": "slimxl.bench.training/1", "rows": []}')
+if job["part"] == "compiled" and not job["again"]: print("sdxl was not loaded", file=sys.stderr); sys.exit(3)
+""",
+    )
+    assert run_suite(options(tmp_path, parts="compiled")) == 0
+    one = session_of(tmp_path)["compiled"]
+    assert (one["state"], one["why"]) == ("partial", "sdxl was not loaded")
+    assert run_suite(options(tmp_path, parts="compiled,eager:bf16")) == 0
+    assert {one["state"] for one in session_of(tmp_path).values()} == {"done"}
+    began = (tmp_path / "work" / "began").read_text().splitlines()
+    assert began == ["compiled False False", "eager:bf16 False False", "compiled True True"]
+
+
+def test_a_part_that_ran_out_of_time_says_what_it_left_out(tmp_path, monkeypatch, capsys):
+    from bench import training
+
+    monkeypatch.setattr("sys.argv", ["parts", parts.as_argument(made_job(tmp_path, "training:vega"))])
+    rows = [{"title": "with", "failed": None, "samples_per_s": 1.0, "mfu": None}]
+    rows += [{"title": "without", "failed": f"{training.NO_TIME}: 3 s left"}]
+    monkeypatch.setattr(training, "measure_training", lambda *_, on_row, **__: [on_row(row) for row in rows])
+    assert parts.main() == parts.PARTIAL
+    assert capsys.readouterr().err.strip() == "without: not run: 3 s left"
 
 
 def test_a_stopped_part_takes_what_it_has_started_with_it(tmp_path):
