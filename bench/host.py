@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import resource
@@ -87,7 +88,8 @@ def commit_hash(folder: Path) -> str | None:
 
 
 class OtherLoad:
-    """How much CPU others used between `__init__` and `percent`: the machine's busy time less our own."""
+    """How much CPU others used between `__init__` and `percent`: the machine's busy time less our own and that of what we
+    started, compilers for instance."""
 
     def __init__(self) -> None:
         self._begin = time.monotonic()
@@ -100,8 +102,12 @@ class OtherLoad:
 
     @staticmethod
     def _own_s() -> float:
-        times = psutil.Process().cpu_times()
-        return times.user + times.system
+        seconds, this = 0.0, psutil.Process()
+        for process in (this, *this.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                seconds += times.user + times.system + times.children_user + times.children_system
+        return seconds
 
     def percent(self) -> float:
         """Percent of one core; 100 means one core was wholly taken by others."""

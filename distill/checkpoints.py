@@ -73,15 +73,19 @@ class TrainingState:
         if not self.ema:
             yield self.student
             return
-        parameters = list(self.student.parameters())
-        own = [parameter.detach().clone() for parameter in parameters]
-        self.ema.copy_to(parameters)
+        self._exchange(self.ema)
         try:
             yield self.student
         finally:
-            with torch.no_grad():
-                for parameter, value in zip(parameters, own, strict=True):
-                    parameter.copy_(value)
+            self._exchange(self.ema)
+
+    @torch.no_grad()
+    def _exchange(self, ema: EMAModel) -> None:
+        """Student and average change places, one tensor at a time: a GPU may have no room for a third set."""
+        for parameter, average in zip(self.student.parameters(), ema.shadow_params, strict=True):
+            held = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(held)
 
 
 def save_state(

@@ -1,5 +1,7 @@
 """NVML is faked here: what matters is that each reading stands alone, and that an absent one says why."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -58,3 +60,7 @@ def test_the_host_says_what_it_is():
     assert package_versions()["torch"]
     assert peak_rss_bytes() > 1e7
     assert OtherLoad().percent() >= 0
+    before = OtherLoad._own_s()
+    busy = "import time\nwhile time.process_time() < 0.5: pass"
+    subprocess.run([sys.executable, "-c", busy], check=True)
+    assert OtherLoad._own_s() - before >= 0.5, "what a child of ours used is ours"

@@ -458,3 +458,16 @@ def test_ema_starts_from_the_student(mini_vega: Path, cache: Path, tmp_path: Pat
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet").state_dict()
     teacher = UNet2DConditionModel.from_pretrained(mini_vega / "unet").state_dict()
     assert all(torch.allclose(value, teacher[key], atol=1e-6) for key, value in unet.items())
+
+
+def test_the_average_takes_the_students_place_and_gives_it_back() -> None:
+    student = torch.nn.Linear(3, 2)
+    own = [value.clone() for value in student.parameters()]
+    ema = EMAModel(student.parameters(), decay=0.9)
+    ema.shadow_params = [value + 1 for value in own]
+    state = TrainingState(student, torch.optim.SGD(student.parameters()), ema)  # type: ignore[arg-type]
+    with pytest.raises(ZeroDivisionError), state.averaged() as averaged:
+        assert all(torch.equal(value, mine + 1) for value, mine in zip(averaged.parameters(), own, strict=True))
+        1 / 0  # noqa: B018
+    assert all(torch.equal(value, mine) for value, mine in zip(student.parameters(), own, strict=True))
+    assert all(torch.equal(value, mine + 1) for value, mine in zip(ema.shadow_params, own, strict=True))
