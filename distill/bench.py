@@ -4,7 +4,7 @@ The published trainers run the VAE and both text encoders in every step and keep
 sub-block features from hooks on student and teacher; that loop is made again here on today's libraries, by its
 description. Loading and resizing pictures is left out on both sides, since it runs beside the device.
 
-All loops share one teacher, student and optimiser and take their steps in turn, so what slows the machine slows all;
+All loops share one teacher and student and take their steps in turn, so what slows the machine slows all;
 a ratio is the median of the per-round ratios. Peak memory is of each loop alone in a process of its own.
 """
 
@@ -32,7 +32,7 @@ from distill.architectures import ARCHITECTURES, Architecture, Family, find_arch
 from distill.cache import LatentCache, encode, write_shard
 from distill.checkpoints import alphas_cumprod_of
 from distill.data import Sample, ShapesSource
-from distill.errors import UserError, explaining_full_memory
+from distill.errors import UserError, explaining_full_memory, quiet_libraries
 from distill.files import write_json
 from distill.layer_map import make_layer_map
 from distill.options import HALF, TrainOptions, make_accelerator
@@ -140,6 +140,8 @@ class Workshop:
         )
         self.sub_blocks = make_taps("sub-block", teacher.depth, student.depth, self.pair.layer_map)
         self.scheduler = DDPMScheduler.from_pretrained(checkpoint, subfolder="scheduler")
+        # as the published scripts have it; not given to accelerate, which unscales the gradients of all it was given
+        self.published_optimizer = torch.optim.AdamW(self.pair.student.parameters(), lr=1e-5, weight_decay=1e-2)
         self.number = 0
 
     @contextmanager
@@ -201,8 +203,12 @@ class Workshop:
         pairs = ((of_student[tap.student], of_teacher[tap.teacher]) for tap in self.sub_blocks)
         loss = loss + 0.5 * sum(functional.mse_loss(ours, theirs) for ours, theirs in pairs)
         self.accelerator.backward(loss)
-        self.pair.optimizer.step()
-        self.pair.optimizer.zero_grad()
+        if scaler := self.accelerator.scaler:
+            scaler.step(self.published_optimizer)
+            scaler.update()
+        else:
+            self.published_optimizer.step()
+        self.published_optimizer.zero_grad()
         return self.accelerator.gather(loss.detach().repeat(len(latents))).mean().item()
 
 
@@ -237,6 +243,7 @@ def architectures_of(options: BenchOptions) -> tuple[Architecture, Architecture]
 
 def _peak_memory(options: BenchOptions, loop: Loop, send: Any) -> None:
     """Runs in a process of its own: the most memory (GPU: allocated; CPU, Linux: resident) in two steps of `loop`."""
+    quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         try:
             with explaining_full_memory(_memory_advice(options, loop)):
