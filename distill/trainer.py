@@ -243,7 +243,9 @@ class _StageRun:
 
         steps = range(first_step, stage.steps)
         shown = track(steps, title, done=first_step) if accelerator.is_main_process else steps
-        for step, batch in zip(shown, ahead(noised, steps), strict=True):
+        # without a GPU the host has no time to spare: a second team of threads takes the first one's cores
+        batches = ahead(noised, steps) if accelerator.device.type == "cuda" else map(noised, steps)
+        for step, batch in zip(shown, batches, strict=True):
             terms = take_step(
                 batch,
                 learning_rate=learning_rate(stage, step),
