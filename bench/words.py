@@ -53,10 +53,10 @@ def size(value: float | None) -> str:
 
 
 def count(value: float | None) -> str:
-    """2.57 B, 745 M, 7.45 M."""
+    """13.5 T, 2.57 B, 745 M."""
     if value is None:
         return NONE
-    for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+    for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= factor:
             return f"{value / factor:.3g} {unit}"
     return f"{value:.0f}"
@@ -78,6 +78,8 @@ def interval(estimate: Estimate | None, unit: str = "ms") -> str:
         return "too few runs"
     if unit == "x":
         return f"{estimate.low:.2f}–{estimate.high:.2f}×"
+    if estimate.value >= 1e4:
+        return f"{estimate.low / 1e3:.1f}–{estimate.high / 1e3:.1f} s"
     digits = 1 if estimate.value < 99.5 else 0
     return f"{estimate.low:,.{digits}f}–{estimate.high:,.{digits}f} ms"
 
