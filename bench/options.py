@@ -48,7 +48,7 @@ class RunOptions:
     kernels: bool = False
     """Say by kernel family where the denoise loop's time goes, by torch's profiler, after the timed rounds."""
     load_seconds: float | None = None
-    """Contestants whose turn to load comes later than this are left out, and said so."""
+    """Contestants that would not be loaded by then, taking as long as the one before, are left out, and said so."""
     reference: bool = True
     """Compare each contestant with its checkpoint in fp32 (needs a checkpoint among its artifacts)."""
     captions: Path | None = None
