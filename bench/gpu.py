@@ -24,16 +24,19 @@ THROTTLE_REASONS = {  # NVML's clocks-event bits that mean "slower than it could
 class Gpu:
     """One GPU through NVML. `reason` says why there is none; then every method returns None or an empty value."""
 
-    def __init__(self, index: int = 0) -> None:
-        self.reason: str | None = None
+    def __init__(self, device: str = "cuda") -> None:
+        """None is read for another `device`: NVML would tell of a GPU that does not work."""
+        self.reason: str | None = None if device == "cuda" else f"measured on the {device}, so no GPU was read"
         self.missing: dict[str, str] = {}
         self._handle: Any = None
+        if self.reason:
+            return
         try:
             import pynvml
 
             from engines.gpus import nvml_handle
 
-            self._nvml, self._handle = pynvml, nvml_handle(index)
+            self._nvml, self._handle = pynvml, nvml_handle(0)
         except ImportError:
             self.reason = "the package nvidia-ml-py is not installed"
         except Exception as error:

@@ -19,14 +19,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from bench.parts import FUNCTIONS, LAYOUTS, PARTIAL, Job, as_argument
 from distill.architectures import find_architecture
 from distill.errors import UserError, unknown
 from distill.files import read_json, write_json
+from distill.progress import say
 
-console = Console(highlight=False, soft_wrap=True, markup=False)
 SCHEMA = "slimxl.bench.session/1"
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx", "onnxruntime": "onnxruntime"}
 REPORT_S = 25.0  # kept back for the report
@@ -93,7 +91,7 @@ class Session:
         value = {"schema_version": SCHEMA, "settings": self.settings, "parts": list(self.records.values())}
         write_json(self.path("session"), value)
         if state != "done":
-            console.print(f"  {part}: {state}: {why}")
+            say(f"  {part}: {state}: {why}")
 
 
 def part_names(models: list[str], resolutions: str) -> list[str]:
@@ -257,7 +255,7 @@ def run_suite(options: SuiteOptions) -> int:
     chosen = _chosen(options, session.models)
     for part in sorted(chosen, key=lambda part: session.state(part) in ("partial", "stopped", "failed")):
         if session.state(part) == "done" and session.path(part).exists():
-            console.print(f"{part}: done earlier")
+            say(f"{part}: done earlier")
             continue
         needed = NEEDS_S[part.partition(":")[0]]
         why = _absent(part, options.device)
@@ -266,7 +264,7 @@ def run_suite(options: SuiteOptions) -> int:
         if why is not None:
             session.record(part, "not run", why)
             continue
-        console.print(f"{part}: {session.left_s:.0f} s left")
+        say(f"{part}: {session.left_s:.0f} s left")
         _run_part(session, part)
     names = part_names(session.models, options.resolutions)
     files = [session.path(part) for part in names if session.path(part).exists()]

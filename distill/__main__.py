@@ -218,8 +218,10 @@ def bench(
     student: str | None = None,
     batch: int = 8,
     rounds: int = 12,
+    loops: tuple[str, ...] = (),
     mixed_precision: Literal["no", "fp16", "bf16"] = "no",
     gradient_checkpointing: bool = False,
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw",
     workdir: Path = WORKDIR,
 ) -> None:
     """Measure the training step beside the published loop, with and without the cache, at each feature level.
@@ -230,16 +232,19 @@ def bench(
         student: An architecture or a depth pattern; by default SSD-1B's depth.
         batch: Samples a step.
         rounds: Steps of each loop, taken in turn.
+        loops: Some of the loops, by name; by default all.
     """
-    from distill.bench import BenchOptions, bench_loops, describe
+    from distill.bench import LOOPS, BenchOptions, bench_loops, describe
 
     options = BenchOptions(
         model=model,
         student=student,
         batch=batch,
         rounds=rounds,
+        loops=loops or tuple(loop.name for loop in LOOPS),
         mixed_precision=mixed_precision,
         gradient_checkpointing=gradient_checkpointing,
+        optimizer=optimizer,
         workdir=workdir,
     )
     print("\n".join(describe(bench_loops(options, out))))

@@ -32,7 +32,7 @@ from distill.architectures import ARCHITECTURES, Architecture, Family, find_arch
 from distill.cache import LatentCache, encode, write_shard
 from distill.checkpoints import alphas_cumprod_of
 from distill.data import Sample, ShapesSource
-from distill.errors import UserError, explaining_full_memory, quiet_libraries
+from distill.errors import UserError, explaining_full_memory, quiet_libraries, unknown
 from distill.files import write_json
 from distill.layer_map import make_layer_map
 from distill.options import HALF, TrainOptions, make_accelerator
@@ -45,6 +45,7 @@ from distill.taps import Tap, make_taps
 
 SCHEMA = "slimxl.distill.bench/1"
 WARMUP_ROUNDS = 2
+LEARNING_RATE = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +79,16 @@ RATIOS = (  # how many times faster the second is
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """`batch` samples a step, all of the model's base resolution."""
+    """`batch` samples a step, all of the model's base resolution; `loops` by name."""
 
     model: str = "mini:sdxl"
     student: str | None = None
     batch: int = 8
     rounds: int = 12
+    loops: tuple[str, ...] = tuple(loop.name for loop in LOOPS)
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
+    optimizer: str = "adamw"
     workdir: Path = Path("out/models")
 
 
@@ -114,6 +117,7 @@ class Workshop:
         settings = TrainOptions(
             mixed_precision=options.mixed_precision,
             gradient_checkpointing=options.gradient_checkpointing,
+            optimizer=options.optimizer,
             compile=any(loop.compiled for loop in loops),
         )
         self.accelerator = make_accelerator(settings, folder)
@@ -140,8 +144,9 @@ class Workshop:
         )
         self.sub_blocks = make_taps("sub-block", teacher.depth, student.depth, self.pair.layer_map)
         self.scheduler = DDPMScheduler.from_pretrained(checkpoint, subfolder="scheduler")
-        # as the published scripts have it; not given to accelerate, which unscales the gradients of all it was given
-        self.published_optimizer = torch.optim.AdamW(self.pair.student.parameters(), lr=1e-5, weight_decay=1e-2)
+        self.optimizer = self.pair.optimizer.optimizer  # the published loop steps it without accelerate's wrapper
+        for group in self.optimizer.param_groups:
+            group["lr"] = LEARNING_RATE
         self.number = 0
 
     @contextmanager
@@ -163,7 +168,7 @@ class Workshop:
             def step() -> float:
                 self.number += 1
                 noised = self.pair.noised(batches.batch(self.number), (0, self.number))
-                return take_step(noised, learning_rate=1e-5)["total"]
+                return take_step(noised, learning_rate=LEARNING_RATE)["total"]
 
             yield step
 
@@ -204,11 +209,11 @@ class Workshop:
         loss = loss + 0.5 * sum(functional.mse_loss(ours, theirs) for ours, theirs in pairs)
         self.accelerator.backward(loss)
         if scaler := self.accelerator.scaler:
-            scaler.step(self.published_optimizer)
+            scaler.step(self.optimizer)
             scaler.update()
         else:
-            self.published_optimizer.step()
-        self.published_optimizer.zero_grad()
+            self.optimizer.step()
+        self.optimizer.zero_grad()
         return self.accelerator.gather(loss.detach().repeat(len(latents))).mean().item()
 
 
@@ -326,11 +331,14 @@ def bench_loops(options: BenchOptions, out: Path) -> dict[str, Any]:
     """Measures every loop, writes the raw samples to `out` (JSON) and returns what it wrote: the times as soon as they
     are there, since the memory of each loop takes as long again.
 
-    Raises UserError for an unknown model or student, and for a GPU whose memory is too small.
+    Raises UserError for an unknown model, student or loop, and for a GPU whose memory is too small.
     """
     teacher, student = architectures_of(options)
+    if strange := set(options.loops) - {loop.name for loop in LOOPS}:
+        raise unknown("loop", min(strange), [loop.name for loop in LOOPS])
+    loops = [loop for loop in LOOPS if loop.name in options.loops]
     say(f"{teacher.name} into {student.name}, batch {options.batch}")
-    workshop, taken = time_loops(options, LOOPS)
+    workshop, taken = time_loops(options, loops)
     device, resolution = workshop.accelerator.device, workshop.resolution
     del workshop
     gc.collect()
@@ -359,7 +367,7 @@ def bench_loops(options: BenchOptions, out: Path) -> dict[str, Any]:
                 "seconds": wall[loop.name],
                 "cpu_seconds": cpu[loop.name],
             }
-            for loop in LOOPS
+            for loop in loops
         ],
         "ratios": [
             {
@@ -369,11 +377,12 @@ def bench_loops(options: BenchOptions, out: Path) -> dict[str, Any]:
                 "cpu": None if on_gpu else ratio(cpu[slower], cpu[faster]),
             }
             for slower, faster in RATIOS
+            if {slower, faster} <= wall.keys()
         ],
     }
     write_json(out, result)
     say("the memory of each loop, in a process of its own")
-    for loop, row in zip(track(LOOPS, "memory", unit="loop"), result["loops"], strict=True):
+    for loop, row in zip(track(loops, "memory", unit="loop"), result["loops"], strict=True):
         row["peak_memory_bytes"] = peak_memory(options, loop)
         write_json(out, result)
     return result

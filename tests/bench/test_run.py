@@ -61,7 +61,7 @@ def test_what_was_timed_is_kept_where_the_rest_is_cut_short(tmp_path, monkeypatc
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bench.run._quality", killed)
+    monkeypatch.setattr("bench.run.quality_of", killed)
     with pytest.raises(KeyboardInterrupt):
         run_bench(fake_options(tmp_path / "r.json"))
     results = read_results(tmp_path / "r.json")
@@ -108,7 +108,7 @@ def test_the_gpus_state_is_kept_for_every_cell(tmp_path, monkeypatch, virtual_ti
         def state(self):
             return state | {"sm_clock_mhz": next(clocks), "throttle_reasons": ["power cap"]}
 
-    monkeypatch.setattr(run, "_no_gpu", lambda _device: Board())
+    monkeypatch.setattr(run, "Gpu", lambda _device: Board())
     results = run_bench(fake_options(tmp_path / "r.json"))
     least, middle, most = results.cells[0].device["sm_clock_mhz"]
     assert 1000 < least < middle < most

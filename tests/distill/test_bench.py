@@ -77,15 +77,24 @@ def test_times_are_kept_where_the_memory_is_not_measured_to_the_end(
             raise KeyboardInterrupt
         return 10**9
 
-    monkeypatch.setattr("distill.bench.LOOPS", [loop for loop in LOOPS if not loop.compiled])
-    monkeypatch.setattr("distill.bench.RATIOS", [])
     monkeypatch.setattr("distill.bench.WARMUP_ROUNDS", 0)
     monkeypatch.setattr("distill.bench.peak_memory", killed)
     with pytest.raises(KeyboardInterrupt):
-        bench_loops(BenchOptions(model=str(mini_vega), student=HALF, batch=1, rounds=1), tmp_path / "bench.json")
-    rows = json.loads((tmp_path / "bench.json").read_text())["loops"]
-    assert all(len(row["seconds"]) == 1 for row in rows)
-    assert [row["peak_memory_bytes"] for row in rows] == [10**9] * 3 + [None] * 4
+        options = BenchOptions(
+            model=str(mini_vega), student=HALF, batch=1, rounds=1, loops=("layer", "block", "published")
+        )
+        bench_loops(options, tmp_path / "bench.json")
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["name"] for row in result["loops"]] == ["published", "block", "layer"]
+    assert all(len(row["seconds"]) == 1 for row in result["loops"])
+    assert [row["peak_memory_bytes"] for row in result["loops"]] == [10**9, None, None]
+    assert not result["ratios"]
+
+
+def test_an_unknown_loop_is_named_before_anything_is_loaded(mini_vega: Path, tmp_path: Path) -> None:
+    options = BenchOptions(model=str(mini_vega), loops=("sub-blocks",))
+    with pytest.raises(UserError, match="unknown loop 'sub-blocks': known are .*did you mean 'sub-block'"):
+        bench_loops(options, tmp_path / "bench.json")
 
 
 def test_a_full_gpu_is_one_line_here_and_from_a_loops_own_process(
