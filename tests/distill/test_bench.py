@@ -93,7 +93,7 @@ def test_times_are_kept_where_the_memory_is_not_measured_to_the_end(
 
 def test_an_unknown_loop_is_named_before_anything_is_loaded(mini_vega: Path, tmp_path: Path) -> None:
     options = BenchOptions(model=str(mini_vega), loops=("sub-blocks",))
-    with pytest.raises(UserError, match="unknown loop 'sub-blocks': known are .*did you mean 'sub-block'"):
+    with pytest.raises(UserError, match=r"unknown loop 'sub-blocks': known are .*did you mean 'sub-block'"):
         bench_loops(options, tmp_path / "bench.json")
 
 
