@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from distill.architectures import Architecture, Depth
 from distill.errors import UserError
@@ -48,13 +49,13 @@ def plan_surgery(
     return SurgeryPlan(sources, tuple(sorted(set(teacher) - set(sources.values()))))
 
 
-def unet_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the architecture's UNet and its shape, without memory for any."""
+def unet_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every parameter of the UNet that a config means and its shape, without memory for any."""
     import torch
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**architecture.unet_config)
+        unet = UNet2DConditionModel.from_config(config)
     return {key: tuple(value.shape) for key, value in unet.state_dict().items()}
 
 
@@ -65,14 +66,14 @@ def make_student_unet(teacher: Path, student: Architecture, layer_map: str | Lay
     """
     records = component_tensors(teacher / "unet")
     config = read_config(teacher, "unet")
+    kept = {key: value for key, value in config.items() if not key.startswith("_")}
+    merged = {"_class_name": "UNet2DConditionModel", **kept, **student.unet_config}
     full_map = make_layer_map(layer_map, Depth.from_config(config), student.depth)
-    plan = plan_surgery({key: record.shape for key, record in records.items()}, unet_shapes(student), full_map)
+    plan = plan_surgery({key: record.shape for key, record in records.items()}, unet_shapes(merged), full_map)
     size = sum(records[source].nbytes for source in plan.sources.values())
     require_free_disk(out.parent, size, f"the student {student.name}")
     with replacing(out) as temporary:
         temporary.mkdir()
-        kept = {key: value for key, value in config.items() if not key.startswith("_")}
-        merged = {"_class_name": "UNet2DConditionModel", **kept, **student.unet_config}
         (temporary / "config.json").write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
         chosen = {key: records[source] for key, source in plan.sources.items()}
         write_safetensors(temporary / "diffusion_pytorch_model.safetensors", chosen)

@@ -19,7 +19,7 @@ from distill.surgery import make_student_unet, plan_surgery, unet_shapes
 @pytest.mark.parametrize(("teacher", "student"), [("sdxl", "ssd-1b"), ("sdxl", "vega")])
 def test_every_tensor_is_accounted_for_at_full_size(teacher: str, student: str, preset: str) -> None:
     depths = [ARCHITECTURES[name].depth for name in (teacher, student)]
-    shapes = [unet_shapes(ARCHITECTURES[name]) for name in (teacher, student)]
+    shapes = [unet_shapes(ARCHITECTURES[name].unet_config) for name in (teacher, student)]
     plan = plan_surgery(*shapes, make_layer_map(preset, *depths))
     assert set(plan.sources) == set(shapes[1])
     assert set(plan.sources.values()).isdisjoint(plan.unused)
@@ -73,6 +73,16 @@ def test_config_json_says_what_the_weights_are(mini_sdxl: Path, tmp_path: Path) 
     make_student_unet(mini_sdxl, ARCHITECTURES["mini-vega"], "first", tmp_path / "unet")
     built = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(tmp_path / "unet"))
     assert built.state_dict().keys() == component_tensors(tmp_path / "unet").keys()
+
+
+def test_what_a_teacher_has_beyond_its_family_its_student_has_too(mini_vega: Path, tmp_path: Path) -> None:
+    """As an LCM, whose time embedding takes the guidance scale."""
+    config = UNet2DConditionModel.load_config(mini_vega / "unet") | {"time_cond_proj_dim": 16}
+    UNet2DConditionModel.from_config(config).save_pretrained(tmp_path / "teacher" / "unet")
+    make_student_unet(tmp_path / "teacher", ARCHITECTURES["mini-vega"], "first", tmp_path / "unet")
+    tensors = component_tensors(tmp_path / "unet")
+    assert tensors.keys() == UNet2DConditionModel.from_pretrained(tmp_path / "unet").state_dict().keys()
+    assert "time_embedding.cond_proj.weight" in tensors
 
 
 def test_explicit_indices_are_kept_and_checked() -> None:
