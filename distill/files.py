@@ -6,10 +6,12 @@ import hashlib
 import json
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from distill.errors import UserError
 
@@ -56,6 +58,29 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.replace(path)
     finally:
         _remove(temporary)
+
+
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Removes what killed processes left of `replacing` the files called `name` in `folder`; for who holds their lock."""
+    for kind in ("partial", "old"):
+        for path in folder.glob(f".{name}.*.{kind}"):
+            _remove(path)
+
+
+@contextmanager
+def exclusive(path: Path, announce: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+    """One process at a time writes `path`; a second waits, and says so. The system frees the lock of a killed one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        announce(f"another process is writing {path}; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
 from distill.architectures import ARCHITECTURES, Architecture, Depth, find_architecture
 from distill.errors import UserError, unknown
-from distill.files import read_json, replacing, sha256_file, sha256_json
+from distill.files import exclusive, read_json, remove_leftovers, replacing, sha256_file, sha256_json
 from distill.tensors import component_tensors, component_weights, read_safetensors_header
 
 if TYPE_CHECKING:
@@ -72,11 +69,11 @@ def check_successor(first: Path, teacher: Path) -> None:
             )
 
 
-def file_hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every config and weights file of the four networks, by its path inside the checkpoint."""
+def file_hashes(folder: Path, components: Collection[str] = COMPONENT_FOLDERS) -> dict[str, str]:
+    """sha256 of every config and weights file of the four networks, or of some, by its path inside the checkpoint."""
     return {
         f"{component}/{path.name}": sha256_file(path)
-        for component in COMPONENT_FOLDERS
+        for component in components
         for path in [folder / component / "config.json", *component_weights(folder / component)]
     }
 
@@ -191,7 +188,7 @@ def _converted_single_file(path: Path, workdir: Path) -> Path:
         raise UserError(f"model {str(path)!r} does not exist; allowed are {FORMS}")
     read_safetensors_header(path)  # before the whole file is hashed
     folder = workdir / f"{path.stem}-{sha256_file(path)[:12]}"
-    return _made(folder, lambda temporary: convert_single_file(path, temporary))
+    return make_checkpoint(folder, lambda temporary: convert_single_file(path, temporary))
 
 
 def _random_checkpoint(name: str, workdir: Path) -> Path:
@@ -199,23 +196,22 @@ def _random_checkpoint(name: str, workdir: Path) -> Path:
 
     architecture = find_architecture(name)
     folder = workdir / f"random-{re.sub('[^a-z0-9]+', '-', name)}"
-    return _made(folder, lambda temporary: assemble(temporary, architecture, random_tensors(architecture)))
+    return make_checkpoint(folder, lambda temporary: assemble(temporary, architecture, random_tensors(architecture)))
 
 
-def _made(folder: Path, make: Callable[[Path], None]) -> Path:
+def make_checkpoint(folder: Path, make: Callable[[Path], None]) -> Path:
     """`folder`, made where it is absent or not whole. Processes that want the same one take turns, and what a killed
     one left is removed."""
     try:
         check_checkpoint(folder)
         return folder
     except UserError:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        pass
+    with exclusive(folder):
         try:
             check_checkpoint(folder)
         except UserError:
-            for left in folder.parent.glob(f".{folder.name}.*.partial"):
-                shutil.rmtree(left)
+            remove_leftovers(folder.parent, folder.name)
             with replacing(folder) as temporary:
                 make(temporary)
     return folder
