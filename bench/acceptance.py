@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-SCHEMA = "slimxl.bench.acceptance/1"
 SIDE = 64
 PROVIDERS = ("NvTensorRTRTXExecutionProvider", "TensorrtExecutionProvider", "CUDAExecutionProvider")
 PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"

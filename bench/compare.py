@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.results import Results, Row, read_results
-from bench.stats import Interval
 from bench.words import milliseconds
 from distill.errors import UserError
 
@@ -27,16 +26,12 @@ class Change:
         return self.verdict in ("slower", "gone", "broken")
 
 
-def _interval(row: Row) -> Interval:
-    return Interval(row.total_ms.value, row.total_ms.low, row.total_ms.high)
-
-
-def judge(before: Row, after: Row, tolerance: float) -> str:
+def verdict_on(before: Row, after: Row, tolerance: float) -> str:
     """`slower` or `faster` only where the intervals do not touch and the medians differ by more than `tolerance`."""
     if after.refused and not before.refused:
         return "broken"
     ratio = after.total_ms.value / before.total_ms.value
-    if _interval(before).overlaps(_interval(after)) or abs(ratio - 1) <= tolerance:
+    if before.total_ms.overlaps(after.total_ms) or abs(ratio - 1) <= tolerance:
         return "same"
     return "slower" if ratio > 1 else "faster"
 
@@ -51,7 +46,7 @@ def compare_results(before: Results, after: Results, tolerance: float = 0.02) ->
         if one is None or two is None:
             verdict, ratio = ("new", None) if one is None else ("gone", None)
         else:
-            verdict, ratio = judge(one, two, tolerance), two.total_ms.value / one.total_ms.value
+            verdict, ratio = verdict_on(one, two, tolerance), two.total_ms.value / one.total_ms.value
         before_ms, after_ms = (row.total_ms.value if row else None for row in (one, two))
         changes.append(Change(*key, before_ms, after_ms, ratio, verdict))
     for record in after.contestants:

@@ -6,17 +6,15 @@ import gc
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bench.contestants import Spec
 from bench.gpu import Gpu
 from bench.inventory import kind_of
 from bench.measure import cold_start
+from bench.roofline import Costs, ModelConfigs, component_costs
 from bench.workload import PROMPTS, Workload
 from distill.architectures import FAMILIES, SDXL_FAMILY, Family, find_architecture
-
-if TYPE_CHECKING:
-    from bench.summary import Costs
 
 
 @dataclass
@@ -44,8 +42,6 @@ class Entrant:
         return self.spec.source if self.spec.kind in ("eager", "compiled") else None
 
     def costs(self, workload: Workload) -> Costs | None:
-        from bench.roofline import component_costs
-
         return component_costs(self.configs, workload) if self.configs is not None else None
 
 
@@ -62,7 +58,6 @@ def find_family(entrants: list[Entrant]) -> Family:
 
 def find_configs(entrant: Entrant) -> None:
     """Raises UserError for a source that cannot be had."""
-    from bench.roofline import ModelConfigs
     from distill.sources import resolve
 
     if entrant.spec.kind == "fake":

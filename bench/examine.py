@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from bench.entrants import Entrant, family_prompts
+from bench.fidelity import measure_fidelity
 from bench.gpu import Gpu, energy_per_image
 from bench.measure import Pictures, make_clock, timed_draw
 from bench.options import RunOptions
@@ -79,29 +80,13 @@ def quality_of(
 
 
 def _fidelity(entrant: Entrant, workload: Workload, options: RunOptions) -> dict[str, Any] | None:
-    """FID and CLIP score over the user's captions at the main workload; None where no captions were given."""
-    if options.captions is None:
-        return None
-    from bench.fidelity import FidelityOptions, measure_fidelity
-
     clock = make_clock(entrant.contestant.device)
 
     def draw(caption: str, seed: int) -> Any:
         one = workload.for_picture(caption, seed, workload.resolution)
         return timed_draw(entrant.contestant, one, clock)[1].images[0]
 
-    return measure_fidelity(
-        draw,
-        FidelityOptions(
-            captions=options.captions,
-            count=options.caption_count,
-            fid_reference=options.fid_reference,
-            fid_extractor=options.fid_extractor,
-            clip_model=options.clip_model,
-            fid_band=options.fid_band,
-            clip_band=options.clip_band,
-        ),
-    )
+    return measure_fidelity(draw, options.fidelity)
 
 
 def energy_of(entrant: Entrant, main: Workload, gpu: Gpu, seconds: float) -> dict[str, Any]:

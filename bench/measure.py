@@ -11,6 +11,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from bench.workload import Workload
 
 STAGES = ("prepare", "tokenise", "text_encoders", "denoise", "vae_decode", "post_process")
+STABLE_WITHIN = 0.05  # two calls of the warm-up
 Mark = Callable[[str], None]
 
 
@@ -31,10 +33,14 @@ class Pictures:
 
 
 class Contestant(Protocol):
-    """Anything that draws. `device` is `cpu` or `cuda`; `load` is timed as the cold start and called once."""
+    """Anything that draws. `device` is `cpu` or `cuda`, `runtime` and `precision` are words for the report, and what is
+    fetched or made goes below `workdir`. `load` is timed as the cold start and called once."""
 
     name: str
     device: str
+    runtime: str
+    precision: str
+    workdir: Path
 
     def load(self) -> None: ...
 
@@ -168,14 +174,12 @@ def cold_start(contestant: Contestant, workload: Workload) -> ColdStart:
 
 
 @dataclass
-class Plan:
+class Rounds:
     """How much is measured. A cell ends after `max_rounds`, or after `min_rounds` once its share of time is used."""
 
     min_rounds: int = 3
     max_rounds: int = 20
-    warmup: int = 1
     max_warmup: int = 3
-    stable_within: float = 0.05
 
 
 @dataclass
@@ -190,13 +194,13 @@ class Cell:
     failures: dict[str, str] = field(default_factory=dict)
 
 
-def warm_up(contestant: Contestant, workload: Workload, clock: Clock, plan: Plan) -> list[float]:
-    """Draws until two calls in a row agree within `stable_within`, `max_warmup` times at most. Returns their
+def warm_up(contestant: Contestant, workload: Workload, clock: Clock, rounds: Rounds) -> list[float]:
+    """Draws until two calls in a row agree within STABLE_WITHIN, `max_warmup` times at most. Returns their
     milliseconds."""
     totals: list[float] = []
-    for count in range(1, plan.max_warmup + 1):
+    for count in range(1, rounds.max_warmup + 1):
         totals.append(timed_draw(contestant, workload, clock)[0].total_ms)
-        if count >= max(2, plan.warmup) and abs(totals[-1] - totals[-2]) <= plan.stable_within * totals[-2]:
+        if count >= 2 and abs(totals[-1] - totals[-2]) <= STABLE_WITHIN * totals[-2]:
             break
     return totals
 
@@ -204,7 +208,7 @@ def warm_up(contestant: Contestant, workload: Workload, clock: Clock, plan: Plan
 def measure_rounds(
     contestants: list[Contestant],
     cell: Cell,
-    plan: Plan,
+    rounds: Rounds,
     budget_s: float,
     *,
     on_round: Callable[[int], None] = lambda _: None,
@@ -220,7 +224,7 @@ def measure_rounds(
             continue
         clock = make_clock(contestant.device)
         try:
-            totals = warm_up(contestant, cell.workload, clock, plan)
+            totals = warm_up(contestant, cell.workload, clock, rounds)
         except Exception as error:
             cell.failures[contestant.name] = f"{type(error).__name__}: {error}"
             continue
@@ -229,8 +233,8 @@ def measure_rounds(
         running.append((contestant, clock))
         cell.samples.setdefault(contestant.name, [])
     first = 1 + max((sample.round for samples in cell.samples.values() for sample in samples), default=-1)
-    for index in range(first, first + plan.max_rounds):
-        if index >= first + plan.min_rounds and time.monotonic() - begin > budget_s:
+    for index in range(first, first + rounds.max_rounds):
+        if index >= first + rounds.min_rounds and time.monotonic() - begin > budget_s:
             break
         gc.collect()
         turn = index % max(1, len(running))
@@ -250,29 +254,31 @@ def measure_rounds(
 def measure_cells(
     contestants: list[Contestant],
     workloads: list[Workload],
-    plan: Plan,
+    rounds: Rounds,
     seconds: float,
     *,
     on_round: Callable[[int], None] = lambda _: None,
     on_visit: Callable[[Cell, bool], None] = lambda _cell, _last: None,
 ) -> list[Cell]:
     """Every workload twice, there and back again, so that a drift of the machine does not look like an effect of size
-    or steps. `plan.min_rounds` and `max_rounds` are shared by both visits; the first workload gets a triple share of
+    or steps. `rounds.min_rounds` and `max_rounds` are shared by both visits; the first workload gets a triple share of
     the time. Once half as much again as `seconds` has gone, every visit left, but to the first, is a single round.
     `on_visit(cell, last)` is called after each visit.
     """
     cells = [Cell(workload) for workload in workloads]
-    visits = [*cells, *reversed(cells)] if plan.max_rounds > 1 else cells
-    half = replace(plan, min_rounds=max(1, -(-plan.min_rounds // 2)), max_rounds=max(1, plan.max_rounds // 2))
+    twice = rounds.max_rounds > 1
+    visits = [*cells, *reversed(cells)] if twice else cells
+    if twice:
+        rounds = replace(rounds, min_rounds=max(1, -(-rounds.min_rounds // 2)), max_rounds=rounds.max_rounds // 2)
     unit_s = seconds / (2 + len(cells)) / 2
     begin = time.monotonic()
     for index, cell in enumerate(visits):
-        rounds = half if plan.max_rounds > 1 else plan
+        visit = rounds
         if index >= len(cells):  # the second visit finds everything allocated and compiled
-            rounds = replace(rounds, warmup=1, max_warmup=1)
+            visit = replace(visit, max_warmup=1)
         if cell is not cells[0] and time.monotonic() - begin > 1.5 * seconds:  # far slower than asked for: the main
             # cell gets the rounds that an interval needs, the others what is left
-            rounds = replace(rounds, min_rounds=1, max_warmup=1)
-        measure_rounds(contestants, cell, rounds, unit_s * (3 if cell is cells[0] else 1), on_round=on_round)
+            visit = replace(visit, min_rounds=1, max_warmup=1)
+        measure_rounds(contestants, cell, visit, unit_s * (3 if cell is cells[0] else 1), on_round=on_round)
         on_visit(cell, index >= len(visits) - len(cells))
     return cells

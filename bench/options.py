@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench.fidelity import FidelityOptions, check_references
 from bench.workload import check_scheduler
 from distill.errors import UserError, unknown
 
@@ -39,7 +40,6 @@ class RunOptions:
     """Time for the timed rounds of all cells together; every cell gets at least `min-rounds`."""
     min_rounds: int = 6
     max_rounds: int = 100
-    warmup: int = 1
     max_warmup: int = 3
     pictures: int = 9
     """Pictures each contestant draws, the same prompts and seeds for all; 0 for none."""
@@ -51,19 +51,7 @@ class RunOptions:
     """Contestants that would not be loaded by then, taking as long as the one before, are left out, and said so."""
     reference: bool = True
     """Compare each contestant with its checkpoint in fp32 (needs a checkpoint among its artifacts)."""
-    captions: Path | None = None
-    """Text file, one caption a line: FID and CLIP score over its first `caption-count` lines."""
-    caption_count: int = 200
-    fid_reference: Path | None = None
-    """.npz with mu and sigma of the reference pictures' features."""
-    fid_extractor: Path | None = None
-    """TorchScript file, uint8 pictures (batch, 3, height, width) to features."""
-    clip_model: str | None = None
-    """Folder or hub id of a CLIP model for the CLIP score."""
-    fid_band: tuple[float, float] | None = None
-    """Low and high: outside of it the quality guard fails. MLPerf's for SDXL: 23.01 23.95."""
-    clip_band: tuple[float, float] | None = None
-    """Low and high. MLPerf's for SDXL: 31.69 31.81."""
+    fidelity: FidelityOptions = field(default_factory=FidelityOptions)
     device: str | None = None
     """cpu or cuda; the GPU if there is one."""
     workdir: Path = Path("out/sources")
@@ -83,10 +71,7 @@ def check_options(options: RunOptions, specs: list[Spec]) -> str:
 
     if options.device == "cuda" and default_device() != "cuda":
         raise UserError("device cuda: torch sees no NVIDIA GPU here; leave --device away to run on the CPU")
-    if options.captions is not None:
-        from bench.fidelity import check_references
-
-        check_references(options)
+    check_references(options.fidelity)
     names = [spec.name for spec in specs]
     baseline = options.baseline or names[0]
     if baseline not in names:

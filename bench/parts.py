@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.results import ACCEPTANCE_SCHEMA, TRAINING_SCHEMA
 from distill.errors import UserError, exit_on_user_error
 from distill.files import write_json
 
@@ -122,14 +123,14 @@ def training(job: Job) -> list[str]:
     from bench.gpu import Gpu
     from bench.host import describe_host
     from bench.peaks import find_peak
-    from bench.training import NO_TIME, SCHEMA, VARIANTS, measure_training
+    from bench.training import NO_TIME, VARIANTS, measure_training
 
     identity = Gpu().identity() if job.on_gpu else {"name": None}
     rows: list[dict[str, Any]] = []
 
     def keep(row: dict[str, Any]) -> None:
         rows.append(row)
-        about = {"schema_version": SCHEMA, "gpu": identity, "environment": describe_host(job.device)}
+        about = {"schema_version": TRAINING_SCHEMA, "gpu": identity, "environment": describe_host(job.device)}
         write_json(Path(job.out), about | {"rows": rows})
         told = row["failed"] or f"{row['samples_per_s']:.2f} samples/s" + (
             f", MFU {row['mfu']:.0%}" if row["mfu"] else ""
@@ -166,13 +167,13 @@ def published(job: Job) -> None:
 
 def acceptance(job: Job) -> None:
     """Whether TensorRT-RTX and ONNX Runtime's GPU providers take this GPU, in their own words."""
-    from bench.acceptance import SCHEMA, measure_acceptance
+    from bench.acceptance import measure_acceptance
     from bench.gpu import Gpu
 
     name = Gpu().identity()["name"]
 
     def keep(rows: list[dict[str, Any]]) -> None:
-        write_json(Path(job.out), {"schema_version": SCHEMA, "gpu": name, "rows": rows})
+        write_json(Path(job.out), {"schema_version": ACCEPTANCE_SCHEMA, "gpu": name, "rows": rows})
 
     for row in measure_acceptance(keep):
         print(f"  {row['target']}: {row['reached']}{': ' + row['messages'][-1] if row['messages'] else ''}", flush=True)

@@ -13,6 +13,9 @@ from distill.files import read_json, write_json
 from engines.load_file import LOAD_SCHEMA, LoadFile, read_load
 
 SCHEMA = "slimxl.bench.results/1"
+TRAINING_SCHEMA = "slimxl.bench.training/1"
+ACCEPTANCE_SCHEMA = "slimxl.bench.acceptance/1"
+SESSION_SCHEMA = "slimxl.bench.session/1"
 LOOPS_SCHEMA = "slimxl.distill.bench/1"  # distill.bench.SCHEMA: a report needs none of what trains
 
 
@@ -26,6 +29,12 @@ class Estimate(Record):
     value: float
     low: float | None = None
     high: float | None = None
+
+    def overlaps(self, other: Estimate) -> bool:
+        """Whether the two intervals share a point; where one has none, nothing says that they do not."""
+        if self.low is None or self.high is None or other.low is None or other.high is None:
+            return True
+        return self.low <= other.high and other.low <= self.high
 
 
 class Row(Record):
@@ -152,14 +161,12 @@ class Inputs:
 
 def read_inputs(paths: list[Path]) -> Inputs:
     """Each file by its schema. Raises UserError for a file of none of them."""
-    from bench import acceptance, suite, training
-
     inputs = Inputs()
     lists = {
-        training.SCHEMA: inputs.training,
+        TRAINING_SCHEMA: inputs.training,
         LOOPS_SCHEMA: inputs.published_loops,
-        acceptance.SCHEMA: inputs.acceptance,
-        suite.SCHEMA: inputs.sessions,
+        ACCEPTANCE_SCHEMA: inputs.acceptance,
+        SESSION_SCHEMA: inputs.sessions,
     }
     for path in paths:
         value = read_json(path)

@@ -40,6 +40,10 @@ class Cost:
         return 1e3 * max(self.flops / (tflops * 1e12), self.bytes / (terabytes_per_s * 1e12))
 
 
+Costs = dict[str, tuple[int, Cost]]
+"""Component -> (its calls in one picture or batch, the cost of one)."""
+
+
 @dataclass(frozen=True)
 class ModelConfigs:
     """The configs of a model's components, hashable, so that counts are made once."""
@@ -156,7 +160,7 @@ def _flops_polynomial(component: str, config_json: str, tokens: int, unit: int) 
     return float(a), float(b), float(c)
 
 
-def component_costs(configs: ModelConfigs, workload: Workload) -> dict[str, tuple[int, Cost]]:
+def component_costs(configs: ModelConfigs, workload: Workload) -> Costs:
     """For each component (calls per image call, cost of one). Without a negative prompt each text encoder runs once,
     since an SDXL checkpoint takes zeros for the empty prompt (`force_zeros_for_empty_prompt`)."""
     scale = 2 ** (len(configs.parsed("vae")["block_out_channels"]) - 1)
@@ -179,15 +183,15 @@ def component_costs(configs: ModelConfigs, workload: Workload) -> dict[str, tupl
     return costs
 
 
-def total_flops(costs: dict[str, tuple[int, Cost]]) -> float:
+def total_flops(costs: Costs) -> float:
     return sum(calls * cost.flops for calls, cost in costs.values())
 
 
-def total_floor_ms(costs: dict[str, tuple[int, Cost]], tflops: float, terabytes_per_s: float) -> float:
+def total_floor_ms(costs: Costs, tflops: float, terabytes_per_s: float) -> float:
     return sum(calls * cost.floor_ms(tflops, terabytes_per_s) for calls, cost in costs.values())
 
 
-def mfu(costs: dict[str, tuple[int, Cost]], total_ms: float, tflops: float) -> float:
+def mfu(costs: Costs, total_ms: float, tflops: float) -> float:
     """Model FLOPs utilisation: the arithmetic done per second as a share of the peak."""
     return total_flops(costs) / (total_ms / 1e3) / (tflops * 1e12)
 

@@ -16,7 +16,7 @@ from bench.entrants import Entrant, family_prompts, find_configs, find_family, i
 from bench.examine import draw_pictures, energy_of, kernels_of, quality_of
 from bench.gpu import Gpu, device_ranges
 from bench.inventory import describe, parse_artifacts
-from bench.measure import Cell, Plan, measure_cells
+from bench.measure import Cell, Rounds, measure_cells
 from bench.options import RunOptions, check_options
 from bench.peaks import Peak, find_peak
 from bench.results import CellRecord, ContestantRecord, PictureRecord, Results, write_results
@@ -75,7 +75,7 @@ def _measure(
     """The timed rounds. `keep` is given the records of all cells met so far, after each visit to one."""
     from bench.host import OtherLoad
 
-    plan = Plan(options.min_rounds, options.max_rounds, options.warmup, options.max_warmup)
+    rounds = Rounds(options.min_rounds, options.max_rounds, options.max_warmup)
     throttled: dict[str, set[str]] = {workload.name: set() for workload in workloads}
     company: dict[str, list[float]] = {workload.name: [] for workload in workloads}
     states: dict[str, list[dict[str, Any]]] = {workload.name: [] for workload in workloads}
@@ -114,7 +114,7 @@ def _measure(
             say(f"    {name} failed: {why}")
 
     contestants = [entrant.contestant for entrant in entrants]
-    measure_cells(contestants, workloads, plan, options.seconds, on_round=on_round, on_visit=on_visit)
+    measure_cells(contestants, workloads, rounds, options.seconds, on_round=on_round, on_visit=on_visit)
 
 
 def _contestant_record(
@@ -166,8 +166,6 @@ def run_bench(options: RunOptions) -> Results:
         seed=options.seed,
         prompts=tuple(family_prompts(family, 6)),
     )
-    for workload in workloads:
-        workload.check(family)
     main = workloads[0]
 
     from bench.host import describe_host, peak_rss_bytes

@@ -3,53 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
+
+from bench.results import Estimate
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 MIN_FOR_INTERVAL = 6  # below six samples even [min, max] covers the median with less than 95 %: 1 - 2 * 0.5**5 = 0.94
 
 
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its 95 % interval; `low` and `high` are None where too few samples support one."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-    def overlaps(self, other: Interval) -> bool:
-        """Whether the two intervals share a point; two without intervals always do."""
-        if None in (self.low, self.high, other.low, other.high):
-            return True
-        return self.low <= other.high and other.low <= self.high  # type: ignore[operator]
-
-
-def _bootstrap(samples: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], seed: int) -> tuple[float, float]:
-    """Percentile bootstrap (Efron 1979) over the first axis; `statistic` reduces axis 1 of (resamples, N, ...)."""
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(samples), (RESAMPLES, len(samples)))
-    values = statistic(samples[picks])
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def median_interval(samples: Sequence[float], seed: int = 0) -> Interval:
-    """The median with its bootstrap interval. Raises ValueError without samples."""
+def median_interval(samples: Sequence[float], seed: int = 0) -> Estimate:
+    """The median with its percentile-bootstrap interval (Efron 1979). Raises ValueError without samples."""
     if len(samples) == 0:
         raise ValueError("no samples")
     array = np.asarray(samples, float)
     value = float(np.median(array))
     if len(array) < MIN_FOR_INTERVAL:
-        return Interval(value, None, None)
-    return Interval(value, *_bootstrap(array, lambda picked: np.median(picked, axis=1), seed))
+        return Estimate(value=value)
+    picks = np.random.default_rng(seed).integers(0, len(array), (RESAMPLES, len(array)))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(np.median(array[picks], axis=1), [tail, 1 - tail])
+    return Estimate(value=value, low=float(low), high=float(high))
 
 
-def ratio_interval(baseline: Sequence[float], other: Sequence[float], seed: int = 0) -> Interval:
+def ratio_interval(baseline: Sequence[float], other: Sequence[float]) -> Estimate:
     """How many times faster `other` is: the median of the per-round ratios baseline / other.
 
     Both come from the same interleaved rounds, so what slowed a whole round cancels, and rounds are resampled as
@@ -58,7 +37,7 @@ def ratio_interval(baseline: Sequence[float], other: Sequence[float], seed: int 
     if len(baseline) != len(other) or len(baseline) == 0:
         raise ValueError(f"{len(baseline)} and {len(other)} samples do not pair up")
     ratios = np.asarray(baseline, float) / np.asarray(other, float)
-    return median_interval(list(ratios), seed)
+    return median_interval(list(ratios))
 
 
 def spread(samples: Sequence[float]) -> float:

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.parts import FUNCTIONS, LAYOUTS, PARTIAL, Job, as_argument
+from bench.results import SESSION_SCHEMA
 from distill.architectures import find_architecture
 from distill.errors import UserError, unknown
 from distill.files import read_json, write_json
 from distill.progress import say
 
-SCHEMA = "slimxl.bench.session/1"
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx", "onnxruntime": "onnxruntime"}
 REPORT_S = 25.0  # kept back for the report
 STOP_S = 10.0  # between what a part is told to keep within and the moment it is stopped
@@ -88,7 +88,7 @@ class Session:
         self, part: str, state: str, why: str | None = None, seconds: float | None = None, log: list[str] | None = None
     ) -> None:
         self.records[part] = {"part": part, "state": state, "why": why, "seconds": seconds, "log": log}
-        value = {"schema_version": SCHEMA, "settings": self.settings, "parts": list(self.records.values())}
+        value = {"schema_version": SESSION_SCHEMA, "settings": self.settings, "parts": list(self.records.values())}
         write_json(self.path("session"), value)
         if state != "done":
             say(f"  {part}: {state}: {why}")

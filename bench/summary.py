@@ -10,11 +10,9 @@ from bench import stats
 from bench.measure import STAGES, Cell, Sample
 from bench.peaks import Peak
 from bench.results import CellRecord, Estimate, Row
-from bench.roofline import Cost, mfu, total_floor_ms
+from bench.roofline import Costs, mfu, total_floor_ms
 from bench.workload import Workload
 from engines.quantiles import percentiles
-
-Costs = dict[str, tuple[int, Cost]]
 
 
 def workload_record(workload: Workload) -> dict[str, Any]:
@@ -27,10 +25,6 @@ def workload_record(workload: Workload) -> dict[str, Any]:
         "seed": workload.seed,
         "prompts": workload.batch_prompts(),
     }
-
-
-def _estimate(interval: stats.Interval) -> Estimate:
-    return Estimate(value=interval.value, low=interval.low, high=interval.high)
 
 
 def stage_medians(samples: list[Sample]) -> dict[str, float]:
@@ -51,7 +45,7 @@ def speedup(baseline: dict[int, float], other: dict[int, float]) -> Estimate | N
     rounds = [number for number in other if number in baseline]
     if not rounds:
         return None
-    return _estimate(stats.ratio_interval([baseline[one] for one in rounds], [other[one] for one in rounds]))
+    return stats.ratio_interval([baseline[one] for one in rounds], [other[one] for one in rounds])
 
 
 def _by_round(samples: list[Sample]) -> dict[int, float]:
@@ -89,7 +83,7 @@ def make_row(
     refused = stats.is_refused(diagnosis)
     return Row(
         contestant=name,
-        total_ms=_estimate(total),
+        total_ms=total,
         stages_ms=stage_medians(samples),
         step_ms=step_ms,
         images_per_s=1e3 * workload.batch / total.value,

@@ -23,7 +23,6 @@ from bench.workload import Workload
 from distill.architectures import Resolution, find_architecture
 from distill.recipes import Level
 
-SCHEMA = "slimxl.bench.training/1"
 WARMUP = 2
 NO_TIME = "not run"
 

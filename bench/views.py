@@ -118,7 +118,7 @@ def _stage_order(stage: str) -> int:
 
 
 def resolution_table(results: Results) -> list[dict[str, Any]]:
-    """One entry per resolution: {"resolution", "rows": {name: Row or None}, "fastest"}."""
+    """One entry per resolution: {"resolution", "rows": {name: Row or None}}."""
     names = list(colours(results))
     return [
         {"resolution": cell.workload["resolution"], "rows": {name: row_of(cell, name) for name in names}}

@@ -73,25 +73,6 @@ class Workload:
     def for_picture(self, prompt: str, seed: int, resolution: Resolution) -> Workload:
         return replace(self, prompts=(prompt,), seed=seed, batch=1, resolution=resolution)
 
-    def check(self, family: Family | None = None) -> None:
-        """Raises UserError for a workload that no pipeline can run."""
-        if self.steps < 1:
-            raise UserError(f"{self.steps} steps: at least 1 is needed")
-        if self.batch < 1:
-            raise UserError(f"batch {self.batch}: at least 1 is needed")
-        check_scheduler(self.scheduler)
-        if family is not None:
-            multiple = family.size_multiple
-            if self.resolution.width % multiple or self.resolution.height % multiple:
-                near = Resolution(
-                    max(multiple, round(self.resolution.width / multiple) * multiple),
-                    max(multiple, round(self.resolution.height / multiple) * multiple),
-                )
-                raise UserError(
-                    f"resolution {self.resolution}: both sides must be multiples of {multiple} in the {family.name} "
-                    f"family; the nearest is {near}"
-                )
-
 
 def parse_resolutions(text: str, family: Family) -> list[Resolution]:
     """`all`, `first`, or a comma-separated list of WIDTHxHEIGHT. Raises UserError."""
@@ -99,7 +80,18 @@ def parse_resolutions(text: str, family: Family) -> list[Resolution]:
         return list(family.resolutions)
     if text == "first":
         return [family.resolutions[0]]
-    return [Resolution.parse(part.strip()) for part in text.split(",") if part.strip()]
+    resolutions = [Resolution.parse(part.strip()) for part in text.split(",") if part.strip()]
+    if not resolutions:
+        raise UserError(f"resolutions {text!r}: give all, first, or a comma-separated list of WIDTHxHEIGHT")
+    multiple = family.size_multiple
+    for one in resolutions:
+        if one.width % multiple or one.height % multiple:
+            near = Resolution(*(max(multiple, round(side / multiple) * multiple) for side in (one.width, one.height)))
+            raise UserError(
+                f"resolution {one}: both sides must be multiples of {multiple} in the {family.name} family; "
+                f"the nearest is {near}"
+            )
+    return resolutions
 
 
 def parse_numbers(text: str, what: str) -> list[int]:

@@ -352,7 +352,7 @@ def bench_loops(options: BenchOptions, out: Path) -> dict[str, Any]:
         "student": student.name,
         "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} thread(s)",
         "resolution": str(resolution),
-        "options": {name: value for name, value in asdict(options).items() if name != "workdir"},
+        "options": {name: value for name, value in asdict(options).items() if name not in ("loops", "workdir")},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -393,7 +393,7 @@ def describe(result: dict[str, Any]) -> list[str]:
     lines = [f"{'loop':22} {'samples/s':>10} {'peak memory':>12}"]
     for row in result["loops"]:
         memory = f"{row['peak_memory_bytes'] / 1e6:,.0f} MB" if row["peak_memory_bytes"] else "-"
-        lines.append(f"{row['name']:22} {row['samples_per_s']:10.2f} {memory:>12}")
+        lines.append(f"{row['name']:22} {row['samples_per_s']:10.3g} {memory:>12}")
     for row in result["ratios"]:
         for clock in ("wall", "cpu"):
             if one := row[clock]:

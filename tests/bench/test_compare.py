@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from bench.compare import compare_files, judge
+from bench.compare import compare_files, verdict_on
 from bench.results import read_results
 from distill.errors import UserError
 
@@ -40,7 +40,7 @@ def test_slower_beyond_noise_exits_1_and_faster_does_not(tmp_path, results_path,
 def test_within_overlapping_intervals_nothing_is_said(results_path):
     row = read_results(results_path).cells[0].rows[0]
     near = row.model_copy(update={"total_ms": row.total_ms.model_copy(update={"value": row.total_ms.high})})
-    assert judge(row, near, 0.0) == "same"
+    assert verdict_on(row, near, 0.0) == "same"
 
 
 def test_a_vanished_contestant_and_a_failed_guard_are_regressions(tmp_path, results_path):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.fidelity import FidelityOptions, fid, frechet_distance, judge, measure_fidelity, read_captions
+from bench.fidelity import FidelityOptions, fid, frechet_distance, measure_fidelity, outside_band, read_captions
 from distill.errors import UserError
 
 
@@ -52,10 +52,10 @@ def test_the_same_pictures_score_zero_and_darker_ones_do_not(references):
 
 
 def test_a_band_has_two_sides():
-    assert judge("FID", 23.5, (23.01, 23.95)) == []
-    assert "below" in judge("FID", 20.0, (23.01, 23.95))[0]
-    assert "above" in judge("FID", 25.0, (23.01, 23.95))[0]
-    assert judge("FID", 99.0, None) == []
+    assert outside_band("FID", 23.5, (23.01, 23.95)) == []
+    assert "below" in outside_band("FID", 20.0, (23.01, 23.95))[0]
+    assert "above" in outside_band("FID", 25.0, (23.01, 23.95))[0]
+    assert outside_band("FID", 99.0, None) == []
 
 
 def test_what_was_not_given_is_none_and_says_why(references):
@@ -82,7 +82,7 @@ def test_bad_references_are_one_line(references):
 def test_the_clip_score_is_a_cosine_times_a_hundred(references, clip_folder):
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-    found = measure_fidelity(draw, options(references, "light", clip_model=str(clip_folder), count=3))
+    found = measure_fidelity(draw, options(references, "light", clip_model=str(clip_folder), caption_count=3))
     model, tokenizer = CLIPModel.from_pretrained(clip_folder), CLIPTokenizer.from_pretrained(clip_folder)
     pixels = CLIPImageProcessor.from_pretrained(clip_folder)(
         images=[draw("light", seed) for seed in range(3)], return_tensors="pt"

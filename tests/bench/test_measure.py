@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from bench.fake import FakeContestant
-from bench.measure import STAGES, Cell, CpuClock, Plan, cold_start, measure_cells, measure_rounds, timed_draw
+from bench.measure import STAGES, Cell, CpuClock, Rounds, cold_start, measure_cells, measure_rounds, timed_draw
 from bench.workload import Workload
 from distill.architectures import Resolution
 from distill.errors import UserError
@@ -50,7 +50,7 @@ def test_rounds_are_interleaved_and_turn():
 
     fakes = [Logged(name, {"denoise": 0.1}) for name in "abc"]
     cell = Cell(WORKLOAD)
-    measure_rounds(fakes, cell, Plan(min_rounds=3, max_rounds=3, warmup=1, max_warmup=1), 0.0)
+    measure_rounds(fakes, cell, Rounds(min_rounds=3, max_rounds=3, max_warmup=1), 0.0)
     assert "".join(order[3:]) == "abcbcacab"
     assert [len(samples) for samples in cell.samples.values()] == [3, 3, 3]
 
@@ -61,7 +61,7 @@ def test_a_contestant_that_fails_is_recorded_and_the_others_go_on():
             raise RuntimeError("out of memory")
 
     cell = Cell(WORKLOAD)
-    measure_rounds([Broken("bad", {}), FakeContestant("good", {})], cell, Plan(max_rounds=3), 0.0)
+    measure_rounds([Broken("bad", {}), FakeContestant("good", {})], cell, Rounds(max_rounds=3), 0.0)
     assert cell.failures == {"bad": "RuntimeError: out of memory"}
     assert len(cell.samples["good"]) == 3
 
@@ -84,7 +84,7 @@ def test_every_workload_is_visited_there_and_back_again():
     cells = measure_cells(
         [FakeContestant("fake", {})],
         workloads,
-        Plan(min_rounds=4, max_rounds=4, max_warmup=1),
+        Rounds(min_rounds=4, max_rounds=4, max_warmup=1),
         60.0,
         on_visit=lambda cell, last: visits.append((cell.workload.steps, last)),
     )
@@ -94,6 +94,6 @@ def test_every_workload_is_visited_there_and_back_again():
 
 def test_a_machine_far_too_slow_still_gets_every_workload_done():
     cells = measure_cells(
-        [FakeContestant("fake", {"denoise": 0.2})], [WORKLOAD, replace(WORKLOAD, steps=2)], Plan(min_rounds=20), 0.0
+        [FakeContestant("fake", {"denoise": 0.2})], [WORKLOAD, replace(WORKLOAD, steps=2)], Rounds(min_rounds=20), 0.0
     )
     assert [len(cell.samples["fake"]) for cell in cells] == [20, 2], "the main one gets what an interval needs"

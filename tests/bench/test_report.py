@@ -11,7 +11,7 @@ from bench.charts import Axis, Series, line_chart, log_ticks, nice_ticks, number
 from bench.predict import floor_ms
 from bench.quality import png_base64
 from bench.report import write_report
-from bench.results import Estimate
+from bench.results import ACCEPTANCE_SCHEMA, SESSION_SCHEMA, TRAINING_SCHEMA, Estimate
 from bench.words import count, interval, milliseconds, signed_percent, size, times
 from distill.architectures import ARCHITECTURES
 from distill.errors import UserError
@@ -218,7 +218,7 @@ def test_a_failed_guard_is_marked_everywhere_and_never_the_headline(results_path
 
 
 def test_the_gpu_suites_files_have_their_sections(results_path, tmp_path):
-    from bench import acceptance, suite, training
+    from bench import acceptance
     from bench.kernels import by_family
 
     value = json.loads(results_path.read_text())
@@ -229,10 +229,10 @@ def test_the_gpu_suites_files_have_their_sections(results_path, tmp_path):
     out_of_memory = row | {"title": "no features", "failed": "OutOfMemoryError: CUDA out of memory"}
     files = {
         "r": value,
-        "t": {"schema_version": training.SCHEMA, "rows": [row, out_of_memory]},
-        "a": {"schema_version": acceptance.SCHEMA, "rows": [acceptance._row("SM89", "ERROR: unsupported <SM90>")]},
+        "t": {"schema_version": TRAINING_SCHEMA, "rows": [row, out_of_memory]},
+        "a": {"schema_version": ACCEPTANCE_SCHEMA, "rows": [acceptance._row("SM89", "ERROR: unsupported <SM90>")]},
         "s": {
-            "schema_version": suite.SCHEMA,
+            "schema_version": SESSION_SCHEMA,
             "parts": [{"part": "batch", "state": "not run", "why": "9 s left, it needs about 45", "seconds": None}],
         },
     }

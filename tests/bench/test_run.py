@@ -1,5 +1,6 @@
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import fake_options
 
 from bench.contestants import Spec, parse_specs
+from bench.fidelity import FidelityOptions
 from bench.results import read_results
 from bench.run import run_bench
 from bench.workload import Workload, make_workloads, parse_numbers, parse_resolutions
@@ -128,20 +130,22 @@ def test_fid_and_clip_outside_their_bands_fail_the_guard(tmp_path, clip_folder, 
     np.savez(tmp_path / "stats.npz", mu=np.zeros(3), sigma=np.eye(3))
     (tmp_path / "captions.txt").write_text("a red circle\n" * 8)
     given = {
-        "captions": tmp_path / "captions.txt",
-        "caption_count": 4,
-        "fid_reference": tmp_path / "stats.npz",
-        "fid_extractor": tmp_path / "net.pt",
-        "clip_model": str(clip_folder),
         "contestants": ["a=fake:denoise=1"],
         "resolutions": "64x64",
         "max_rounds": 6,
     }
-    free = run_bench(fake_options(tmp_path / "free.json", **given)).contestants[0].quality
+    fidelity = FidelityOptions(
+        captions=tmp_path / "captions.txt",
+        caption_count=4,
+        fid_reference=tmp_path / "stats.npz",
+        fid_extractor=tmp_path / "net.pt",
+        clip_model=str(clip_folder),
+    )
+    free = run_bench(fake_options(tmp_path / "free.json", **given, fidelity=fidelity)).contestants[0].quality
     fid, clip = free["fidelity"]["fid"], free["fidelity"]["clip"]
     assert free["passed"] is None and fid > 0 and 0 <= clip <= 100 and free["fidelity"]["count"] == 4
-    bands = {"fid_band": (fid - 1, fid + 1), "clip_band": (clip + 1, clip + 2)}
-    judged = run_bench(fake_options(tmp_path / "judged.json", **given, **bands)).contestants[0].quality
+    banded = replace(fidelity, fid_band=(fid - 1, fid + 1), clip_band=(clip + 1, clip + 2))
+    judged = run_bench(fake_options(tmp_path / "judged.json", **given, fidelity=banded)).contestants[0].quality
     assert judged["passed"] is False and len(judged["words"]) == 2  # that there was no fp32 reference is said too
     assert f"CLIP score {clip:.2f} is below the band" in judged["words"][1]
 
@@ -168,11 +172,12 @@ def test_a_contestant_that_cannot_load_is_one_line(tmp_path):
         ({"steps": "many"}, "whole numbers"),
         ({"guidance": "strong"}, "guidance"),
         ({"resolutions": "1000"}, "WIDTHxHEIGHT"),
+        ({"resolutions": ","}, "resolutions ','"),
         ({"resolutions": "1000x1000"}, "multiples of 32"),
         ({"scheduler": "eulr"}, "did you mean 'euler'"),
         ({"device": "tpu"}, "unknown device"),
         ({"artifacts": ["nobody=."]}, "unknown contestant"),
-        ({"captions": Path("no-such-file.txt")}, "does not exist"),
+        ({"fidelity": FidelityOptions(captions=Path("no-such-file.txt"))}, "does not exist"),
     ],
 )
 def test_bad_input_is_said_before_anything_is_loaded(tmp_path, changes, word):

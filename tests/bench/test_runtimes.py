@@ -146,12 +146,14 @@ def test_layouts_show_the_cost_of_a_change_of_size(suite_results):
 
 
 def test_the_page_shows_them_all(suite_results, tmp_path):
+    from distill.bench import SCHEMA
+
     paths = []
     for index, results in enumerate(suite_results):
         paths.append(tmp_path / f"{index}.json")
         paths[-1].write_text(results.model_dump_json())
     loops = {
-        "schema_version": "slimxl.distill.bench/1", "teacher": "sdxl", "student": "vega", "resolution": "1024x1024",
+        "schema_version": SCHEMA, "teacher": "sdxl", "student": "vega", "resolution": "1024x1024",
         "options": {"batch": 4, "mixed_precision": "bf16"},
         "loops": [
             {"name": "published", "samples_per_s": 1.0, "peak_memory_bytes": 60_000_000_000},
