@@ -7,6 +7,7 @@ so config.json cannot disagree with the weights. Published: arXiv 2401.02677 and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,6 +153,17 @@ def _resolutions(*sizes: tuple[int, int]) -> tuple[Resolution, ...]:
     return tuple(Resolution(*size) for size in sizes)
 
 
+def _clip(hidden_act: str, width: int, inner: int, layers: int, heads: int, words: dict[str, int]) -> dict[str, Any]:
+    return words | {
+        "hidden_act": hidden_act,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "projection_dim": width,
+    }
+
+
 _UNET = {
     "in_channels": 4,
     "out_channels": 4,
@@ -165,6 +177,20 @@ _VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "latent_channels": 4,
+}
+_CLIP_WORDS = {
+    "vocab_size": 49408,
+    "max_position_embeddings": 77,
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+    "pad_token_id": 1,
+}
+_MINI_WORDS = {
+    "vocab_size": 1024,
+    "max_position_embeddings": 32,
+    "bos_token_id": 1022,
+    "eos_token_id": 1023,
+    "pad_token_id": 1023,
 }
 
 SDXL_FAMILY = Family(
@@ -186,32 +212,8 @@ SDXL_FAMILY = Family(
         "scaling_factor": 0.13025,
         "force_upcast": True,
     },
-    text_encoder={
-        "vocab_size": 49408,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "max_position_embeddings": 77,
-        "hidden_act": "quick_gelu",
-        "projection_dim": 768,
-        "bos_token_id": 49406,
-        "eos_token_id": 49407,
-        "pad_token_id": 1,
-    },
-    text_encoder_2={
-        "vocab_size": 49408,
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 20,
-        "max_position_embeddings": 77,
-        "hidden_act": "gelu",
-        "projection_dim": 1280,
-        "bos_token_id": 49406,
-        "eos_token_id": 49407,
-        "pad_token_id": 1,
-    },
+    text_encoder=_clip("quick_gelu", 768, 3072, 12, 12, _CLIP_WORDS),
+    text_encoder_2=_clip("gelu", 1280, 5120, 32, 20, _CLIP_WORDS),
     resolutions=_resolutions(
         (1024, 1024),
         (1152, 896),
@@ -246,38 +248,20 @@ MINI_FAMILY = Family(
         "sample_size": 128,
         "force_upcast": False,
     },
-    text_encoder={
-        "vocab_size": 1024,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 32,
-        "hidden_act": "quick_gelu",
-        "projection_dim": 64,
-        "bos_token_id": 1022,
-        "eos_token_id": 1023,
-        "pad_token_id": 1023,
-    },
-    text_encoder_2={
-        "vocab_size": 1024,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 32,
-        "hidden_act": "gelu",
-        "projection_dim": 64,
-        "bos_token_id": 1022,
-        "eos_token_id": 1023,
-        "pad_token_id": 1023,
-    },
+    text_encoder=_clip("quick_gelu", 64, 128, 3, 2, _MINI_WORDS),
+    text_encoder_2=_clip("gelu", 64, 128, 3, 2, _MINI_WORDS),
     resolutions=_resolutions(
         (128, 128), (160, 128), (128, 160), (160, 96), (96, 160), (192, 96), (96, 192), (224, 96), (96, 224)
     ),
 )
 
 FAMILIES = {family.name: family for family in (SDXL_FAMILY, MINI_FAMILY)}
+
+
+def family_of(widths: Sequence[int]) -> Family | None:
+    """The family whose UNet has these `block_out_channels`."""
+    return next((f for f in FAMILIES.values() if f.unet["block_out_channels"] == tuple(widths)), None)
+
 
 ARCHITECTURES = {
     architecture.name: architecture
