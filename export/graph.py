@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -11,11 +12,15 @@ from onnxscript.optimizer import fold_constants
 
 from export.components import TensorSpec
 
+LARGEST_MERGED = 1024
+"""Elements: larger constants are not compared."""
+
 
 def optimize(model: ir.Model, *, infer_shapes: bool = False) -> None:
     """Inlines, folds constants, and removes what is unused or computed twice. In place, exact.
 
     Translations that spell an operator out leave their inner values without shapes: those can be inferred."""
+    weights = set(model.graph.initializers)
     common.InlinePass()(model)
     for _ in range(2):
         fold_constants(model, onnx_shape_inference=infer_shapes, should_fold=_is_no_weight)
@@ -23,7 +28,7 @@ def optimize(model: ir.Model, *, infer_shapes: bool = False) -> None:
     for step in (
         common.IdentityEliminationPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.DeduplicateInitializersPass(),
+        lambda model: _merge_constants(model, weights),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),
@@ -33,6 +38,19 @@ def optimize(model: ir.Model, *, infer_shapes: bool = False) -> None:
         common.ClearMetadataAndDocStringPass(),
     ):
         step(model)
+
+
+def _merge_constants(model: ir.Model, weights: set[str]) -> None:
+    """Equal constants become one; equal weights stay apart, since other weights for the same graph need not be equal."""
+    first: dict[tuple[Any, ...], ir.Value] = {}
+    for name, value in list(model.graph.initializers.items()):
+        constant = value.const_value
+        if name in weights or constant is None or constant.size > LARGEST_MERGED:
+            continue
+        kept = first.setdefault((constant.dtype, tuple(constant.shape), constant.tobytes()), value)
+        if kept is not value:
+            value.replace_all_uses_with(kept)
+            del model.graph.initializers[name]
 
 
 def _is_no_weight(node: ir.Node) -> bool | None:
