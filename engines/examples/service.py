@@ -13,44 +13,43 @@ import json
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 import torch
 
 import engines
 from distill.errors import UserError
 
-LARGEST_REQUEST_BYTES = 16_384
-
 
 def make_handler(bundle: str) -> type[BaseHTTPRequestHandler]:
     pipeline, turn = engines.load(bundle), threading.Lock()
     pipeline.set_progress_bar_config(disable=True)
+    sizes = pipeline.unet.component.resolutions
 
     def draw(prompt: str, width: int, height: int, steps: int = 25, guidance: float = 5.0, seed: int = 0) -> bytes:
+        if not isinstance(prompt, str) or not 1 <= steps <= 100 or f"{width}x{height}" not in sizes:
+            raise UserError(f"allowed are one prompt, 1 to 100 steps and the sizes {', '.join(sizes)}")
         generator = torch.Generator().manual_seed(seed)  # on the CPU: the same picture on every device
-        size = {"width": width, "height": height, "num_inference_steps": steps, "guidance_scale": guidance}
+        options = {"width": width, "height": height, "num_inference_steps": steps, "guidance_scale": guidance}
         with turn:
-            image = pipeline(prompt, generator=generator, **size).images[0]
+            image = pipeline(prompt, generator=generator, **options).images[0]
         image.save(png := io.BytesIO(), "PNG")
         return png.getvalue()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             try:
-                length = min(int(self.headers["Content-Length"]), LARGEST_REQUEST_BYTES)
-                self.answer(200, "image/png", draw(**json.loads(self.rfile.read(length))))
+                if not 0 < (length := int(self.headers["Content-Length"])) <= 4096:
+                    raise UserError(f"the request has {length} bytes, allowed are 1 to 4096")
+                status, kind, body = 200, "image/png", draw(**json.loads(self.rfile.read(length)))
             except (UserError, ValueError, TypeError) as error:
-                self.answer(400, "text/plain", str(error).encode())
-
-        def answer(self, status: int, kind: str, body: bytes) -> None:
+                status, kind, body = 400, "text/plain", str(error).encode()
+            except Exception as error:
+                status, kind, body = 500, "text/plain", repr(error).encode()
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
-
-        def log_message(self, *_: Any) -> None: ...
 
     return Handler
 

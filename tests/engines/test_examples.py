@@ -59,7 +59,9 @@ def test_service_draws_what_the_pipeline_draws_and_answers_bad_requests(toy_bund
     expected = pipeline("a red circle", width=224, height=96, num_inference_steps=2, generator=generator).images[0]
     assert np.array_equal(np.asarray(picture), np.asarray(expected))
     for body, message in [
-        (json.dumps(request | {"width": 999}).encode(), "not in the bundle|divisible"),
+        (json.dumps(request | {"width": 999}).encode(), "and the sizes 128x128"),
+        (json.dumps(request | {"steps": 0}).encode(), "1 to 100 steps"),
+        (b"x" * 5000, "5000 bytes"),
         (b"{", "Expecting"),
         (json.dumps({"width": 128}).encode(), "missing"),
         (b"\xff", "codec|utf"),
