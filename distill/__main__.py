@@ -190,16 +190,15 @@ def plan(
         processes: GPUs that share the batch.
         memory_gb: The GPU's memory in units of 1e9 bytes; default: the device at hand.
     """
-    from distill.architectures import ARCHITECTURES
     from distill.options import HALF
     from distill.plan import describe_plan, device_memory, plan_recipe
     from distill.recipes import find_recipe
+    from distill.sources import peek_architecture
 
     chosen = find_recipe(recipe, student=student)
-    is_mini = chosen.stages[0].teacher.startswith(("mini:", "random:mini"))
     title, plans = plan_recipe(
         chosen,
-        ARCHITECTURES["mini-sdxl" if is_mini else "sdxl"],
+        peek_architecture(chosen.stages[0].teacher),
         half=HALF[mixed_precision],
         optimizer=optimizer,
         processes=processes,

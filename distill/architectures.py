@@ -291,6 +291,12 @@ ARCHITECTURES = {
 }
 
 
+def architecture_at(family: Family, depth: Depth) -> Architecture:
+    """The catalogue's architecture of a family at a depth; a custom one where it has none."""
+    known = (a for a in ARCHITECTURES.values() if a.family is family and a.depth == depth)
+    return next(known, None) or Architecture(name=str(depth), family=family, depth=depth)
+
+
 def find_architecture(name: str, family: Family = SDXL_FAMILY) -> Architecture:
     """The architecture called `name`, or, where `name` is a depth pattern, a custom one of `family`.
 

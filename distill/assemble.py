@@ -27,6 +27,14 @@ CLASSES = {
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
 }
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+}
 
 
 def meta_components(architecture: Architecture) -> dict[str, Any]:
@@ -58,9 +66,10 @@ def assemble(
     folder: Path,
     architecture: Architecture,
     tensors: Mapping[str, Mapping[str, WritableTensor]],
-    prediction_type: str = "epsilon",
+    **scheduler: Any,
 ) -> None:
-    """Writes the pipeline folder; `tensors` holds those of each network by name. model_index.json comes last.
+    """Writes the pipeline folder; `tensors` holds those of each network by name, `scheduler` in what that differs from
+    SDXL's. model_index.json comes last.
 
     Raises UserError where the disk is too small.
     """
@@ -71,14 +80,15 @@ def assemble(
         (module.save_config if is_diffusers else module.config.save_pretrained)(folder / component)
         stem = "diffusion_pytorch_model" if is_diffusers else "model"
         write_safetensors(folder / component / f"{stem}.safetensors", tensors[component])
-    for name, part in tokenizers_and_scheduler(architecture.family, prediction_type).items():
+    for name, part in tokenizers_and_scheduler(architecture.family, **scheduler).items():
         part.save_pretrained(folder / name)
     index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True} | CLASSES
     (folder / "model_index.json").write_text(json.dumps(index, indent=1))
 
 
-def tokenizers_and_scheduler(family: Family, prediction_type: str = "epsilon") -> dict[str, Any]:
-    """What a pipeline of the family has beside its networks, under the pipeline's names, with SDXL's own settings."""
+def tokenizers_and_scheduler(family: Family, **scheduler: Any) -> dict[str, Any]:
+    """What a pipeline of the family has beside its networks, under the pipeline's names, with SDXL's own settings
+    where `scheduler` has no other."""
     from diffusers import EulerDiscreteScheduler
 
     from distill.shapes import WORDS
@@ -94,14 +104,7 @@ def tokenizers_and_scheduler(family: Family, prediction_type: str = "epsilon") -
     return {
         "tokenizer": tokenizer(pad_token="<|endoftext|>"),
         "tokenizer_2": tokenizer(pad_token="!"),
-        "scheduler": EulerDiscreteScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            prediction_type=prediction_type,
-            timestep_spacing="leading",
-            steps_offset=1,
-        ),
+        "scheduler": EulerDiscreteScheduler(**SCHEDULER | scheduler),
     }
 
 

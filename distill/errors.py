@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+
+from safetensors import SafetensorError
 
 
 class UserError(Exception):
@@ -43,8 +46,9 @@ def quiet_libraries() -> None:
 
 
 def exit_on_user_error(command: Callable[[], int | None]) -> int:
-    """Run `command`, the libraries' notices kept quiet and GPUs numbered as nvidia-smi does; a UserError becomes one
-    line on stderr and exit code 2, Ctrl-C becomes 130."""
+    """Run `command`, the libraries' notices kept quiet and GPUs numbered as nvidia-smi does; a UserError and what the
+    system refuses (a full disk, a folder that may not be written) become one line on stderr and exit code 2, Ctrl-C
+    becomes 130."""
     quiet_libraries()
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     try:
@@ -52,6 +56,20 @@ def exit_on_user_error(command: Callable[[], int | None]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (OSError, SafetensorError) as error:
+        print(f"error: {_of_the_system(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from what is finished", file=sys.stderr)
         return 130
+
+
+def _of_the_system(error: OSError | SafetensorError) -> str:
+    """One line for what the system refused; any other error is raised again."""
+    full = os.strerror(errno.ENOSPC)
+    if full in str(error):  # safetensors has the system's words, but not its number
+        where = f" of {error.filename}" if isinstance(error, OSError) and error.filename else ""
+        return f"the disk{where} is full; free some space and run the same command again"
+    if not isinstance(error, OSError) or error.errno is None:
+        raise error
+    return ": ".join(filter(None, (error.strerror, error.filename and str(error.filename))))

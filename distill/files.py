@@ -56,6 +56,9 @@ def replacing(path: Path) -> Iterator[Path]:
             _remove(old)
         else:
             temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # what a write raises names no file
+        raise
     finally:
         _remove(temporary)
 
@@ -90,7 +93,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

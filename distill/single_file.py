@@ -13,11 +13,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from distill.architectures import ARCHITECTURES, FAMILIES, Architecture, Depth
+from distill.architectures import Architecture, Depth, architecture_at, family_of
 from distill.assemble import assemble, component_shapes, meta_components
 from distill.errors import UserError
-from distill.tensors import MadeTensor, TensorRecord, read_safetensors_header, transposed
+from distill.tensors import MadeTensor, TensorRecord, check_stored, read_safetensors_header, transposed
 
 PREFIXES = {
     "unet": "model.diffusion_model.",
@@ -103,15 +104,20 @@ def _open_clip_name(key: str) -> str:
 def find_single_file_architecture(records: Mapping[str, TensorRecord], path: Path) -> Architecture:
     """The catalogue's architecture of a file, or a custom depth. Raises UserError, with the difference named, for a
     file that is no whole SDXL checkpoint."""
-    for component, prefix in PREFIXES.items():
-        if not any(key.startswith(prefix) for key in records):
-            raise UserError(f"{path} is no SDXL single-file checkpoint: it has no {component} (no tensor {prefix}*)")
+    missing = [name for name, prefix in PREFIXES.items() if not any(key.startswith(prefix) for key in records)]
+    if missing == ["vae"]:
+        raise UserError(
+            f"{path} has no VAE in it: add one with diffusers, StableDiffusionXLPipeline.from_single_file(FILE, vae="
+            "AutoencoderKL.from_pretrained(VAE)).save_pretrained(FOLDER), and give the folder"
+        )
+    if missing:
+        raise UserError(f"{path} is no SDXL single-file checkpoint: it has no {' and no '.join(missing)}")
     unet = PREFIXES["unet"]
-    entry = records.get(f"{unet}input_blocks.0.0.weight")
-    widths = {family.unet["block_out_channels"][0]: family for family in FAMILIES.values()}
-    if entry is None or entry.shape[0] not in widths or entry.shape[1] != 4:
-        shape = list(entry.shape) if entry else "absent"
-        raise UserError(f"{path} is no SDXL checkpoint: its first convolution is {shape}, SDXL's is [320, 4, 3, 3]")
+    entries = (f"{unet}input_blocks.{place}.0.out_layers.3.weight" for place in (1, 4, 7))
+    widths = [records[entry].shape[0] for entry in entries if entry in records]
+    family = family_of(widths)
+    if family is None:
+        raise UserError(f"{path} is no SDXL checkpoint: its UNet's widths are {widths}, SDXL's [320, 640, 1280]")
     blocks = {match[1] for key in records if (match := re.match(rf"{unet}(.+?\.1\.transformer_blocks\.\d+)\.", key))}
 
     def depth(place: str) -> int:
@@ -123,9 +129,7 @@ def find_single_file_architecture(records: Mapping[str, TensorRecord], path: Pat
         up=(*(tuple(depth(f"output_blocks.{3 * i + j}") for j in range(3)) for i in (0, 1)), ()),
     )
     found.check()
-    family = widths[entry.shape[0]]
-    known = [a for a in ARCHITECTURES.values() if a.family is family and a.depth == found]
-    return known[0] if known else Architecture(name=str(found), family=family, depth=found)
+    return architecture_at(family, found)
 
 
 def _text_encoder_2_tensor(key: str, take: Callable[[str], TensorRecord]) -> TensorRecord | MadeTensor:
@@ -136,13 +140,30 @@ def _text_encoder_2_tensor(key: str, take: Callable[[str], TensorRecord]) -> Ten
     return transposed(record) if key == "text_projection.weight" else record
 
 
-def read_single_file(path: Path) -> tuple[Architecture, dict[str, dict[str, TensorRecord | MadeTensor]], str]:
-    """What `assemble` needs: the architecture, the tensors of each network, and the prediction type.
+def _scheduler_of(records: Mapping[str, TensorRecord], path: Path) -> dict[str, Any]:
+    """In what the scheduler differs from SDXL's, as empty tensors say by their names (v_pred, ztsnr; ComfyUI's).
 
-    Raises UserError for a file that is no whole SDXL checkpoint, lacks a tensor, has one of another shape, or holds
-    tensors that no network of SDXL has.
+    Zero terminal SNR needs `trailing` timesteps, or the last is never asked for (arXiv 2305.08891, section 3.3).
+    Raises UserError for the names of EDM's noise levels (Playground v2.5, CosXL).
+    """
+    if edm := [key for key in records if key.startswith("edm_")]:
+        raise UserError(f"{path} was trained on EDM's noise levels (it holds {edm[0]}), not on SDXL's: it is not read")
+    if "v_pred" not in records:
+        return {}
+    zero_snr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in records else {}
+    return {"prediction_type": "v_prediction"} | zero_snr
+
+
+def read_single_file(
+    path: Path,
+) -> tuple[Architecture, dict[str, dict[str, TensorRecord | MadeTensor]], dict[str, Any]]:
+    """What `assemble` needs: the architecture, the tensors of each network, and in what its scheduler is not SDXL's.
+
+    Raises UserError for a file that is no whole SDXL checkpoint, lacks a tensor, has one of another shape or in a
+    format that is not read, or holds tensors that no network of SDXL has.
     """
     records = read_safetensors_header(path)
+    scheduler = _scheduler_of(records, path)
     architecture = find_single_file_architecture(records, path)
     levels = len(architecture.family.vae["block_out_channels"])
     names: dict[str, Callable[[str], str]] = {"unet": _unet_name, "vae": lambda key: _vae_name(key, levels)}
@@ -152,7 +173,7 @@ def read_single_file(path: Path) -> tuple[Architecture, dict[str, dict[str, Tens
         if name not in records:
             raise UserError(f"{path} lacks the tensor {name}")
         used.add(name)
-        return records[name]
+        return check_stored(name, records[name])
 
     def find(component: str, key: str) -> TensorRecord | MadeTensor:
         prefix = PREFIXES[component]
@@ -171,10 +192,10 @@ def read_single_file(path: Path) -> tuple[Architecture, dict[str, dict[str, Tens
     own = {key for key in records if key.startswith(tuple(PREFIXES.values())) and not key.endswith(CONSTANTS)}
     if foreign := sorted(own - used):
         raise UserError(f"{path} is no SDXL checkpoint: it has {len(foreign)} tensors too many, e.g. {foreign[0]}")
-    return architecture, tensors, "v_prediction" if "v_pred" in records else "epsilon"
+    return architecture, tensors, scheduler
 
 
 def convert_single_file(path: Path, folder: Path) -> None:
     """Writes the diffusers pipeline folder of a single-file checkpoint. Raises UserError, see `read_single_file`."""
-    architecture, tensors, prediction_type = read_single_file(path)
-    assemble(folder, architecture, tensors, prediction_type)
+    architecture, tensors, scheduler = read_single_file(path)
+    assemble(folder, architecture, tensors, **scheduler)

@@ -9,16 +9,27 @@ mini:sdxl             the mini teacher that ships with the package
 
 from __future__ import annotations
 
+import errno
+import inspect
 import json
+import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.architectures import ARCHITECTURES, Architecture, Depth, find_architecture
+from distill.architectures import (
+    ARCHITECTURES,
+    Architecture,
+    Depth,
+    Family,
+    architecture_at,
+    family_of,
+    find_architecture,
+)
 from distill.errors import UserError, unknown
 from distill.files import exclusive, read_json, remove_leftovers, replacing, sha256_file, sha256_json
-from distill.tensors import component_tensors, component_weights, read_safetensors_header
+from distill.tensors import component_tensors, component_weights, read_safetensors_header, weights_variant
 
 if TYPE_CHECKING:
     import torch
@@ -41,31 +52,58 @@ def check_checkpoint(folder: Path) -> None:
     """Raises UserError, with what is missing, where `folder` is no whole SDXL-format diffusers pipeline."""
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} is no SDXL checkpoint: it has no model_index.json; allowed are {FORMS}")
-    unet = read_config(folder, "unet")
-    if unet.get("addition_embed_type") != "text_time":
-        raise UserError(
-            f"{folder} is no SDXL checkpoint: its UNet has addition_embed_type {unet.get('addition_embed_type')!r}, SDXL "
-            "has 'text_time'"
-        )
+    _unet_family(read_config(folder, "unet"), folder)
     for component in COMPONENT_FOLDERS:
         read_config(folder, component)
         component_tensors(folder / component)
 
 
+def _unet_family(config: Mapping[str, Any], model: object) -> Family:
+    """The family that a UNet's config is of. Raises UserError for that of another kind of model."""
+    kind, widths = config.get("addition_embed_type"), config.get("block_out_channels", ())
+    if kind != "text_time":
+        raise UserError(
+            f"{model} is no SDXL checkpoint: its UNet has addition_embed_type {kind!r}, SDXL has 'text_time'"
+        )
+    family = family_of(widths)
+    if family is None:
+        raise UserError(f"{model} is no SDXL checkpoint: its UNet's widths are {list(widths)}, SDXL's [320, 640, 1280]")
+    return family
+
+
+def _network_of(folder: Path) -> dict[str, Any]:
+    """What a UNet's config.json means, whichever diffusers has written it: what it left out, its defaults fill."""
+    from diffusers import UNet2DConditionModel
+
+    stated = read_config(folder, "unet")
+    parameters = inspect.signature(UNet2DConditionModel).parameters.values()
+    meant = json.loads(json.dumps({p.name: stated.get(p.name, p.default) for p in parameters}))
+    meant["upcast_attention"] = bool(meant["upcast_attention"])  # null in SDXL's own
+    meant["transformer_layers_per_block"] = str(Depth.from_config(meant))
+    del meant["reverse_transformer_layers_per_block"], meant["sample_size"]  # told by the depth; a hint only
+    return meant
+
+
 def check_successor(first: Path, teacher: Path) -> None:
-    """Raises UserError where a later teacher differs from the first in architecture or prediction type."""
-    ignored = ("_class_name", "_diffusers_version", "_name_or_path", "sample_size")
-    before, now = (read_config(folder, "unet") for folder in (first, teacher))
-    for key in sorted((before.keys() | now.keys()) - set(ignored)):
-        if before.get(key) != now.get(key):
+    """Raises UserError where a later teacher differs from the first in architecture, and where one predicts something
+    else than the noise, or knows other noise levels than SDXL's."""
+    before, now = _network_of(first), _network_of(teacher)
+    for key in sorted(now):
+        if before[key] != now[key]:
             raise UserError(
-                f"teacher {teacher} cannot succeed {first}: UNet {key} is {now.get(key)!r}, was {before.get(key)!r}"
+                f"teacher {teacher} cannot succeed {first}: UNet {key} is {now[key]!r}, was {before[key]!r}"
             )
     for folder in (first, teacher):
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
         if scheduler.get("prediction_type", "epsilon") != "epsilon":
             raise UserError(
                 f"teacher {folder} predicts {scheduler['prediction_type']!r}; SDXL's distillation needs 'epsilon'"
+            )
+        kind, zero_snr = scheduler.get("_class_name", ""), scheduler.get("rescale_betas_zero_snr", False)
+        if kind.startswith("EDM") or zero_snr:
+            raise UserError(
+                f"teacher {folder} was trained on other noise levels than SDXL: its scheduler is {kind}, with "
+                f"rescale_betas_zero_snr {zero_snr}; such a teacher cannot be distilled"
             )
 
 
@@ -87,15 +125,25 @@ def find_architecture_of(folder: Path) -> Architecture:
     """The catalogue's architecture whose UNet config matches the checkpoint's; a custom one where only the depth
     differs. Raises UserError for widths of neither family."""
     config = read_config(folder, "unet")
-    depth = Depth.from_config(config)
-    widths = tuple(config["block_out_channels"])
-    for architecture in ARCHITECTURES.values():
-        if tuple(architecture.family.unet["block_out_channels"]) == widths and architecture.depth == depth:
-            return architecture
-    for architecture in ARCHITECTURES.values():
-        if tuple(architecture.family.unet["block_out_channels"]) == widths:
-            return Architecture(name=str(depth), family=architecture.family, depth=depth)
-    raise UserError(f"{folder}: UNet widths {widths} belong to no family of the catalogue")
+    return architecture_at(_unet_family(config, folder), Depth.from_config(config))
+
+
+def peek_architecture(source: str) -> Architecture:
+    """The architecture of `source` by what is at hand: nothing is fetched or made, and a hub id counts as SDXL.
+
+    Raises UserError as `resolve` does.
+    """
+    kind, _, name = source.partition(":")
+    path = MINI_TEACHER if source == "mini:sdxl" else Path(source)
+    if kind == "random":
+        return find_architecture(name)
+    if path.is_dir():
+        return find_architecture_of(path)
+    if path.suffix == ".safetensors":
+        from distill.single_file import find_single_file_architecture
+
+        return find_single_file_architecture(read_safetensors_header(_single_file(path)), path)
+    return ARCHITECTURES["sdxl"]
 
 
 def load_component(folder: Path, component: str, dtype: torch.dtype) -> Any:
@@ -109,7 +157,7 @@ def load_component(folder: Path, component: str, dtype: torch.dtype) -> Any:
         "text_encoder": CLIPTextModel,
         "text_encoder_2": CLIPTextModelWithProjection,
     }
-    variant = "fp16" if ".fp16" in component_weights(folder / component)[0].name else None
+    variant = weights_variant(component_weights(folder / component)[0]) or None
     return classes[component].from_pretrained(folder / component, torch_dtype=dtype, variant=variant).eval()
 
 
@@ -147,15 +195,31 @@ def resolve(source: str, workdir: Path) -> Path:
     return folder
 
 
+def _check_on_hub(repo_id: str) -> None:
+    """Raises UserError for a model of another kind before its gigabytes are fetched."""
+    from huggingface_hub import hf_hub_download, model_info
+
+    try:
+        files = [file.rfilename for file in model_info(repo_id).siblings or ()]
+    except Exception:  # the download meets it as well, and may find all in its cache
+        return
+    for needed in ("model_index.json", "unet/config.json"):
+        if needed not in files:
+            raise UserError(f"model {repo_id!r} is no SDXL pipeline folder: it has no {needed}; allowed are {FORMS}")
+    _unet_family(read_json(Path(hf_hub_download(repo_id, "unet/config.json"))), f"model {repo_id!r}")
+
+
 def _downloaded(repo_id: str) -> Path:
     """The fp16 weights where the hub has them apart, else the plain ones; what an interrupted call left is gone on with."""
     from diffusers import StableDiffusionXLPipeline
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     def download(variant: str | None) -> Path:
         return Path(StableDiffusionXLPipeline.download(repo_id, variant=variant, use_safetensors=True))
 
     try:
+        _check_on_hub(repo_id)
         try:
             return download("fp16")
         except ValueError as error:
@@ -173,20 +237,30 @@ def _downloaded(repo_id: str) -> Path:
             told = (
                 "is neither a local folder nor on the hub, unless it is private: check the name, or log in (HF_TOKEN)"
             )
-        elif isinstance(reason, EntryNotFoundError) and not isinstance(reason, FileNotFoundError):
-            told = f"is no pipeline folder: it has no model_index.json; allowed are {FORMS}"
+        elif "necessary `safetensors` weights" in str(reason):
+            told = "has no .safetensors weights (pickled ones are not read): give a model that has"
+        elif os.strerror(errno.ENOSPC) in str(reason):
+            told = (
+                f"does not fit the disk of {constants.HF_HUB_CACHE}: free some space there, or name a folder of another "
+                "disk in HF_HOME, and run the same command again"
+            )
         else:
             first = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
             told = f"cannot be had from the hub ({first}); check the network and run the same command again: it goes on"
         raise UserError(f"model {repo_id!r} {told}") from None
 
 
+def _single_file(path: Path) -> Path:
+    """Raises UserError where it does not exist."""
+    if not path.is_file():
+        raise UserError(f"model {str(path)!r} does not exist; allowed are {FORMS}")
+    return path
+
+
 def _converted_single_file(path: Path, workdir: Path) -> Path:
     from distill.single_file import convert_single_file
 
-    if not path.is_file():
-        raise UserError(f"model {str(path)!r} does not exist; allowed are {FORMS}")
-    read_safetensors_header(path)  # before the whole file is hashed
+    read_safetensors_header(_single_file(path))  # before the whole file is hashed
     folder = workdir / f"{path.stem}-{sha256_file(path)[:12]}"
     return make_checkpoint(folder, lambda temporary: convert_single_file(path, temporary))
 

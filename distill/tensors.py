@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,21 +126,46 @@ def read_safetensors_header(path: Path) -> dict[str, TensorRecord]:
     return records
 
 
-def component_weights(folder: Path) -> list[Path]:
-    """The safetensors files of a component folder: the plain ones, or where there are none the fp16 variant's.
+def check_stored(key: str, record: TensorRecord) -> TensorRecord:
+    """The record itself. Raises UserError for a weight in a format that is not read, such as fp8."""
+    if record.dtype not in ITEM_BYTES:
+        raise UserError(
+            f"{record.file}: {key} is stored as {record.dtype}; read are {', '.join(ITEM_BYTES)}: fetch the fp16 file"
+        )
+    return record
 
-    Raises UserError where there is none at all.
+
+def weights_variant(file: Path) -> str:
+    """`fp16` of `model.fp16.safetensors`, nothing of the plain one; parts (`-00001-of-00002`) are of one variant."""
+    return re.sub(r"-\d+-of-\d+", "", file.stem).partition(".")[2]
+
+
+def component_weights(folder: Path) -> list[Path]:
+    """The safetensors files of a component folder, of one variant: fp16, or else plain, or else whatever there is.
+
+    Raises UserError where there is none at all, and where parts are missing.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    plain = [file for file in files if ".fp16" not in file.name]
-    if not files:
+    variants: dict[str, list[Path]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        variants.setdefault(weights_variant(file), []).append(file)
+    if not variants:
         raise UserError(f"{folder} holds no .safetensors weights (pickled .bin weights are not read)")
-    return plain or files
+    files = variants[min(variants, key=lambda variant: ("fp16", "", variant).index(variant))]
+    parts = re.search(r"-of-(\d+)", files[0].name)
+    if parts and len(files) != int(parts[1]):
+        raise UserError(f"{folder} holds {len(files)} of the {int(parts[1])} parts of its weights; fetch it again")
+    return files
 
 
 def component_tensors(folder: Path) -> dict[str, TensorRecord]:
-    """All tensors of a component folder, over its shards."""
-    return {key: record for file in component_weights(folder) for key, record in read_safetensors_header(file).items()}
+    """All tensors of a component folder, over its shards. Raises UserError for a weight in a format that is not read."""
+    records = {
+        key: record for file in component_weights(folder) for key, record in read_safetensors_header(file).items()
+    }
+    for key, record in records.items():
+        if key.endswith((".weight", ".bias")):  # not a buffer, as the positions that older text encoders count in I64
+            check_stored(key, record)
+    return records
 
 
 def write_safetensors(out: Path, tensors: Mapping[str, WritableTensor]) -> None:

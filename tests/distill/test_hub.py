@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,9 @@ from threading import Thread
 
 import pytest
 from huggingface_hub.constants import DOWNLOAD_CHUNK_SIZE
+
+from distill.errors import UserError
+from distill.sources import resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -125,14 +129,27 @@ def test_only_what_is_needed_is_fetched_and_an_interrupted_download_goes_on(
 def test_a_model_that_cannot_be_had_is_one_line(hub: Hub, mini_vega: Path, tmp_path: Path) -> None:
     whole = files_of(mini_vega)
     pickled = {name.replace("model.safetensors", "model.bin"): data for name, data in whole.items()}
-    hub.models = {"org/gated": whole, "org/pickled": pickled, "org/lora": {"lora.safetensors": b""}}
-    models = ("org/missing", "org/gated", "org/pickled", "org/lora")
+    other = whole | {"unet/config.json": json.dumps({"addition_embed_type": None}).encode()}
+    hub.models = {"org/gated": whole, "org/pickled": pickled, "org/lora": {"lora.safetensors": b""}, "org/other": other}
+    models = ("org/missing", "org/gated", "org/pickled", "org/lora", "org/other")
     out, told = fetch(f"http://127.0.0.1:{hub.server_port}", tmp_path, *models)
     assert out == ["2"] * len(models) and len(told) == len(models), told
     assert "'org/missing' is neither a local folder nor on the hub, unless it is private" in told[0]
     assert "'org/gated' is gated: accept its terms" in told[1]
-    assert "'org/pickled' cannot be had from the hub (Could not find the necessary `safetensors`" in told[2]
-    assert "'org/lora' is no pipeline folder: it has no model_index.json" in told[3]
+    assert "'org/pickled' has no .safetensors weights" in told[2]
+    assert "'org/lora' is no SDXL pipeline folder: it has no model_index.json" in told[3]
+    assert "'org/other' is no SDXL checkpoint: its UNet has addition_embed_type None" in told[4]
+    assert [path for model, path, _ in hub.sent if model == "org/other"] == ["unet/config.json"]
     hub.server_close()
     out, told = fetch("http://127.0.0.1:9", tmp_path, "org/missing")
     assert out == ["2"] and len(told) == 1 and "check the network" in told[0] and "refused" in told[0], told
+
+
+def test_a_full_disk_is_not_told_as_a_lost_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("diffusers.StableDiffusionXLPipeline.download", full)
+    monkeypatch.setattr("distill.sources._check_on_hub", lambda _: None)
+    with pytest.raises(UserError, match=r"'org/big' does not fit the disk of .*HF_HOME"):
+        resolve("org/big", tmp_path)

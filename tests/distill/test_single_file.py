@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
@@ -168,14 +167,21 @@ def test_half_precision_stays_as_it_is(mini_vega: Path, tmp_path: Path) -> None:
     assert all(torch.equal(converted[key], original[key].bfloat16()) for key in original)
 
 
+UNET = "model.diffusion_model"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda t: [t.pop(k) for k in list(t) if k.startswith("conditioner.embedders.1.")], "it has no text_encoder_2"),
-        (lambda t: t.pop("model.diffusion_model.out.2.bias"), "lacks the tensor model.diffusion_model.out.2.bias"),
-        (lambda t: t.update({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}), r"32, 9, 3, 3"),
-        (lambda t: t.update({"model.diffusion_model.out.2.bias": torch.zeros(8)}), r"shape \[8\], SDXL's is \[4\]"),
-        (lambda t: t.update({"model.diffusion_model.adapter.weight": torch.zeros(1)}), "1 tensors too many, e.g. .*adapter"),
+        (lambda t: [t.pop(k) for k in list(t) if k.startswith("first_stage_model.")], "no VAE in it.*give the folder"),
+        (lambda t: t.pop(f"{UNET}.out.2.bias"), "lacks the tensor model.diffusion_model.out.2.bias"),
+        (lambda t: t.update({f"{UNET}.input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}), r"32, 9, 3, 3"),
+        (lambda t: t.update({f"{UNET}.input_blocks.7.0.out_layers.3.weight": torch.zeros(9)}), r"widths are .*64, 9\]"),
+        (lambda t: t.update({f"{UNET}.out.2.bias": torch.zeros(8)}), r"shape \[8\], SDXL's is \[4\]"),
+        (lambda t: t.update({f"{UNET}.out.2.bias": torch.zeros(4).to(torch.float8_e4m3fn)}), "out.2.bias is .* F8_E4M3"),
+        (lambda t: t.update({f"{UNET}.adapter.weight": torch.zeros(1)}), "1 tensors too many, e.g. .*adapter"),
+        (lambda t: t.update({"edm_vpred.sigma_max": torch.tensor(80.0)}), "EDM's noise levels .*edm_vpred.sigma_max"),
     ],
 )  # fmt: skip
 def test_what_is_no_sdxl_file_is_refused_and_leaves_nothing(
@@ -190,10 +196,13 @@ def test_what_is_no_sdxl_file_is_refused_and_leaves_nothing(
 
 
 def test_a_file_that_says_v_prediction_is_believed_and_refused_as_a_teacher(mini_vega: Path, tmp_path: Path) -> None:
-    save_file(ldm_tensors(mini_vega) | {"v_pred": torch.zeros(0)}, tmp_path / "v.safetensors")
+    said = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    save_file(ldm_tensors(mini_vega) | said, tmp_path / "v.safetensors")
     folder = resolve(str(tmp_path / "v.safetensors"), tmp_path)
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    assert scheduler["prediction_type"] == "v_prediction"
+    scheduler = EulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    scheduler.set_timesteps(4)
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert scheduler.timesteps[0] == 999 and scheduler.sigmas[0] > 4000  # where nothing of the picture is left
     make_cache(mini_vega, "shapes:9", tmp_path / "cache")
     stage = Stage(name="whole", teacher=str(folder), student="mini-vega", steps=1)
     recipe = Recipe(name="v", stages=(stage,), batch_size=1)
