@@ -16,7 +16,8 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 12, 24, 34
 @dataclass
 class Series:
     """`points` are (x, y) or (x, y, low, high); `colour` is the index of a contestant's colour;
-    `shift` moves the dots sideways by so many pixels, for whiskers that would lie on each other."""
+    `shift` moves the dots sideways by so many pixels, for whiskers that would lie on each other; one that `failed` the
+    quality guard has hollow dots and a dashed line."""
 
     label: str
     colour: int
@@ -24,6 +25,7 @@ class Series:
     dots: bool = True
     line: bool = True
     shift: float = 0.0
+    failed: bool = False
 
 
 @dataclass
@@ -119,8 +121,9 @@ def line_chart(series: list[Series], x: Axis, y: Axis, title: str) -> Markup:
     parts.append(f'<text class="axis-label" x="4" y="{TOP - 12}">{escape(y.label)}</text>')
     for one in series:
         path = " ".join(f"{to_x(point[0]):.1f},{to_y(point[1]):.1f}" for point in one.points)
+        marks = f"c{one.colour} failed" if one.failed else f"c{one.colour}"
         if one.line:
-            parts.append(f'<polyline class="line c{one.colour}" points="{path}"/>')
+            parts.append(f'<polyline class="line {marks}" points="{path}"/>')
         for point in one.points if one.dots else []:
             at_x, at_y = to_x(point[0]) + one.shift, to_y(point[1])
             if len(point) == 4:
@@ -128,17 +131,17 @@ def line_chart(series: list[Series], x: Axis, y: Axis, title: str) -> Markup:
                     f'<line class="whisker c{one.colour}" x1="{at_x:.1f}" x2="{at_x:.1f}" '
                     f'y1="{to_y(point[2]):.1f}" y2="{to_y(point[3]):.1f}"/>'
                 )
-            tip = f"{escape(one.label)}: {number(point[1])} {escape(y.label)}"
+            guard = ", failed the quality guard" if one.failed else ""
+            tip = f"{escape(one.label)}: {number(point[1])} {escape(y.label)}{guard}"
             parts.append(
-                f'<circle class="dot c{one.colour}" cx="{at_x:.1f}" cy="{at_y:.1f}" r="3.2">'
-                f"<title>{tip}</title></circle>"
+                f'<circle class="dot {marks}" cx="{at_x:.1f}" cy="{at_y:.1f}" r="3.2"><title>{tip}</title></circle>'
             )
     parts.append("</svg>")
     return Markup("".join(parts))
 
 
 def dot_whiskers(rows: list[tuple[str, int, float, float | None, float | None]], unit: str, title: str) -> Markup:
-    """One line per row (label, colour, value, low, high) on a common scale from zero, with a mark at 1."""
+    """One line per row (label, colour, value, low, high) on a common scale from zero, with a dashed line at 1."""
     if not rows:
         return Markup("")
     height = 20 + 26 * len(rows) + 20
@@ -151,12 +154,12 @@ def dot_whiskers(rows: list[tuple[str, int, float, float | None, float | None]],
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">']
     for value in nice_ticks(0, top, 4):
         x = at(value)
-        parts.append(
-            f'<line class="grid{" one" if value == 1 else ""}" x1="{x:.1f}" x2="{x:.1f}" y1="6" y2="{height - 22}"/>'
-        )
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="6" y2="{height - 22}"/>')
         parts.append(
             f'<text class="tick" x="{x:.1f}" y="{height - 8}" text-anchor="middle">{number(value)}{unit}</text>'
         )
+    if top > 1:
+        parts.append(f'<line class="grid one" x1="{at(1):.1f}" x2="{at(1):.1f}" y1="6" y2="{height - 22}"/>')
     for index, (label, colour, value, low, high) in enumerate(rows):
         y = 22 + 26 * index
         parts.append(f'<text class="row-label" x="{left - 8}" y="{y + 4}" text-anchor="end">{escape(label)}</text>')

@@ -101,7 +101,7 @@ def describe_onnx(folder: Path) -> dict[str, Any]:
     for file in sorted(folder.glob("*/model.onnx")):
         record = read_optional(file.parent / "export.json") or {}
         components[file.parent.name] = {"bytes": folder_bytes(file.parent)} | {
-            key: record[key] for key in ("parameters", "flops", "seconds", "precision", "sha256") if key in record
+            key: record[key] for key in ("parameters", "seconds", "precision", "sha256") if key in record
         }
     return {
         "kind": "onnx",

@@ -142,7 +142,7 @@ def training(job: Job) -> list[str]:
         job.subject,
         device=job.device,
         batch=4 if job.on_gpu else 1,
-        peak=find_peak(identity["name"]),
+        peak=find_peak(identity["name"], identity.get("mig_mode")),
         steps=5 if job.on_gpu else 2,
         variants=VARIANTS if job.on_gpu else tuple(one for one in VARIANTS if not one.compiled),
         left_s=job.left_s,

@@ -11,32 +11,33 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Peak:
-    """`tflops` dense fp16; `terabytes_per_s` device memory. `nvml_names` are parts of the name NVML gives the board."""
+    """`tflops` dense fp16; `terabytes_per_s` device memory; `nvml_names` the names NVML gives the board, without their
+    "NVIDIA". `floor_only`: known figures are told as a share of the board's other peak, so they say nothing of this one."""
 
     name: str
     tflops: float
     terabytes_per_s: float
     compute_capability: str
     nvml_names: tuple[str, ...] = ()
+    floor_only: bool = False
 
 
 PEAKS = {
     "a100-sxm": Peak("A100 80GB SXM", 312.0, 2.039, "8.0", ("A100-SXM4-80GB",)),
     "a100-pcie": Peak("A100 80GB PCIe", 312.0, 1.935, "8.0", ("A100 80GB PCIe", "A100-PCIE-80GB")),
-    "rtx4090": Peak("RTX 4090, fp32 accumulation", 165.2, 1.008, "8.9"),
-    "rtx4090-fp16acc": Peak("RTX 4090, fp16 accumulation", 330.3, 1.008, "8.9", ("RTX 4090",)),
+    "rtx4090": Peak("RTX 4090, fp32 accumulation", 165.2, 1.008, "8.9", floor_only=True),
+    "rtx4090-fp16acc": Peak("RTX 4090, fp16 accumulation", 330.3, 1.008, "8.9", ("GeForce RTX 4090",)),
     "l40s": Peak("L40S", 362.0, 0.864, "8.9", ("L40S",)),
     "h100-sxm": Peak("H100 SXM", 989.4, 3.35, "9.0", ("H100 80GB HBM3",)),
     "h200": Peak("H200 SXM", 989.4, 4.8, "9.0", ("H200",)),
 }
 
 
-def find_peak(nvml_name: str | None) -> Peak | None:
-    """The peak of the board NVML names, at its fastest accumulation; None for an unknown board (no floor then)."""
-    for peak in PEAKS.values():
-        if nvml_name is not None and any(part in nvml_name for part in peak.nvml_names):
-            return peak
-    return None
+def find_peak(nvml_name: str | None, mig_mode: bool | None = None) -> Peak | None:
+    """The peak of the board NVML names, at its fastest accumulation; None (and so no floor) for a board that is not in
+    the list, be its name ever so near (H200 NVL, RTX 4090 D), and for one cut up by MIG."""
+    name = (nvml_name or "").removeprefix("NVIDIA ")
+    return next((peak for peak in PEAKS.values() if name in peak.nvml_names and not mig_mode), None)
 
 
 @dataclass(frozen=True)

@@ -210,6 +210,14 @@ class BundleContestant(PipelineContestant):
     def make_pipeline(self) -> Any:
         import engines
 
-        return engines.load(
+        pipe = engines.load(
             self.source, self.flavor, device=self.device, layout=self.layout, cuda_graphs=self.cuda_graphs
         )
+        self.runtime = self.runtime.replace("default flavor", pipe.unet.component.engines[0][0].flavor)
+        return pipe
+
+    @property
+    def engines(self) -> list[str]:
+        """sha256 of every engine that was loaded."""
+        modules = (self.pipe.unet, self.pipe.vae, self.pipe.text_encoder, self.pipe.text_encoder_2)
+        return [engine.files[0].sha256 for module in modules for engine, _ in module.component.engines]

@@ -98,10 +98,11 @@ class Prediction:
 
 
 def predict(gpu: str, model: str, steps: int, runtime: str, known: list[Known]) -> Prediction:
-    """One guided picture at 1024x1024. `total_ms` is None where no figure of that runtime calibrates."""
+    """One guided picture at 1024x1024. `total_ms` is None where no figure of that runtime calibrates, or none is told as
+    a share of this peak."""
     floor = floor_ms(gpu, model, steps)
     tflop = total_flops(component_costs(architecture_configs(model), Workload(resolution=SQUARE, steps=steps))) / 1e12
-    if runtime not in {one.runtime for one in known}:
+    if PEAKS[gpu].floor_only or runtime not in {one.runtime for one in known}:
         return Prediction(gpu, model, steps, runtime, floor, None, None, None, 0, tflop)
     total = floor / find_shares(known).share(gpu, runtime)
     errors = [check.error for check in check_predictions(known)]

@@ -7,11 +7,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import views, words
+from bench import method, provenance, views, words
 from bench.peaks import PEAKS
 from bench.predict import Check, Known, check_on_measured, check_predictions, floor_ms, predict, published_known
 from bench.quality import MIN_LATENT_COSINE, MIN_PSNR_DB
-from bench.results import Inputs, Results, read_inputs
+from bench.results import ContestantRecord, Inputs, Results, read_inputs
 from bench.runtimes import MODELS, limit_table, model_of, runtime_table, shape_table
 from distill.architectures import Resolution
 from distill.errors import UserError
@@ -33,48 +33,38 @@ SIZE_ROWS = (  # label, key of views.size_table, how it is written
     ("TensorRT plans built in", "build_seconds", "seconds"),
 )
 REPORT_SCHEMA = "slimxl.bench.report/1"
-
-
-def machine_name(results: Results) -> str:
-    """The device the figures were taken on, in words."""
-    if results.gpu["identity"]["name"]:
-        return str(results.gpu["identity"]["name"])
-    cpu = results.environment["cpu"]
-    return f"a CPU ({cpu['model']}, {cpu['cores_usable']} cores)"
-
-
 MEASURED = "measured by slimxl"
 
 
 def measured_latencies(all_results: list[Results]) -> list[Known]:
-    """What was measured with guidance on a GPU of the catalogue, of models of the catalogue, the baseline first."""
-    known = []
+    """What was measured with guidance on a GPU of the catalogue, of models of the catalogue, the baseline first. What
+    was refused or failed the quality guard tells nothing of a GPU; of runs that measured the same the first stands."""
+    known: dict[tuple[Any, ...], Known] = {}
     for results in all_results:
         gpu = next((key for key, peak in PEAKS.items() if results.peak and peak.name == results.peak["name"]), None)
         if gpu is None:
             continue
-        models = {record.name: model_of(record) for record in results.contestants}
         for cell in results.cells:
             load = cell.workload
             for row in sorted(cell.rows, key=lambda row: row.contestant != results.baseline):
-                model = models[row.contestant]
-                if model is None or row.refused or load["guidance_scale"] <= 1:
+                record = results.contestant(row.contestant)
+                model = model_of(record)
+                if model is None or row.refused or record.failed_guard or load["guidance_scale"] <= 1:
                     continue
-                size = Resolution.parse(load["resolution"])
-                known.append(
-                    Known(
-                        gpu,
-                        model,
-                        load["steps"],
-                        runtime_class(results.contestant(row.contestant).runtime),
-                        row.total_ms.value,
-                        floor_ms(gpu, model, load["steps"], size, load["batch"]),
-                        MEASURED,
-                        load["resolution"],
-                        load["batch"],
-                    )
+                size, runtime = Resolution.parse(load["resolution"]), runtime_class(record)
+                one = Known(
+                    gpu,
+                    model,
+                    load["steps"],
+                    runtime,
+                    row.total_ms.value,
+                    floor_ms(gpu, model, load["steps"], size, load["batch"]),
+                    MEASURED,
+                    load["resolution"],
+                    load["batch"],
                 )
-    return known
+                known.setdefault((gpu, model, runtime, load["steps"], load["resolution"], load["batch"]), one)
+    return list(known.values())
 
 
 def known_latencies(measured: list[Known]) -> list[Known]:
@@ -82,12 +72,11 @@ def known_latencies(measured: list[Known]) -> list[Known]:
     return published_known() + [one for one in measured if (one.resolution, one.batch) == ("1024x1024", 1)]
 
 
-def runtime_class(runtime: str) -> str:
-    """The published figures' word for a runtime of ours."""
-    lower = runtime.lower()
-    if "tensorrt" in lower:
-        return "TensorRT"
-    return "compiled" if "compile" in lower else "diffusers" if "eager" in lower else runtime
+def runtime_class(record: ContestantRecord) -> str:
+    """The published figures' word for a runtime of ours; they are of fp16, so another precision is told with it."""
+    classes = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT", "compile": "compiled", "eager": "diffusers"}
+    name = next((word for part, word in classes.items() if part in record.runtime), record.runtime)
+    return f"{name}, {record.precision}" if record.precision in ("bf16", "fp32") else name
 
 
 def _predictions(known: list[Known]) -> list[dict[str, Any]]:
@@ -111,71 +100,8 @@ def _errors(errors: list[float]) -> dict[str, float]:
     return {"median": median(sizes), "worst": max(sizes)}
 
 
-def absent_readings(results: Results) -> dict[str, list[str]]:
-    """Reason -> what could not be read for that reason."""
-    absent: dict[str, list[str]] = {}
-    for what, why in {**results.gpu["missing"], **results.environment["cpu"]["missing"]}.items():
-        absent.setdefault(why, []).append(what.replace("_", " "))
-    if len(absent.get(results.gpu["reason"] or "", [])) > 4:
-        absent[results.gpu["reason"]] = ["GPU clocks, temperature, power, throttle reasons, energy and memory"]
-    return absent
-
-
-def environment_facts(results: Results) -> list[tuple[str, str]]:
-    env, gpu = results.environment, results.gpu["identity"]
-    cpu = env["cpu"]
-    packages = ", ".join(f"{name} {version}" for name, version in env["packages"].items() if version)
-    facts = [
-        ("GPU", gpu["name"] or f"none read: {results.gpu['reason']}"),
-        ("CPU", f"{cpu['model']}, {cpu['cores_usable']} usable cores, governor {cpu['governor'] or 'unknown'}"),
-        ("memory", f"{words.size(cpu['memory_bytes'])}, at most {words.size(env['peak_rss_bytes'])} used by the run"),
-        ("system", f"{env['system']}, Python {env['python']}"),
-        ("packages", packages),
-        (
-            "threads",
-            f"torch {env['torch_threads']}"
-            + "".join(f", {key}={value}" for key, value in env["thread_variables"].items()),
-        ),
-        ("commit", env["commit"] or "not in a repository"),
-        ("command", results.command),
-        ("when", f"{results.created_utc}, took {words.seconds(results.seconds)}"),
-    ]
-    if gpu["name"]:
-        told = ("uuid", "driver", "compute_capability", "power_limit_w", "max_sm_clock_mhz", "board_part_number")
-        facts.insert(
-            1, ("board", ", ".join(f"{key.replace('_', ' ')} {gpu[key]}" for key in told if gpu.get(key) is not None))
-        )
-    return facts
-
-
-def method_lines(results: Results) -> list[str]:
-    """The method in full, in the order in which a sceptic would ask."""
-    load = results.cells[0].workload
-    device = results.environment["device"]
-    clock = "CUDA events in the device's stream" if device == "cuda" else "the monotonic clock"
-    return [
-        "Timed: prompt in, uint8 pixels out. Tokenising, both text encoders, every denoising step with scheduler and "
-        "guidance, VAE decode, and the conversion to pixels. Not timed: loading, the first picture (both told apart as "
-        "cold start), PNG compression, saving.",
-        f"Clock: {clock}, one mark at the end of each stage, all on one timeline; an independent clock around the "
-        "whole call gives the total, and a row whose stages miss it by over 1 % says so.",
-        f"Main workload: {results.cells[0].name}; scheduler {load['scheduler']} (the checkpoint's own where it says "
-        f"default), seed {load['seed']}; other rows change one thing at a time.",
-        "Order: warm-up until two calls agree within 5 %, then rounds A B C, B C A, C A B, so that what happens to "
-        "the machine happens to all; workloads are visited twice, there and back again. The garbage collector runs "
-        "between rounds, never inside a call.",
-        "Medians; 95 % percentile-bootstrap intervals over 2000 resamples, none from fewer than six runs. A speed-up "
-        "is the median of the per-round ratios, with rounds resampled as pairs.",
-        "Percentiles only where a binomial bound supports them at 99 % confidence. Raw samples are in the JSON.",
-        "FLOPs are counted on meta tensors (a multiply-add is two); bytes are each weight once a call plus inputs and "
-        "outputs at two bytes. A row faster than its floor is refused.",
-        "Quality: the same prompt, seed and steps by the same checkpoint in diffusers, fp32, on the same device.",
-        "Built and measured are different things: an engine counts as measured only where its own flavor ran here.",
-    ]
-
-
 def make_context(inputs: Inputs, title: str) -> dict[str, Any]:
-    """Everything the templates show; the first results are the main ones."""
+    """Everything the templates show; the first results are the main ones, faults are those of all."""
     all_results = inputs.results
     results = all_results[0]
     measured = measured_latencies(all_results)
@@ -183,13 +109,15 @@ def make_context(inputs: Inputs, title: str) -> dict[str, Any]:
     checks = [check for check in check_predictions(known) if check.known.origin != MEASURED]
     measured_checks = check_on_measured(measured)
     cards = views.model_cards(results)
-    sizes = views.size_table(results)
+    sizes = provenance.size_table(results)
+    faults = views.loudest_words(all_results)
     follows = [card["record"].follows for card in cards if card["record"].follows]
     return {
         "title": title,
         "css": (TEMPLATES / "report.css").read_text(encoding="utf-8"),
         "results": results,
-        "machine": machine_name(results),
+        "machine": method.machine_name(results),
+        "notes": views.notes(all_results),
         "colour": views.colours(results),
         "head": views.headline(results),
         "cards": cards,
@@ -202,15 +130,19 @@ def make_context(inputs: Inputs, title: str) -> dict[str, Any]:
         "resolution_svg": views.resolution_chart(results),
         "steps_svg": views.steps_chart(results),
         "speedup_svg": views.speedup_chart(results),
-        "losses": views.loss_charts(results),
+        "losses": provenance.loss_charts(results),
         "sizes": sizes,
         "size_rows": [row for row in SIZE_ROWS if any(one[row[1]] is not None for one in sizes)],
-        "device_words": views.device_words(results.cells[0].device),
-        "builds": views.build_table(results),
+        "device_words": [
+            (method.run_name(one), told) for one in all_results if (told := views.device_words(one.cells[0].device))
+        ],
+        "records": views.record_table(all_results),
+        "builds": provenance.build_table(all_results),
         "prediction_steps": STEPS,
         "prediction_models": MODELS,
         "predictions": _predictions(known),
         "known": known,
+        "measured_known": sum(one.origin == MEASURED for one in known),
         "calibration": [_named(one, one.gpu) for one in known if one.runtime == RUNTIME],
         "failed": views.failed_guard(results),
         "checks": [_check_row(check) for check in checks],
@@ -229,23 +161,23 @@ def make_context(inputs: Inputs, title: str) -> dict[str, Any]:
         "sessions": inputs.sessions,
         "loads": inputs.loads,
         "guard": {"psnr": f"{MIN_PSNR_DB:g}", "cosine": f"{MIN_LATENT_COSINE:g}"},
-        "absent": absent_readings(results),
-        "faults": views.loudest_words(results),
-        "fault_counts": views.fault_counts(results),
+        "absent": method.absent_readings(results),
+        "faults": faults,
+        "fault_counts": views.fault_counts(faults),
         "main_faults": views.main_faults(results),
-        "rows_measured": sum(len(cell.rows) for cell in results.cells),
+        "rows_measured": sum(len(cell.rows) for one in all_results for cell in one.cells),
         "others": [
             {
                 "results": other,
-                "machine": machine_name(other),
-                "runtimes": list(dict.fromkeys(record.runtime for record in other.contestants)),
+                "name": method.run_name(other),
                 "failed": views.failed_guard(other),
+                "facts": method.other_facts(other, results),
             }
             for other in all_results[1:]
         ],
-        "method": method_lines(results),
-        "environment": environment_facts(results),
-        "hashes": views.hash_table(results),
+        "method": method.method_lines(all_results),
+        "environment": method.environment_facts(results),
+        "hashes": provenance.hash_table(all_results),
     }
 
 

@@ -71,7 +71,7 @@ class CellRecord(Record):
 
 class ContestantRecord(Record):
     """`costs` maps a component to {calls, parameters, flops, bytes}; `cold` to load_ms and first_image_ms; `kernels` is
-    what `kernels.profile_denoise` found."""
+    what `kernels.profile_denoise` found; `engines` holds the sha256 of each engine of a bundle that was loaded."""
 
     name: str
     spec: str
@@ -89,6 +89,11 @@ class ContestantRecord(Record):
     follows: dict[str, Any] | None
     artifacts: list[dict[str, Any]]
     configs: dict[str, str] | None = None
+    engines: list[str] | None = None
+
+    @property
+    def failed_guard(self) -> bool:
+        return self.quality.get("passed") is False
 
 
 class PictureRecord(Record):

@@ -141,6 +141,7 @@ def _contestant_record(
         follows=share_following(seen),
         artifacts=[describe(folder) for folder in entrant.folders],
         configs=asdict(entrant.configs) if entrant.configs is not None else None,
+        engines=getattr(entrant.contestant, "engines", None),
     )
 
 
@@ -174,7 +175,7 @@ def run_bench(options: RunOptions) -> Results:
     gpu = Gpu(device)
     identity = gpu.identity()
     precisions = {entrant.contestant.precision for entrant in entrants}
-    peak = find_peak(identity["name"]) if device == "cuda" else measure_cpu_peak(precisions)
+    peak = find_peak(identity["name"], identity["mig_mode"]) if device == "cuda" else measure_cpu_peak(precisions)
     before = gpu.state()
     import_quietly()
     say(f"bench on {device}: {len(entrants)} contestants, {len(workloads)} workloads; cold start")

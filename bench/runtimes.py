@@ -83,9 +83,9 @@ def runtime_table(all_results: list[Results]) -> list[dict[str, Any]]:
 
 def limit_table(all_results: list[Results]) -> list[dict[str, Any]]:
     """Each smaller model against the largest on the same runtime, in the same rounds: `speedup`, the `limit` that
-    arithmetic sets at equal efficiency (the ratio of FLOPs), and the published `claim`, where there is one. A
-    speed-up of too few runs for an interval is left to the table by size; of runs that measured the same the first
-    stands."""
+    arithmetic sets at equal efficiency (the ratio of FLOPs), and the published `claim`, where there is one; which of
+    the two `failed` the quality guard. A speed-up of too few runs for an interval is left to the table by size; of
+    runs that measured the same the first stands."""
     table: dict[tuple[Any, ...], dict[str, Any]] = {}
     for results in all_results:
         for cell in results.cells:
@@ -100,6 +100,8 @@ def limit_table(all_results: list[Results]) -> list[dict[str, Any]]:
                             "title": words.title_of(record.name),
                             "base": words.title_of(largest.name),
                             "runtime": f"{runtime}, {precision}",
+                            "failed": record.failed_guard,
+                            "base_failed": largest.failed_guard,
                             "cell": cell.name,
                             "speedup": found,
                             "limit": _flops(largest, cell) / _flops(record, cell),

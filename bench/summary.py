@@ -27,15 +27,23 @@ def workload_record(workload: Workload) -> dict[str, Any]:
     }
 
 
-def stage_medians(samples: list[Sample]) -> dict[str, float]:
-    """The stages of the median call: each stage's share of its call, over all calls, times the median total.
+UNEXPLAINED = "unexplained"
+"""Stands beside the stages where they leave more than 1 % of the total to it."""
 
-    Medians of single stages need not add up to the median total; these do.
+
+def stage_medians(samples: list[Sample]) -> dict[str, float]:
+    """The stages of the median call: each stage's share of its call, over all calls, times the median total. What the
+    stages leave unexplained counts as one more stage, and is told where it is over the 1 % that is allowed.
+
+    Medians of single stages need not add up to the median total; these do, within that 1 %.
     """
     total = median(sample.total_ms for sample in samples)
     names = list(dict.fromkeys([*STAGES, *(name for sample in samples for name in sample.stages_ms)]))
     shares = {name: median(sample.stages_ms.get(name, 0.0) / sample.total_ms for sample in samples) for name in names}
+    shares[UNEXPLAINED] = median(1 - sum(sample.stages_ms.values()) / sample.total_ms for sample in samples)
     whole = sum(shares.values())
+    if abs(shares[UNEXPLAINED]) <= stats.SUM_WITHIN * whole:
+        del shares[UNEXPLAINED]
     return {name: total * share / whole for name, share in shares.items()}
 
 
@@ -74,7 +82,7 @@ def make_row(
     floor_ms = total_floor_ms(costs, peak.tflops, peak.terabytes_per_s) if costs and peak else None
     diagnosis = stats.diagnose(
         totals,
-        unaccounted=median(sample.unaccounted for sample in samples),
+        unaccounted=max(sample.unaccounted for sample in samples),
         queue_ms=median(queues) if queues else None,
         step_ms=step_ms,
         floor_ms=floor_ms,

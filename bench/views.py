@@ -11,7 +11,8 @@ from markupsafe import Markup
 from bench import words
 from bench.charts import Axis, Series, dot_whiskers, line_chart
 from bench.measure import STAGES
-from bench.results import CellRecord, Results, Row
+from bench.method import machine_name, run_name
+from bench.results import CellRecord, ContestantRecord, Results, Row
 
 COLOURS = 8
 
@@ -72,23 +73,48 @@ def quality_word(quality: dict[str, Any]) -> dict[str, str]:
 
 
 def failed_guard(results: Results) -> set[str]:
-    return {one.name for one in results.contestants if one.quality.get("passed") is False}
+    return {one.name for one in results.contestants if one.failed_guard}
+
+
+def record_table(all_results: list[Results]) -> list[dict[str, Any]]:
+    """What is known of each contestant of each run beyond its times; `colour` is None outside of the main run."""
+    return [
+        {
+            "title": words.title_of(record.name),
+            "where": where(record, results, all_results),
+            "colour": colours(results)[record.name] if results is all_results[0] else None,
+            "record": record,
+            "quality": quality_word(record.quality),
+        }
+        for results in all_results
+        for record in results.contestants
+    ]
+
+
+def where(record: ContestantRecord, results: Results, all_results: list[Results]) -> str:
+    """A contestant's runtime, and its machine where the report has several."""
+    machine, machines = machine_name(results), {machine_name(one) for one in all_results}
+    return f"{record.runtime} on {machine}" if len(machines) > 1 else record.runtime
 
 
 def headline(results: Results) -> dict[str, Any]:
     """The best contestant against the baseline in the main cell; `best` None where there is nothing to compare.
 
-    One that failed the quality guard is told of, but is not the best.
+    One that failed the quality guard is told of, but is not the best, nor is anything measured against it.
     """
-    main = results.cells[0]
+    main, failed = results.cells[0], failed_guard(results)
+    baseline = row_of(main, results.baseline)
     rows = [row for row in main.rows if row.contestant != results.baseline and row.speedup is not None]
-    sound = [row for row in rows if row.contestant not in failed_guard(results)]
+    is_base = baseline is not None and not baseline.refused and results.baseline not in failed
+    sound = [row for row in rows if is_base and row.contestant not in failed]
     best = max(sound, key=lambda row: row.speedup.value if row.speedup else 0.0, default=None)
+    records = [results.contestant(row.contestant) for row in main.rows]
     return {
         "best": best,
         "others": [row for row in rows if row is not best],
-        "baseline": row_of(main, results.baseline),
+        "baseline": baseline,
         "workload": main.name,
+        "one_runtime": len({(record.runtime, record.precision) for record in records}) == 1,
     }
 
 
@@ -102,7 +128,7 @@ def stage_bars(results: Results) -> list[dict[str, Any]]:
         if row is None:
             continue
         stages = [
-            {"stage": stage, "ms": value, "width": 100 * value / longest, "share": value / row.total_ms.value}
+            {"stage": stage, "ms": value, "width": max(0, 100 * value / longest), "share": value / row.total_ms.value}
             for stage, value in sorted(row.stages_ms.items(), key=lambda item: _stage_order(item[0]))
         ]
         bars.append({"name": name, "title": words.title_of(name), "row": row, "stages": stages, "colour": colour[name]})
@@ -127,14 +153,12 @@ def resolution_table(results: Results) -> list[dict[str, Any]]:
 
 
 def speedup_chart(results: Results) -> Markup:
-    colour = colours(results)
     rows = []
-    for cell in results.cells[:1]:
-        for name in colour:
-            row = row_of(cell, name)
-            if row is not None and row.speedup is not None and name != results.baseline:
-                one = row.speedup
-                rows.append((words.title_of(name), colour[name], one.value, one.low, one.high))
+    for card in model_cards(results):
+        if card["row"] is not None and card["row"].speedup is not None and not card["is_baseline"]:
+            one = card["row"].speedup
+            title = f"{card['title']} ✗" if card["record"].failed_guard else card["title"]
+            rows.append((title, card["colour"], one.value, one.low, one.high))
     return dot_whiskers(rows, "×", f"speed-up over {results.baseline}")
 
 
@@ -177,11 +201,12 @@ def _latency_series(results: Results, cells: list[CellRecord], x: Any) -> list[S
                 total = row.total_ms
                 interval = (total.low, total.high) if total.low is not None and total.high is not None else ()
                 points.append((x(cell), total.value, *interval))
-        series.append(Series(words.title_of(name), colour, points))
+        failed = results.contestant(name).failed_guard
+        series.append(Series(words.title_of(name), colour, points, failed=failed))
     return series
 
 
-def picture_grid(results: Results, limit: int = 9) -> list[dict[str, Any]]:
+def picture_grid(results: Results) -> list[dict[str, Any]]:
     """The same prompt and seed side by side: [{"prompt", "seed", "resolution", "pictures": [...]}]."""
     order: list[str] = list(colours(results))
     grid: dict[tuple[str, int], dict[str, Any]] = {}
@@ -193,7 +218,6 @@ def picture_grid(results: Results, limit: int = 9) -> list[dict[str, Any]]:
                 "prompt": picture.prompt,
                 "seed": picture.seed,
                 "resolution": picture.resolution,
-                "aspect": int(picture.resolution.split("x")[0]) / int(picture.resolution.split("x")[1]),
                 "pictures": [],
             },
         )
@@ -209,158 +233,37 @@ def picture_grid(results: Results, limit: int = 9) -> list[dict[str, Any]]:
         )
     for entry in grid.values():
         entry["pictures"].sort(key=lambda one: order.index(one["name"]))
-    return list(grid.values())[:limit]
+    return list(grid.values())
 
 
-def artifact(record: Any, kind: str) -> dict[str, Any] | None:
-    return next((one for one in record.artifacts if one["kind"] == kind), None)
+def notes(all_results: list[Results]) -> list[str]:
+    """What each run says of itself as a whole; of which run where it is not the main one."""
+    main, *others = all_results
+    return main.notes + [f"{run_name(other)}: {note}" for other in others for note in other.notes]
 
 
-def loss_charts(results: Results) -> list[dict[str, Any]]:
-    """One chart per distilled contestant: every stage's loss over the steps, one stage after another."""
-    charts = []
-    for name, colour in colours(results).items():
-        checkpoint = artifact(results.contestant(name), "checkpoint")
-        if not checkpoint or not checkpoint["losses"]:
-            continue
-        offset = 0
-        points: list[tuple[float, ...]] = []
-        for stage in checkpoint["losses"]:
-            points += [(offset + step, max(loss, 1e-9)) for step, loss, _ in stage["points"]]
-            offset += stage["steps"]
-        last = checkpoint["losses"][-1]
-        terms = last["points"][-1][2]
-        chart = line_chart(
-            [Series(name, colour, points, dots=False)],
-            Axis("step"),
-            Axis("loss", log=True),
-            f"distillation loss of {name}",
-        )
-        charts.append(
-            {
-                "title": words.title_of(name),
-                "name": name,
-                "colour": colour,
-                "chart": chart,
-                "steps": offset,
-                "seconds": sum(stage["seconds"] or 0 for stage in checkpoint["losses"]),
-                "stages": [stage["stage"] for stage in checkpoint["losses"]],
-                "first": points[0][1],
-                "last": points[-1][1],
-                "terms": terms,
-            }
-        )
-    return charts
-
-
-def size_table(results: Results) -> list[dict[str, Any]]:
-    """Parameters and bytes at each station of the road; None where that folder was not given."""
-    table = []
-    for name, colour in colours(results).items():
-        record = results.contestant(name)
-        checkpoint, onnx, bundle = (artifact(record, kind) for kind in ("checkpoint", "onnx", "bundle"))
-        plans = [engine for engine in (bundle or {}).get("engines", []) if engine["flavor"] != "onnxruntime"]
-        unet = (record.costs or {}).get("unet", {})
-        table.append(
-            {
-                "title": words.title_of(name),
-                "colour": colour,
-                "parameters": record.parameters,
-                "flops": unet.get("flops"),
-                "checkpoint_bytes": checkpoint and checkpoint["weights_bytes"],
-                "unet_bytes": checkpoint and checkpoint["unet_bytes"],
-                "onnx_bytes": onnx and onnx["bytes"],
-                "plan_bytes": sum(engine["bytes"] for engine in plans) if plans else None,
-                "bundle_bytes": bundle and bundle["bytes"],
-                "export_seconds": _export_seconds(onnx),
-                "build_seconds": sum(engine["build_seconds"] for engine in plans) if plans else None,
-            }
-        )
-    return table
-
-
-def _export_seconds(onnx: dict[str, Any] | None) -> float | None:
-    """None where no component's record tells how long its export took."""
-    times = [part["seconds"] for part in (onnx or {}).get("components", {}).values() if "seconds" in part]
-    return sum(times) if times else None
-
-
-def build_table(results: Results) -> list[dict[str, Any]]:
-    """Engines grouped by contestant, flavor and target, with whether any of them ran in this report."""
-    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for name in colours(results):
-        record = results.contestant(name)
-        for engine in (artifact(record, "bundle") or {}).get("engines", []):
-            capabilities = tuple(engine["compute_capabilities"])
-            key = (name, engine["flavor"], capabilities)
-            ran = record.spec.startswith((f"bundle@{engine['flavor']}:", f"bundle@{engine['flavor']}+"))
-            group = groups.setdefault(
-                key,
+def loudest_words(all_results: list[Results]) -> list[dict[str, Any]]:
+    """Every fault the harness found, by run, workload and contestant: in all files, not in the main one alone."""
+    faults = []
+    for results in all_results:
+        for cell in results.cells:
+            said = [(row.contestant, row.diagnosis) for row in cell.rows if row.diagnosis]
+            said += [(name, [f"failed: {why}"]) for name, why in cell.failures.items()]
+            faults += [
                 {
+                    "cell": cell.name,
                     "title": words.title_of(name),
-                    "flavor": engine["flavor"],
-                    "version": engine["flavor_version"],
-                    "gpus": engine["gpus"],
-                    "capabilities": list(capabilities),
-                    "layouts": {},
-                    "precisions": set(),
-                    "components": [],
-                    "resolutions": set(),
-                    "profiles": 0,
-                    "bytes": 0,
-                    "seconds": 0.0,
-                    "peak_rss_bytes": 0,
-                    "ran": ran,
-                },
-            )
-            group["components"].append(engine["component"])
-            group["layouts"].setdefault(engine["layout"], []).append(engine["component"])
-            group["precisions"].add(engine["precision"])
-            group["resolutions"].update(engine["resolutions"])
-            group["profiles"] += engine["profiles"]
-            group["bytes"] += engine["bytes"]
-            group["seconds"] += engine["build_seconds"]
-            group["peak_rss_bytes"] = max(group["peak_rss_bytes"], engine["build_peak_rss_bytes"])
-    return list(groups.values())
+                    "where": where(results.contestant(name), results, all_results),
+                    "words": told,
+                }
+                for name, told in said
+            ]
+    return faults
 
 
-def hash_table(results: Results) -> list[dict[str, str]]:
-    """Every hash the artifacts carry, so that a reader can tell whether he holds the same files."""
-    table = []
-    for record in results.contestants:
-        for one in record.artifacts:
-            for component, part in one.get("components", {}).items():
-                hashes = part.get("sha256", {})
-                files = hashes.items() if isinstance(hashes, dict) else [("model.onnx", hashes)]
-                table += [{"what": f"{record.name}: {component}/{file}", "sha256": sha} for file, sha in files]
-            if one["kind"] == "bundle":
-                table.append({"what": f"{record.name}: source checkpoint", "sha256": one["source"]["sha256"]})
-                table += [
-                    {"what": f"{record.name}: {engine['file']}", "sha256": engine["sha256"]}
-                    for engine in one["engines"]
-                ]
-                onnx = {(engine["component"], engine["onnx_sha256"]) for engine in one["engines"]}
-                table += [{"what": f"{record.name}: ONNX of {name}", "sha256": sha} for name, sha in sorted(onnx)]
-    return table
-
-
-def loudest_words(results: Results) -> list[dict[str, Any]]:
-    """Every fault the harness found, by workload and contestant."""
-    return [
-        {"cell": cell.name, "title": words.title_of(row.contestant), "words": row.diagnosis}
-        for cell in results.cells
-        for row in cell.rows
-        if row.diagnosis
-    ] + [
-        {"cell": cell.name, "title": words.title_of(name), "words": [f"failed: {why}"]}
-        for cell in results.cells
-        for name, why in cell.failures.items()
-    ]
-
-
-def fault_counts(results: Results) -> list[tuple[str, int]]:
+def fault_counts(faults: list[dict[str, Any]]) -> list[tuple[str, int]]:
     """How many rows each kind of fault was said of, the most frequent first."""
-    kinds = Counter(word.partition(":")[0] for one in loudest_words(results) for word in one["words"])
+    kinds = Counter(word.partition(":")[0] for one in faults for word in one["words"])
     return kinds.most_common()
 
 
@@ -377,7 +280,8 @@ def main_faults(results: Results) -> list[str]:
 def kernel_table(all_results: list[Results], training: list[dict[str, Any]]) -> dict[str, Any] | None:
     """{"families": largest first, "rows": one a contestant, from every run that was profiled}; None where none was.
     Of runs that profiled the same the first stands. Distillation steps, of the files in `training`, come last."""
-    rows, seen = [], set()
+    rows: list[dict[str, Any]] = []
+    seen = set()
     for results in all_results:
         for record in results.contestants:
             found = record.kernels or {}
@@ -385,11 +289,13 @@ def kernel_table(all_results: list[Results], training: list[dict[str, Any]]) -> 
             if found.get("families_ms") and key not in seen:
                 seen.add(key)
                 whole = sum(found["families_ms"].values())
-                rows.append({"title": words.title_of(record.name), "runtime": record.runtime, "whole": whole, **found})
+                about = {"title": words.title_of(record.name), "runtime": record.runtime, "failed": record.failed_guard}
+                rows.append(about | {"whole": whole, **found})
     for row in (row for one in training for row in one["rows"] if row.get("kernels")):
         found, title = row["kernels"], f"{words.title_of(row['teacher'])} → {words.title_of(row['student'])}"
         whole = sum(found["families_ms"].values())
-        rows.append({"title": title, "runtime": f"training, {row['title']}", "whole": whole, **found})
+        about = {"title": title, "runtime": f"training, {row['title']}", "failed": False}
+        rows.append(about | {"whole": whole, **found})
     totals: Counter[str] = Counter()
     for one in rows:
         for family, milliseconds in one["families_ms"].items():

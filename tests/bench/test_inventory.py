@@ -37,7 +37,8 @@ def test_folders_are_told_by_what_they_hold(tmp_path):
         path.write_text("{}")
         assert kind_of(tmp_path / name) == name
     assert describe(tmp_path / "checkpoint")["losses"] == []
-    assert describe(tmp_path / "onnx")["components"]["unet"]["bytes"] == 2
+    (tmp_path / "onnx/unet/export.json").write_text('{"seconds": 41.5, "nodes": 7}')
+    assert describe(tmp_path / "onnx")["components"]["unet"] == {"bytes": 2 + 29, "seconds": 41.5}
     with pytest.raises(UserError, match="schema version"):
         describe(tmp_path / "bundle")
     with pytest.raises(UserError, match="is no folder"):

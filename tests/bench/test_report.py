@@ -7,11 +7,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from bench.charts import Axis, Series, line_chart, log_ticks, nice_ticks, number
+from bench.charts import Axis, Series, dot_whiskers, line_chart, log_ticks, nice_ticks, number
+from bench.measure import Sample
 from bench.predict import floor_ms
 from bench.quality import png_base64
-from bench.report import write_report
-from bench.results import ACCEPTANCE_SCHEMA, SESSION_SCHEMA, TRAINING_SCHEMA, Estimate
+from bench.report import measured_latencies, runtime_class, write_report
+from bench.results import ACCEPTANCE_SCHEMA, SESSION_SCHEMA, TRAINING_SCHEMA, Estimate, Results
+from bench.summary import stage_medians
 from bench.words import count, interval, milliseconds, signed_percent, size, times
 from distill.architectures import ARCHITECTURES
 from distill.errors import UserError
@@ -159,8 +161,29 @@ def test_the_page_shows_pictures_losses_and_engines(report):
     encoded = re.search(r"data:image/png;base64,([^\"]+)", page).group(1)
     assert base64.b64decode(encoded).startswith(b"\x89PNG")
     assert "20 steps in 9.0 s: 0.5 → 0.1" in page
-    assert "built here, not run here" in page and "compute capability 8.0, 8.9" in page
-    assert "1.5 GB" in page
+    assert "compute capability 8.0, 8.9" in page and "1.5 GB" in page
+
+
+def test_an_engine_counts_as_run_where_a_contestant_held_it_and_finished(report, tmp_path):
+    """Not by the flavor that the command line named: a bundle has engines for several GPUs, and a run may fail."""
+    value = json.loads((report.parent / "results.json").read_text())
+    vega, finished = value["contestants"][1], value["cells"]
+    engine = vega["artifacts"][1]["engines"][0]
+    other = {"compute_capabilities": ["9.0"], "gpus": ["h100"], "sha256": "d" * 64, "file": "unet/y.plan"}
+    vega["artifacts"][1]["engines"].append(engine | other)
+    unfinished = [cell | {"rows": cell["rows"][:1], "failures": {"vega": "RuntimeError: no"}} for cell in finished]
+    for engines, cells, states in (
+        (None, finished, [False, False]),
+        ([engine["sha256"]], finished, [True, False]),
+        ([engine["sha256"]], unfinished, [False, False]),
+    ):
+        vega["engines"], value["cells"] = engines, cells
+        (tmp_path / "r.json").write_text(json.dumps(value))
+        write_report([tmp_path / "r.json"], tmp_path / "out")
+        built = json.loads((tmp_path / "out" / "report.json").read_text())["built"]
+        assert [one["ran"] for one in built] == states
+        page = (tmp_path / "out" / "index.html").read_text()
+        assert page.count(">built and run</span></td>") + page.count(">built and run</span><small>") == sum(states)
 
 
 def test_nothing_predicted_looks_measured(report):
@@ -210,11 +233,46 @@ def test_a_failed_guard_is_marked_everywhere_and_never_the_headline(results_path
     value["contestants"][1]["quality"] |= {"passed": False, "words": ["picture 0 is black"]}
     (tmp_path / "r.json").write_text(json.dumps(value))
     write_report([tmp_path / "r.json", tmp_path / "r.json"], tmp_path / "out")
-    page = (tmp_path / "out" / "index.html").read_text()
+    page, text = ((tmp_path / "out" / name).read_text() for name in ("index.html", "report.md"))
     assert "draws a picture in" not in page and "picture 0 is black" in page
     marks = page.count('title="failed the quality guard"')
-    assert marks >= 4 + len(value["cells"])  # card, bar, both tables' heads, and every row of the other run
-    assert "Vega (guard FAILED)" in (tmp_path / "out" / "report.md").read_text()
+    assert marks >= 6 + len(value["cells"])  # card, bar, legend, both tables' heads, device, and each row of the other
+    assert 'class="dot c1 failed"' in page and 'class="dot c0 failed"' not in page
+    for table in ("| stage |", "| width × height |"):
+        assert "Vega (guard FAILED)" in next(line for line in text.splitlines() if line.startswith(table))
+
+
+def test_nothing_is_told_against_a_baseline_that_failed(results_path, tmp_path):
+    value = json.loads(results_path.read_text())
+    value["contestants"][0]["quality"] |= {"passed": False, "words": ["picture 0 is black"]}
+    (tmp_path / "r.json").write_text(json.dumps(value))
+    write_report([tmp_path / "r.json"], tmp_path / "out")
+    assert "draws a picture in" not in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_the_page_tells_the_faults_of_every_file(results_path, tmp_path):
+    """The first file may be clean: what the others say against their rows stands in the same tables as theirs."""
+    value = json.loads(results_path.read_text())
+    for row in (row for cell in value["cells"] for row in cell["rows"]):
+        row["diagnosis"] = []
+    (tmp_path / "clean.json").write_text(json.dumps(value))
+    value["gpu"]["identity"]["name"] = "NVIDIA H200"
+    value["notes"] = ["sdxl compiled was not loaded"]
+    value["cells"][0]["rows"][1]["diagnosis"] = ["throttled: power cap"]
+    value["cells"][1]["failures"] = {"teacher": "RuntimeError: <lost>"}
+    value["contestants"][0]["quality"] |= {"passed": False, "words": ["picture 3 is black"]}
+    (tmp_path / "faulty.json").write_text(json.dumps(value))
+    write_report([tmp_path / "clean.json"], tmp_path / "alone")
+    assert "found nothing against any" in (tmp_path / "alone" / "index.html").read_text()
+    write_report([tmp_path / "clean.json", tmp_path / "faulty.json"], tmp_path / "out")
+    page, text = ((tmp_path / "out" / name).read_text() for name in ("index.html", "report.md"))
+    assert "found nothing" not in page
+    rows = 2 * sum(len(cell["rows"]) for cell in value["cells"])
+    assert f"Of {rows} measured rows: throttled 1, failed 1" in page
+    for told in ("throttled: power cap", "fake on NVIDIA H200", "sdxl compiled was not loaded"):
+        assert told in page and told in text, told
+    assert "failed: RuntimeError: &lt;lost&gt;" in page and "failed: RuntimeError: <lost>" in text
+    assert "picture 3 is black" in page
 
 
 def test_the_gpu_suites_files_have_their_sections(results_path, tmp_path):
@@ -226,6 +284,7 @@ def test_the_gpu_suites_files_have_their_sections(results_path, tmp_path):
     value["cells"][0]["device"] = {"sm_clock_mhz": [1755.0, 1900.0, 1980.0], "power_w": [300.0, 500.0, 650.0]}
     row = {"teacher": "sdxl", "student": "vega", "batch": 4, "title": "block features", "failed": None}
     row |= {"samples_per_s": 21.5, "mfu": 0.52, "peak_memory_bytes": 41_000_000_000}
+    row |= {"samples_per_s_interval": [21.25, 21.75], "steps": 12}
     out_of_memory = row | {"title": "no features", "failed": "OutOfMemoryError: CUDA out of memory"}
     files = {
         "r": value,
@@ -244,7 +303,7 @@ def test_the_gpu_suites_files_have_their_sections(results_path, tmp_path):
     parser.feed(page)
     assert parser.faults == [] and parser.open == []
     assert "ERROR: unsupported &lt;SM90&gt;" in page and "ERROR: unsupported <SM90>" in text
-    for told in ("21.50", "41 GB", "OutOfMemoryError", "9 s left, it needs about 45"):
+    for told in ("21.50", "21.25–21.75", "12 steps", "41 GB", "OutOfMemoryError", "9 s left, it needs about 45"):
         assert told in page and told in text, told
     assert "SM clock 1,755–1,980 MHz, 300–650 W" in page
     assert "attention" in page[page.index('id="kernels"') :]
@@ -269,6 +328,30 @@ def test_predictions_are_held_against_what_was_measured(results_path, tmp_path):
     assert vega["predicted_ms"] == pytest.approx(first * floors[1] / floors[0])
     page = (tmp_path / "out" / "index.html").read_text()
     assert '<section id="checks">' in page
+    assert "4 of the figures that calibrate it were measured here" in page  # of both models, at 3 and at 6 steps
+
+
+def test_what_calibrates_is_sound_and_counted_once(results_path):
+    value = json.loads(results_path.read_text())
+    value["peak"] = {"name": "H200 SXM", "tflops": 989.4, "terabytes_per_s": 4.8}
+    for record, model in zip(value["contestants"], ("sdxl", "vega"), strict=True):
+        record |= {"parameters": ARCHITECTURES[model].parameters[0], "runtime": "diffusers eager", "precision": "fp16"}
+    results = Results.model_validate(value)
+    sdxl, vega = results.contestants
+    found = measured_latencies([results])
+    assert measured_latencies([results, results]) == found, "a second run of the same is no second figure"
+    vega.quality["passed"] = False
+    assert {one.model for one in measured_latencies([results])} == {"sdxl"}, "a black picture is quickly drawn"
+    classes = [
+        runtime_class(sdxl.model_copy(update={"runtime": runtime, "precision": precision}))
+        for runtime, precision in (
+            ("diffusers eager", "bf16"),
+            ("diffusers + torch.compile", "fp16"),
+            ("slimxl bundle, tensorrt, shared", "as built"),
+            ("slimxl bundle, tensorrt-rtx", "as built"),
+        )
+    ]
+    assert classes == ["diffusers, bf16", "compiled", "TensorRT", "TensorRT-RTX"]
 
 
 def test_no_results_is_a_users_mistake(tmp_path):
@@ -293,6 +376,30 @@ def test_ticks_are_round_and_within_the_range():
     assert nice_ticks(0.2, 1.1, 4) == [0.25, 0.5, 0.75, 1.0]
     assert log_ticks(0.03, 30) == [0.1, 1.0, 10.0]
     assert [number(value) for value in (0, 12_000, 0.0123, 345.6)] == ["0", "12k", "0.0123", "346"]
+
+
+def test_a_speed_up_is_seen_against_one():
+    for most in (1.2, 3.0, 9.0):
+        chart = dot_whiskers([("Vega", 1, most, None, None)], "×", "speed-up")
+        assert chart.count('class="grid one"') == 1
+
+
+def test_stages_sum_to_the_total_and_hide_nothing():
+    """Shares are not stretched over what the marks leave out: up to 1 % of it is allowed, the rest is told."""
+
+    def samples(unexplained):
+        totals = (100.0, 120.0, 90.0)
+        return [
+            Sample(total, {"denoise": 0.8 * total, "vae_decode": (0.2 - unexplained) * total}, []) for total in totals
+        ]
+
+    for share in (0.0, 0.008, -0.008):
+        stages = stage_medians(samples(share))
+        assert "unexplained" not in stages
+        assert sum(stages.values()) == pytest.approx(100.0, rel=0.01)
+    stages = stage_medians(samples(0.1))
+    assert stages["unexplained"] == pytest.approx(10.0) and stages["denoise"] == pytest.approx(80.0)
+    assert sum(stages.values()) == pytest.approx(100.0)
 
 
 def test_a_chart_draws_every_point_and_escapes_its_labels():

@@ -65,7 +65,22 @@ def test_boards_are_known_by_nvmls_name_and_unknown_ones_have_no_floor():
     assert find_peak("NVIDIA A100-SXM4-80GB").terabytes_per_s == pytest.approx(2.039)
     assert find_peak("NVIDIA GeForce RTX 4090").tflops > 300  # the faster accumulation: a floor must not be too high
     assert find_peak("NVIDIA GeForce GTX 1080") is None
+    assert find_peak("NVIDIA A100-SXM4-40GB") is None
+    assert find_peak("NVIDIA A100-SXM4-80GB MIG 1g.10gb") is None
     assert find_peak(None) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["H200 NVL", "GH200 480GB", "H100 PCIe", "H100 NVL", "GeForce RTX 4090 Laptop GPU", "GeForce RTX 4090 D", "L40"],
+)
+def test_a_board_is_not_known_by_a_part_of_its_name(name):
+    assert find_peak(f"NVIDIA {name}") is None
+
+
+def test_a_board_cut_up_by_mig_has_no_floor():
+    assert find_peak("NVIDIA H200", mig_mode=True) is None
+    assert find_peak("NVIDIA H200", mig_mode=False) is not None
 
 
 def test_no_published_figure_is_below_its_floor():
@@ -112,6 +127,13 @@ def test_without_a_calibration_there_is_a_floor_and_no_prediction():
     found = predict("l40s", "vega", 30, "no such runtime", published_known())
     assert found.total_ms is None and found.low_ms is None
     assert found.floor_ms > 0
+
+
+def test_shares_of_one_peak_say_nothing_of_the_boards_other():
+    """All that is known of the RTX 4090 is told as a share of its fp16 accumulation: twice the other peak."""
+    found = predict("rtx4090", "sdxl", 30, "TensorRT", published_known())
+    assert found.total_ms is None and found.floor_ms > 2000
+    assert predict("rtx4090-fp16acc", "sdxl", 30, "TensorRT", published_known()).total_ms
 
 
 def test_the_cpus_yardstick_is_of_a_real_machines_size():

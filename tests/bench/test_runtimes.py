@@ -136,6 +136,13 @@ def test_the_limit_is_the_ratio_of_arithmetic_and_the_claim_the_makers(suite_res
     assert wide["limit"] == pytest.approx(flops[0] / flops[1])
 
 
+def test_a_failed_guard_is_told_beside_the_limit(suite_results):
+    eager = suite_results[0].model_copy(deep=True)
+    eager.contestant("sdxl").quality["passed"] = False
+    table = limit_table([eager])
+    assert all(one["base_failed"] and not one["failed"] for one in table) and table
+
+
 def test_layouts_show_the_cost_of_a_change_of_size(suite_results):
     assert shape_table(suite_results[:3]) is None
     table = shape_table(suite_results)
@@ -154,7 +161,7 @@ def test_the_page_shows_them_all(suite_results, tmp_path):
         paths[-1].write_text(results.model_dump_json())
     loops = {
         "schema_version": SCHEMA, "teacher": "sdxl", "student": "vega", "resolution": "1024x1024",
-        "options": {"batch": 4, "mixed_precision": "bf16"},
+        "options": {"batch": 4, "mixed_precision": "bf16", "rounds": 12},
         "loops": [
             {"name": "published", "samples_per_s": 1.0, "peak_memory_bytes": 60_000_000_000},
             {"name": "sub-block", "samples_per_s": 2.25, "peak_memory_bytes": None},
@@ -170,6 +177,7 @@ def test_the_page_shows_them_all(suite_results, tmp_path):
     for section in ("runtimes", "limits", "shapes", "training", "checks"):
         assert f'<section id="{section}">' in page
     assert "| Vega against SDXL | diffusers eager, fp16 | 1024x1024" in text and "| *2.31×* | 2.00× |" in text
+    assert "takes 12 steps, in turn" in page
     assert "published over sub-block: 2.25× (quartiles 2.20–2.30)" in text
     found = json.loads((tmp_path / "out/report.json").read_text())
     assert {one["claim"] for one in found["limits"]} == {1.6, 2.0}
