@@ -12,7 +12,7 @@ from distill.errors import UserError
 
 @dataclass(frozen=True)
 class Change:
-    """`ratio` is after over before; `verdict` is slower, faster, same, gone, new, or broken."""
+    """`ratio` is after over before; `verdict` is slower, faster, same, unknown, gone, new, or broken."""
 
     workload: str
     contestant: str
@@ -27,11 +27,16 @@ class Change:
 
 
 def verdict_on(before: Row, after: Row, tolerance: float) -> str:
-    """`slower` or `faster` only where the intervals do not touch and the medians differ by more than `tolerance`."""
+    """`slower` or `faster` only where the intervals do not touch and the medians differ by more than `tolerance`;
+    `unknown` where they differ so, and one has too few runs for an interval."""
     if after.refused and not before.refused:
         return "broken"
     ratio = after.total_ms.value / before.total_ms.value
-    if before.total_ms.overlaps(after.total_ms) or abs(ratio - 1) <= tolerance:
+    if abs(ratio - 1) <= tolerance:
+        return "same"
+    if before.total_ms.low is None or after.total_ms.low is None:
+        return "unknown"
+    if before.total_ms.overlaps(after.total_ms):
         return "same"
     return "slower" if ratio > 1 else "faster"
 
@@ -51,13 +56,15 @@ def compare_results(before: Results, after: Results, tolerance: float = 0.02) ->
         changes.append(Change(*key, before_ms, after_ms, ratio, verdict))
     for record in after.contestants:
         earlier = next((other for other in before.contestants if other.name == record.name), None)
-        if earlier is not None and earlier.quality.get("passed") and record.quality.get("passed") is False:
-            changes.append(Change("quality guard", record.name, None, None, None, "broken"))
+        if earlier is not None and earlier.quality.get("passed") and not record.quality.get("passed"):
+            verdict = "broken" if record.quality.get("passed") is False else "gone"
+            changes.append(Change("quality guard", record.name, None, None, None, verdict))
     return changes
 
 
 def compare_files(before: Path, after: Path, tolerance: float) -> int:
-    """Prints every change; 1 where one is a regression. Raises UserError where the files do not compare."""
+    """Prints every change; 1 where one is a regression, or may be one for all that is known. Raises UserError where the
+    files do not compare."""
     old, new = read_results(before), read_results(after)
     changes = compare_results(old, new, tolerance)
     if all(change.verdict in ("new", "gone") for change in changes):
@@ -66,11 +73,24 @@ def compare_files(before: Path, after: Path, tolerance: float) -> int:
         old.gpu["identity"]["name"] != new.gpu["identity"]["name"]
     ):
         print("note: the two files come from different machines, so a difference need not be the software's")
+    for record in new.contestants:
+        earlier = next((other for other in old.contestants if other.name == record.name), record)
+        for what in ("spec", "precision", "runtime"):
+            if getattr(earlier, what) != getattr(record, what):
+                print(f"note: {record.name} has another {what}: {getattr(earlier, what)}, then {getattr(record, what)}")
     width = max(len(change.workload) for change in changes)
     for change in changes:
         ratio = f"{change.ratio - 1:+.1%}" if change.ratio is not None else ""
         times = f"{milliseconds(change.before_ms)} -> {milliseconds(change.after_ms)}"
         print(f"{change.workload:<{width}}  {change.contestant:<12} {times:>24} {ratio:>8}  {change.verdict}")
     regressions = sum(change.is_regression for change in changes)
-    print(f"{regressions} regression(s) in {len(changes)} comparisons" if regressions else "no regression beyond noise")
-    return 1 if regressions else 0
+    unknown = sum(change.verdict == "unknown" for change in changes)
+    if unknown:
+        print(
+            f"{unknown} of {len(changes)} differ by fewer than six runs, which say nothing: measure with --min-rounds 6"
+        )
+    elif not regressions:
+        print("no regression beyond noise")
+    if regressions:
+        print(f"{regressions} regression(s) in {len(changes)} comparisons")
+    return 1 if regressions or unknown else 0

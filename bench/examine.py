@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 from dataclasses import asdict, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from bench.entrants import Entrant, family_prompts
 from bench.fidelity import measure_fidelity
 from bench.gpu import Gpu, energy_per_image
-from bench.measure import Pictures, make_clock, timed_draw
+from bench.host import cpu_identity
+from bench.measure import make_clock, timed_draw
 from bench.options import RunOptions
-from bench.quality import follows_caption, guard, png_base64
+from bench.pictures import Pictures
+from bench.quality import Quality, follows_caption, guard, png_base64
 from bench.results import CellRecord, PictureRecord
 from bench.workload import Workload
 from distill.architectures import Family
+from distill.errors import UserError
+from distill.files import replacing
 from distill.progress import say
+
+if TYPE_CHECKING:
+    from bench.pipelines import EagerContestant
 
 
 def kernels_of(entrant: Entrant, main: Workload, cell: CellRecord) -> dict[str, Any]:
@@ -33,7 +44,7 @@ def kernels_of(entrant: Entrant, main: Workload, cell: CellRecord) -> dict[str, 
 
 def _references(entrants: list[Entrant], workload: Workload, device: str) -> dict[str, Pictures | str]:
     """For each contestant its fp32 picture, or why there is none. One checkpoint is loaded at a time, then dropped;
-    contestants with the same weights share a picture."""
+    contestants with the same weights share a picture, and so do runs on the same device."""
     import torch
 
     from bench.pipelines import EagerContestant
@@ -45,17 +56,40 @@ def _references(entrants: list[Entrant], workload: Workload, device: str) -> dic
         if source in drawn:
             continue
         reference = EagerContestant("reference", str(source), device, workdir=entrant.contestant.workdir)
+        kept = _kept_reference(reference, workload)
+        if kept.exists():
+            with np.load(kept) as file:
+                drawn[source] = Pictures(file["images"], file["latents"])
+            continue
         # not timed; a narrow net gains nothing from threads, and loses much where the cores are shared
         torch.set_num_threads(1 if entrant.configs.is_narrow else threads)
         try:
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                drawn[source] = timed_draw(reference, workload, make_clock(device))[1]
+                pictures = timed_draw(reference, workload, make_clock(device))[1]
+            drawn[source] = pictures
+            with replacing(kept) as temporary, temporary.open("wb") as file:
+                np.savez(file, images=pictures.images, latents=np.asarray(pictures.latents_array()))
         except torch.OutOfMemoryError:
             drawn[source] = "no fp32 reference: the device has too little memory left for it"
         torch.set_num_threads(threads)
         del reference
         gc.collect()
     return {entrant.name: drawn[entrant.checkpoint()] for entrant in entrants}
+
+
+def _kept_reference(reference: EagerContestant, workload: Workload) -> Path:
+    """Where the picture lies that this drew in an earlier run: all that could change it is in the name."""
+    import diffusers
+    import torch
+
+    device = torch.cuda.get_device_name() if reference.device.startswith("cuda") else cpu_identity()["model"]
+    weights: list[object] = []
+    if not reference.source.startswith("random:"):
+        files = sorted(reference.folder.rglob("*.safetensors"))
+        weights = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    told = [reference.source, workload, device, torch.__version__, diffusers.__version__, weights]
+    name = hashlib.sha256(repr(told).encode()).hexdigest()[:20]
+    return reference.workdir / "references" / f"{name}.npz"
 
 
 def quality_of(
@@ -65,10 +99,16 @@ def quality_of(
     references = _references(entrants, workload, device) if options.reference else {}
     verdicts = {}
     for entrant in entrants:
-        pictures = timed_draw(entrant.contestant, workload, make_clock(entrant.contestant.device))[1]
         reference = references.get(entrant.name, "the reference was switched off")
-        quality = guard(pictures, None, reference) if isinstance(reference, str) else guard(pictures, reference)
-        fidelity = _fidelity(entrant, workload, options)
+        fidelity = None
+        try:
+            pictures = timed_draw(entrant.contestant, workload, make_clock(entrant.contestant.device))[1]
+            quality = guard(pictures, None, reference) if isinstance(reference, str) else guard(pictures, reference)
+            fidelity = _fidelity(entrant, workload, options)
+        except UserError:
+            raise
+        except Exception as error:
+            quality = Quality(False, [f"{type(error).__name__}: {error}"])
         if fidelity is not None and fidelity["words"]:
             quality.passed = False
             quality.words += fidelity["words"]

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from bench.measure import STAGES, Mark, Pictures
+from bench.measure import STAGES, Mark
+from bench.pictures import Pictures
 from bench.workload import Workload
 from distill.errors import UserError, unknown
 

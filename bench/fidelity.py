@@ -69,12 +69,17 @@ def frechet_distance(mu: np.ndarray, sigma: np.ndarray, other_mu: np.ndarray, ot
 
 def fid(features: np.ndarray, reference: tuple[np.ndarray, np.ndarray]) -> float:
     """FID of features (count, d), at least two, against the reference statistics."""
+    check_width(features, reference)
+    return frechet_distance(features.mean(0), np.cov(features, rowvar=False), *reference)
+
+
+def check_width(features: np.ndarray, reference: tuple[np.ndarray, np.ndarray]) -> None:
+    """Raises UserError for features (count, d) of another network than the reference's."""
     if features.shape[1] != len(reference[0]):
         raise UserError(
             f"the extractor gives {features.shape[1]} features, the reference has {len(reference[0])}; use the one the "
             "reference was made with"
         )
-    return frechet_distance(features.mean(0), np.cov(features, rowvar=False), *reference)
 
 
 def clip_scorer(model: str) -> Callable[[list[str], np.ndarray], np.ndarray]:
@@ -101,7 +106,8 @@ def clip_scorer(model: str) -> Callable[[list[str], np.ndarray], np.ndarray]:
 
 
 def feature_extractor(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """A function of uint8 pictures (batch, height, width, 3) to features (batch, d)."""
+    """A function of uint8 pictures (batch, height, width, 3) to features (batch, d). A network that gives features only
+    where it is asked for them, as NVIDIA's Inception does by `return_features`, is asked."""
     import torch
 
     try:
@@ -109,9 +115,11 @@ def feature_extractor(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{path} is no TorchScript feature extractor: {str(error).splitlines()[0]}") from None
 
+    asked = {one.name for one in network.forward.schema.arguments} & {"return_features"}
+
     def extract(images: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            features = network(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
+            features = network(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), **dict.fromkeys(asked, True))
         return features.reshape(len(images), -1).double().numpy()
 
     return extract
@@ -124,17 +132,18 @@ def outside_band(name: str, value: float, band: tuple[float, float] | None) -> l
     return [f"{name} {value:.2f} is {'below' if value < band[0] else 'above'} the band {band[0]:g} to {band[1]:g}"]
 
 
-def check_references(options: FidelityOptions) -> list[str]:
-    """The captions; none where none were asked for. Raises UserError for captions or reference statistics that cannot be
-    used, before anything is drawn."""
+def check_references(options: FidelityOptions) -> None:
+    """Raises UserError for captions, reference statistics and networks that cannot be used, before anything is drawn."""
     if options.captions is None:
-        return []
-    captions = read_captions(options.captions, options.caption_count)
+        return
+    read_captions(options.captions, options.caption_count)
     if (options.fid_reference is None) != (options.fid_extractor is None):
         raise UserError("FID needs both --fid-reference and --fid-extractor; give both or neither")
-    if options.fid_reference is not None:
-        read_statistics(options.fid_reference)
-    return captions
+    black = np.zeros((1, 299, 299, 3), np.uint8)
+    if options.fid_reference is not None and options.fid_extractor is not None:
+        check_width(feature_extractor(options.fid_extractor)(black), read_statistics(options.fid_reference))
+    if options.clip_model is not None:
+        clip_scorer(options.clip_model)(["black"], black)
 
 
 def measure_fidelity(draw: Callable[[str, int], np.ndarray], options: FidelityOptions) -> dict[str, Any] | None:
@@ -144,9 +153,9 @@ def measure_fidelity(draw: Callable[[str, int], np.ndarray], options: FidelityOp
     None, and `notes` say why.
     Raises UserError for references that cannot be read.
     """
-    captions = check_references(options)
-    if not captions:
+    if options.captions is None:
         return None
+    captions = read_captions(options.captions, options.caption_count)
     extract = feature_extractor(options.fid_extractor) if options.fid_extractor else None
     reference = read_statistics(options.fid_reference) if options.fid_reference else None
     score = clip_scorer(options.clip_model) if options.clip_model else None
@@ -161,9 +170,11 @@ def measure_fidelity(draw: Callable[[str, int], np.ndarray], options: FidelityOp
     if reference is not None and len(captions) > 1:
         stacked = np.concatenate(features)
         result["fid"] = fid(stacked, reference)
-        result["words"] += outside_band("FID", result["fid"], options.fid_band)
-        if len(stacked) <= stacked.shape[1]:
-            result["notes"].append(f"FID of {len(stacked)} pictures in {stacked.shape[1]} dimensions is biased upwards")
+        if len(stacked) > stacked.shape[1]:
+            result["words"] += outside_band("FID", result["fid"], options.fid_band)
+        else:
+            few = f"FID of {len(stacked)} pictures in {stacked.shape[1]} dimensions is biased upwards"
+            result["notes"].append(f"{few}: no band judges it")
     else:
         result["notes"].append("no FID: it needs --fid-reference, --fid-extractor and two captions")
     if scores:

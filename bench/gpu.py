@@ -11,7 +11,14 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-THROTTLE_REASONS = {  # NVML's clocks-event bits that mean "slower than it could be"
+THROTTLED_NS = {  # NVML's counters of time spent slower than it could be, since the driver was loaded
+    "SW_POWER_CAP": "power cap",
+    "SYNC_BOOST": "sync boost",
+    "SW_THERM_SLOWDOWN": "software thermal slowdown",
+    "HW_THERM_SLOWDOWN": "hardware thermal slowdown",
+    "HW_POWER_BRAKE_SLOWDOWN": "power brake",
+}
+THROTTLE_REASONS = {  # NVML's clocks-event bits of the same, at this moment
     "SwPowerCap": "power cap",
     "HwSlowdown": "hardware slowdown",
     "SyncBoost": "sync boost",
@@ -103,6 +110,24 @@ class Gpu:
 
         return self.read("throttle_reasons", query)
 
+    def throttled_ns(self) -> dict[str, int] | None:
+        """Reason -> nanoseconds of it since the driver was loaded: unlike `throttle_reasons`, read between two calls, it
+        tells what happened within them. None where the driver or the board does not count."""
+
+        def query(nvml: Any, handle: Any) -> dict[str, int]:
+            fields = [getattr(nvml, f"NVML_FI_DEV_CLOCKS_EVENT_REASON_{name}") for name in THROTTLED_NS]
+            values = nvml.nvmlDeviceGetFieldValues(handle, fields)
+            counted = {
+                word: int(one.value.ullVal)
+                for word, one in zip(THROTTLED_NS.values(), values, strict=True)
+                if one.nvmlReturn == nvml.NVML_SUCCESS
+            }
+            if not counted:
+                raise RuntimeError("none of the counters is supported")
+            return counted
+
+        return self.read("throttled_ns", query)
+
     def other_processes(self) -> int | None:
         """Compute processes on the GPU besides this one. In a container NVML may show none, or foreign numbers."""
         found = self.read("other_processes", lambda n, h: [p.pid for p in n.nvmlDeviceGetComputeRunningProcesses(h)])
@@ -113,6 +138,13 @@ class Gpu:
     def energy_j(self) -> float | None:
         """The board's energy counter since the driver was loaded, in joules (NVML counts millijoules)."""
         return self.read("energy_j", lambda n, h: n.nvmlDeviceGetTotalEnergyConsumption(h) / 1e3)
+
+
+def throttled_meanwhile(before: dict[str, int] | None, after: dict[str, int] | None, seconds: float) -> set[str]:
+    """The reasons that took more than a hundredth of `seconds` between two readings of `throttled_ns`."""
+    if before is None or after is None:
+        return set()
+    return {word for word, count in after.items() if count - before.get(word, count) > 0.01e9 * seconds}
 
 
 RANGED = ("sm_clock_mhz", "memory_clock_mhz", "temperature_c", "power_w", "memory_used_bytes")

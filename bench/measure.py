@@ -15,21 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from bench.pictures import Pictures
     from bench.workload import Workload
 
 STAGES = ("prepare", "tokenise", "text_encoders", "denoise", "vae_decode", "post_process")
 STABLE_WITHIN = 0.05  # two calls of the warm-up
 Mark = Callable[[str], None]
-
-
-@dataclass
-class Pictures:
-    """`images` uint8 (batch, height, width, 3); `latents` float32 (batch, 4, height / 8, width / 8) or None."""
-
-    images: np.ndarray
-    latents: np.ndarray | None = None
 
 
 class Contestant(Protocol):
@@ -185,24 +176,34 @@ class Rounds:
 @dataclass
 class Cell:
     """The samples of one workload, per contestant, in rounds that were interleaved. `first_ms` is the very first call
-    of each visit, which pays for the change to this workload's shapes."""
+    of each visit, which pays for the change to this workload's shapes; `unsettled` by how much of itself the last call
+    of the first visit's warm-up differed from the one before (None after a single call); `faults` what is visibly wrong
+    with the pictures."""
 
     workload: Workload
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     first_ms: dict[str, list[float]] = field(default_factory=dict)
     warmups: dict[str, int] = field(default_factory=dict)
+    unsettled: dict[str, float | None] = field(default_factory=dict)
+    faults: dict[str, list[str]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
 
-def warm_up(contestant: Contestant, workload: Workload, clock: Clock, rounds: Rounds) -> list[float]:
-    """Draws until two calls in a row agree within STABLE_WITHIN, `max_warmup` times at most. Returns their
-    milliseconds."""
+def warm_up(contestant: Contestant, cell: Cell, clock: Clock, most: int) -> None:
+    """Draws until two calls in a row agree within STABLE_WITHIN, `most` times at most, and looks at the last pictures."""
+    name, apart = contestant.name, None
     totals: list[float] = []
-    for count in range(1, rounds.max_warmup + 1):
-        totals.append(timed_draw(contestant, workload, clock)[0].total_ms)
-        if count >= 2 and abs(totals[-1] - totals[-2]) <= STABLE_WITHIN * totals[-2]:
+    for _ in range(most):
+        sample, pictures = timed_draw(contestant, cell.workload, clock)
+        if totals:
+            apart = abs(sample.total_ms - totals[-1]) / totals[-1]
+        totals.append(sample.total_ms)
+        if apart is not None and apart <= STABLE_WITHIN:
             break
-    return totals
+    cell.warmups[name] = len(totals)
+    cell.first_ms.setdefault(name, []).append(totals[0])
+    cell.unsettled.setdefault(name, apart)
+    cell.faults[name] = cell.faults.get(name) or pictures.faults()
 
 
 def measure_rounds(
@@ -213,7 +214,8 @@ def measure_rounds(
     *,
     on_round: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Adds interleaved rounds A B C, B C A, C A B, ... to `cell`: a drift of the machine meets all contestants alike.
+    """Adds interleaved rounds A B C, C B A, B C A, A C B, ... to `cell`: a drift of the machine meets all contestants
+    alike, and so does what the one before leaves behind.
 
     Warm-up counts towards `budget_s`. A contestant that raises is recorded with its error and left out from then on;
     the others go on.
@@ -224,12 +226,10 @@ def measure_rounds(
             continue
         clock = make_clock(contestant.device)
         try:
-            totals = warm_up(contestant, cell.workload, clock, rounds)
+            warm_up(contestant, cell, clock, rounds.max_warmup)
         except Exception as error:
             cell.failures[contestant.name] = f"{type(error).__name__}: {error}"
             continue
-        cell.warmups[contestant.name] = len(totals)
-        cell.first_ms.setdefault(contestant.name, []).extend(totals[:1])
         running.append((contestant, clock))
         cell.samples.setdefault(contestant.name, [])
     first = 1 + max((sample.round for samples in cell.samples.values() for sample in samples), default=-1)
@@ -237,8 +237,8 @@ def measure_rounds(
         if index >= first + rounds.min_rounds and time.monotonic() - begin > budget_s:
             break
         gc.collect()
-        turn = index % max(1, len(running))
-        for contestant, clock in running[turn:] + running[:turn]:
+        turn = index // 2 % max(1, len(running))
+        for contestant, clock in (running[turn:] + running[:turn])[:: -1 if index % 2 else 1]:
             started_s = time.monotonic()
             try:
                 sample, _ = timed_draw(contestant, cell.workload, clock)

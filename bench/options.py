@@ -64,6 +64,8 @@ def check_options(options: RunOptions, specs: list[Spec]) -> str:
             f"rounds from {options.min_rounds} to {options.max_rounds}: at least 1 is needed, and the most must not be "
             "below the least"
         )
+    if options.max_warmup < 1:
+        raise UserError(f"--max-warmup {options.max_warmup}: at least 1 is needed")
     check_scheduler(options.scheduler)
     if options.device not in (None, "cpu", "cuda"):
         raise unknown("device", str(options.device), ("cpu", "cuda"))

@@ -11,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.measure import Mark, Pictures
+from bench.measure import Mark
+from bench.pictures import Pictures
 from bench.workload import SCHEDULERS, Workload
 from distill.errors import UserError
 
@@ -132,8 +133,7 @@ class PipelineContestant:
         ).images
         pixels = (images * 255).round().astype(np.uint8)
         mark("post_process")
-        latents = last["latents"].detach().float().cpu().numpy()  # after the last mark: not part of the total
-        return Pictures(pixels, latents)
+        return Pictures(pixels, last["latents"])
 
 
 @dataclass

@@ -7,12 +7,11 @@ import base64
 import io
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from bench.measure import Pictures
+from bench.pictures import Pictures
 
 MIN_PSNR_DB = 20.0  # half precision over thirty steps wanders this far and still draws the same picture
 MIN_LATENT_COSINE = 0.95
@@ -43,31 +42,18 @@ class Quality:
     identical: bool = False
 
 
-def look(pictures: Pictures) -> list[str]:
-    """What is visibly wrong without any reference: latents that are not finite, black or flat pictures."""
-    words = []
-    if pictures.latents is not None and not np.isfinite(pictures.latents).all():
-        words.append("the final latents hold NaN or infinity")
-    for index, image in enumerate(pictures.images):
-        if image.max() < 8:
-            words.append(f"picture {index} is black")
-        elif image.std() < 1:
-            words.append(f"picture {index} is one flat colour")
-    return words
-
-
 def guard(pictures: Pictures, reference: Pictures | None, why_not: str = "no fp32 reference was given") -> Quality:
     """Compares with the fp32 reference of the same prompts and seed."""
-    words = look(pictures)
+    words = pictures.faults()
     if reference is None:
         return Quality(False if words else None, words or [why_not])
     if reference.images.shape != pictures.images.shape:
         words.append(f"pictures of shape {pictures.images.shape}, the reference has {reference.images.shape}")
         return Quality(False, words)
     psnr = psnr_db(pictures.images, reference.images)
-    similarity = None
-    if pictures.latents is not None and reference.latents is not None:
-        similarity = cosine(pictures.latents, reference.latents)
+    similarity, ours, theirs = None, pictures.latents_array(), reference.latents_array()
+    if ours is not None and theirs is not None:
+        similarity = cosine(ours, theirs)
         if similarity < MIN_LATENT_COSINE:
             words.append(f"latents at cosine {similarity:.3f} to the reference (at least {MIN_LATENT_COSINE})")
     if psnr < MIN_PSNR_DB:

@@ -39,7 +39,8 @@ class Estimate(Record):
 
 class Row(Record):
     """One contestant in one cell. Times in milliseconds; `speedup` is how many times faster than the baseline,
-    `first_ms` the first call of each visit to this cell, from another workload's shapes."""
+    `first_ms` the first call of each visit to this cell, from another workload's shapes, `unsettled` the share by which
+    the last two calls of the warm-up differed."""
 
     contestant: str
     total_ms: Estimate
@@ -54,6 +55,7 @@ class Row(Record):
     diagnosis: list[str]
     refused: bool
     warmups: int
+    unsettled: float | None = None
     first_ms: list[float] = []
     samples: list[dict[str, Any]]
 

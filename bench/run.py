@@ -14,7 +14,7 @@ from typing import Any
 from bench.contestants import default_device, make_contestant, parse_specs
 from bench.entrants import Entrant, family_prompts, find_configs, find_family, import_quietly, load_entrant
 from bench.examine import draw_pictures, energy_of, kernels_of, quality_of
-from bench.gpu import Gpu, device_ranges
+from bench.gpu import Gpu, device_ranges, throttled_meanwhile
 from bench.inventory import describe, parse_artifacts
 from bench.measure import Cell, Rounds, measure_cells
 from bench.options import RunOptions, check_options
@@ -26,6 +26,7 @@ from distill.errors import UserError
 from distill.progress import say
 
 STOPPED = "the run was stopped before this"
+FAILED = {"passed": False, "words": ["it failed in the timed rounds"], "fidelity": None}
 NOT_LOADED = "was not loaded"
 
 
@@ -80,6 +81,7 @@ def _measure(
     company: dict[str, list[float]] = {workload.name: [] for workload in workloads}
     states: dict[str, list[dict[str, Any]]] = {workload.name: [] for workload in workloads}
     load, visit, seen = OtherLoad(), 0, [gpu.state()]
+    begun, counted = time.monotonic(), gpu.throttled_ns()
     met: dict[str, Cell] = {}
 
     def record_of(cell: Cell) -> CellRecord:
@@ -97,7 +99,9 @@ def _measure(
         seen.append(gpu.state())
 
     def on_visit(cell: Cell, last: bool) -> None:
-        nonlocal load, visit
+        nonlocal load, visit, begun, counted
+        now, count = time.monotonic(), gpu.throttled_ns()
+        throttled[cell.workload.name] |= throttled_meanwhile(counted, count, now - begun)
         company[cell.workload.name].append(load.percent())
         throttled[cell.workload.name].update(*(state["throttle_reasons"] or [] for state in seen))
         states[cell.workload.name] += seen
@@ -105,6 +109,7 @@ def _measure(
         met[cell.workload.name] = cell
         keep([record_of(one) for one in met.values()])
         load, visit = OtherLoad(), visit + 1
+        begun, counted = now, count
         totals = {name: median(one.total_ms for one in samples) for name, samples in cell.samples.items() if samples}
         say(
             f"  [{visit}/{2 * len(workloads)}] {cell.workload.name}: "
@@ -209,25 +214,28 @@ def run_bench(options: RunOptions) -> Results:
 
     names = [entrant.name for entrant in entrants]
     unchecked: dict[str, Any] = {"passed": None, "words": [STOPPED], "fidelity": None}
-    energy: dict[str, dict[str, Any]] = {name: {"j_per_image": None, "why": STOPPED} for name in names}
+    unmeasured: dict[str, dict[str, Any]] = {name: {"j_per_image": None, "why": STOPPED} for name in names}
 
     def keep(records: list[CellRecord]) -> None:
         nonlocal after
         cells[:], after = records, gpu.state()
-        save(dict.fromkeys(names, unchecked), energy, [])
+        save(dict.fromkeys(names, unchecked), unmeasured, [])
 
     say("timed rounds, interleaved")
     _measure(entrants, workloads, options, baseline, peak, gpu, keep)
+    drawing = [entrant for entrant in entrants if entrant.name not in cells[0].failures]
+    for name, why in cells[0].failures.items():
+        unmeasured[name] = {"j_per_image": None, "why": f"it failed in the timed rounds: {why}"}
     if options.kernels:
         say("kernels of the denoise loop")
-        for entrant in entrants:
+        for entrant in drawing:
             entrant.kernels = kernels_of(entrant, main, cells[0])
     say("quality against the fp32 reference")
-    quality = quality_of(entrants, main, options, device)
-    save(quality, energy, [])
-    energy = {entrant.name: energy_of(entrant, main, gpu, options.energy_seconds) for entrant in entrants}
+    quality = dict.fromkeys(names, FAILED) | quality_of(drawing, main, options, device)
+    save(quality, unmeasured, [])
+    energy = unmeasured | {one.name: energy_of(one, main, gpu, options.energy_seconds) for one in drawing}
     if options.pictures:
         say(f"pictures: {options.pictures} prompts, the same seeds for all")
-    results = save(quality, energy, draw_pictures(entrants, main, family, options))
+    results = save(quality, energy, draw_pictures(drawing, main, family, options))
     say(f"wrote {options.out} after {results.seconds:.0f} s")
     return results

@@ -72,7 +72,7 @@ def make_row(
     peak: Peak | None,
     faults: dict[str, Any],
 ) -> Row:
-    """`faults` holds what the machine showed meanwhile: see `stats.diagnose`."""
+    """`faults` holds what the machine and the pictures showed: see `stats.diagnose`."""
     totals = [sample.total_ms for sample in samples]
     total = stats.median_interval(totals)
     step_ms = median(median(sample.steps_ms) for sample in samples)
@@ -103,6 +103,7 @@ def make_row(
         diagnosis=diagnosis,
         refused=refused,
         warmups=warmups,
+        unsettled=faults.get("unsettled"),
         first_ms=first_ms,
         samples=[asdict(sample) for sample in samples],
     )
@@ -127,7 +128,7 @@ def summarise(
             first_ms=cell.first_ms[name],
             costs=costs.get(name),
             peak=peak,
-            faults=faults,
+            faults=faults | {"unsettled": cell.unsettled.get(name), "pictures": cell.faults.get(name, [])},
         )
         for name, samples in cell.samples.items()
         if samples

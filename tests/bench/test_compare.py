@@ -43,6 +43,26 @@ def test_within_overlapping_intervals_nothing_is_said(results_path):
     assert verdict_on(row, near, 0.0) == "same"
 
 
+def test_too_few_runs_are_no_all_clear(tmp_path, results_path, capsys):
+    def without_intervals(value):
+        scale(10)(value)
+        for cell in value["cells"]:
+            for row in cell["rows"]:
+                row["total_ms"] |= {"low": None, "high": None}
+
+    assert compare_files(results_path, changed(tmp_path / "few.json", results_path, without_intervals), 0.02) == 1
+    told = capsys.readouterr().out
+    assert "unknown" in told and "no regression" not in told
+
+
+def test_another_precision_under_the_same_name_is_told(tmp_path, results_path, capsys):
+    def halved(value):
+        value["contestants"][0]["precision"] = "fp16"
+
+    assert compare_files(results_path, changed(tmp_path / "half.json", results_path, halved), 0.02) == 0
+    assert "has another precision" in capsys.readouterr().out
+
+
 def test_a_vanished_contestant_and_a_failed_guard_are_regressions(tmp_path, results_path):
     def drop(value):
         for cell in value["cells"]:

@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 import torch
 
-from bench.fidelity import FidelityOptions, fid, frechet_distance, measure_fidelity, outside_band, read_captions
+from bench.fidelity import (
+    FidelityOptions,
+    check_references,
+    fid,
+    frechet_distance,
+    measure_fidelity,
+    outside_band,
+    read_captions,
+)
 from distill.errors import UserError
 
 
@@ -51,6 +59,23 @@ def test_the_same_pictures_score_zero_and_darker_ones_do_not(references):
     assert dark["fid"] > 0.1 and "above the band" in dark["words"][0]
 
 
+def test_fid_of_too_few_pictures_is_told_and_not_judged(references):
+    few = measure_fidelity(draw, options(references, "dark", caption_count=3, fid_band=(0.0, 0.01)))
+    assert few["fid"] > 0.1 and few["words"] == [] and "3 pictures in 6 dimensions" in few["notes"][0]
+
+
+def test_an_extractor_is_asked_for_features_where_it_must_be(references):
+    class OnRequest(torch.nn.Module):
+        def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+            values = images.float() / 255
+            features = torch.cat([values.mean((2, 3)), values.std((2, 3))], 1)
+            return features if return_features else features[:, :1]
+
+    torch.jit.script(OnRequest()).save(str(references / "request.pt"))
+    asked = options(references, "light", fid_extractor=references / "request.pt")
+    assert measure_fidelity(draw, asked)["fid"] == pytest.approx(0, abs=1e-6)
+
+
 def test_a_band_has_two_sides():
     assert outside_band("FID", 23.5, (23.01, 23.95)) == []
     assert "below" in outside_band("FID", 20.0, (23.01, 23.95))[0]
@@ -66,15 +91,15 @@ def test_what_was_not_given_is_none_and_says_why(references):
 
 def test_bad_references_are_one_line(references):
     with pytest.raises(UserError, match="both"):
-        measure_fidelity(draw, options(references, "light", fid_extractor=None))
+        check_references(options(references, "light", fid_extractor=None))
     with pytest.raises(UserError, match="mu"):
-        measure_fidelity(draw, options(references, "light", fid_reference=references / "net.pt"))
+        check_references(options(references, "light", fid_reference=references / "net.pt"))
     with pytest.raises(UserError, match="TorchScript"):
-        measure_fidelity(draw, options(references, "light", fid_extractor=references / "stats.npz"))
+        check_references(options(references, "light", fid_extractor=references / "stats.npz"))
     with pytest.raises(UserError, match="does not exist"):
         read_captions(references / "none.txt", 3)
     with pytest.raises(UserError, match="CLIP model"):
-        measure_fidelity(draw, options(references, "light", clip_model=str(references)))
+        check_references(options(references, "light", clip_model=str(references)))
     with pytest.raises(UserError, match="features"):
         fid(np.zeros((4, 3)), (np.zeros(6), np.eye(6)))
 

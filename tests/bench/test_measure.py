@@ -1,9 +1,13 @@
+from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from bench.fake import FakeContestant
 from bench.measure import STAGES, Cell, CpuClock, Rounds, cold_start, measure_cells, measure_rounds, timed_draw
+from bench.pictures import Pictures
+from bench.summary import summarise
 from bench.workload import Workload
 from distill.architectures import Resolution
 from distill.errors import UserError
@@ -50,9 +54,26 @@ def test_rounds_are_interleaved_and_turn():
 
     fakes = [Logged(name, {"denoise": 0.1}) for name in "abc"]
     cell = Cell(WORKLOAD)
-    measure_rounds(fakes, cell, Rounds(min_rounds=3, max_rounds=3, max_warmup=1), 0.0)
-    assert "".join(order[3:]) == "abcbcacab"
-    assert [len(samples) for samples in cell.samples.values()] == [3, 3, 3]
+    measure_rounds(fakes, cell, Rounds(min_rounds=6, max_rounds=6, max_warmup=1), 0.0)
+    rounds = ["".join(order[begin : begin + 3]) for begin in range(3, 21, 3)]
+    assert rounds == ["abc", "cba", "bca", "acb", "cab", "bac"]
+    assert [len(samples) for samples in cell.samples.values()] == [6, 6, 6]
+    follows = Counter(pair for one in rounds for pair in (one[:2], one[1:]))
+    assert set(follows.values()) == {2} and len(follows) == 6, "each comes after each as often"
+
+
+def test_what_is_wrong_with_a_picture_refuses_its_row_and_what_is_not_warm_is_told():
+    class Black(FakeContestant):
+        def draw(self, workload, mark):
+            pictures = super().draw(workload, mark)
+            return Pictures(np.zeros_like(pictures.images))
+
+    cell = Cell(WORKLOAD)
+    measure_rounds([Black("black", {"denoise": 0.1}), FakeContestant("good", {"denoise": 0.1})], cell, Rounds(), 0.0)
+    cell.unsettled["good"] = 0.2
+    black, good = summarise(cell, "good", costs={}, peak=None, faults={}).rows
+    assert black.refused and black.speedup is None and black.diagnosis[0].startswith("refused: picture 0 is black")
+    assert not good.refused and "still differed by 20%" in "; ".join(good.diagnosis)
 
 
 def test_a_contestant_that_fails_is_recorded_and_the_others_go_on():

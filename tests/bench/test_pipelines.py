@@ -46,7 +46,7 @@ def test_every_stage_of_a_real_pipeline_is_seen_and_they_sum_to_the_total(eager)
     assert sample.unaccounted < 0.01
     assert sample.stages_ms["denoise"] > sample.stages_ms["tokenise"]
     assert pictures.images.shape == (2, 64, 96, 3) and pictures.images.dtype == np.uint8
-    assert pictures.latents.shape == (2, 4, 8, 12)
+    assert pictures.latents_array().shape == (2, 4, 8, 12)
 
 
 def test_the_picture_is_diffusers_own(eager, folder):
@@ -96,18 +96,6 @@ def test_seed_scheduler_and_guidance_reach_the_pipeline(eager):
     ):
         assert (draw(**changes) != base).any(), changes
     assert (draw() == base).all()  # and nothing of it stays
-
-
-def test_the_hooks_cost_next_to_nothing():
-    """All marks of a 50-step picture, over the shortest picture worth timing (20 ms)."""
-    clock = CpuClock()
-    costs = []
-    for _ in range(50):
-        clock.start()
-        for _ in range(60):
-            clock.mark("denoise")
-        costs.append(sum(milliseconds for _, milliseconds in clock.finish()[0]))
-    assert min(costs) / 20 < 0.01
 
 
 def test_a_folder_that_is_no_onnx_folder_is_one_line(tmp_path):

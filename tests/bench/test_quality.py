@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench.measure import Pictures
-from bench.quality import cosine, follows_caption, guard, look, png_base64, psnr_db, share_following
+from bench.pictures import Pictures
+from bench.quality import cosine, follows_caption, guard, png_base64, psnr_db, share_following
 from distill.architectures import Resolution
 from distill.shapes import Scene, Thing, render
 
@@ -55,7 +55,7 @@ def test_a_broken_picture_fails_even_without_a_reference(images, values, word):
 def test_nothing_to_compare_with_is_not_a_pass():
     found = guard(Pictures(picture(), latents()), None, "no checkpoint")
     assert found.passed is None and found.words == ["no checkpoint"]
-    assert look(Pictures(picture())) == []
+    assert Pictures(picture()).faults() == []
 
 
 def test_another_size_fails():

@@ -11,14 +11,13 @@ from bench.stats import (
 )
 
 
-def test_median_interval_covers_the_true_median_as_often_as_it_claims():
+@pytest.mark.parametrize("count", [6, 7, 8, 12, 25])
+def test_median_interval_covers_the_true_median_as_often_as_it_claims(count):
     rng = np.random.default_rng(0)
-    covered = 0
-    for trial in range(200):
-        found = median_interval(list(rng.exponential(1.0, 25)), seed=trial)
-        assert found.low is not None and found.high is not None
-        covered += found.low <= np.log(2) <= found.high
-    assert 0.90 <= covered / 200 <= 0.99
+    found = [median_interval(list(samples)) for samples in rng.exponential(1.0, (2000, count))]
+    covered = np.mean([one.low <= np.log(2) <= one.high for one in found])
+    assert 0.945 <= covered <= 1 - 0.5**count
+    assert median_interval([1.0] * 1500).high == 1.0
 
 
 def test_no_interval_from_fewer_than_six_samples():

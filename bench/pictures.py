@@ -1,0 +1,36 @@
+"""What a contestant gives back, and what is visibly wrong with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass
+class Pictures:
+    """`images` uint8 (batch, height, width, 3); `latents`, an array or a tensor on any device, (batch, 4, height / 8,
+    width / 8), or None."""
+
+    images: np.ndarray
+    latents: Any = None
+
+    def latents_array(self) -> np.ndarray | None:
+        """The latents in float32 on the host; they are copied now, not in the time of the call that drew them."""
+        if self.latents is None or isinstance(self.latents, np.ndarray):
+            return self.latents
+        return np.asarray(self.latents.detach().float().cpu())
+
+    def faults(self) -> list[str]:
+        """What is wrong without any reference: latents that are not finite, black or flat pictures."""
+        words = []
+        latents = self.latents_array()
+        if latents is not None and not np.isfinite(latents).all():
+            words.append("the final latents hold NaN or infinity")
+        for index, image in enumerate(self.images):
+            if image.max() < 8:
+                words.append(f"picture {index} is black")
+            elif image.std() < 1:
+                words.append(f"picture {index} is one flat colour")
+        return words
