@@ -10,7 +10,6 @@ import contextlib
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
@@ -25,6 +24,7 @@ from engines.bundle import (
     FileRecord,
     Layout,
     Manifest,
+    Options,
     Source,
     TensorInfo,
     is_intact,
@@ -44,14 +44,14 @@ PARTIAL = ".partial"
 
 
 @contextlib.contextmanager
-def bundle_lock(bundle: Path, announce: Any = print) -> Iterator[None]:
+def bundle_lock(bundle: Path) -> Iterator[None]:
     """One build at a time in a bundle; a second waits. The system frees the lock of a killed process."""
     bundle.mkdir(parents=True, exist_ok=True)
     lock = FileLock(bundle / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        announce(f"another build is at work in {bundle}; waiting for it")
+        print(f"another build is at work in {bundle}; waiting for it")
         lock.acquire()
     try:
         yield
@@ -59,12 +59,15 @@ def bundle_lock(bundle: Path, announce: Any = print) -> Iterator[None]:
         lock.release()
 
 
-def available_memory_bytes() -> int:
-    """What a new process can use: free memory of the machine, and of the container where one sets a limit."""
+def available_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """What a new process can use: free memory of the machine, and of the container where one sets a limit. The
+    container's cached files (cgroup v2, memory.stat) count as free: the kernel gives them up first."""
     available = int(psutil.virtual_memory().available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     with contextlib.suppress(OSError, ValueError):
-        available = min(available, int(limit.read_text()) - int(used.read_text()))
+        limit, used = (int((cgroup / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        cached = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+        available = min(available, limit - used + cached)
     return available
 
 
@@ -91,7 +94,7 @@ def build_bundle(
     batches: list[int] | None = None,
     guidance: Guidance = "always",
     components: list[str] | None = None,
-    options: dict[str, bool | int | str] | None = None,
+    options: Options | None = None,
     memory_gb: float | None = None,
     replace: bool = False,
 ) -> Manifest:
@@ -135,9 +138,7 @@ def build_bundle(
             write_manifest(out, manifest)
         remove_strays(out, manifest)
         if not todo:
-            progress.console.print(
-                f"{out} is up to date: {len(jobs)} engine(s) unchanged", markup=False, soft_wrap=True
-            )
+            progress.console.print(f"{out} is up to date: {len(jobs)} engine(s) unchanged", soft_wrap=True)
     return manifest
 
 

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from distill.errors import UserError
 from distill.files import sha256_file, write_json
-from engines.gpus import GPUS
+from engines.gpus import GPUS, version_tuple
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -42,6 +42,8 @@ InsidePath = Annotated[str, Field(max_length=512), AfterValidator(_inside)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Capability = Annotated[str, Field(pattern=r"^\d{1,2}\.\d$")]
 ResolutionText = Annotated[str, Field(pattern=r"^[1-9]\d{0,4}x[1-9]\d{0,4}$")]
+Options = dict[str, bool | str]
+"""Builder options that are switched on."""
 Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"]
 
 
@@ -80,9 +82,11 @@ class ShapeRange(_Record):
             raise ValueError(f"not ordered min <= opt <= max: {self.min} {self.opt} {self.max}")
         return self
 
-    def admits(self, shape: tuple[int, ...]) -> bool:
-        return len(shape) == len(self.min) and all(
-            low <= size <= high for low, size, high in zip(self.min, shape, self.max, strict=True)
+    def covers(self, other: ShapeRange) -> bool:
+        """Whether every shape of the other range is in this one."""
+        return len(self.min) == len(other.min) and all(
+            low <= least and most <= high
+            for low, least, most, high in zip(self.min, other.min, other.max, self.max, strict=True)
         )
 
 
@@ -93,6 +97,12 @@ class Profile(_Record):
     resolutions: list[ResolutionText]
     batch: int = Field(ge=1)
     shapes: dict[str, ShapeRange]
+
+    def covers(self, other: Profile) -> bool:
+        """Whether it serves all that the other profile does."""
+        return set(other.resolutions) <= set(self.resolutions) and all(
+            name in self.shapes and self.shapes[name].covers(shape) for name, shape in other.shapes.items()
+        )
 
 
 class BuildRecord(_Record):
@@ -124,7 +134,7 @@ class Engine(_Record):
     onnx_sha256: Sha256
     weights_sha256: Sha256 | None
     weights_bytes: int = Field(ge=0)
-    options: dict[str, bool | int | str] = {}
+    options: Options = {}
     build: BuildRecord
 
     @model_validator(mode="after")
@@ -140,6 +150,13 @@ class Engine(_Record):
     @property
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files)
+
+    def serves(self, compute_capability: str) -> bool:
+        """Whether a GPU of this compute capability runs it. `ampere+` plans run on every Ampere and newer one."""
+        if not self.compute_capabilities or compute_capability in self.compute_capabilities:
+            return True
+        from_ampere = version_tuple(compute_capability) >= (8, 0)
+        return self.options.get("hardware_compatible") == "ampere+" and from_ampere
 
 
 class Source(_Record):

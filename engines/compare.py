@@ -13,13 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from distill.files import write_json
 from engines.build import build_bundle
 from engines.bundle import LAYOUTS, Engine, Layout
-from engines.reports import console, size
+from engines.reports import console, size, wide_console
 
 BASELINE = "per-resolution"
 
@@ -83,7 +82,7 @@ def compare_layouts(
     """Builds every layout, writes `out/layouts.json` and prints the table. Raises UserError as `build_bundle` does."""
     costs: list[LayoutCost] = []
     for layout in layouts:
-        console.print(f"layout {layout}", markup=False)
+        console.print(f"layout {layout}")
         folder = out / layout
         shutil.rmtree(folder, ignore_errors=True)
         manifest = build_bundle(
@@ -98,7 +97,7 @@ def compare_layouts(
         costs += [layout_cost(layout, component, manifest.engines) for component in components]
         if not keep:
             shutil.rmtree(folder)
-    Console(highlight=False, width=max(console.width, 130)).print(cost_table(costs))
+    wide_console(130).print(cost_table(costs))
     version = manifest.engines[0].flavor_version
     write_json(
         out / "layouts.json",

@@ -62,6 +62,17 @@ def gpu_at_hand(position: int = 0) -> tuple[str, str] | None:
         return None
 
 
+def gpu_of_device(device: str) -> tuple[str, str] | None:
+    """Title and compute capability of a torch device such as "cuda:1"; None where torch has no such GPU. What is to run a
+    plan is asked of torch: unless CUDA_DEVICE_ORDER says otherwise, CUDA numbers the fastest GPU first and NVML does not."""
+    import torch
+
+    if not torch.cuda.is_available() or (torch.device(device).index or 0) >= torch.cuda.device_count():
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_name(device), f"{major}.{minor}"
+
+
 def nvml_handle(position: int = 0) -> Any:
     """NVML's handle of the CUDA device at this position among the visible ones. Both number GPUs alike where
     CUDA_DEVICE_ORDER is PCI_BUS_ID, which slimxl's commands see to. Raises pynvml.NVMLError where there is none."""
@@ -88,8 +99,9 @@ def driver_at_hand() -> tuple[str, int] | None:
         return None
 
 
-def _order(compute_capability: str) -> tuple[int, ...]:
-    return tuple(map(int, compute_capability.split(".")))
+def version_tuple(text: str) -> tuple[int, ...]:
+    """The numbers of a version or a compute capability, to be compared: "10.9" comes before "10.14"."""
+    return tuple(int(part) for part in text.split(".") if part.isdigit())
 
 
 def resolve_targets(names: list[str], flavor: str, supported: frozenset[str] | None) -> list[Target]:
@@ -106,13 +118,13 @@ def resolve_targets(names: list[str], flavor: str, supported: frozenset[str] | N
     for name in names:
         for gpu, capability in _expand(name):
             if capability not in supported:
+                able = ", ".join(sorted(supported, key=version_tuple))
                 raise UserError(
-                    f"{flavor} cannot target {gpu} (compute capability {capability}): it targets "
-                    f"{', '.join(sorted(supported, key=_order))}; build {gpu} with --flavor tensorrt on a machine that "
-                    "has one, or use --flavor onnxruntime"
+                    f"{flavor} cannot target {gpu} (compute capability {capability}): it targets {able}; "
+                    f"build {gpu} with --flavor tensorrt on a machine that has one, or use --flavor onnxruntime"
                 )
             wanted.setdefault(capability, []).append(gpu)
-    capabilities = sorted(wanted, key=_order)
+    capabilities = sorted(wanted, key=version_tuple)
     if flavor == "tensorrt-rtx":
         gpus = tuple(dict.fromkeys(gpu for capability in capabilities for gpu in wanted[capability]))
         return [Target(gpus=gpus, compute_capabilities=tuple(capabilities))]

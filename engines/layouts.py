@@ -26,7 +26,7 @@ from engines.onnx_folder import OnnxComponent
 
 DEFAULT_LAYOUTS: dict[str, Layout] = {"tensorrt": "shared", "tensorrt-rtx": "ranged", "onnxruntime": "ranged"}
 UNSIZED = ("text_encoder", "text_encoder_2")
-"""Components that do not see the image size."""
+"""Components that do not see the image size: one engine serves every size and layout."""
 
 
 Guidance = Literal["always", "never", "any"]
@@ -38,7 +38,7 @@ def _rows(component: OnnxComponent, batch: int, guidance: Guidance) -> int:
     if component.fixed_rows is not None and rows > component.fixed_rows:
         raise UserError(
             f"{component.model} was exported for {component.fixed_rows} row(s), {batch} image(s) make {rows}; "
-            f"export with --batch {rows}, or with --resolutions dynamic"
+            f"export with --batch {batch}, or with --resolutions dynamic"
         )
     return component.fixed_rows or rows
 

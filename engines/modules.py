@@ -36,6 +36,7 @@ class EngineComponent:
         self.name = first.component
         self.inputs = {tensor.name: tensor for tensor in first.inputs}
         self.outputs = {tensor.name: tensor for tensor in first.outputs}
+        self._batched = [name for name in self.inputs if name != "timestep"]  # one timestep is for all rows
 
     @property
     def resolutions(self) -> list[str]:
@@ -46,13 +47,12 @@ class EngineComponent:
         return TORCH_DTYPES[(self.inputs.get(name) or self.outputs[name]).dtype]
 
     def run(self, inputs: dict[str, torch.Tensor], resolution: str | None = None) -> dict[str, torch.Tensor]:
-        """`inputs` have any float type and the engine's names; rows are the first dimension of those that vary.
+        """`inputs` have any float type and the engine's names; rows are the first dimension of all but the timestep.
 
         `resolution` is the image size for components that see it. Raises UserError where the bundle lacks it.
         """
         ready = {name: tensor.to(self.device, self.dtype(name)).contiguous() for name, tensor in inputs.items()}
-        batched = [name for name, tensor in self.inputs.items() if tensor.shape and isinstance(tensor.shape[0], str)]
-        rows = ready[batched[0]].shape[0]
+        rows = ready[self._batched[0]].shape[0]
         if (choice := self._choices.get((resolution, rows))) is None:
             choice = self._choices[resolution, rows] = self._choose(resolution, rows)
         loaded, profile, most = choice
@@ -61,7 +61,7 @@ class EngineComponent:
             _warn_of_padding(self.name)
             padded = {
                 name: torch.cat([tensor, tensor[-1:].expand(least - rows, *tensor.shape[1:])])
-                if name in batched
+                if name in self._batched
                 else tensor
                 for name, tensor in ready.items()
             }
@@ -70,8 +70,8 @@ class EngineComponent:
             return loaded.run(ready, profile)
         pieces = []
         for start in range(0, rows, most):
-            chunk = {name: ready[name][start : start + most] if name in batched else ready[name] for name in ready}
-            pieces.append(self.run(chunk, resolution))
+            chunk = {name: ready[name][start : start + most] for name in self._batched}
+            pieces.append(self.run(ready | chunk, resolution))
         return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
     def _choose(self, resolution: str | None, rows: int) -> tuple[LoadedEngine, Profile, int]:
@@ -111,6 +111,11 @@ def _warn_of_padding(component: str) -> None:
     )
 
 
+def _is_same(asked: torch.device, device: torch.device) -> bool:
+    """Where one has no index, it is not compared: "cuda" is whichever."""
+    return (asked.type == device.type and None in (asked.index, device.index)) or asked == device
+
+
 class _EngineModule(torch.nn.Module):
     """What diffusers asks of any component: a config, a device, a dtype; and `to`, which an engine cannot obey."""
 
@@ -131,8 +136,8 @@ class _EngineModule(torch.nn.Module):
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """An engine stays where it was loaded and keeps its precision. Raises UserError for another device."""
-        device = kwargs.get("device") or next((a for a in args if isinstance(a, (str, torch.device, int))), None)
-        if device is not None and torch.device(device).type != self.device.type:
+        device = kwargs.get("device", next((a for a in args if isinstance(a, (str, torch.device, int))), None))
+        if device is not None and not _is_same(torch.device(device), self.device):
             raise UserError(
                 f"the {self.component.name} engine is on {self.device} and cannot move to {device}; "
                 f"load it there: engines.load(bundle, device={str(device)!r})"
@@ -168,39 +173,34 @@ class EngineUNet(_EngineModule):
         return_dict: bool = True,
         **unsupported: Any,
     ) -> Any:
-        """`sample` (rows, 4, height / 8, width / 8) -> noise_pred of the same shape and dtype.
+        """`sample` (rows, 4, height / 8, width / 8) -> noise_pred of the same shape and dtype. `timestep` is one number;
+        `timestep_cond` (rows, time_cond_proj_dim) is for models that are told their guidance (LCM).
 
-        Raises UserError for a size the bundle lacks, and for inputs that are not part of the engine.
+        Raises UserError for a size the bundle lacks, and for inputs that the engine lacks or misses.
         """
-        extra = [name for name, value in unsupported.items() if value is not None]
-        if timestep_cond is not None or (cross_attention_kwargs or {}) or extra:
-            names = extra or (["timestep_cond"] if timestep_cond is not None else ["cross_attention_kwargs"])
+        passed = {
+            "sample": sample,
+            "timestep": torch.as_tensor(timestep, device=self.device).reshape(-1),
+            "encoder_hidden_states": encoder_hidden_states,
+            "timestep_cond": timestep_cond,
+            "cross_attention_kwargs": cross_attention_kwargs or None,
+            **(added_cond_kwargs or {}),
+            **unsupported,
+        }
+        inputs = {name: value for name, value in passed.items() if value is not None}
+        unknown = [name for name in inputs if name not in self.component.inputs]
+        missing = [name for name in self.component.inputs if name not in inputs]
+        if unknown or missing:
             raise UserError(
-                f"this UNet engine was compiled without {', '.join(names)}; use a pipeline that does not pass it, "
-                "or run the checkpoint in torch"
+                f"this UNet engine was compiled {'without' if unknown else 'with'} {', '.join(unknown or missing)}; use a "
+                f"pipeline that {'does not pass' if unknown else 'passes'} it, or run the checkpoint in torch"
             )
-        added = added_cond_kwargs or {}
-        step = torch.as_tensor(timestep, device=self.device)
-        if step.ndim == 0 and len(self.component.inputs["timestep"].shape) == 1:
-            width = self.component.inputs["timestep"].shape[0]
-            step = step.expand(sample.shape[0] if isinstance(width, str) else 1)
-        elif step.ndim == 1 and not self.component.inputs["timestep"].shape:
-            step = step[0]
-        outputs = self.component.run(
-            {
-                "sample": sample,
-                "timestep": step,
-                "encoder_hidden_states": encoder_hidden_states,
-                "text_embeds": added["text_embeds"],
-                "time_ids": added["time_ids"],
-            },
-            self._size(sample),
-        )
-        noise_pred = outputs["out_sample"].to(sample.dtype)
+        size = f"{sample.shape[-1] * self.image_scale}x{sample.shape[-2] * self.image_scale}"
+        noise_pred = self.component.run(inputs, size)["out_sample"].to(sample.dtype)
         return UNet2DConditionOutput(sample=noise_pred) if return_dict else (noise_pred,)
 
-    def _size(self, sample: torch.Tensor) -> str:
-        return f"{sample.shape[-1] * self.image_scale}x{sample.shape[-2] * self.image_scale}"
+    def _load_ip_adapter_weights(self, *args: Any, **kwargs: Any) -> None:
+        raise UserError("an engine's weights are fixed: IP-Adapters run with the checkpoint in torch only")
 
 
 class EngineVAE(_EngineModule):
@@ -217,6 +217,20 @@ class EngineVAE(_EngineModule):
         size = f"{latents.shape[-1] * self.image_scale}x{latents.shape[-2] * self.image_scale}"
         images = self.component.run({"latent_sample": latents}, size)["sample"]
         return DecoderOutput(sample=images) if return_dict else (images,)
+
+    def encode(self, *args: Any, **kwargs: Any) -> None:
+        raise UserError("the VAE engine decodes only: image-to-image and inpainting need the checkpoint in torch")
+
+    def enable_slicing(self) -> None:
+        """Nothing to do: a batch larger than the engine's is decoded in pieces as it is."""
+
+    def disable_slicing(self) -> None:
+        """As `enable_slicing`."""
+
+    def enable_tiling(self, *args: Any, **kwargs: Any) -> None:
+        raise UserError(
+            "the VAE engine decodes whole pictures of the bundle's sizes: tiling needs the checkpoint in torch"
+        )
 
 
 class _TextOutput(tuple[torch.Tensor, ...]):
@@ -256,3 +270,7 @@ class EngineTextEncoder(_EngineModule):
         result = _TextOutput((outputs.get("text_embeds", hidden),))
         result.hidden_states = _HiddenStates(hidden)
         return result
+
+    def get_input_embeddings(self) -> None:
+        """What textual inversion would extend."""
+        raise UserError("an engine's vocabulary is fixed: textual inversion needs the checkpoint in torch")

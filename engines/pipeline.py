@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +12,7 @@ from engines.bundle import (
     Engine,
     Layout,
     Manifest,
+    Profile,
     checked_path,
     read_manifest,
     rebuild_command,
@@ -18,7 +20,7 @@ from engines.bundle import (
 )
 from engines.flavors import FLAVORS, Flavor, LoadOptions, find_flavor
 from engines.layouts import DEFAULT_LAYOUTS
-from engines.onnx_folder import weights_for
+from engines.onnx_folder import OnnxComponent, weights_for
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
@@ -82,7 +84,7 @@ def select_engines(
 
 
 def _one_layout(engines: list[Engine], flavor: str, layout: str | None) -> list[Engine]:
-    """Weights are held once for each plan, so no two plans that serve the same sizes are loaded."""
+    """Weights are held once for each plan, so none is loaded that serves only what another does."""
     layouts = {engine.layout for engine in engines}
     if layout and engines[0].component == "unet" and layout not in layouts:
         raise UserError(
@@ -97,13 +99,31 @@ def _one_layout(engines: list[Engine], flavor: str, layout: str | None) -> list[
     chosen = max(layouts, key=worth)
     engines = [engine for engine in engines if engine.layout == chosen]
     kept: list[Engine] = []
-    served: set[tuple[str, int]] = set()
-    for engine in sorted(engines, key=lambda engine: -len(engine.resolutions) * len(engine.batches)):
-        pairs = {(text, profile.batch) for profile in engine.profiles for text in profile.resolutions}
-        if not pairs <= served:
+    profiles: list[Profile] = []
+    for engine in sorted(engines, key=lambda e: (len(e.resolutions) * len(e.batches), max(e.batches)), reverse=True):
+        if not all(any(other.covers(profile) for other in profiles) for profile in engine.profiles):
             kept.append(engine)
-            served |= pairs
+            profiles += engine.profiles
     return kept
+
+
+def _weights_by_key(engines: list[Engine], onnx: Path) -> dict[str, OnnxComponent]:
+    """What the ONNX folder holds for the engines. Raises UserError where that is nothing for any, or other weights for
+    one that cannot take them."""
+    found = {}
+    for engine in engines:
+        if (weights := weights_for(engine, onnx)) is None:
+            continue
+        found[engine.key] = weights
+        if not engine.options.get("refit") and not weights.made(engine):
+            raise UserError(
+                f"{engine.files[0].path} keeps the weights it was built from, {weights.folder} has others: build with "
+                "--flavor tensorrt --refit on the GPU, or build a bundle of its own: "
+                f"python -m engines build --onnx {onnx} --out BUNDLE"
+            )
+    if not found:
+        raise UserError(f"{onnx} holds no component of this pipeline; make an ONNX folder with python -m export onnx")
+    return found
 
 
 def refit(pipeline: StableDiffusionXLPipeline, onnx: str | Path) -> list[str]:
@@ -116,20 +136,11 @@ def refit(pipeline: StableDiffusionXLPipeline, onnx: str | Path) -> list[str]:
     parts: Any = pipeline
     modules = (parts.unet, parts.vae, parts.text_encoder, parts.text_encoder_2)
     engines = [pair for module in modules for pair in module.component.engines]
-    found = [(engine, loaded, weights_for(engine, Path(onnx))) for engine, loaded in engines]
-    if not any(weights for _, _, weights in found):
-        raise UserError(f"{onnx} holds no component of this pipeline; make an ONNX folder with python -m export onnx")
-    for engine, _, weights in found:
-        if weights is not None and not engine.options.get("refit") and not weights.made(engine):
-            raise UserError(
-                f"{engine.files[0].path} keeps the weights it was built from, {weights.folder} has others: build with "
-                "--flavor tensorrt --refit on the GPU, or build a bundle of its own: "
-                f"python -m engines build --onnx {onnx} --out BUNDLE"
-            )
-    able = [(engine, loaded, weights) for engine, loaded, weights in found if weights and engine.options.get("refit")]
-    for _, loaded, weights in able:
-        loaded.refit(weights)
-    return list(dict.fromkeys(engine.component for engine, _, _ in able))
+    weights = _weights_by_key([engine for engine, _ in engines], Path(onnx))
+    able = [(engine, loaded) for engine, loaded in engines if engine.options.get("refit") and engine.key in weights]
+    for engine, loaded in able:
+        loaded.refit(weights[engine.key])
+    return list(dict.fromkeys(engine.component for engine, _ in able))
 
 
 def load(
@@ -142,16 +153,14 @@ def load(
     specialization: Literal["eager", "lazy", "none"] | None = None,
     runtime_cache: str | Path | None = None,
     weights: str | Path | None = None,
-    threads: int | None = None,
 ) -> StableDiffusionXLPipeline:
     """A diffusers StableDiffusionXLPipeline whose unet, vae and text encoders are the bundle's engines.
 
-    `device` is "cpu" or "cuda[:n]"; None takes the flavor's own; `layout` matters where the bundle has
-    several. `cuda_graphs`, `specialization` and `runtime_cache`
-    (a folder, by default inside the bundle) concern TensorRT only; `weights` is an ONNX folder of the same architecture
-    whose weights replace those of plans built with --refit or --strip. Everything is verified before it is opened: the
-    manifest, then GPU, driver and version, then each file's hash. Raises UserError with what was found, what is
-    needed and the command that mends it.
+    `device` is "cpu" or "cuda[:n]"; None takes the flavor's own; `layout` matters where the bundle has several.
+    `cuda_graphs`, `specialization` and `runtime_cache` (a folder, by default inside the bundle) concern TensorRT only;
+    `weights` is an ONNX folder of the same architecture whose weights replace those of plans built with --refit or
+    --strip. Everything is verified before it is opened: the manifest, then driver, GPU and version, then each file's
+    hash. Raises UserError with what was found, what is needed and the command that mends it.
     """
     import diffusers
     from transformers import CLIPTokenizer
@@ -159,10 +168,14 @@ def load(
     from engines.modules import EngineComponent, EngineTextEncoder, EngineUNet, EngineVAE
 
     bundle = Path(bundle)
+    if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"device {device!r} is not known: cpu, cuda, cuda:1, … are")
     manifest = read_manifest(bundle)
     backend = choose_flavor(manifest, flavor, device)
     place = device or backend.default_device()
     selected = select_engines(manifest, backend, place, layout)
+    chosen = [engine for engines in selected.values() for engine in engines]
+    new_weights = _weights_by_key(chosen, Path(weights)) if weights else {}
     mend = f"mend it with: {rebuild_command(bundle, selected['unet'][0])}"
     for record in manifest.files:
         checked_path(bundle, record, mend)
@@ -174,8 +187,7 @@ def load(
         cuda_graphs=cuda_graphs,
         specialization=specialization,
         runtime_cache=cache,
-        weights=Path(weights) if weights else None,
-        threads=threads,
+        weights=new_weights,
     )
     shared = backend.open_bundle(bundle, options)
 

@@ -8,10 +8,10 @@ from importlib.metadata import version
 from distill.architectures import Resolution
 from distill.errors import UserError
 from distill.files import sha256_json
-from engines.bundle import Layout, Profile
+from engines.bundle import Layout, Options, Profile
 from engines.flavors import Flavor, find_flavor
 from engines.gpus import Target, resolve_targets
-from engines.layouts import DEFAULT_LAYOUTS, Guidance, plan_profiles
+from engines.layouts import DEFAULT_LAYOUTS, UNSIZED, Guidance, plan_profiles
 from engines.onnx_folder import OnnxComponent, OnnxFolder
 
 RECIPE_VERSION = 2
@@ -30,7 +30,7 @@ class Job:
     target: Target
     profiles: list[Profile]
     precision: str
-    options: dict[str, bool | int | str] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -124,7 +124,7 @@ def plan_builds(
     batches: list[int] | None = None,
     guidance: Guidance = "always",
     components: list[str] | None = None,
-    options: dict[str, bool | int | str] | None = None,
+    options: Options | None = None,
 ) -> list[Job]:
     """Every engine the command asks for, in the order they are built. Raises UserError for anything not possible."""
     backend: Flavor = find_flavor(flavor)
@@ -152,7 +152,10 @@ def plan_builds(
     jobs = []
     for name in _components(folder, components):
         component = folder.components[name]
-        for profiles in plan_profiles(component, layout, chosen, wanted_batches, guidance):
+        sizes, spread = chosen, layout
+        if name in UNSIZED:  # the same engine whatever is asked for, so that it is built once
+            sizes, spread = folder.resolutions, "per-resolution" if folder.is_static else "ranged"
+        for profiles in plan_profiles(component, spread, sizes, wanted_batches, guidance):
             graph = component.at(Resolution.parse(profiles[0].resolutions[0]))
             for target in targets:
                 jobs.append(
@@ -160,7 +163,7 @@ def plan_builds(
                         component=graph,
                         flavor=flavor,
                         flavor_version=installed,
-                        layout=layout,
+                        layout=spread,
                         target=target,
                         profiles=profiles,
                         precision=graph.precision,
@@ -188,7 +191,7 @@ def plan_options(
     strip: bool = False,
     version_compatible: bool = False,
     hardware_compatible: str = "none",
-) -> dict[str, bool | int | str]:
+) -> Options:
     """The builder options that are switched on. Raises UserError for those that this flavor or machine cannot do."""
     from engines.gpus import gpu_at_hand
 
@@ -197,7 +200,7 @@ def plan_options(
         "strip": strip,
         "version_compatible": version_compatible,
     }
-    options: dict[str, bool | int | str] = {name: True for name, on in chosen.items() if on}
+    options: Options = {name: True for name, on in chosen.items() if on}
     if hardware_compatible != "none":
         options["hardware_compatible"] = hardware_compatible
     if flavor != "tensorrt" and (version_compatible or "hardware_compatible" in options):

@@ -29,7 +29,8 @@ def run_worker(request: BuildRequest, budget_bytes: int, progress: BuildProgress
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            # the GPU that was looked at before is NVML's first, and CUDA's only in this order
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"},
         )
         assert process.stdin and process.stdout
         watch = _MemoryWatch(process, budget_bytes)

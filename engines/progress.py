@@ -24,7 +24,7 @@ class BuildProgress:
     def __init__(
         self, costs: list[float], console: Console | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.console = console or Console(highlight=False)
+        self.console = console or Console(highlight=False, markup=False)
         self._costs = costs
         self._clock = clock
         self._job = -1
@@ -37,7 +37,7 @@ class BuildProgress:
         self._task: TaskID | None = None
         if self.console.is_terminal:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TextColumn("{task.fields[left]}"),
                 TimeElapsedColumn(),
@@ -97,20 +97,17 @@ class BuildProgress:
         self._show(phase)
 
     def finish(self, summary: str) -> None:
-        self.console.print(
-            f"[{self._job + 1}/{len(self._costs)}] {self._label}: {summary}", markup=False, soft_wrap=True
-        )
+        self.console.print(f"{self._head}: {summary}", soft_wrap=True)
+
+    @property
+    def _head(self) -> str:
+        return f"[{self._job + 1}/{len(self._costs)}] {self._label}"
 
     def _show(self, phase: str, always: bool = False) -> None:
         if self._bar and self._task is not None:
-            text = f"[{self._job + 1}/{len(self._costs)}] {self._label}: {phase}"
-            self._bar.update(self._task, completed=self._done, description=text.replace("[", "\\["), left=self.left)
+            self._bar.update(self._task, completed=self._done, description=f"{self._head}: {phase}", left=self.left)
             return
         now = self._clock()
         if always or now - self._spoke > QUIET_SECONDS:
             self._spoke = now
-            self.console.print(
-                f"[{self._job + 1}/{len(self._costs)}] {self._label}: {phase}, {self.left}",
-                markup=False,
-                soft_wrap=True,
-            )
+            self.console.print(f"{self._head}: {phase}, {self.left}", soft_wrap=True)

@@ -9,15 +9,15 @@ from engines.build import bundle_lock, remove_strays
 from engines.bundle import Engine, Manifest, read_manifest, write_manifest
 from engines.flavors import FLAVORS
 from engines.gpus import GPUS
+from engines.layouts import UNSIZED
 from engines.reports import console, size
 
 
 def _wanted(engine: Engine, gpus: list[str], flavors: list[str], resolutions: list[str]) -> bool:
-    """An empty list wants everything; an engine for any GPU, or without a size of its own, is always wanted."""
-    capabilities = {GPUS[name].compute_capability for name in gpus if name in GPUS}
-    by_gpu = not gpus or not engine.compute_capabilities or bool(capabilities & set(engine.compute_capabilities))
+    """An empty list wants everything; an engine for any GPU, or of a component without sizes, is always wanted."""
+    by_gpu = not gpus or any(engine.serves(GPUS[name].compute_capability) for name in gpus)
     by_flavor = not flavors or engine.flavor in flavors
-    by_size = not resolutions or bool(set(resolutions) & set(engine.resolutions))
+    by_size = not resolutions or engine.component in UNSIZED or bool(set(resolutions) & set(engine.resolutions))
     return by_gpu and by_flavor and by_size
 
 
@@ -47,7 +47,7 @@ def prune_bundle(
             raise UserError(f"prune would leave no engine in {bundle}; delete the folder if that is what you want")
         for engine in dropped:
             word = "would remove" if dry_run else "removed"
-            console.print(f"{word} {engine.files[0].path} ({size(engine.size_bytes)})", markup=False)
+            console.print(f"{word} {engine.files[0].path} ({size(engine.size_bytes)})")
         freed = sum(engine.size_bytes for engine in dropped)
         if not dry_run:
             lean = Manifest(source=manifest.source, engines=kept, files=manifest.files)
@@ -56,6 +56,6 @@ def prune_bundle(
             named = {file.path for engine in dropped for file in engine.files}
             for path in strays:
                 if path.relative_to(bundle).as_posix() not in named:
-                    console.print(f"removed {path.relative_to(bundle)}, which no manifest names", markup=False)
-        console.print(f"{bundle}: {len(kept)} engine(s) kept, {size(freed)} freed", markup=False)
+                    console.print(f"removed {path.relative_to(bundle)}, which no manifest names")
+        console.print(f"{bundle}: {len(kept)} engine(s) kept, {size(freed)} freed")
     return 0

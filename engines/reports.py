@@ -10,7 +10,12 @@ from rich.table import Table
 from distill.errors import UserError
 from engines.bundle import MANIFEST, Engine, Manifest, read_manifest, unnamed_files, verify_bundle
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def wide_console(width: int) -> Console:
+    """For tables: at least `width` characters."""
+    return Console(highlight=False, markup=False, width=max(console.width, width))
 
 
 def size(count: int) -> str:
@@ -26,13 +31,13 @@ def print_verification(bundle: Path) -> int:
     manifest = read_manifest(bundle)
     faults = verify_bundle(bundle) + unnamed_files(bundle, manifest)
     for fault in faults:
-        console.print(f"fault: {fault}", markup=False)
+        console.print(f"fault: {fault}")
     if faults:
-        console.print(f"{bundle}: {len(faults)} fault(s)", markup=False)
+        console.print(f"{bundle}: {len(faults)} fault(s)")
         return 2
     total = sum(record.size_bytes for record in manifest.all_files)
     counts = f"{len(manifest.all_files)} files, {size(total)}, {len(manifest.engines)} engines"
-    console.print(f"{bundle}: {counts}, every hash as recorded", markup=False)
+    console.print(f"{bundle}: {counts}, every hash as recorded")
     return 0
 
 
@@ -81,21 +86,21 @@ def print_inspection(bundle: Path, as_json: bool = False) -> int:
     if as_json:
         print(manifest.model_dump_json(indent=1))
         return 0
-    wide = Console(highlight=False, width=max(console.width, 150))
+    wide = wide_console(150)
     wide.print(engine_table(manifest))
     for engine in manifest.engines:
         built_with = "".join(f", {name} {value}".removesuffix(" True") for name, value in engine.options.items())
-        wide.print(f"\n{engine.files[0].path}{built_with}", markup=False)
+        wide.print(f"\n{engine.files[0].path}{built_with}")
         for word, tensors in (("in ", engine.inputs), ("out", engine.outputs)):
             for tensor in tensors:
-                wide.print(f"  {word} {tensor.name}: {tensor.dtype} {tensor.shape}", markup=False)
+                wide.print(f"  {word} {tensor.name}: {tensor.dtype} {tensor.shape}")
         for profile in engine.profiles:
             sizes = " ".join(profile.resolutions)
-            wide.print(f"  profile {profile.index}: up to {profile.batch} image(s), {sizes}", markup=False)
+            wide.print(f"  profile {profile.index}: up to {profile.batch} image(s), {sizes}")
             for name, shape in profile.shapes.items():
                 exact = shape.min == shape.max
                 text = f"{shape.max}" if exact else f"{shape.min} to {shape.max}, tuned for {shape.opt}"
-                wide.print(f"    {name} {text}", markup=False)
+                wide.print(f"    {name} {text}")
     return 0
 
 
@@ -120,5 +125,5 @@ def print_list(folder: Path) -> int:
         total = sum(record.size_bytes for record in manifest.all_files)
         cells = [str(bundle), manifest.source.name, " ".join(manifest.flavors), " ".join(gpus) or "any"]
         table.add_row(*cells, str(len(sizes)), str(len(manifest.engines)), size(total))
-    Console(highlight=False, width=max(console.width, 120)).print(table)
+    wide_console(120).print(table)
     return 0

@@ -5,21 +5,22 @@ A new runtime is one more file with these functions and one more entry in `FLAVO
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from distill.errors import UserError, unknown
-from engines.bundle import Engine, Profile, TensorInfo
+from distill.errors import unknown
+from engines.bundle import Engine, Options, Profile, TensorInfo
 
 if TYPE_CHECKING:
     import torch
 
-Options = dict[str, bool | int | str]
-"""Builder options that are switched on."""
+    from engines.onnx_folder import OnnxComponent
+
 Report = Callable[[str, float], None]
 """Told the name of the phase and the fraction done, 0 to 1."""
 
@@ -36,23 +37,21 @@ class BuildRequest(BaseModel):
     profiles: list[Profile]
     outputs: list[str]
     compute_capabilities: list[str]
-    options: dict[str, bool | int | str] = {}
+    options: Options = {}
     timing_cache: Path | None = None
 
 
-class LoadOptions(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
     """How engines are run; each flavor reads what concerns it. `runtime_cache` is a folder for compiled kernels."""
-
-    model_config = ConfigDict(frozen=True)
 
     device: str
     cuda_graphs: bool = True
     specialization: str | None = None
     """TensorRT-RTX only: `eager` compiles for a new shape before its first run, `lazy` beside it, `none` not at all."""
     runtime_cache: Path | None = None
-    weights: Path | None = None
-    """ONNX folder whose weights replace those of the plans (built with --refit or --strip)."""
-    threads: int | None = None
+    weights: Mapping[str, OnnxComponent] = field(default_factory=dict)
+    """By the key of an engine: what replaces the weights of a plan (built with --refit or --strip)."""
 
 
 class LoadedEngine(Protocol):
@@ -90,8 +89,8 @@ class Flavor(Protocol):
         """Checks the files' hashes, then opens them."""
 
 
-FLAVORS = ("tensorrt", "tensorrt-rtx", "onnxruntime")
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt", "onnxruntime": "onnxruntime"}
+FLAVORS = tuple(_MODULES)
 
 
 def find_flavor(name: str) -> Flavor:
@@ -101,10 +100,3 @@ def find_flavor(name: str) -> Flavor:
     module = import_module(f"engines.flavors.{_MODULES[name]}")
     flavor: Flavor = module.make(name)
     return flavor
-
-
-def version_mismatch(engine: Engine, installed: str, install: str, rebuild: str) -> UserError:
-    return UserError(
-        f"the {engine.component} engine was built by {engine.flavor} {engine.flavor_version}, installed is "
-        f"{installed}; install that version ({install}) or rebuild with: {rebuild}"
-    )

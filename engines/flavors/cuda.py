@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
+
+_CAPTURE = threading.Lock()
 
 
 class CudaDevice:
@@ -45,10 +48,16 @@ class CudaDevice:
             yield
         callers.wait_stream(self.stream)
 
+    def synchronize(self) -> None:
+        """Waits for all that the stream was given."""
+        self.stream.synchronize()
+
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """The kernels that `work` launches, as one CUDA graph to be launched again at the cost of one call."""
+        """The kernels that `work` launches, as one CUDA graph to be launched again at the cost of one call. Other threads
+        may go on with their pipelines, and wait only to capture graphs of their own."""
         graph = torch.cuda.CUDAGraph()
-        self.stream.synchronize()  # once for each shape: capture must not meet work that is still in flight
-        with torch.cuda.graph(graph, stream=self.stream):
-            work()
+        with _CAPTURE:
+            self.synchronize()  # once for each shape: capture must not meet work that is still in flight
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                work()
         return graph.replay

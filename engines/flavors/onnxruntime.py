@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.errors import UserError
-from engines.bundle import Engine, Profile, TensorInfo, checked_path, rebuild_command
-from engines.flavors import BuildRequest, LoadOptions, Options, Report
-from engines.gpus import gpu_at_hand
+from engines.bundle import Engine, Options, Profile, TensorInfo, checked_path, rebuild_command
+from engines.flavors import BuildRequest, LoadOptions, Report
+from engines.gpus import gpu_of_device
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +26,6 @@ class OnnxRuntimeEngine:
 
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 3
-        if options.threads:
-            settings.intra_op_num_threads = options.threads
         self._device = options.device
         self._outputs = outputs
         self._index = int(options.device.partition(":")[2] or 0)
@@ -82,7 +80,7 @@ class OnnxRuntimeFlavor:
         """Providers are what the package was compiled with: a GPU must be there too."""
         import onnxruntime
 
-        able = "CUDAExecutionProvider" in onnxruntime.get_available_providers() and gpu_at_hand() is not None
+        able = "CUDAExecutionProvider" in onnxruntime.get_available_providers() and gpu_of_device("cuda:0") is not None
         return "cuda:0" if able else "cpu"
 
     def check_build(self, compute_capabilities: tuple[str, ...], options: Options) -> None:
@@ -122,7 +120,7 @@ class OnnxRuntimeFlavor:
                 f"device {device} needs ONNX Runtime's CUDAExecutionProvider, this one has {', '.join(providers)}; "
                 "pip uninstall onnxruntime, then pip install onnxruntime-gpu, or use device cpu"
             )
-        if device.startswith("cuda") and gpu_at_hand(int(device.partition(":")[2] or 0)) is None:
+        if device.startswith("cuda") and gpu_of_device(device) is None:
             raise UserError(f"device {device}: no such NVIDIA GPU answers here; use device cpu")
 
     def open_bundle(self, bundle: Path, options: LoadOptions) -> LoadOptions:

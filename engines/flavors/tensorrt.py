@@ -15,26 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 from distill.errors import UserError
 from distill.files import replacing
-from engines.bundle import Engine, TensorInfo, checked_bytes, rebuild_command
-from engines.flavors import BuildRequest, LoadOptions, Options, Report, version_mismatch
-from engines.gpus import driver_at_hand, gpu_at_hand
-from engines.onnx_folder import weights_for
+from engines.bundle import Engine, Options, TensorInfo, checked_bytes, rebuild_command
+from engines.flavors import BuildRequest, LoadOptions, Report
+from engines.gpus import driver_at_hand, gpu_at_hand, gpu_of_device, version_tuple
 
 if TYPE_CHECKING:
     from engines.flavors.tensorrt_runtime import Arena, TensorRTEngine
 
-_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx"}
-
 
 def import_tensorrt(flavor: str) -> Any:
-    """The runtime's module. Raises UserError where it is not installed."""
+    """The runtime's module; its package has the flavor's name. Raises UserError where it is not installed."""
     try:
-        return import_module(_MODULES[flavor])
+        return import_module(flavor.replace("-", "_"))
     except ImportError as error:
         raise UserError(
-            f"flavor {flavor} needs the Python package {_PACKAGES[flavor]}, which cannot be imported ({error}); "
-            f"pip install {_PACKAGES[flavor]}"
+            f"flavor {flavor} needs the Python package {flavor}, which cannot be imported ({error}); "
+            f"pip install {flavor}"
         ) from None
 
 
@@ -110,13 +106,24 @@ class TensorRTFlavor:
         return [TensorInfo(name=o.name, dtype=_dtype_name(trt, o.dtype), shape=_shape(o)) for o in outputs]
 
     def check_load(self, engine: Engine, device: str) -> None:
-        rebuild = rebuild_command(Path("BUNDLE"), engine)
-        installed = self.version()
-        compatible = engine.options.get("version_compatible") and _order(installed) >= _order(engine.flavor_version)
-        if installed != engine.flavor_version and not compatible:
-            install = f"pip install {_PACKAGES[self.name]}=={engine.flavor_version}"
-            raise version_mismatch(engine, installed, install, rebuild)
-        found = gpu_at_hand(int(device.partition(":")[2] or 0))
+        if not device.startswith("cuda"):
+            raise UserError(
+                f"{self.name} engines run on a GPU, not on device {device}: use device cuda, or flavor onnxruntime"
+            )
+        installed, built_by = self.version(), engine.flavor_version
+        is_newer = version_tuple(installed) >= version_tuple(built_by)
+        if installed != built_by and not (engine.options.get("version_compatible") and is_newer):
+            raise UserError(
+                f"the {engine.component} engine was built by {self.name} {built_by}, installed is {installed}; install that "
+                f"version (pip install {self.name}=={built_by}) or rebuild with: {rebuild_command(Path('BUNDLE'), engine)}"
+            )
+        driver, needed = driver_at_hand(), self.cuda_major()
+        if driver and needed and driver[1] < needed:
+            raise UserError(
+                f"{self.name} {installed} is made for CUDA {needed}, driver {driver[0]} runs CUDA {driver[1]} at most; "
+                f"update the NVIDIA driver, or pip install {self.name}-cu{driver[1]}=={installed} if there is one"
+            )
+        found = gpu_of_device(device)
         if found is None:
             raise UserError(
                 f"{self.name} engines need an NVIDIA GPU of compute capability "
@@ -124,23 +131,16 @@ class TensorRTFlavor:
                 "onnxruntime engine: add --flavor onnxruntime to the build"
             )
         title, capability = found
-        if not serves(engine, capability):
+        if not engine.serves(capability):
             raise UserError(
                 f"the {engine.component} plan is for compute capability {', '.join(engine.compute_capabilities)} "
                 f"({', '.join(engine.gpus)}), this GPU is {title} with {capability}; "
                 f"rebuild with: {rebuild_command(Path('BUNDLE'), engine.model_copy(update={'gpus': ['auto']}))}"
             )
 
-        driver, needed = driver_at_hand(), self.cuda_major()
-        if driver and needed and driver[1] < needed:
-            raise UserError(
-                f"{self.name} {installed} is made for CUDA {needed}, driver {driver[0]} runs CUDA {driver[1]} at most; "
-                f"update the NVIDIA driver, or pip install {_PACKAGES[self.name]}-cu{driver[1]}=={installed} if there is one"
-            )
-
     def cuda_major(self) -> int | None:
         """Of the installed wheels: the CUDA that the driver must be able to run."""
-        packages = (f"{_PACKAGES[self.name]}-cu{major}" for major in range(20, 11, -1))
+        packages = (f"{self.name}-cu{major}" for major in range(20, 11, -1))
         return next((int(name.rpartition("cu")[2]) for name in packages if _is_installed(name)), None)
 
     def open_bundle(self, bundle: Path, options: LoadOptions) -> Arena:
@@ -153,8 +153,7 @@ class TensorRTFlavor:
 
         mend = f"mend it with: {rebuild_command(bundle, engine)}"
         plan = checked_bytes(bundle, engine.files[0], mend)
-        folder = shared.options.weights
-        return TensorRTEngine(engine, plan, shared, mend, weights_for(engine, folder) if folder else None)
+        return TensorRTEngine(engine, plan, shared, mend, shared.options.weights.get(engine.key))
 
 
 def _is_installed(distribution: str) -> bool:
@@ -162,18 +161,6 @@ def _is_installed(distribution: str) -> bool:
         return bool(metadata.version(distribution))
     except metadata.PackageNotFoundError:
         return False
-
-
-def _order(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
-
-
-def serves(engine: Engine, capability: str) -> bool:
-    """Whether a plan runs on a GPU of this compute capability; `ampere+` compatible plans run on newer ones too."""
-    if capability in engine.compute_capabilities:
-        return True
-    newest = max(tuple(map(int, value.split("."))) for value in engine.compute_capabilities)
-    return engine.options.get("hardware_compatible") == "ampere+" and tuple(map(int, capability.split("."))) >= newest
 
 
 def target_capabilities(trt: Any, config: Any, capabilities: list[str]) -> None:
@@ -196,7 +183,7 @@ def _existing(path: Path | None) -> str | None:
     return str(path) if path and path.is_file() else None
 
 
-def _hardware_level(trt: Any, options: dict[str, bool | int | str]) -> Any:
+def _hardware_level(trt: Any, options: Options) -> Any:
     levels = {"ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
     name = levels.get(str(options.get("hardware_compatible")))
     return getattr(trt.HardwareCompatibilityLevel, name) if name else None
@@ -241,8 +228,8 @@ def make_writer(trt: Any, file: Any) -> Any:
 def make_monitor(trt: Any, profiles: int, report: Report) -> Any:
     """An IProgressMonitor that turns TensorRT's nested phases into one fraction.
 
-    The builder goes through "Computing profile costs" (or, in older versions, "Timing graph nodes") once for each
-    profile, and nearly all of the time passes there; the deepest phase with a count of steps fills the gap.
+    A profile is done when "Determining refit engines" is. Within one, "Optimizing graph" counts for a tenth and "Timing
+    graph nodes" for the rest, by their steps; TensorRT-RTX has no such phase and then jumps from profile to profile.
     """
 
     class Monitor(trt.IProgressMonitor):

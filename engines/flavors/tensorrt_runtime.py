@@ -124,6 +124,7 @@ class TensorRTEngine:
                 self.refit(weights)
             self._configure()
             arena.reserve(self._activation_bytes())
+            self._specialise()  # not before: to measure a shape must not compile for it
 
     def _deserialise(self, plan: bytes, mend: str) -> Any:
         doubt = _check_header(self._arena, plan, self.record, mend)
@@ -137,25 +138,31 @@ class TensorRTEngine:
         return engine
 
     def _configure(self) -> None:
-        """TensorRT-RTX's settings, from the layout: a range is specialised for the shapes it meets, exact profiles
-        have nothing left to specialise."""
+        """TensorRT-RTX's settings for contexts; no kernels are specialised yet."""
         trt = self._arena.trt
         self._config: Any = None
         if not self._is_rtx:
             return
-        config = self._plan.create_runtime_config()
+        config = self._config = self._plan.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         graphs = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE if self._arena.options.cuda_graphs else None
         config.cuda_graph_strategy = graphs or trt.CudaGraphStrategy.DISABLED
-        exact = all(shape.min == shape.max for profile in self.record.profiles for shape in profile.shapes.values())
-        strategy = self._arena.options.specialization or ("none" if exact else "eager")
         strategies = trt.DynamicShapesKernelSpecializationStrategy
-        config.dynamic_shapes_kernel_specialization_strategy = getattr(strategies, strategy.upper())
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.NONE
         cache = config.create_runtime_cache()
         title = f"{self.record.component}-{self.record.key[:8]}_{self._arena.device.title}"
-        kernels = RuntimeCache(self._arena.options.runtime_cache, title, cache)
+        self.cache = RuntimeCache(self._arena.options.runtime_cache, title, cache)
         config.set_runtime_cache(cache)
-        self._config, self.cache = config, kernels
+
+    def _specialise(self) -> None:
+        """What contexts made from now on do, by the layout: a range is specialised for the shapes it meets, exact profiles
+        have nothing left for that."""
+        if not self._is_rtx:
+            return
+        exact = all(shape.min == shape.max for profile in self.record.profiles for shape in profile.shapes.values())
+        strategy = self._arena.options.specialization or ("none" if exact else "eager")
+        strategies = self._arena.trt.DynamicShapesKernelSpecializationStrategy
+        self._config.dynamic_shapes_kernel_specialization_strategy = getattr(strategies, strategy.upper())
 
     def make_context(self) -> Any:
         """An execution context that brings no activation memory of its own."""
@@ -222,6 +229,7 @@ class TensorRTEngine:
                 raise UserError(f"{onnx} does not fit {path} ({'; '.join(said[:2])}): export the same architecture")
             if not refitter.refit_cuda_engine_async(device.stream_handle):
                 raise UserError(f"{self.record.flavor} could not refit {path} from {onnx}")
+            device.synchronize()  # the weights are on their way from memory that goes with the refitter
         for context in self._contexts.values():
             context.forget_graph()
 
@@ -307,12 +315,12 @@ class _Context:
     def _launch(self) -> None:
         self._arena.reserve(self._needed_bytes)
         if self._generation != self._arena.generation:  # the arena is new or has moved: bind it, drop the old graph
-            self._generation = self._arena.generation
             self._context.set_device_memory(self._arena.address, self._arena.size_bytes - ALIGNMENT)
             self._replay = None
             self._enqueue()  # also lets the plan allocate what it allocates once, before anything is captured
             if self._captures:
                 self._replay = self._arena.device.capture(self._enqueue)
+            self._generation = self._arena.generation
             return
         if self._replay is not None:
             self._replay()

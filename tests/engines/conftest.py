@@ -9,6 +9,7 @@ import pytest
 from engines.build import build_bundle
 from engines.bundle import Manifest, read_manifest
 from engines.triton_server import Environment, make_environment
+from export import ExportOptions, export_checkpoint
 from tests.engines.serving import ROOT
 from tests.engines.toys import make_toy_onnx
 
@@ -35,6 +36,23 @@ def toy_bundle(tmp_path_factory: pytest.TempPathFactory, toy_onnx: Path, toy_onn
 @pytest.fixture(scope="session")
 def toy_manifest(toy_bundle: Path) -> Manifest:
     return read_manifest(toy_bundle)
+
+
+@pytest.fixture(scope="session")
+def mini_onnx(tmp_path_factory: pytest.TempPathFactory, mini_vega: Path) -> Path:
+    """A true export of the mini family at Vega's depth, in fp32."""
+    options = ExportOptions(precision="fp32", components=("unet", "vae_decoder", "text_encoder", "text_encoder_2"))
+    out = tmp_path_factory.mktemp("mini") / "onnx"
+    export_checkpoint(mini_vega, out, options=options)
+    return out
+
+
+@pytest.fixture(scope="session")
+def mini_bundle(tmp_path_factory: pytest.TempPathFactory, mini_onnx: Path) -> Path:
+    """ONNX Runtime engines of it, for up to four pictures at once."""
+    bundle = tmp_path_factory.mktemp("mini") / "bundle"
+    build_bundle(mini_onnx, bundle, gpus=[], flavor="onnxruntime", batches=[1, 4])
+    return bundle
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,8 @@ class FakeDevice:
 
     def __init__(self) -> None:
         self.captures = 0
+        self.fails_to_capture = False
+        self.synchronized = 0
         self.ordered_depth = 0
 
     @contextmanager
@@ -46,12 +48,19 @@ class FakeDevice:
     @contextmanager
     def ordered(self) -> Iterator[None]:
         self.ordered_depth += 1
-        yield
-        self.ordered_depth -= 1
+        try:
+            yield
+        finally:
+            self.ordered_depth -= 1
+
+    def synchronize(self) -> None:
+        self.synchronized += 1
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """A graph is captured without being run."""
         self.captures += 1
+        if self.fails_to_capture:
+            raise RuntimeError("operation not permitted while the stream is capturing")
         return work
 
 
@@ -64,6 +73,7 @@ class FakeContext:
         self.plan = plan
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
+        self.specialization = ""
         self.memory = (0, 0)
         self.profile = 0
         self.enqueued = 0
@@ -131,6 +141,7 @@ class FakePlan:
     def create_execution_context(self, how: Any) -> FakeContext:
         require_current()
         context = FakeContext(self)
+        context.specialization = getattr(how, "dynamic_shapes_kernel_specialization_strategy", "")
         self.contexts.append(weakref.proxy(context) if self.lets_go else context)
         return context
 

@@ -17,7 +17,7 @@ import pytest
 from distill.errors import UserError
 from engines import build as build_room
 from engines.__main__ import main
-from engines.build import build_bundle
+from engines.build import available_memory_bytes, build_bundle
 from engines.bundle import Manifest, read_manifest, rebuild_command, unnamed_files, verify_bundle
 from tests.engines.toys import make_static, make_toy_onnx
 
@@ -244,6 +244,16 @@ def test_bad_input_is_one_clear_line(
         build_bundle(toy_onnx_fp16, tmp_path / "bundle", **arguments)
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "bundle").rglob("*.plan"))
+
+
+def test_cached_files_of_a_container_are_free_memory(tmp_path: Path) -> None:
+    for name, text in {"max": "6000000", "current": "5500000", "stat": "anon 1\ninactive_file 300000\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert available_memory_bytes(tmp_path) == 800_000
+    (tmp_path / "memory.stat").write_text("active_file 1000000\ninactive_file 300000\n")
+    assert available_memory_bytes(tmp_path) == 1_800_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory_bytes(tmp_path) > 1e8, "no limit but the machine's"
 
 
 def test_a_build_over_its_memory_budget_is_stopped(tmp_path: Path, toy_onnx_fp16: Path) -> None:

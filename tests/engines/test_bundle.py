@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from distill.errors import UserError
 from engines.bundle import Manifest, _inside, read_manifest, unnamed_files, verify_bundle
-from engines.pipeline import load, select_engines
+from engines.pipeline import choose_flavor, load, select_engines
 
 DAMAGED_BUNDLES = int(os.environ.get("SLIMXL_DAMAGED_BUNDLES", "2000"))
 
@@ -214,7 +214,7 @@ def test_hash_is_compared_before_anything_is_deserialised(bundle: Path, monkeypa
 def test_no_two_plans_that_serve_the_same_are_loaded(toy_manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     from engines.flavors import find_flavor, tensorrt
 
-    monkeypatch.setattr(tensorrt, "gpu_at_hand", lambda position=0: ("NVIDIA A100", "8.0"))
+    monkeypatch.setattr(tensorrt, "gpu_of_device", lambda device: ("NVIDIA A100", "8.0"))
     flavor = find_flavor("tensorrt-rtx")
     unet = next(e for e in toy_manifest.engines if e.flavor == "tensorrt-rtx" and e.component == "unet")
     profile = unet.profiles[0]
@@ -234,6 +234,10 @@ def test_no_two_plans_that_serve_the_same_are_loaded(toy_manifest: Manifest, mon
     assert chosen(shared, ranged, layout="shared") == [shared]
     assert chosen(shared, ranged, *static) == static, "the layout that serves most sizes"
     assert chosen(variant("ranged", "128x128"), ranged, ranged) == [ranged]
+    wide = {name: shape.model_copy(update={"max": [8, *shape.max[1:]]}) for name, shape in profile.shapes.items()}
+    four = ranged.profiles[0].model_copy(update={"batch": 4, "shapes": wide})
+    for_four = ranged.model_copy(update={"batches": [4], "profiles": [four]})
+    assert chosen(ranged, for_four) == [for_four], "what takes four images takes one"
     with pytest.raises(UserError, match="no engine in layout shared, it has ranged"):
         chosen(ranged, layout="shared")
 
@@ -258,7 +262,7 @@ def test_gpu_and_version_are_checked_before_files(
 ) -> None:
     from engines.flavors import find_flavor, tensorrt
 
-    monkeypatch.setattr(tensorrt, "gpu_at_hand", lambda position=0: gpu)
+    monkeypatch.setattr(tensorrt, "gpu_of_device", lambda device: gpu)
     driver = ("550.54", 12) if version == "driver" else ("580.65", 13)
     monkeypatch.setattr(tensorrt, "driver_at_hand", lambda: driver)
     if version and version != "driver":
@@ -273,12 +277,51 @@ def test_gpu_and_version_are_checked_before_files(
         select_engines(toy_manifest, find_flavor("tensorrt-rtx"), "cuda:0")
 
 
+def test_a_plan_is_not_for_the_cpu_even_where_there_is_a_gpu(
+    toy_manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engines.flavors import find_flavor, tensorrt
+
+    monkeypatch.setattr(tensorrt, "gpu_of_device", lambda device: ("NVIDIA A100", "8.0"))
+    monkeypatch.setattr(tensorrt, "driver_at_hand", lambda: None)
+    assert choose_flavor(toy_manifest, None, "cuda").name == "tensorrt-rtx"
+    assert choose_flavor(toy_manifest, None, "cpu").name == "onnxruntime"
+    with pytest.raises(UserError, match="tensorrt-rtx engines run on a GPU, not on device cpu"):
+        select_engines(toy_manifest, find_flavor("tensorrt-rtx"), "cpu")
+
+
+def test_the_gpu_that_is_checked_is_the_one_that_torch_loads_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA may number GPUs from the fastest, NVML never does."""
+    import torch
+
+    from engines.gpus import gpu_of_device
+
+    found = {"cuda": ("RTX 4090", (8, 9)), "cuda:0": ("RTX 4090", (8, 9)), "cuda:1": ("A10", (8, 6))}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: found[device][0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found[device][1])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpu_of_device("cuda") == gpu_of_device("cuda:0") == ("RTX 4090", "8.9")
+    assert gpu_of_device("cuda:1") == ("A10", "8.6") and gpu_of_device("cuda:2") is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_of_device("cuda:0") is None
+
+
+def test_a_plan_for_ampere_and_newer_serves_them_all(toy_manifest: Manifest) -> None:
+    plan = toy_manifest.engines[-1].model_copy(update={"compute_capabilities": ["8.6"]})
+    every = plan.model_copy(update={"options": {"hardware_compatible": "ampere+"}})
+    capabilities = ("7.5", "8.0", "8.6", "8.9", "12.0")
+    assert [plan.serves(capability) for capability in capabilities] == [False, False, True, False, False]
+    assert [every.serves(capability) for capability in capabilities] == [False, True, True, True, True]
+    assert all(toy_manifest.engines[0].serves(capability) for capability in capabilities), "ONNX Runtime is for any"
+
+
 def test_a_compatible_plan_is_for_newer_versions_by_number(
     toy_manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from engines.flavors import tensorrt
 
-    monkeypatch.setattr(tensorrt, "gpu_at_hand", lambda position=0: ("NVIDIA A100", "8.0"))
+    monkeypatch.setattr(tensorrt, "gpu_of_device", lambda device: ("NVIDIA A100", "8.0"))
     monkeypatch.setattr(tensorrt, "driver_at_hand", lambda: None)
     flavor = tensorrt.make("tensorrt")
     plan = toy_manifest.engines[-1].model_copy(
@@ -301,11 +344,11 @@ def test_onnx_runtime_with_cuda_and_no_gpu_stays_on_the_cpu(
 
     flavor = module.make("onnxruntime")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr(module, "gpu_at_hand", lambda position=0: None)
+    monkeypatch.setattr(module, "gpu_of_device", lambda device: None)
     assert flavor.default_device() == "cpu"
     with pytest.raises(UserError, match="device cuda:1: no such NVIDIA GPU answers here; use device cpu"):
         flavor.check_load(toy_manifest.engines[0], "cuda:1")
-    monkeypatch.setattr(module, "gpu_at_hand", lambda position=0: ("NVIDIA A100", "8.0"))
+    monkeypatch.setattr(module, "gpu_of_device", lambda device: ("NVIDIA A100", "8.0"))
     assert flavor.default_device() == "cuda:0"
     flavor.check_load(toy_manifest.engines[0], "cuda:1")
 

@@ -65,6 +65,25 @@ def test_prune(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert not list(bundle.rglob("*.plan"))
 
 
+def test_prune_keeps_what_has_no_size(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    for engine in manifest["engines"]:
+        if engine["component"].startswith("text"):  # as older builds left them
+            engine["resolutions"] = engine["profiles"][0]["resolutions"] = ["128x128"]
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    assert run(monkeypatch, "prune", bundle, "--keep-resolutions", "224x96") == 0
+    assert len(read_manifest(bundle).engines) == 8
+
+
+def test_prune_keeps_what_serves_a_gpu(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    for engine in manifest["engines"][4:]:
+        engine["options"] = {"hardware_compatible": "ampere+"}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    assert run(monkeypatch, "prune", bundle, "--keep-gpus", "rtx5090") == 0
+    assert len(read_manifest(bundle).engines) == 8
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

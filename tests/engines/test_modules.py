@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from distill.errors import UserError
 from engines import modules
 from engines.bundle import Engine, Manifest, Profile, ShapeRange
 from engines.modules import EngineComponent
@@ -18,7 +19,8 @@ class Doubler:
 
     def run(self, inputs: dict[str, torch.Tensor], profile: Profile) -> dict[str, torch.Tensor]:
         for name, shape in profile.shapes.items():
-            assert shape.admits(tuple(inputs[name].shape)), (name, inputs[name].shape, shape)
+            sides = list(inputs[name].shape)
+            assert shape.covers(ShapeRange(min=sides, opt=sides, max=sides)), (name, sides, shape)
         self.calls.append((profile.index, inputs["latent_sample"].shape[0]))
         return {"sample": inputs["latent_sample"] * 2}
 
@@ -61,6 +63,17 @@ def test_any_batch_on_any_profile(
     for _ in range(2):  # the second time from the remembered choice
         assert torch.equal(vae.run({"latent_sample": latents}, "128x128")["sample"], latents * 2)
     assert doubler.calls == calls * 2
+
+
+def test_an_engine_moves_to_no_other_gpu(toy_manifest: Manifest) -> None:
+    vae, _ = component(toy_manifest, (1, 2))
+    vae.device = torch.device("cuda:0")
+    module = modules.EngineVAE(vae, {"block_out_channels": [1]})
+    for same in ("cuda", "cuda:0", torch.float16, None):
+        assert module.to(same) is module
+    for other in ("cuda:1", "cpu"):
+        with pytest.raises(UserError, match=f"vae_decoder engine is on cuda:0 and cannot move to {other}; load it there"):
+            module.to(other)
 
 
 def test_padding_is_said_once(toy_manifest: Manifest) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -15,14 +16,18 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
+    UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
+from PIL import Image
 
 import engines
-from distill.architectures import MINI_FAMILY
+from distill.architectures import ARCHITECTURES, MINI_FAMILY
 from distill.errors import UserError
 from export import ExportOptions, export_checkpoint
+from tests.engines.toys import make_static, make_toy_onnx
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +38,8 @@ def reference(mini_vega: Path) -> StableDiffusionXLPipeline:
 
 
 @pytest.fixture(scope="module")
-def mini_bundle(tmp_path_factory: pytest.TempPathFactory, mini_vega: Path) -> Path:
-    """A true export of the mini family at Vega's depth, in fp32, as ONNX Runtime engines."""
-    root = tmp_path_factory.mktemp("mini")
-    components = ("unet", "vae_decoder", "text_encoder", "text_encoder_2")
-    export_checkpoint(mini_vega, root / "onnx", options=ExportOptions(precision="fp32", components=components))
-    engines.build_bundle(root / "onnx", root / "bundle", gpus=[], flavor="onnxruntime")
-    return root / "bundle"
-
-
-@pytest.fixture(scope="module")
 def pipeline(mini_bundle: Path) -> StableDiffusionXLPipeline:
-    pipeline = engines.load(mini_bundle, threads=1)
+    pipeline = engines.load(mini_bundle)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -67,7 +62,7 @@ def psnr_db(image: np.ndarray, other: np.ndarray) -> float:
         {"negative_prompt": "a blue star"},
         {"guidance_scale": 1.0},
         {"guidance_scale": 9.0, "guidance_rescale": 0.7},
-        {"num_images_per_prompt": 3},
+        {"num_images_per_prompt": 5},  # ten latents, in pieces of eight
         {"prompt": ["a red circle", "a blue star"], "negative_prompt": ["", "green"]},
         {"original_size": (64, 64), "crops_coords_top_left": (8, 0)},
     ],
@@ -139,9 +134,52 @@ def test_what_an_engine_cannot_do_is_said(pipeline: StableDiffusionXLPipeline) -
         draw(pipeline, clip_skip=1)
     with pytest.raises(UserError, match="compiled without cross_attention_kwargs"):
         draw(pipeline, cross_attention_kwargs={"scale": 0.5})
+    with pytest.raises(UserError, match="compiled without image_embeds"):
+        draw(pipeline, ip_adapter_image_embeds=[torch.zeros(2, 1, 1, 8)])
+    with pytest.raises(UserError, match="IP-Adapters run with the checkpoint"):
+        pipeline.load_ip_adapter(
+            {"image_proj": {}, "ip_adapter": {}}, subfolder="", weight_name="", image_encoder_folder=None
+        )
+    with pytest.raises(UserError, match="vocabulary is fixed"):
+        pipeline.load_textual_inversion({"<toy>": torch.zeros(1, 64)}, token="<toy>")
+    with pytest.raises(UserError, match="tiling needs the checkpoint"):
+        pipeline.vae.enable_tiling()
+    with pytest.raises(UserError, match="decodes only: image-to-image"):
+        other = StableDiffusionXLImg2ImgPipeline.from_pipe(pipeline)
+        other("a red circle", image=Image.new("RGB", (128, 128)), num_inference_steps=4)
     with pytest.raises(UserError, match="cannot move to cuda"):
         pipeline.to("cuda")
     assert pipeline.to("cpu") is pipeline
+    pipeline.vae.enable_slicing()
+
+
+@pytest.mark.filterwarnings("ignore:.*this call is padded")
+def test_a_static_bundle_draws_the_picture_of_the_dynamic_one(toy_bundle: Path, tmp_path: Path) -> None:
+    folder = make_static(make_toy_onnx(tmp_path / "onnx"), ["224x96"], batch=2)
+    engines.build_bundle(folder, tmp_path / "bundle", gpus=[], flavor="onnxruntime")
+    size = {"width": 224, "height": 96}
+    static, dynamic = (draw(engines.load(b, flavor="onnxruntime"), **size) for b in (tmp_path / "bundle", toy_bundle))
+    assert np.abs(static - dynamic).max() < 1e-5
+
+
+def test_a_consistency_student_is_told_its_guidance(mini_vega: Path, mini_onnx: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    checkpoint = tmp_path / "lcm"
+    shutil.copytree(mini_vega, checkpoint, ignore=shutil.ignore_patterns("unet"))
+    unet = UNet2DConditionModel(**ARCHITECTURES["mini-vega"].unet_config, time_cond_proj_dim=32)
+    unet.save_pretrained(checkpoint / "unet")
+    components = ("unet", "vae_decoder", "text_encoder", "text_encoder_2")
+    options = ExportOptions(precision="fp32", components=components, reuse=(mini_onnx,), check=False)
+    export_checkpoint(checkpoint, tmp_path / "onnx", options=options)
+    engines.build_bundle(tmp_path / "onnx", tmp_path / "bundle", gpus=[], flavor="onnxruntime", guidance="never")
+    pipelines = engines.load(tmp_path / "bundle"), StableDiffusionXLPipeline.from_pretrained(checkpoint)
+    for each in pipelines:
+        each.scheduler = LCMScheduler.from_config(each.scheduler.config)
+    ours, theirs = (draw(each, num_inference_steps=2, guidance_scale=8.0) for each in pipelines)
+    assert psnr_db(ours, theirs) >= 40
+    with pytest.raises(UserError, match="compiled with timestep_cond; use a pipeline that passes it"):
+        given = {"text_embeds": torch.zeros(1, 64), "time_ids": torch.zeros(1, 6)}
+        pipelines[0].unet(torch.zeros(1, 4, 16, 16), 1, torch.zeros(1, 77, 64), added_cond_kwargs=given)
 
 
 def test_unknown_or_absent_flavor(mini_bundle: Path) -> None:
@@ -151,6 +189,17 @@ def test_unknown_or_absent_flavor(mini_bundle: Path) -> None:
         engines.load(mini_bundle, flavor="tensorrt")
     with pytest.raises(UserError, match="needs ONNX Runtime's CUDAExecutionProvider"):
         engines.load(mini_bundle, device="cuda:0")
+    with pytest.raises(UserError, match="device 'gpu' is not known"):
+        engines.load(mini_bundle, device="gpu")
+
+
+def test_other_weights_are_not_ignored(toy_bundle: Path, toy_onnx: Path, tmp_path: Path) -> None:
+    engines.load(toy_bundle, flavor="onnxruntime", weights=toy_onnx)  # its own
+    other = make_toy_onnx(tmp_path / "onnx", seed=1)
+    with pytest.raises(UserError, match="keeps the weights it was built from"):
+        engines.load(toy_bundle, flavor="onnxruntime", weights=other)
+    with pytest.raises(UserError, match="holds no component of this pipeline"):
+        engines.load(toy_bundle, flavor="onnxruntime", weights=tmp_path)
 
 
 def test_a_bundle_of_several_flavors_loads_what_runs_here(toy_bundle: Path) -> None:

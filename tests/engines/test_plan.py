@@ -9,7 +9,7 @@ import pytest
 from distill.architectures import MINI_FAMILY, Resolution
 from distill.errors import UserError
 from engines.build import require_memory
-from engines.bundle import Layout
+from engines.bundle import Layout, ShapeRange
 from engines.gpus import GPUS, resolve_targets
 from engines.onnx_folder import OnnxComponent, read_onnx_folder
 from engines.plan import Job, parse_resolutions, plan_builds, plan_options
@@ -69,14 +69,23 @@ def test_every_layout_covers_every_size_and_batch(toy_onnx_fp16: Path, layout: L
     assert len(jobs) == plans
     for resolution in MINI_FAMILY.resolutions:
         for rows in (1, 2, 4):  # one image with and without guidance, two images with it
-            shape = (rows, 4, resolution.height // 8, resolution.width // 8)
+            shape = [rows, 4, resolution.height // 8, resolution.width // 8]
+            call = ShapeRange(min=shape, opt=shape, max=shape)
             serving = [
                 profile
                 for job in jobs
                 for profile in job.profiles
-                if str(resolution) in profile.resolutions and profile.shapes["sample"].admits(shape)
+                if str(resolution) in profile.resolutions and profile.shapes["sample"].covers(call)
             ]
             assert serving, (layout, resolution, rows)
+
+
+@pytest.mark.parametrize("change", [{"resolutions": "224x96"}, {"layout": "shared"}, {"layout": "per-resolution"}])
+def test_text_encoders_are_the_same_whatever_sizes_are_asked_for(toy_onnx_fp16: Path, change: dict) -> None:
+    """So one more size does not build, keep and load them again."""
+    components = ["text_encoder", "text_encoder_2"]
+    keys = [[job.key for job in plan(toy_onnx_fp16, components=components, **asked)] for asked in ({}, change)]
+    assert keys[0] == keys[1] and len(keys[0]) == 2
 
 
 @pytest.mark.parametrize("guidance, rows", [("always", (4, 4)), ("never", (2, 2)), ("any", (2, 4))])
@@ -106,7 +115,7 @@ def test_static_graphs_make_a_plan_each(tmp_path: Path) -> None:
         ({"layout": "ranged"}, "layout ranged needs"),
         ({"flavor": "onnxruntime"}, "flavor onnxruntime needs"),
         ({"resolutions": "128x160"}, "128x160 is not one of this model's: 128x128, 160x128, 224x96"),
-        ({"batches": [2]}, r"exported for 2 row\(s\), 2 image\(s\) make 4; export with --batch 4"),
+        ({"batches": [2]}, r"exported for 2 row\(s\), 2 image\(s\) make 4; export with --batch 2"),
     ]:
         with pytest.raises(UserError, match=message):
             plan(folder, **change)

@@ -47,9 +47,10 @@ def make(
     )
     faults = {name: options.pop(name) for name in ("header_reasons", "refuses") if name in options}
     trt = FakeTensorRT(profiles=len(profiles), **faults)
+    folder = options.pop("weights", None)
     settings = LoadOptions(device="cpu", runtime_cache=tmp_path / "cache", **options)
     arena = Arena(trt, tmp_path, settings, FakeDevice())  # type: ignore[arg-type]
-    weights = weights_for(engine, settings.weights) if settings.weights else None
+    weights = weights_for(engine, folder) if folder else None
     return TensorRTEngine(engine, b"plan", arena, "mend it", weights), trt, arena, engine
 
 
@@ -134,14 +135,29 @@ def test_graph_is_captured_anew_when_the_arena_moves(toy_manifest: Manifest, tmp
     assert next(context.memory for context in trt.plan.contexts if context.enqueued) != old
 
 
+def test_a_capture_that_failed_is_tried_again(toy_manifest: Manifest, tmp_path: Path) -> None:
+    loaded, _, arena, engine = make(toy_manifest, tmp_path)
+    arena.device.fails_to_capture = True  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="while the stream is capturing"):
+        loaded.run({"sample": sample("128x128")}, engine.profiles[0])
+    arena.device.fails_to_capture = False  # type: ignore[attr-defined]
+    for value in (1, 3):
+        result = loaded.run({"sample": sample("128x128", value)}, engine.profiles[0])["out_sample"]
+        assert torch.equal(result, sample("128x128", 2 * value))
+    assert arena.device.captures == 2  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     "layout, asked, strategy", [("ranged", None, "eager"), ("shared", None, "none"), ("ranged", "lazy", "lazy")]
 )
 def test_rtx_settings_follow_the_layout(
     toy_manifest: Manifest, tmp_path: Path, layout: str, asked: str | None, strategy: str
 ) -> None:
-    _, trt, _, _ = make(toy_manifest, tmp_path, "tensorrt-rtx", layout, specialization=asked)
+    loaded, trt, _, engine = make(toy_manifest, tmp_path, "tensorrt-rtx", layout, specialization=asked)
     config = trt.plan.configs[0]
+    assert all(context.specialization == "none" for context in trt.plan.contexts), "measuring shapes compiles nothing"
+    loaded.run({"sample": sample("128x128")}, engine.profiles[0])
+    assert trt.plan.contexts[-1].specialization == strategy
     assert config.dynamic_shapes_kernel_specialization_strategy == strategy
     assert config.cuda_graph_strategy == "whole" and config.allocation == "user" and config.has_cache
 
@@ -217,6 +233,7 @@ def test_refit_exchanges_weights_and_keeps_contexts(
     result = loaded.run({"sample": sample("128x128", 1)}, engine.profiles[0])["out_sample"]
     assert torch.equal(result, sample("128x128", 5)) and len(trt.plan.contexts) == contexts
     assert arena.device.captures == 2, "a graph may hold the old weights"  # type: ignore[attr-defined]
+    assert arena.device.synchronized == 1, "the refitter may go only when its weights have come"  # type: ignore[attr-defined]
     monkeypatch.setattr(FakeRefitter, "get_missing_weights", lambda self: ["conv.weight"])
     with pytest.raises(UserError, match=r"does not fit .*\(without conv\.weight\): export the same architecture"):
         loaded.refit(weights)
