@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from statistics import median
 from typing import Any
 
@@ -193,7 +193,7 @@ def run_bench(options: RunOptions) -> Results:
 
     def save(quality: dict[str, Any], energy: dict[str, Any], pictures: list[PictureRecord]) -> Results:
         results = Results(
-            created_utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
             command="python -m bench " + shlex.join(sys.argv[1:]),
             seconds=time.monotonic() - begin,
             baseline=baseline,

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +195,7 @@ def describe(about: dict[str, Any], job: dict[str, Any], levels: list[LoadLevel]
     """The whole file; `about` is what the server told of itself."""
     told = about["parameters"]
     return LoadFile(
-        created_utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         command=shlex.join(["python", "-m", "engines", *sys.argv[1:]]),
         server=LoadServer(
             address=job["server"],

@@ -72,7 +72,9 @@ def test_an_engine_moves_to_no_other_gpu(toy_manifest: Manifest) -> None:
     for same in ("cuda", "cuda:0", torch.float16, None):
         assert module.to(same) is module
     for other in ("cuda:1", "cpu"):
-        with pytest.raises(UserError, match=f"vae_decoder engine is on cuda:0 and cannot move to {other}; load it there"):
+        with pytest.raises(
+            UserError, match=f"vae_decoder engine is on cuda:0 and cannot move to {other}; load it there"
+        ):
             module.to(other)
 
 
