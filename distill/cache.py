@@ -10,6 +10,7 @@ several processes (torchrun) share the work by shard.
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -36,11 +37,15 @@ MOST_BAD_SAMPLES = 0.2  # of all; more means that the data set is not what it wa
 
 def cache_key(checkpoint: Path, data: str, identity: object, seed: int) -> dict[str, Any]:
     """What the cached values depend on; `identity` tells a data set from one of the same name that has changed."""
-    hashes = {
+    return {"data": data, "identity": sha256_json(identity), "seed": seed, **frozen_hashes(checkpoint)}
+
+
+def frozen_hashes(checkpoint: Path) -> dict[str, str]:
+    """A hash of the weights of each network that the cache stands for."""
+    return {
         component: sha256_json([sha256_file(file) for file in component_weights(checkpoint / component)])
         for component in ("vae", "text_encoder", "text_encoder_2")
     }
-    return {"data": data, "identity": sha256_json(identity), "seed": seed, **hashes}
 
 
 @torch.no_grad()
@@ -79,10 +84,13 @@ def make_cache(
     stated = out / "cache.json"
     if stated.exists() and read_json(stated) != key:
         raise UserError(
-            f"{out} is a cache of other data or another VAE or text encoder; choose another --out or remove it"
+            f"{out} is a cache of other data (or of the same before it was changed) or another VAE or text encoder; "
+            "choose another --out or remove it"
         )
     missing = [i for i in range(len(ranges)) if not _shard(out, i).exists()]
     todo = [i for i in missing if i % processes == rank]
+    if not missing and rank == 0:
+        say(f"{out} is finished, nothing is to do")
     if not todo:
         return
     samples = sum(len(ranges[i]) for i in missing)
@@ -199,26 +207,58 @@ class LatentCache:
                         self._rows[Resolution.parse(resolution)] += [(path, i) for i in range(count)]
         if not self._rows:
             raise UserError(f"{folder} holds no cached sample; make it with: python -m distill cache")
+        self._sizes = np.array([len(rows) for _, rows in sorted(self._rows.items())])
+        self._offsets = np.random.default_rng(seed).integers(batch_size, size=len(self._sizes))
         self._epoch, self._order = -1, []  # type: tuple[int, list[tuple[Resolution, np.ndarray]]]
 
     def __len__(self) -> int:
         return sum(map(len, self._rows.values()))
 
+    def check_teacher(self, teacher: Path) -> str | None:
+        """A warning where the teacher's VAE or text encoders are other files than those the cache was made with.
+
+        Raises UserError where its UNet takes embeddings of other widths.
+        """
+        family = find_architecture_of(teacher).family
+        wanted = family.unet["cross_attention_dim"], family.text_encoder_2["projection_dim"]
+        resolution, rows = next(iter(self._rows.items()))
+        shard = self._shard(rows[0][0])
+        held = tuple(shard.get_slice(f"{resolution}/{field}").get_shape()[-1] for field in FIELDS[1:3])
+        if held != wanted:
+            raise UserError(
+                f"the cache holds text embeddings of widths {held}, the UNet of {teacher} takes {wanted}; make one with "
+                f"this teacher: python -m distill cache --model {teacher}"
+            )
+        others = [component for component, digest in frozen_hashes(teacher).items() if self.key[component] != digest]
+        if not others:
+            return None
+        return (
+            f"warning: the cache was made with other files of {', '.join(others)} than {teacher} has; unless they hold the "
+            "same weights (one in fp16, say), make one for this teacher"
+        )
+
+    def _batches_before(self, epoch: int) -> np.ndarray:
+        """Of each resolution, how many batches come before an epoch: over the epochs as many as its samples fill."""
+        return (epoch * self._sizes + self._offsets) // self.batch_size
+
     def _order_of(self, epoch: int) -> list[tuple[Resolution, np.ndarray]]:
+        """The epoch's batches in order. A last batch that is not full is filled up from the start, and is in so few of
+        the epochs that no sample is seen more often than those of other resolutions."""
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, epoch])
+            counts = self._batches_before(epoch + 1) - self._batches_before(epoch)
             batches = []
-            for resolution, rows in sorted(self._rows.items()):
-                count = -(-len(rows) // self.batch_size) * self.batch_size
-                order = np.resize(rng.permutation(len(rows)), count)  # the last batch is filled up from the start
+            for (resolution, rows), count in zip(sorted(self._rows.items()), counts, strict=True):
+                order = np.resize(rng.permutation(len(rows)), count * self.batch_size)
                 batches += [(resolution, part) for part in order.reshape(-1, self.batch_size)]
             self._epoch, self._order = epoch, [batches[i] for i in rng.permutation(len(batches))]
         return self._order
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
         """FIELDS of a step's global batch, or of some rows of it, in float32, `time_ids` too."""
-        epoch, place = divmod(step, len(self._order_of(0)) if self._epoch < 0 else len(self._order))
-        resolution, indices = self._order_of(epoch)[place]
+        ends = range((step + len(self._sizes) + 1) * self.batch_size)  # an epoch has a sample at least
+        epoch = bisect_right(ends, step, key=lambda epoch: self._batches_before(epoch).sum()) - 1
+        resolution, indices = self._order_of(epoch)[step - self._batches_before(epoch).sum()]
         places = [self._rows[resolution][i] for i in indices[rows]]
         fields = {}
         for field in FIELDS:

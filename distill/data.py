@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 
 from distill.architectures import Family, Resolution
 from distill.errors import UserError
+from distill.files import sha256_file
 from distill.shapes import random_scene, render
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
@@ -60,6 +61,16 @@ def nearest_bucket(width: int, height: int, family: Family) -> Resolution:
     return min(family.resolutions, key=lambda r: abs(np.log(width * r.height / (height * r.width))))
 
 
+def in_eight_bits(image: Image.Image) -> Image.Image:
+    """The picture as RGB: grey levels of 16 bits scaled to 8, what is transparent laid on white."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        seen = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+    return image.convert("RGB")
+
+
 def fit_to_bucket(key: str, image: Image.Image, caption: str, family: Family, rng: np.random.Generator) -> Sample:
     """Resizes to cover the nearest bucket, flips half the time, crops at a random place.
 
@@ -72,7 +83,7 @@ def fit_to_bucket(key: str, image: Image.Image, caption: str, family: Family, rn
     scale = max(bucket.width / width, bucket.height / height)
     if scale > 1:
         raise BadSample(f"{key}: {width}x{height} is smaller than its bucket {bucket}")
-    resized = image.convert("RGB").resize(
+    resized = in_eight_bits(image).resize(
         (max(bucket.width, round(width * scale)), max(bucket.height, round(height * scale))), Image.Resampling.LANCZOS
     )
     flipped = bool(rng.random() < 0.5)
@@ -121,18 +132,30 @@ class PictureSource:
 
     def read(self, index: int) -> Sample:
         """Raises BadSample for one that cannot be decoded, has no caption, or is smaller than its bucket."""
-        row = self.rows[index]
+        key = f"row {index}"
         try:
+            row = self.rows[index]
+            key = row.key
             with row.open() as image:
                 rng = np.random.default_rng([self.seed, index])
-                return fit_to_bucket(row.key, ImageOps.exif_transpose(image), row.caption(), self.family, rng)
+                return fit_to_bucket(key, ImageOps.exif_transpose(image), row.caption(), self.family, rng)
         except BadSample:
             raise
         except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, zlib.error, …
-            raise BadSample(f"{row.key}: {type(error).__name__}: {error}") from None
+            raise BadSample(f"{key}: {type(error).__name__}: {error}") from None
 
 
-def _folder_rows(folder: Path) -> list[Row]:
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Size and time of change, by which an edited file is known; None where there is no file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _folder_rows(folder: Path) -> tuple[list[Row], object]:
+    """Its rows and its identity, which an edited picture or caption changes."""
     metadata = folder / "metadata.jsonl"
     if metadata.is_file():
         rows, captioned = [], False
@@ -147,19 +170,22 @@ def _folder_rows(folder: Path) -> list[Row]:
                     ) from None
                 captioned |= bool(text.strip())
                 rows.append(Row(name, partial(Image.open, folder / name), partial(str, text)))
+        identity: list[object] = [sha256_file(metadata), *((row.key, _stamp(folder / row.key)) for row in rows)]
     else:
         images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         texts = [path.with_suffix(".txt") for path in images]
-        captioned = any(text.is_file() for text in texts)
         rows = [
             Row(str(path.relative_to(folder)), partial(Image.open, path), partial(text.read_text, encoding="utf-8"))
             for path, text in zip(images, texts, strict=True)
         ]
+        stamps = [_stamp(text) for text in texts]
+        captioned = any(stamps)
+        identity = [(row.key, _stamp(path), stamp) for row, path, stamp in zip(rows, images, stamps, strict=True)]
     if not rows:
         raise UserError(f"{folder} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})")
     if not captioned:
         raise UserError(f"{folder} holds no captions: give NAME.txt beside each picture, or metadata.jsonl")
-    return rows
+    return rows, identity
 
 
 def _part_of(shard: Path, start: int, size: int) -> bytes:
@@ -172,13 +198,15 @@ def _missing(what: str) -> Any:
     raise BadSample(what)
 
 
-def _shard_rows(pattern: str) -> list[Row]:
+def _shard_rows(pattern: str) -> tuple[list[Row], object]:
     """The members of local WebDataset shards, found by their headers and read when wanted: what precedes the first dot
-    of a file's name is its sample's key (https://github.com/webdataset/webdataset#the-webdataset-format)."""
+    of a file's name is its sample's key (https://github.com/webdataset/webdataset#the-webdataset-format). And their
+    identity, which any change of a shard changes."""
     import braceexpand
 
     rows, captioned = [], False
-    for shard in map(Path, braceexpand.braceexpand(pattern)):
+    shards = [Path(name) for name in braceexpand.braceexpand(pattern)]
+    for shard in shards:
         try:
             with tarfile.open(shard, "r:") as tar:
                 places = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
@@ -207,7 +235,7 @@ def _shard_rows(pattern: str) -> list[Row]:
         raise UserError(f"{pattern} holds no samples")
     if not captioned:
         raise UserError(f"{pattern} holds no captions: each sample needs KEY.txt beside its picture")
-    return rows
+    return rows, [_stamp(shard) for shard in shards]
 
 
 class HubRows:
@@ -239,7 +267,8 @@ class HubRows:
             )
         self.picture, self.caption = pictures[0], captions[0]
         self.fingerprint = dataset._fingerprint
-        self.dataset = dataset.cast_column(self.picture, datasets.Image(decode=False))
+        wanted = dataset.select_columns([self.picture, self.caption])  # another column may not even be readable
+        self.dataset = wanted.cast_column(self.picture, datasets.Image(decode=False))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -268,9 +297,9 @@ def open_source(spec: str, family: Family, seed: int) -> Source:
         hub = HubRows(spec.removeprefix("hf:"))
         return PictureSource(hub, family, seed, hub.fingerprint)
     if Path(spec).is_dir():
-        rows = _folder_rows(Path(spec))
+        rows, identity = _folder_rows(Path(spec))
     elif spec.endswith(".tar"):
-        rows = _shard_rows(spec)
+        rows, identity = _shard_rows(spec)
     else:
         raise UserError(f"data {spec!r} is no folder and no known form: shapes:N, FOLDER, SHARDS.tar or hf:ORG/NAME")
-    return PictureSource(rows, family, seed, [row.key for row in rows])
+    return PictureSource(rows, family, seed, identity)

@@ -103,7 +103,10 @@ def report_importance(checkpoint: Path, cache: Path, student: str, out: Path, *,
     depth, target = architecture.depth, find_architecture(student, architecture.family)
     make_layer_map("first", depth, target.depth)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    batch = LatentCache(cache, batch_size=samples, seed=0).batch(0)
+    latents = LatentCache(cache, batch_size=samples, seed=0)
+    if told := latents.check_teacher(checkpoint):
+        say(told)
+    batch = latents.batch(0)
     unet = load_component(checkpoint, "unet", torch.float32).to(device)
     levels = [round((i + 0.5) * 1000 / timesteps) for i in range(timesteps)]
     on_device = {name: value.to(device) for name, value in batch.items()}

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +19,13 @@ import torch
 import webdataset
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
-from distill.architectures import MINI_FAMILY, SDXL_FAMILY, Resolution
-from distill.cache import LatentCache, encode, make_cache
-from distill.data import BadSample, PictureSource, Row, fit_to_bucket, nearest_bucket, open_source
+from distill.architectures import ARCHITECTURES, MINI_FAMILY, SDXL_FAMILY, Resolution
+from distill.cache import FIELDS, LatentCache, encode, make_cache
+from distill.data import BadSample, PictureSource, Row, fit_to_bucket, in_eight_bits, nearest_bucket, open_source
 from distill.errors import UserError
+from distill.sources import load_component
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +86,20 @@ def test_the_crops_corner_is_of_the_picture_that_is_seen() -> None:
         assert sample.image[0, 0, 0] == (249 - left if sample.flipped else left)
         seen.add((sample.flipped, left > 0))
     assert {(True, True), (False, True)} <= seen
+
+
+def test_deep_greys_keep_their_levels_and_what_is_transparent_is_white() -> None:
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0)
+    data = BytesIO()
+    Image.fromarray(ramp).save(data, "PNG")
+    assert np.array_equal(np.asarray(in_eight_bits(Image.open(data)))[0, :, 1], np.arange(256))
+    clear = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
+    clear.putpixel((1, 0), (0, 0, 0, 0))
+    palette = clear.quantize()
+    data = BytesIO()
+    palette.save(data, "PNG")
+    for image in (clear, palette, Image.open(data)):
+        assert np.asarray(in_eight_bits(image))[0].tolist() == [[200, 0, 0], [255, 255, 255]]
 
 
 def test_small_and_captionless_pictures_are_bad_samples() -> None:
@@ -168,6 +186,8 @@ def test_webdataset_shards_are_read(tmp_path: Path) -> None:
     source = open_source(str(tmp_path / "data-{0..1}.tar"), MINI_FAMILY, 0)
     assert [source.read(i).caption for i in range(6)] == [f"caption {shard}{i}" for shard in range(2) for i in range(3)]
     assert [source.read(i).key for i in (5, 0)] == ["data-1.tar/k12", "data-0.tar/k00"]
+    os.utime(tmp_path / "data-1.tar", ns=(0, 0))
+    assert open_source(str(tmp_path / "data-{0..1}.tar"), MINI_FAMILY, 0).identity != source.identity
 
 
 def test_bad_samples_of_a_shard_are_skipped_and_named(mini_vega: Path, tmp_path: Path, capsys) -> None:
@@ -218,8 +238,9 @@ def own_hub_cache(tmp_path: Path, monkeypatch) -> None:
 @pytest.mark.usefixtures("own_hub_cache")
 def test_a_hugging_face_dataset_is_read(mini_vega: Path, tmp_path: Path) -> None:
     pictures = [Image.new("RGB", (160, 160), color) for color in ("red", "green", "blue", "white", "black")]
-    columns = {"id": [*range(5)], "picture": pictures, "caption": ["a", "b", "c", "", "e"]}
-    kinds = {"id": datasets.Value("int64"), "picture": datasets.Image(), "caption": datasets.Value("string")}
+    torn = [{"bytes": b"no picture at all", "path": None}] * 5
+    columns = {"picture": pictures, "thumbnail": torn, "caption": ["a", "b", "c", "", "e"]}
+    kinds = {"picture": datasets.Image(), "thumbnail": datasets.Image(), "caption": datasets.Value("string")}
     (tmp_path / "parquet").mkdir()
     dataset = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
     dataset.to_parquet(tmp_path / "parquet" / "train.parquet")
@@ -247,10 +268,13 @@ def test_a_hugging_face_dataset_that_will_not_do_is_refused(tmp_path: Path) -> N
 
 
 def test_a_cache_resumes_and_is_the_same_from_any_number_of_processes(
-    mini_vega: Path, tmp_path: Path, monkeypatch
+    mini_vega: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     monkeypatch.setattr("distill.cache.SAMPLES_PER_SHARD", 4)
     make_cache(mini_vega, "shapes:10", tmp_path / "one")
+    assert "nothing" not in capsys.readouterr().out
+    make_cache(mini_vega, "shapes:10", tmp_path / "one")
+    assert "one is finished, nothing is to do" in capsys.readouterr().out
     for rank in (1, 0):
         make_cache(mini_vega, "shapes:10", tmp_path / "two", rank=rank, processes=2)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
@@ -275,18 +299,59 @@ def test_batches_depend_on_the_step_alone(cache: Path) -> None:
     assert all(torch.equal(backward.batch(step)["latents"], ahead[step]) for step in reversed(steps))
 
 
+def test_a_resolution_is_seen_as_often_as_its_samples_are_many(tmp_path: Path) -> None:
+    sizes = {"128x128": 3, "160x128": 20}
+    tensors = {f"{size}/{field}": torch.zeros(n, 1) for size, n in sizes.items() for field in FIELDS}
+    for size, n in sizes.items():
+        tensors[f"{size}/time_ids"] = torch.tensor([[n, i] for i in range(n)], dtype=torch.int32)
+    save_file(tensors, tmp_path / "shard-000000.safetensors")
+    (tmp_path / "cache.json").write_text('{"shards": 1}')
+    latents = LatentCache(tmp_path, batch_size=8, seed=0)
+    drawn = [latents.batch(step)["time_ids"] for step in range(230)]  # 80 epochs of 23 samples
+    assert all(len(batch) == 8 and len(batch[:, 0].unique()) == 1 for batch in drawn)
+    by_size = [int(batch[0, 0]) for batch in drawn]
+    assert by_size.count(3) == 30 and by_size.count(20) == 200 and by_size[:23].count(3) == 3
+    times = torch.cat([batch[:, 1] for batch in drawn if batch[0, 0] == 20]).int().bincount()
+    assert len(times) == 20 and times.min() > 60 and times.max() < 100
+
+
+def test_a_cache_is_held_against_the_teacher(mini_vega: Path, cache: Path, tmp_path: Path) -> None:
+    latents = LatentCache(cache, batch_size=4, seed=0)
+    assert latents.check_teacher(mini_vega) is None
+    other = Path(shutil.copytree(mini_vega, tmp_path / "other"))
+    tuned = load_component(other, "text_encoder", torch.float32)
+    tuned.get_input_embeddings().weight.data += 1
+    tuned.save_pretrained(other / "text_encoder")
+    assert "made with other files of text_encoder than" in (latents.check_teacher(other) or "")
+    (tmp_path / "wide" / "unet").mkdir(parents=True)
+    (tmp_path / "wide" / "unet" / "config.json").write_text(json.dumps(ARCHITECTURES["sdxl"].unet_config))
+    with pytest.raises(UserError, match=r"widths \(128, 64\), the UNet of .* takes \(2048, 1280\)"):
+        latents.check_teacher(tmp_path / "wide")
+
+
 def test_an_empty_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         LatentCache(tmp_path, batch_size=1, seed=0)
 
 
 def test_a_data_set_that_has_changed_is_another(mini_vega: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
     for i in range(2):
-        _picture(tmp_path / "data", f"p{i}", (150, 150), "a thing")
-    make_cache(mini_vega, str(tmp_path / "data"), tmp_path / "cache")
-    _picture(tmp_path / "data", "a-new-first", (150, 150), "a thing")
-    with pytest.raises(UserError, match="cache of other data"):
-        make_cache(mini_vega, str(tmp_path / "data"), tmp_path / "cache")
+        _picture(data, f"p{i}", (150, 150), "a thing")
+    make_cache(mini_vega, str(data), tmp_path / "cache")
+    seen = [open_source(str(data), MINI_FAMILY, 0).identity]
+    for change in (
+        lambda: _picture(data, "a-new-first", (150, 150), "a thing"),
+        lambda: (data / "p0.txt").write_text("another thing"),
+        lambda: _picture(data, "p1", (150, 151), "a thing"),
+        lambda: (data / "metadata.jsonl").write_text('{"file_name": "p0.png", "text": "a thing"}'),
+        lambda: (data / "metadata.jsonl").write_text('{"file_name": "p0.png", "text": "a ring!"}'),
+    ):
+        change()
+        seen.append(open_source(str(data), MINI_FAMILY, 0).identity)
+        assert seen[-1] not in seen[:-1]
+    with pytest.raises(UserError, match=r"cache of other data \(or of the same before it was changed\)"):
+        make_cache(mini_vega, str(data), tmp_path / "cache")
 
 
 def test_a_disk_known_to_be_too_small_is_told_before_anything_is_written(
