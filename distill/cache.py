@@ -234,7 +234,7 @@ class LatentCache:
             return None
         return (
             f"warning: the cache was made with other files of {', '.join(others)} than {teacher} has; unless they hold the "
-            "same weights (one in fp16, say), make one for this teacher"
+            "same weights (one in fp16, say), give this teacher's stages a recipe and a cache of their own"
         )
 
     def _batches_before(self, epoch: int) -> np.ndarray:
