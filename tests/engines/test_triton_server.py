@@ -21,7 +21,6 @@ import torch
 
 import engines
 from distill.errors import UserError
-from engines.build import build_bundle
 from engines.bundle import read_manifest
 from engines.load_file import read_load
 from engines.triton import Serving, write_repository
@@ -40,18 +39,6 @@ def test_a_taken_port_and_a_dead_server_are_told_in_one_line(tmp_path: Path) -> 
     log.write_text("I1 started\nE1 'failed to load 'slimxl' version 1: Internal: UserError: the bundle is gone\n")
     assert reason(log) == "the bundle is gone"
     assert Address("127.0.0.2").is_loopback and not Address("0.0.0.0").is_loopback
-
-
-@pytest.fixture(scope="module")
-def mini_bundle(tmp_path_factory: pytest.TempPathFactory, mini_vega: Path) -> Path:
-    """The real graphs of the mini family at Vega's depth, for up to four pictures at once."""
-    from export import ExportOptions, export_checkpoint
-
-    root = tmp_path_factory.mktemp("mini")
-    components = ("unet", "vae_decoder", "text_encoder", "text_encoder_2")
-    export_checkpoint(mini_vega, root / "onnx", options=ExportOptions(precision="fp32", components=components))
-    build_bundle(root / "onnx", root / "bundle", gpus=[], flavor="onnxruntime", batches=[1, 4])
-    return root / "bundle"
 
 
 @pytest.fixture(scope="module")
