@@ -207,7 +207,8 @@ class LatentCache:
                         self._rows[Resolution.parse(resolution)] += [(path, i) for i in range(count)]
         if not self._rows:
             raise UserError(f"{folder} holds no cached sample; make it with: python -m distill cache")
-        self._sizes = np.array([len(rows) for _, rows in sorted(self._rows.items())])
+        self._rows = dict(sorted(self._rows.items()))
+        self._sizes = np.array([len(rows) for rows in self._rows.values()])
         self._offsets = np.random.default_rng(seed).integers(batch_size, size=len(self._sizes))
         self._epoch, self._order = -1, []  # type: tuple[int, list[tuple[Resolution, np.ndarray]]]
 
@@ -248,7 +249,7 @@ class LatentCache:
             rng = np.random.default_rng([self.seed, epoch])
             counts = self._batches_before(epoch + 1) - self._batches_before(epoch)
             batches = []
-            for (resolution, rows), count in zip(sorted(self._rows.items()), counts, strict=True):
+            for (resolution, rows), count in zip(self._rows.items(), counts, strict=True):
                 order = np.resize(rng.permutation(len(rows)), count * self.batch_size)
                 batches += [(resolution, part) for part in order.reshape(-1, self.batch_size)]
             self._epoch, self._order = epoch, [batches[i] for i in rng.permutation(len(batches))]
@@ -256,8 +257,8 @@ class LatentCache:
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
         """FIELDS of a step's global batch, or of some rows of it, in float32, `time_ids` too."""
-        ends = range((step + len(self._sizes) + 1) * self.batch_size)  # an epoch has a sample at least
-        epoch = bisect_right(ends, step, key=lambda epoch: self._batches_before(epoch).sum()) - 1
+        epochs = range((step + len(self._sizes) + 1) * self.batch_size)  # enough: each has one sample at least
+        epoch = bisect_right(epochs, step, key=lambda epoch: self._batches_before(epoch).sum()) - 1
         resolution, indices = self._order_of(epoch)[step - self._batches_before(epoch).sum()]
         places = [self._rows[resolution][i] for i in indices[rows]]
         fields = {}
