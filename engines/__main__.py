@@ -171,23 +171,26 @@ def triton(
     warm_up: bool = True,
     queue: int = 64,
     execution_env: Path | None = None,
+    runtime_cache: Path | None = None,
 ) -> int:
     """Write a Triton model repository that serves the bundle.
 
     Args:
         bundle: The bundle; it is checked, and read again by the server.
-        out: The model repository.
+        out: The model repository, a folder of its own.
         flavor: Which engines; default: the first that run here.
-        gpus: CUDA device numbers separated by commas, `none` for the CPU, `auto` for every GPU here if there is one.
+        gpus: CUDA device numbers separated by commas, `none` for the CPU, `auto` for every GPU here that runs the bundle.
         instances: Copies of the model for each GPU.
         decoupled: Answer with every step's number before the picture (gRPC streams only).
-        plans: Offer the bundle's tensorrt plans as models of their own, too.
-        warm_up: Draw one picture of every size before the model is ready.
+        plans: Offer the bundle's tensorrt plans (layout ranged) as models of their own, too.
+        warm_up: Draw pictures of every size before the model is ready.
         queue: How many requests may wait; more are refused.
         execution_env: Virtual environment for the backend's Python (one with the NumPy it was compiled for).
+        runtime_cache: Folder for TensorRT-RTX's compiled kernels, where the bundle may not be written.
     """
+    from engines.bundle import read_manifest
     from engines.reports import console
-    from engines.triton import Serving, parse_devices, write_repository
+    from engines.triton import Serving, brings_its_runtime, parse_devices, write_repository
 
     serving = Serving(
         flavor=flavor,
@@ -198,12 +201,13 @@ def triton(
         warm_up=warm_up,
         queue=queue,
         execution_env=execution_env,
+        runtime_cache=runtime_cache,
     )
     names = write_repository(bundle, out, serving)
     line = f"tritonserver --model-repository={out} --model-control-mode=none"
-    console.print(
-        f"{out}: {', '.join(names)}; serve with: {line} (what else is wise: engines/SERVING.md)", markup=False
-    )
+    if plans and brings_its_runtime(read_manifest(bundle)):
+        line += " --backend-config=tensorrt,version-compatible=true"
+    console.print(f"{out}: {', '.join(names)}; serve with: {line} (what else is wise: engines/SERVING.md)")
     return 0
 
 
@@ -217,6 +221,7 @@ def serve(
     address: str = "127.0.0.1",
     http_port: int = 8000,
     grpc_port: int = 8001,
+    allow_exposed: bool = False,
 ) -> int:
     """Serve a bundle by Triton, on this machine, until Ctrl-C or SIGTERM; installs the server if there is none.
 
@@ -224,18 +229,21 @@ def serve(
         bundle: What to serve.
         workdir: Where the model repository, the server's environment and its log go.
         flavor: Which engines; default: the first that run here.
-        gpus: CUDA device numbers separated by commas, `none` for the CPU, `auto` for every GPU here if there is one.
+        gpus: CUDA device numbers separated by commas, `none` for the CPU, `auto` for every GPU here that runs the bundle.
         instances: Copies of the model for each GPU.
         decoupled: Answer with every step's number before the picture (gRPC streams only).
-        address: Loopback unless told otherwise; there is no authentication.
+        address: IPv4 number or a name that has one. Loopback unless told otherwise; there is no authentication.
         http_port: For HTTP.
         grpc_port: For gRPC.
+        allow_exposed: Let the server from PyPI listen to other machines, although whoever reaches it can crash it.
     """
     from engines import triton_server
     from engines.bundle import read_manifest
     from engines.triton import Serving, choose_place, parse_devices, write_repository
 
-    where = triton_server.Address(address, http_port, grpc_port)
+    where = triton_server.Address.resolve(address, http_port, grpc_port)
+    if not allow_exposed:
+        triton_server.require_unexposed(where)
     where.require_free()
     served, devices = choose_place(read_manifest(bundle), flavor, parse_devices(gpus))
     environment = triton_server.find_environment(workdir / "environment")
@@ -282,7 +290,7 @@ def load(
 
     workload = Workload(size=size, steps=steps, guidance=guidance, images=images)
     levels = parse_counts("--concurrency", concurrency)
-    return measure_load(out, server, workload, levels, minutes * 60, rate, workdir / "environment")
+    return measure_load(out, server, workload, levels, minutes * 60, rate, workdir)
 
 
 COMMANDS: dict[str, Callable[..., int]] = {

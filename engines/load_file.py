@@ -44,7 +44,8 @@ class LoadClient(_Record):
 
 
 class LoadWorkload(_Record):
-    """What every request asked for, its seed aside; `rate_per_s` bounds all clients together, None does not."""
+    """What every request asked for, its seed and a made-up word at the end of its prompt aside; `rate_per_s` bounds all
+    clients together, None does not."""
 
     prompt: str
     width: int
@@ -67,8 +68,9 @@ class ServerMemory(_Record):
 
 class LoadLevel(_Record):
     """One number of clients at once, each with one request under way. `latencies_ms` are those of the requests that
-    were answered, the server's queue included; `latency_ms` has median, p90, p95 and p99, None where there are too few.
-    `mean_batch` is how many pictures were drawn together; `server_rss` is None for a server on another machine."""
+    were answered, the server's queue included, and under a rate counted from when the request was due; `latency_ms` has
+    median, p90, p95 and p99, None where there are too few. `mean_batch` is how many pictures the UNet drew at once, on
+    average over its batches; `server_rss` is None for a server on another machine."""
 
     concurrency: int = Field(ge=1)
     requests: int = Field(ge=0)

@@ -14,10 +14,14 @@ from pathlib import Path
 from distill.errors import UserError
 from distill.files import replacing, sha256_file
 from engines.bundle import MANIFEST, Engine, Manifest, TensorInfo, read_manifest, verify_bundle
-from engines.pipeline import choose_flavor
+from engines.flavors import Flavor
+from engines.gpus import gpu_of_device
+from engines.pipeline import choose_flavor, select_engines
 
 MODEL = "slimxl"
 MODEL_SOURCE = Path(__file__).with_name("triton_model.py")
+SIGNATURE = "# written by slimxl, which replaces this folder when it writes the repository again"
+"""First line of every config.pbtxt: a model without it is somebody else's."""
 TRITON_TYPES = {
     "float32": "TYPE_FP32",
     "float16": "TYPE_FP16",
@@ -46,16 +50,18 @@ OUTPUTS = (
     ("step", "TYPE_INT32", "[ 1 ]"),
 )
 """`image` (1, images, height, width, 3); `timings_ms` is text, denoising, decoding; `batch` counts the pictures that
-were drawn together; `step` counts up in decoupled mode."""
+the UNet drew at once; `step` counts up in decoupled mode."""
 LONGEST_QUEUE = 64
 """Requests that wait for each model; one more is refused at once instead of waiting longer than its client does."""
+LONGEST_WAIT_SECONDS = 300
+"""A request that has waited so long is refused; one may ask for less (Triton's request parameter `timeout`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
     """How a bundle is served. `gpus` are CUDA device numbers that get `instances` copies each: () is the CPU, None
-    every GPU here where the flavor runs on one. `execution_env` is the virtual environment in which the backend's
-    Python starts, where the server's own will not do."""
+    every GPU here that runs the bundle, where the flavor runs on one. `execution_env` is the virtual environment in which
+    the backend's Python starts, where the server's own will not do; `runtime_cache` is `engines.load`'s."""
 
     flavor: str | None = None
     gpus: tuple[int, ...] | None = None
@@ -65,14 +71,16 @@ class Serving:
     warm_up: bool = True
     queue: int = LONGEST_QUEUE
     execution_env: Path | None = None
+    runtime_cache: Path | None = None
 
 
 def write_repository(bundle: Path, out: Path, serving: Serving) -> list[str]:
     """Writes the repository, whole or not at all, and returns the names of its models.
 
-    Raises UserError for a damaged bundle, before anything is written, and where `plans` is asked of a bundle that has
-    none.
+    Raises UserError, before anything is written, for a damaged bundle, for an `out` that holds what slimxl did not write,
+    and where `plans` is asked of a bundle that has none for Triton.
     """
+    require_ours(out)
     manifest = read_manifest(bundle)
     faults = verify_bundle(bundle)
     if faults:
@@ -81,12 +89,7 @@ def write_repository(bundle: Path, out: Path, serving: Serving) -> list[str]:
     for name, number in (("instances", serving.instances), ("queue", serving.queue)):
         if number < 1:
             raise UserError(f"--{name} {number} is not possible: 1 or more")
-    plan_engines = [engine for engine in manifest.engines if engine.flavor == "tensorrt"] if serving.plans else []
-    if serving.plans and not plan_engines:
-        raise UserError(
-            f"{bundle} has no tensorrt plans for Triton's tensorrt backend, it has {', '.join(manifest.flavors)}; "
-            "build them with --flavor tensorrt on the GPU that serves, with the TensorRT of the Triton container"
-        )
+    plans = choose_plans(manifest, gpus or (0,)) if serving.plans else []
     names = []
     with replacing(out) as folder:
         (folder / MODEL / "1").mkdir(parents=True)
@@ -94,7 +97,7 @@ def write_repository(bundle: Path, out: Path, serving: Serving) -> list[str]:
         (folder / MODEL / "config.pbtxt").write_text(text, encoding="utf-8")
         shutil.copyfile(MODEL_SOURCE, folder / MODEL / "1" / "model.py")
         names.append(MODEL)
-        for engine in plan_engines:
+        for engine in plans:
             name = Path(engine.files[0].path).stem.replace(".", "-")
             (folder / name / "1").mkdir(parents=True)
             text = plan_config(name, engine, gpus or (0,))
@@ -104,19 +107,84 @@ def write_repository(bundle: Path, out: Path, serving: Serving) -> list[str]:
     return names
 
 
+def require_ours(out: Path) -> None:
+    """Raises UserError for a folder that holds anything but models that slimxl wrote, since it is replaced as a whole."""
+    for path in sorted(out.iterdir()) if out.is_dir() else []:
+        config = path / "config.pbtxt"
+        if not config.is_file() or not config.read_text(encoding="utf-8", errors="replace").startswith(SIGNATURE):
+            raise UserError(
+                f"{out} holds {path.name}, which slimxl did not write and would remove; choose a folder of its own for "
+                "--out (tritonserver takes several --model-repository)"
+            )
+
+
+def choose_plans(manifest: Manifest, gpus: tuple[int, ...]) -> list[Engine]:
+    """The plans for Triton's tensorrt backend: those in layout `ranged` that fit the GPUs, where these are here.
+
+    That backend makes a context with activation memory of its own for each profile, nine times the memory for exact
+    sizes. And a single plan that cannot be opened ends the whole server, so it is asked for plans of one kind. Raises
+    UserError where there are none or several kinds, or where plans have no weights.
+    """
+    found = [gpu_of_device(f"cuda:{gpu}") for gpu in gpus]
+    plans = [
+        engine
+        for engine in manifest.engines
+        if engine.flavor == "tensorrt"
+        and engine.layout == "ranged"
+        and all(engine.serves(gpu[1]) for gpu in found if gpu)
+    ]
+    if "unet" not in {engine.component for engine in plans}:
+        here = f" for {', '.join(gpu[0] for gpu in found if gpu)}" if any(found) else ""
+        raise UserError(
+            f"the bundle has no tensorrt plans in layout ranged{here}, and Triton's tensorrt backend takes activation "
+            "memory for each profile; build them with --flavor tensorrt --layout ranged on the GPU that serves, with the "
+            "TensorRT of the Triton container"
+        )
+    versions = sorted({engine.flavor_version for engine in plans})
+    capabilities = sorted({" and ".join(engine.compute_capabilities) for engine in plans})
+    for kinds, what in ((versions, "TensorRT"), (capabilities, "compute capability")):
+        if len(kinds) > 1:
+            raise UserError(
+                f"the bundle has plans for {what} {', '.join(kinds)}, and one that the server cannot open ends it; build a "
+                "bundle with one kind, or write the repository on the GPU that serves"
+            )
+    if any(engine.options.get("strip") for engine in plans):
+        raise UserError("Triton's tensorrt backend opens no plans without weights; build them without --strip")
+    return plans
+
+
+def brings_its_runtime(manifest: Manifest) -> bool:
+    """Whether the tensorrt plans are version-compatible: Triton opens such plans only where it is told to."""
+    return any(e.flavor == "tensorrt" and e.options.get("version_compatible") for e in manifest.engines)
+
+
 def choose_place(manifest: Manifest, flavor: str | None, gpus: tuple[int, ...] | None) -> tuple[str, tuple[int, ...]]:
     """The flavor that is served, and the GPUs it is served on. Raises UserError where the two do not go together."""
-    import torch
-
     if flavor is None and gpus == ():
         flavor = "onnxruntime"
     device = f"cuda:{gpus[0]}" if gpus else None
     backend = choose_flavor(manifest, flavor, device)
     if gpus is None:
-        gpus = tuple(range(torch.cuda.device_count())) if backend.default_device().startswith("cuda") else ()
+        gpus = fitting_gpus(manifest, backend) if backend.default_device().startswith("cuda") else ()
     if not gpus and backend.name != "onnxruntime":
         raise UserError(f"{backend.name} engines run on a GPU: name it with --gpus 0, or pass --flavor onnxruntime")
     return backend.name, gpus
+
+
+def fitting_gpus(manifest: Manifest, backend: Flavor) -> tuple[int, ...]:
+    """Those of this machine that run the bundle's engines. Raises UserError, with a reason, where there are only others."""
+    import torch
+
+    fitting, refusal = [], None
+    for gpu in range(torch.cuda.device_count()):
+        try:
+            select_engines(manifest, backend, f"cuda:{gpu}")
+            fitting.append(gpu)
+        except UserError as error:
+            refusal = error
+    if refusal and not fitting:
+        raise refusal
+    return tuple(fitting)
 
 
 def quote(text: str) -> str:
@@ -138,7 +206,7 @@ def model_config(bundle: Path, manifest: Manifest, flavor: str, gpus: tuple[int,
     Triton's batcher hands over what waits, without waiting for more; the model draws together what is alike.
     """
     unets = [e for e in manifest.engines if e.component == "unet" and e.flavor == flavor]
-    lines = [f"name: {quote(MODEL)}", 'backend: "python"']
+    lines = [SIGNATURE, f"name: {quote(MODEL)}", 'backend: "python"']
     lines.append(f"max_batch_size: {max(batch for engine in unets for batch in engine.batches)}")
     for name, kind, optional in INPUTS:
         tail = " optional: true" if optional else ""
@@ -155,11 +223,14 @@ def model_config(bundle: Path, manifest: Manifest, flavor: str, gpus: tuple[int,
     }
     if serving.execution_env:
         parameters["EXECUTION_ENV_PATH"] = str(serving.execution_env.resolve())
+    if serving.runtime_cache:
+        parameters["runtime_cache"] = str(serving.runtime_cache.resolve())
     lines += [
         f"parameters {{ key: {quote(key)} value {{ string_value: {quote(value)} }} }}"
         for key, value in parameters.items()
     ]
-    lines.append(f"dynamic_batching {{ default_queue_policy {{ max_queue_size: {serving.queue} }} }}")
+    wait = f"default_timeout_microseconds: {LONGEST_WAIT_SECONDS * 1_000_000} allow_timeout_override: true"
+    lines.append(f"dynamic_batching {{ default_queue_policy {{ max_queue_size: {serving.queue} {wait} }} }}")
     if serving.decoupled:
         lines.append("model_transaction_policy { decoupled: true }")
     lines.append("response_cache { enable: false }")
@@ -184,7 +255,7 @@ def plan_config(name: str, engine: Engine, gpus: tuple[int, ...]) -> str:
 
     profiles = ", ".join(quote(str(profile.index)) for profile in engine.profiles)
     groups = ", ".join(f"{{ kind: KIND_GPU count: 1 gpus: [ {gpu} ] profile: [ {profiles} ] }}" for gpu in gpus)
-    lines = [f"name: {quote(name)}", 'platform: "tensorrt_plan"', "max_batch_size: 0"]
+    lines = [SIGNATURE, f"name: {quote(name)}", 'platform: "tensorrt_plan"', "max_batch_size: 0"]
     lines += [f"input [ {tensor(info)} ]" for info in engine.inputs]
     lines += [f"output [ {tensor(info)} ]" for info in engine.outputs]
     lines.append(f"instance_group [ {groups} ]")

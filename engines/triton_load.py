@@ -1,7 +1,8 @@
 """A load test of a running Triton server: what it draws a second, and how long a request takes, at rising concurrency.
 
 The loop is closed: so many clients, each with one request under way. A latency is what a client waits, its time in
-Triton's queue included. The result is one JSON file (`load_file.py`), raw latencies and all.
+Triton's queue included; under a rate it counts from the moment the request was due, so that a request that had to wait
+for a client counts that too. The result is one JSON file (`load_file.py`), raw latencies and all.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from distill.errors import UserError
 from distill.files import write_json
 from engines.load_file import LoadBundle, LoadClient, LoadFile, LoadLevel, LoadServer, LoadWorkload, ServerMemory
 from engines.quantiles import percentiles
-from engines.triton_server import make_environment
+from engines.triton_server import make_client_environment
 
 CLIENT = Path(__file__).with_name("triton_load_client.py")
 PROMPT = "a small red circle to the left of a large blue square"
@@ -38,7 +39,8 @@ SAMPLE_SECONDS = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What every request asks for; seeds count up. `size` is None for the first that the server offers."""
+    """What every request asks for; seeds count up, and each prompt ends with a word of its own. `size` is None for the first
+    that the server offers."""
 
     size: str | None = None
     steps: int = 25
@@ -117,11 +119,12 @@ def measure_load(
     concurrency: list[int],
     seconds: float,
     rate: float | None,
-    environment: Path,
+    workdir: Path,
 ) -> int:
     """Loads the server at each concurrency for `seconds`, writes `out`, and returns 1 where a request failed.
 
-    Raises UserError where no server answers, and for a server that is not slimxl's.
+    Raises UserError where no server answers, for a server that is not slimxl's, and, once what was measured is written,
+    where the clients ended before they were done.
     """
     host, _, port = server.rpartition(":")
     if not host or not port.isdigit():
@@ -137,7 +140,7 @@ def measure_load(
     }
     about: dict[str, Any] = {}
     levels: list[LoadLevel] = []
-    python = make_environment(environment).python
+    python = make_client_environment(workdir).python
     with MemoryWatch(host.strip("[]"), int(port)) as memory:
         begin = 0.0
         for event in run_client(python, job):
@@ -153,11 +156,12 @@ def measure_load(
                 levels.append(summarise(event, workload.images, memory.between(begin, time.monotonic())))
             else:
                 about |= event
+    if levels:
+        write_json(out, describe(about, job, levels).model_dump(mode="json"))
+        print_levels(levels)
+        print(f"wrote {out}", flush=True)
     if len(levels) < len(concurrency):
         raise UserError(f"the clients ended after {len(levels)} of {len(concurrency)} levels; see what they said above")
-    write_json(out, describe(about, job, levels).model_dump(mode="json"))
-    print_levels(levels)
-    print(f"wrote {out}", flush=True)
     return 1 if any(level.failures for level in levels) else 0
 
 
@@ -184,7 +188,8 @@ def summarise(event: dict[str, Any], images: int, memory: ServerMemory | None) -
         first_error=event["first_error"],
         seconds=event["seconds"],
         images_per_s=len(latencies) * images / event["seconds"],
-        mean_batch=statistics.fmean(event["batches"]) if event["batches"] else None,
+        # harmonic, for a batch is told by each of its pictures: this is all pictures over all batches
+        mean_batch=statistics.harmonic_mean(event["batches"]) if event["batches"] else None,
         latency_ms={"median": statistics.median(latencies) if latencies else None, **percentiles(latencies)},
         latencies_ms=[round(value, 3) for value in latencies],
         server_rss=memory,

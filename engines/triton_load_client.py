@@ -6,7 +6,10 @@ It imports nothing of slimxl, because that environment does not have what slimxl
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
+import string
 import sys
 import threading
 import time
@@ -20,6 +23,7 @@ MODEL = "slimxl"
 TYPES = {"width": "INT32", "height": "INT32", "steps": "INT32", "images": "INT32", "seed": "INT64", "guidance": "FP32"}
 NUMPY = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
 PNG = b"\x89PNG\r\n\x1a\n"
+LONGEST_ANSWER_SECONDS = 600
 
 
 def tell(**event: Any) -> None:
@@ -37,6 +41,11 @@ def make_inputs(values: dict[str, Any], library: Any = triton) -> list[Any]:
     return inputs
 
 
+def made_up_word() -> str:
+    """So that no two prompts are alike, for a server's tokenizer too."""
+    return "".join(random.choices(string.ascii_lowercase, k=8))
+
+
 class Pace:
     """Hands out moments to send at, `rate` a second, to all clients together."""
 
@@ -45,12 +54,15 @@ class Pace:
         self._lock = threading.Lock()
         self._next = time.perf_counter()
 
-    def wait(self) -> None:
+    def wait(self) -> float:
+        """The moment at which the next request is due, once it has come: long ago where all clients were busy."""
+        if not self._gap:
+            return time.perf_counter()
         with self._lock:
-            now = time.perf_counter()
-            moment = max(self._next, now)
-            self._next = moment + self._gap
-        time.sleep(moment - now)
+            moment = self._next
+            self._next += self._gap
+        time.sleep(max(0.0, moment - time.perf_counter()))
+        return moment
 
 
 class Level:
@@ -66,7 +78,8 @@ class Level:
     def run(self) -> None:
         clients = [triton.InferenceServerClient(self.job["server"]) for _ in range(self.concurrency)]
         for client in clients:
-            client.is_server_ready()  # connects, outside of what is timed
+            with contextlib.suppress(InferenceServerException):  # a server that is gone fails the requests
+                client.is_server_ready()  # connects, outside of what is timed
         tell(started=self.concurrency)
         pace, started = Pace(self.job["rate"]), time.perf_counter()
         ends = started + self.job["seconds"]
@@ -90,13 +103,15 @@ class Level:
         outputs = [triton.InferRequestedOutput(name) for name in ("png", "batch")]
         seed = 0
         while True:
-            pace.wait()
-            if (sent := time.perf_counter()) >= ends:
+            due = pace.wait()
+            if time.perf_counter() >= ends:
                 return
             seed += 1
+            prompt = f"{self.job['request']['prompt']} {made_up_word()}"
+            inputs = make_inputs(self.job["request"] | {"seed": seed, "prompt": prompt})
             try:
-                answer = client.infer(MODEL, make_inputs(self.job["request"] | {"seed": seed}), outputs=outputs)
-                milliseconds = (time.perf_counter() - sent) * 1000
+                answer = client.infer(MODEL, inputs, outputs=outputs, client_timeout=LONGEST_ANSWER_SECONDS)
+                milliseconds = (time.perf_counter() - due) * 1000
                 pictures = answer.as_numpy("png").reshape(-1)
                 if len(pictures) != self.job["request"]["images"] or not all(p.startswith(PNG) for p in pictures):
                     raise ValueError("an answer without its pictures")

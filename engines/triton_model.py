@@ -28,10 +28,13 @@ from distill.errors import UserError
 from distill.files import sha256_file
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-LONGEST_PROMPT_BYTES = 8192
+LONGEST_PROMPT = 2000
+"""Characters; CLIP reads 77 tokens of them, and takes quadratically long for a long word."""
 DEFAULTS: dict[str, Any] = {"negative_prompt": None, "width": None, "height": None}
 DEFAULTS |= {"steps": 25, "guidance": 5.0, "seed": 0, "images": 1}
 LIMITS = {"steps": (1, 200), "guidance": (0.0, 50.0), "images": (1, 16), "seed": (0, 2**63 - 1)}
+MOST_WORK = 800
+"""Images times steps: what one request may keep an instance busy with."""
 ALIKE = ("width", "height", "steps", "guidance")
 """What requests have in common that are drawn as one batch."""
 
@@ -53,6 +56,8 @@ def read_request(request: Any, sizes: list[str]) -> dict[str, Any]:
     for name, (low, high) in LIMITS.items():
         if not low <= values[name] <= high:
             raise UserError(f"{name} is {values[name]}, allowed are {low} to {high}")
+    if (work := values["images"] * values["steps"]) > MOST_WORK:
+        raise UserError(f"images times steps is {work}, allowed are up to {MOST_WORK}; send several requests")
     width, height = (int(side) for side in sizes[0].split("x"))
     values["width"] = width if values["width"] is None else values["width"]
     values["height"] = height if values["height"] is None else values["height"]
@@ -63,12 +68,17 @@ def read_request(request: Any, sizes: list[str]) -> dict[str, Any]:
 
 
 def read_text(name: str, value: bytes) -> str:
-    if len(value) > LONGEST_PROMPT_BYTES:
-        raise UserError(f"{name} has {len(value)} bytes, allowed are {LONGEST_PROMPT_BYTES}")
     try:
-        return value.decode("utf-8")
+        text = value.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not UTF-8 ({error})") from None
+    if len(text) > LONGEST_PROMPT:
+        raise UserError(f"{name} has {len(text)} characters, allowed are {LONGEST_PROMPT}")
+    return text
+
+
+class NobodyWaits(Exception):
+    """Every request of a batch was cancelled."""
 
 
 class TritonPythonModel:
@@ -87,18 +97,21 @@ class TritonPythonModel:
         on_gpu = args["model_instance_kind"] == "GPU"
         self.device = f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu"
         self.decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
-        self.pipeline = engines.load(bundle, parameters["flavor"], device=self.device)
+        cache = parameters.get("runtime_cache")
+        self.pipeline = engines.load(bundle, parameters["flavor"], device=self.device, runtime_cache=cache)
         self.pipeline.set_progress_bar_config(disable=True)
         self.sizes = self.pipeline.unet.component.resolutions
+        self.step_done: torch.cuda.Event | None = None
         if parameters["warm_up"] == "true":
             self.warm_up(config["max_batch_size"])
 
     def warm_up(self, most: int) -> None:
-        """Every size, one picture and `most` at once, so that no request pays for what a runtime prepares at first."""
+        """Every size under guidance, so that few requests pay for what a runtime prepares at first: on a GPU, where each
+        number of pictures has a CUDA graph of its own, every number up to `most`, else one and `most`."""
         started = time.perf_counter()
         for size in self.sizes:
             width, height = map(int, size.split("x"))
-            for images in sorted({1, most}):
+            for images in sorted({1, most}) if self.device == "cpu" else range(1, most + 1):
                 self.pipeline("", width=width, height=height, num_inference_steps=1, num_images_per_prompt=images)
         seconds = time.perf_counter() - started
         pb_utils.Logger.log_info(f"warmed up {len(self.sizes)} sizes on {self.device} in {seconds:.1f} s")
@@ -108,12 +121,14 @@ class TritonPythonModel:
         groups: dict[tuple[Any, ...], list[tuple[dict[str, Any], Any]]] = {}
         for request in requests:
             sender = request.get_response_sender()
+            name = repr(request.request_id()[:64])
             try:
                 values = read_request(request, self.sizes)
             except UserError as error:
-                sender.send(failure(str(error), pb_utils.TritonError.INVALID_ARG), flags=FINAL)
+                pb_utils.Logger.log_info(f"request {name} refused: {error}")
+                deliver(sender, failure(str(error), pb_utils.TritonError.INVALID_ARG), name)
                 continue
-            values["outputs"] = request.requested_output_names()
+            values |= {"outputs": request.requested_output_names(), "request": name}
             groups.setdefault(tuple(values[name] for name in ALIKE), []).append((values, sender))
         for group in groups.values():
             while group:
@@ -121,43 +136,67 @@ class TritonPythonModel:
                 self.answer(group[:count])
                 del group[:count]
 
-    def most_together(self, group: list[dict[str, Any]]) -> int:
-        """How many of these requests, from the first, make a batch that one profile of the UNet takes as it is."""
-        size = f"{group[0]['width']}x{group[0]['height']}"
-        rows_each = 2 if group[0]["guidance"] > 1 else 1
-        ranges = [
-            (profile.shapes["sample"].min[0], profile.shapes["sample"].max[0])
+    def ranges(self, values: dict[str, Any]) -> list[tuple[float, float]]:
+        """The fewest and the most pictures that each profile of the UNet takes at the request's size and guidance."""
+        size, rows = f"{values['width']}x{values['height']}", 2 if values["guidance"] > 1 else 1
+        return [
+            (profile.shapes["sample"].min[0] / rows, profile.shapes["sample"].max[0] / rows)
             for engine, _ in self.pipeline.unet.component.engines
             for profile in engine.profiles
             if size in profile.resolutions
         ]
-        best, rows = 1, 0
+
+    def most_together(self, group: list[dict[str, Any]]) -> int:
+        """How many of these requests, from the first, make a batch that one profile of the UNet takes as it is."""
+        ranges, best, images = self.ranges(group[0]), 1, 0
         for count, values in enumerate(group, 1):
-            rows += rows_each * values["images"]
-            if any(low <= rows <= high for low, high in ranges):
+            images += values["images"]
+            if any(low <= images <= high for low, high in ranges):
                 best = count
         return best
 
     def answer(self, group: list[tuple[dict[str, Any], Any]]) -> None:
         """Draws a group and answers every request in it, with an error where drawing fails."""
-        senders = [sender for _, sender in group]
+        names = ", ".join(values["request"] for values, _ in group)
+        lost = False
         try:
-            responses = self.draw([values for values, _ in group], senders if self.decoupled else [])
-        except Exception as error:  # whatever a runtime raises concerns these requests only
-            pb_utils.Logger.log_error(f"drawing failed: {error!r}")
-            responses = [failure(f"drawing failed: {error}", pb_utils.TritonError.INTERNAL) for _ in senders]
-        for sender, response in zip(senders, responses, strict=True):
-            sender.send(response, flags=FINAL)
+            responses = self.draw([values for values, _ in group], [sender for _, sender in group])
+        except NobodyWaits:
+            pb_utils.Logger.log_info(f"request {names} cancelled")
+            responses = [failure("cancelled", pb_utils.TritonError.CANCELLED) for _ in group]
+        except Exception as error:  # whatever a runtime raises concerns these requests only, unless it lost the GPU
+            pb_utils.Logger.log_error(f"request {names}: drawing failed: {error!r}")
+            responses = [failure(f"drawing failed: {error}", pb_utils.TritonError.INTERNAL) for _ in group]
+            lost = not self.is_device_sound()
+        for (values, sender), response in zip(group, responses, strict=True):
+            deliver(sender, response, values["request"])
+        if lost:
+            pb_utils.Logger.log_error(f"{self.device} answers no more: this process ends, since it cannot draw again")
+            os._exit(1)
 
-    def draw(self, group: list[dict[str, Any]], watchers: list[Any]) -> list[Any]:
+    def is_device_sound(self) -> bool:
+        """CUDA's sticky errors (an illegal address, a launch that timed out) fail every later call of the process."""
+        try:
+            self.now()
+        except Exception:
+            return False
+        return True
+
+    def draw(self, group: list[dict[str, Any]], senders: list[Any]) -> list[Any]:
         """A response for each: what was asked for of the pictures (images, height, width, 3), their PNGs, and the
-        milliseconds of text encoding, denoising and decoding of the batch. `watchers` are told every step."""
+        milliseconds of text encoding, denoising and decoding of the batch. In decoupled mode every step is told. Raises
+        NobodyWaits once all requests are cancelled."""
         marks = [self.now()]
         first = group[0]
+        total = sum(values["images"] for values in group)
+        at_once = min(total, int(max(high for _, high in self.ranges(first))) or 1)
 
         def progress(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            for watcher in watchers:
-                watcher.send(pb_utils.InferenceResponse(output_tensors=[tensor("step", [[step + 1]], np.int32)]))
+            self.wait_for_last_step()
+            if all(sender.is_cancelled() for sender in senders):
+                raise NobodyWaits
+            for sender in senders if self.decoupled else []:
+                sender.send(pb_utils.InferenceResponse(output_tensors=[tensor("step", [[step + 1]], np.int32)]))
             if step + 1 == pipeline.num_timesteps:
                 marks.append(self.now())
             return {}
@@ -183,13 +222,21 @@ class TritonPythonModel:
         for values in group:
             mine, pictures = pictures[: values["images"]], pictures[values["images"] :]
             outputs = [tensor("timings_ms", timings, np.float32), tensor("step", [[first["steps"]]], np.int32)]
-            outputs.append(tensor("batch", [[sum(one["images"] for one in group)]], np.int32))
+            outputs.append(tensor("batch", [[at_once]], np.int32))
             if "image" in values["outputs"]:
                 outputs.append(tensor("image", [[np.asarray(picture) for picture in mine]], np.uint8))
             if "png" in values["outputs"]:
                 outputs.append(tensor("png", [[png(picture) for picture in mine]], np.object_))
             responses.append(pb_utils.InferenceResponse(output_tensors=outputs))
         return responses
+
+    def wait_for_last_step(self) -> None:
+        """Lets the host be one step ahead of the GPU and no more: it could queue them all at once, and would then tell
+        steps that are not drawn and hear of a cancelled request too late."""
+        if self.device != "cpu":
+            last, self.step_done = self.step_done, torch.cuda.current_stream(self.device).record_event()
+            if last:
+                last.synchronize()
 
     def encode(self, group: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """The four embeddings of diffusers' `encode_prompt`, of all pictures. Each prompt is encoded alone: it costs
@@ -205,6 +252,8 @@ class TritonPythonModel:
             )
             for values in group
         ]
+        forget_words(self.pipeline.tokenizer)
+        forget_words(self.pipeline.tokenizer_2)
         parts = dict(zip(names, zip(*encoded, strict=True), strict=True))
         return {name: torch.cat(part) for name, part in parts.items() if part[0] is not None}
 
@@ -216,6 +265,25 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         del self.pipeline
+
+
+def deliver(sender: Any, response: Any, name: str) -> None:
+    """Ends a request with its response, or with an error where that cannot be handed over: the pictures go through
+    shared memory, which may be full."""
+    try:
+        sender.send(response, flags=FINAL)
+    except Exception as error:  # the other requests of the batch are still to be answered
+        pb_utils.Logger.log_error(f"request {name}: the answer could not be sent: {error!r}")
+        try:
+            sender.send(failure(f"the answer could not be sent: {error}", pb_utils.TritonError.INTERNAL), flags=FINAL)
+        except Exception as again:
+            pb_utils.Logger.log_error(f"request {name}: nor could that be told: {again!r}")
+
+
+def forget_words(tokenizer: Any) -> None:
+    """Of every word it met, transformers 4's tokenizer for CLIP remembers the tokens for ever."""
+    if hasattr(tokenizer, "cache"):
+        tokenizer.cache = {word: word for word in tokenizer.all_special_tokens if word in tokenizer.cache}
 
 
 def failure(message: str, code: int) -> Any:

@@ -18,26 +18,33 @@ import sys
 import sysconfig
 import time
 import venv
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from filelock import FileLock
 
 from distill.errors import UserError
 
-PACKAGES = ("nvidia-pytriton==0.7.0", "tritonclient[http,grpc]==2.73.0", "numpy==1.26.4")
+SERVER_PACKAGES = ("nvidia-pytriton==0.7.0", "tritonclient[http,grpc]==2.73.0", "numpy==1.26.4")
+CLIENT_PACKAGES = ("tritonclient[grpc]==2.73.0",)
 LAST_PYTHON = (3, 12)
-"""The last Python that has wheels of all of them."""
+"""The last Python that the server has a wheel for."""
 READY = ".slimxl-ready"
+START_SECONDS = 1800
+"""How long a server may take to load, warm up and answer."""
 DRAIN_SECONDS = 60
 """How long requests under way may take to finish after SIGTERM."""
+WATCH_SECONDS = 1.0
+"""How often the model's processes are looked at."""
 CLOSED_APIS = "shared-memory,model-repository,trace,logging"
 """What a client of a picture service never needs, and what Triton's known attacks go through."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment that holds the server and its client."""
+    """A virtual environment that holds the server and its client, or the client alone."""
 
     folder: Path
 
@@ -60,21 +67,32 @@ class Environment:
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server listens."""
+    """Where a server listens; `host` is an IPv4 number, for Triton takes a name as 255.255.255.255."""
 
     host: str = "127.0.0.1"
     http_port: int = 8000
     grpc_port: int = 8001
 
+    @classmethod
+    def resolve(cls, name: str, http_port: int, grpc_port: int) -> Address:
+        """Raises UserError for a name that has no IPv4 number."""
+        try:
+            found = socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)
+        except OSError as error:
+            raise UserError(
+                f"--address {name!r} has no IPv4 number ({error}), and Triton listens on no other; pass one, e.g. 127.0.0.1"
+            ) from None
+        return cls(str(found[0][4][0]), http_port, grpc_port)
+
     @property
     def is_loopback(self) -> bool:
-        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+        return self.host.startswith("127.")
 
     def require_free(self) -> None:
         """Raises UserError where it cannot be listened on."""
         for name, port in (("http", self.http_port), ("grpc", self.grpc_port)):
             try:
-                with socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET) as probe:
+                with socket.socket() as probe:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     probe.bind((self.host, port))
             except (OSError, OverflowError) as error:
@@ -84,42 +102,67 @@ class Address:
 
 
 def make_environment(folder: Path) -> Environment:
-    """Installs the server from PyPI, once, whoever else asks for it meanwhile. Raises UserError where pip cannot."""
-    environment = Environment(folder.resolve())
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if not (folder / READY).is_file():
-            _install(environment)
-    return environment
+    """Installs the server from PyPI. Raises UserError where pip cannot."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
 
+    def copy_backend(environment: Environment) -> None:
+        source = environment.packages / "pytriton/tritonserver"
+        shutil.copytree(source / "backends/python", environment.backends / "python")
+        stub = source / "python_backend_stubs" / version / "triton_python_backend_stub"
+        shutil.copy2(stub, environment.backends / "python")
 
-def _install(environment: Environment) -> None:
-    folder, version = environment.folder, f"{sys.version_info.major}.{sys.version_info.minor}"
     if sys.version_info[:2] > LAST_PYTHON:
         raise UserError(
             f"the Triton server on PyPI is for Python 3.10 to 3.{LAST_PYTHON[1]}, this is {version}; use one of those, "
             "or put a tritonserver on the PATH (as in Triton's container)"
         )
-    print(f"installing Triton into {folder} (0.4 GB, a minute or two, once)", flush=True)
-    venv.create(folder, with_pip=True, clear=True)
-    install = [str(environment.python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES]
-    result = subprocess.run(install, capture_output=True, text=True, check=False)
-    if result.returncode:
-        last = result.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise UserError(
-            f"cannot install the Triton server into {folder} ({last[0]}); check the network, or put a tritonserver on "
-            "the PATH (as in Triton's container)"
-        )
-    source = environment.packages / "pytriton/tritonserver"
-    shutil.copytree(source / "backends/python", environment.backends / "python")
-    stub = source / "python_backend_stubs" / version / "triton_python_backend_stub"
-    shutil.copy2(stub, environment.backends / "python")
-    (folder / READY).touch()
+    return _install(folder, SERVER_PACKAGES, "the Triton server (0.4 GB, a minute or two, once)", copy_backend)
+
+
+def make_client_environment(workdir: Path) -> Environment:
+    """The server's where that is in `workdir`, else one with the client alone. Raises UserError where pip cannot."""
+    if (workdir / "environment" / READY).is_file():
+        return Environment((workdir / "environment").resolve())
+    return _install(workdir / "client", CLIENT_PACKAGES, "Triton's client (0.15 GB, once)")
+
+
+def _install(
+    folder: Path, packages: tuple[str, ...], what: str, finish: Callable[[Environment], None] = lambda environment: None
+) -> Environment:
+    """Once, whoever else asks for it meanwhile."""
+    environment = Environment(folder.resolve())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if (folder / READY).is_file():
+            return environment
+        print(f"installing {what} into {folder}", flush=True)
+        venv.create(folder, with_pip=True, clear=True)
+        pip = [str(environment.python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages]
+        result = subprocess.run(pip, capture_output=True, text=True, check=False)
+        if result.returncode:
+            last = result.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise UserError(
+                f"cannot install {', '.join(packages)} into {folder} ({last[0]}); check the network; a tritonserver on the "
+                "PATH (as in Triton's container) needs no installation"
+            )
+        finish(environment)
+        (folder / READY).touch()
+    return environment
 
 
 def find_environment(folder: Path) -> Environment | None:
     """None where a tritonserver is on the PATH already, else the environment in `folder`, made if need be."""
     return None if shutil.which("tritonserver") else make_environment(folder)
+
+
+def require_unexposed(address: Address) -> None:
+    """Raises UserError where the server from PyPI would listen to other machines."""
+    if shutil.which("tritonserver") is None and not address.is_loopback:
+        raise UserError(
+            "the server from PyPI is Triton 2.51, which anyone who reaches it can crash (CVE-2025-23310, CVE-2025-23311): "
+            f"it does not listen on {address.host}; put a tritonserver of 25.07 or newer on the PATH (Triton's container), "
+            "a proxy that passes on no chunked bodies in front of 127.0.0.1, or pass --allow-exposed"
+        )
 
 
 def command(repository: Path, environment: Environment | None, address: Address, key: str) -> list[str]:
@@ -171,13 +214,19 @@ class Server:
             )
 
     def wait_ready(self) -> None:
-        """Returns once the model can be asked. Raises UserError where the server ends by itself, with its reason."""
+        """Returns once the model can be asked. Raises UserError where the server ends by itself, with its reason, and where
+        it answers nothing for START_SECONDS."""
+        ends = time.monotonic() + START_SECONDS
         while not self.is_ready():
             if self.process.poll() is not None:
                 if self.stopping:
                     return
                 raise UserError(f"Triton did not start: {reason(self.log)}; the whole log is {self.log}")
+            if time.monotonic() > ends:
+                self.process.kill()
+                raise UserError(f"Triton did not answer within {START_SECONDS} s; its log is {self.log}")
             time.sleep(0.2)
+        self._models = psutil.Process(self.process.pid).children()
 
     def is_ready(self) -> bool:
         host = "127.0.0.1" if self.address.host == "0.0.0.0" else self.address.host
@@ -190,11 +239,38 @@ class Server:
         finally:
             connection.close()
 
+    def wait(self) -> int:
+        """Returns the server's exit status, once it was stopped. Raises UserError where it ends by itself, and where a
+        process of the model does: Triton starts no other, answers every request with an error and stays "ready"."""
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = self.process.wait(WATCH_SECONDS)
+                if self.stopping:
+                    return status
+                raise UserError(
+                    f"Triton ended by itself with status {status}: {reason(self.log)}; the whole log is {self.log}"
+                )
+            if not self.stopping and not all(map(_is_alive, self._models)):
+                self.stop()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(DRAIN_SECONDS)
+                self.process.kill()
+                raise UserError(
+                    "a process of the model ended by itself, killed by the system for want of memory or by a crash, and "
+                    f"Triton starts no other; the log is {self.log}"
+                )
+
     def stop(self) -> None:
-        """Refuses new requests and finishes those under way; `process.wait()` then returns."""
+        """Refuses new requests and finishes those under way; `wait` then returns."""
         self.stopping = True
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGTERM)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 LIBC = ctypes.CDLL(None)
@@ -218,7 +294,7 @@ def reason(log: Path) -> str:
 def serve(repository: Path, environment: Environment | None, address: Address, log: Path) -> int:
     """Serves until Ctrl-C or SIGTERM, and then until what is under way is drawn. Returns the server's exit status.
 
-    Raises UserError where the server ends by itself.
+    Raises UserError where the server or a process of the model ends by itself.
     """
     server = Server(repository, environment, address, log)
 
@@ -239,7 +315,4 @@ def serve(repository: Path, environment: Environment | None, address: Address, l
     )
     if not address.is_loopback:
         print(f"listening on {address.host}: whoever reaches it can draw, there is no authentication", flush=True)
-    status = server.process.wait()
-    if not server.stopping:
-        raise UserError(f"Triton ended by itself with status {status}: {reason(log)}; the whole log is {log}")
-    return status
+    return server.wait()

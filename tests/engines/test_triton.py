@@ -15,7 +15,7 @@ import pytest
 import engines
 from distill.errors import UserError
 from engines.bundle import Engine, Manifest, read_manifest
-from engines.triton import Serving, choose_place, parse_devices, plan_config, quote, write_repository
+from engines.triton import Serving, choose_place, choose_plans, parse_devices, plan_config, quote, write_repository
 from engines.triton_server import Address, Environment
 from tests.engines.serving import ROOT, ask
 
@@ -35,7 +35,8 @@ def repository_config(bundle: Path, out: Path, serving: Serving, environment: En
 
 
 def test_repository(toy_bundle: Path, tmp_path: Path, environment: Environment) -> None:
-    several = Serving(flavor="onnxruntime", gpus=(), instances=2, queue=7, warm_up=False)
+    cache = tmp_path / "kernels"
+    several = Serving(flavor="onnxruntime", gpus=(), instances=2, queue=7, warm_up=False, runtime_cache=cache)
     config = repository_config(toy_bundle, tmp_path / "repo", several, environment)
     inputs = {one["name"]: one for one in config["input"]}
     outputs = {one["name"]: one for one in config["output"]}
@@ -48,7 +49,11 @@ def test_repository(toy_bundle: Path, tmp_path: Path, environment: Environment) 
     assert (outputs["image"]["data_type"], outputs["image"]["dims"]) == ("TYPE_UINT8", ["-1", "-1", "-1", "3"])
     assert config["backend"] == "python" and config["max_batch_size"] == 1
     assert config["instance_group"] == [{"count": 2, "kind": "KIND_CPU"}]
-    assert config["dynamic_batching"] == {"default_queue_policy": {"max_queue_size": 7}}
+    assert config["dynamic_batching"]["default_queue_policy"] == {
+        "default_timeout_microseconds": "300000000",
+        "allow_timeout_override": True,
+        "max_queue_size": 7,
+    }
     assert config["response_cache"] == {} and "model_transaction_policy" not in config
     parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
     manifest = toy_bundle / "manifest.json"
@@ -59,6 +64,7 @@ def test_repository(toy_bundle: Path, tmp_path: Path, environment: Environment) 
         "flavor": "onnxruntime",
         "sizes": ",".join(read_manifest(toy_bundle).engines[0].resolutions),
         "warm_up": "false",
+        "runtime_cache": str(cache),
     }
     source = (tmp_path / "repo/slimxl/1/model.py").read_text()
     assert source == (ROOT / "engines/triton_model.py").read_text()
@@ -82,15 +88,35 @@ def test_copies_on_several_gpus(
 
 
 def test_where_it_is_served(toy_manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU on the CPU; with some on all of them, where the flavor runs on one."""
+    """Without a GPU on the CPU; with some on all that the engines fit, where the flavor runs on one."""
     assert choose_place(toy_manifest, None, None) == ("onnxruntime", ())
     with pytest.raises(UserError, match="tensorrt-rtx engines run on a GPU"):
         choose_place(toy_manifest, "tensorrt-rtx", ())
     gpu = SimpleNamespace(name="tensorrt-rtx", default_device=lambda: "cuda:0")
     monkeypatch.setattr("engines.triton.choose_flavor", lambda *_: gpu)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert choose_place(toy_manifest, None, None) == ("tensorrt-rtx", (0, 1))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+
+    def select(manifest: Manifest, backend: Any, device: str) -> None:
+        if device not in fitting:
+            raise UserError(f"not on {device}")
+
+    monkeypatch.setattr("engines.triton.select_engines", select)
+    fitting = {"cuda:0", "cuda:2"}
+    assert choose_place(toy_manifest, None, None) == ("tensorrt-rtx", (0, 2))
     assert choose_place(toy_manifest, None, (1,)) == ("tensorrt-rtx", (1,))
+    fitting = set()
+    with pytest.raises(UserError, match="not on cuda:2"):
+        choose_place(toy_manifest, None, None)
+
+
+def test_other_peoples_models_stay(toy_bundle: Path, tmp_path: Path) -> None:
+    write_repository(toy_bundle, tmp_path, CPU)
+    write_repository(toy_bundle, tmp_path, CPU)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/config.pbtxt").write_text('name: "theirs"')
+    with pytest.raises(UserError, match="holds theirs, which slimxl did not write"):
+        write_repository(toy_bundle, tmp_path, CPU)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["slimxl", "theirs"]
 
 
 def test_damaged_bundle_is_not_served(toy_bundle: Path, tmp_path: Path) -> None:
@@ -107,7 +133,7 @@ def test_damaged_bundle_is_not_served(toy_bundle: Path, tmp_path: Path) -> None:
     "change, message",
     [
         ({"flavor": "tensorrt"}, "has no tensorrt engines"),
-        ({"plans": True}, "no tensorrt plans"),
+        ({"plans": True}, "no tensorrt plans in layout ranged"),
         ({"instances": 0}, "--instances 0"),
         ({"queue": 0}, "--queue 0"),
     ],
@@ -168,12 +194,47 @@ def test_plans_as_models_of_their_own(toy_bundle: Path, tmp_path: Path, environm
         assert hashlib.sha256(plan).hexdigest() == engine.files[0].sha256
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"layout": "shared"}, "no tensorrt plans in layout ranged"),
+        ({"options": {"strip": True}}, "no plans without weights"),
+        ({"flavor_version": "99.0"}, r"plans for TensorRT .*, 99\.0"),
+        ({"compute_capabilities": ["7.5"]}, r"plans for compute capability 7\.5, 8\.0 and 8\.9"),
+    ],
+)
+def test_plans_that_triton_would_not_open(toy_manifest: Manifest, change: dict[str, Any], message: str) -> None:
+    """One that it cannot open would end the whole server."""
+    plans = [as_tensorrt(engine) for engine in toy_manifest.engines if engine.flavor == "tensorrt-rtx"]
+    manifest = toy_manifest.model_copy(update={"engines": plans})
+    assert choose_plans(manifest, (0,)) == plans
+    changed = [plan.model_copy(update=change) if plan.component == "unet" else plan for plan in plans]
+    with pytest.raises(UserError, match=message):
+        choose_plans(manifest.model_copy(update={"engines": changed}), (0,))
+
+
+def test_plans_that_fit_the_gpu_here(toy_manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = [as_tensorrt(engine) for engine in toy_manifest.engines if engine.flavor == "tensorrt-rtx"]
+    others = [plan.model_copy(update={"compute_capabilities": ["12.0"]}) for plan in plans]
+    monkeypatch.setattr("engines.triton.gpu_of_device", lambda device: ("NVIDIA RTX 5090", "12.0"))
+    assert choose_plans(toy_manifest.model_copy(update={"engines": plans + others}), (0,)) == others
+    with pytest.raises(UserError, match="for NVIDIA RTX 5090"):
+        choose_plans(toy_manifest.model_copy(update={"engines": plans}), (0,))
+
+
 def test_a_plan_with_a_scalar_input_is_refused(toy_manifest: Manifest) -> None:
     unet = next(e for e in toy_manifest.engines if e.flavor == "tensorrt-rtx" and e.component == "unet")
     inputs = [one.model_copy(update={"shape": []}) if one.name == "timestep" else one for one in unet.inputs]
     with pytest.raises(UserError, match="the unet plan has the scalar input timestep"):
         plan_config("unet", unet.model_copy(update={"inputs": inputs}), (0,))
     assert quote('a "b"\n\\') == '"a \\"b\\"\\n\\\\"'
+
+
+class Error(SimpleNamespace):
+    INTERNAL, CANCELLED = "internal", "cancelled"
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message=message, code=code)
 
 
 @pytest.fixture
@@ -184,6 +245,9 @@ def model(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     backend = ModuleType("triton_python_backend_utils")
     backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1  # type: ignore[attr-defined]
     backend.using_decoupled_model_transaction_policy = lambda config: False  # type: ignore[attr-defined]
+    backend.TritonError = Error  # type: ignore[attr-defined]
+    backend.InferenceResponse = SimpleNamespace  # type: ignore[attr-defined]
+    backend.Logger = SimpleNamespace(log_info=print, log_error=print)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend)
     spec = importlib.util.spec_from_file_location("triton_model", ROOT / "engines/triton_model.py")
     assert spec and spec.loader
@@ -206,7 +270,7 @@ def test_an_instance_loads_onto_its_gpu_and_no_other_bundle(
     config = repository_config(toy_bundle, tmp_path / "repo", Serving(gpus=(), warm_up=False), environment)
     opened: list[Any] = []
 
-    def load(bundle: Path, flavor: str, device: str) -> Any:
+    def load(bundle: Path, flavor: str, device: str, runtime_cache: None) -> Any:
         opened.append((bundle, flavor, device))
         component = SimpleNamespace(resolutions=["128x128"])
         return SimpleNamespace(set_progress_bar_config=lambda **_: None, unet=SimpleNamespace(component=component))
@@ -245,3 +309,71 @@ def test_how_many_are_drawn_together(
     instance.pipeline = SimpleNamespace(unet=SimpleNamespace(component=component))
     group = [{"width": 128, "height": 128, "images": images, "guidance": guidance} for images, guidance in requests]
     assert instance.most_together(group) == together
+
+
+class Sender:
+    """A client that waits, or cancelled; one whose pictures do not go through shared memory fails at the first try."""
+
+    def __init__(self, cancelled: bool = False, fails: bool = False) -> None:
+        self.cancelled, self.fails = cancelled, fails
+        self.sent: list[Any] = []
+
+    def is_cancelled(self) -> bool:
+        return self.cancelled
+
+    def send(self, response: Any, flags: int) -> None:
+        if self.fails:
+            self.fails = False
+            raise RuntimeError("no space in /dev/shm")
+        self.sent.append(response)
+
+
+def answer(model: ModuleType, draw: Any, *senders: Sender, device: str = "cpu") -> None:
+    instance = model.TritonPythonModel()
+    instance.device, instance.draw = device, draw
+    instance.answer([({"request": f"'{number}'"}, sender) for number, sender in enumerate(senders)])
+
+
+def test_one_answer_that_cannot_be_sent_leaves_the_others(
+    model: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    senders = [Sender(), Sender(fails=True), Sender()]
+    answer(model, lambda group, senders: [f"picture {number}" for number in range(3)], *senders)
+    assert senders[0].sent == ["picture 0"] and senders[2].sent == ["picture 2"]
+    assert "no space in /dev/shm" in senders[1].sent[0].error.message
+    assert "request '1': the answer could not be sent" in capsys.readouterr().out
+
+
+def test_a_process_that_lost_its_gpu_ends(model: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the failed requests are answered; a runtime's other errors leave it alive."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    ended: list[int] = []
+    monkeypatch.setattr("os._exit", ended.append)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
+    answer(model, fail, sender := Sender(), device="cuda:0")
+    assert sender.sent[0].error.code == "internal" and not ended
+    monkeypatch.setattr("torch.cuda.synchronize", fail)
+    answer(model, fail, sender := Sender(), device="cuda:0")
+    assert sender.sent[0].error.code == "internal" and ended == [1]
+
+
+def test_what_nobody_waits_for_is_not_drawn(model: ModuleType, toy_bundle: Path) -> None:
+    """All of a batch must be cancelled; and no prompt stays in a tokenizer's memory."""
+    instance = model.TritonPythonModel()
+    instance.device, instance.decoupled = "cpu", False
+    instance.pipeline = engines.load(toy_bundle, "onnxruntime")
+    values = model.DEFAULTS | {"prompt": "zyxwv <|STARTOFTEXT|> qponm", "width": 128, "height": 128}
+    values |= {"steps": 2, "outputs": [], "request": "''"}
+    alike = dict(instance.pipeline.tokenizer.cache)
+    gone, waiting = Sender(cancelled=True), Sender()
+    instance.draw = lambda group, senders: (
+        model.TritonPythonModel.draw(instance, group, senders) and ["drawn"] * len(group)
+    )
+    model.pb_utils.Tensor = lambda name, values: (name, values)
+    instance.answer([(values, gone)])
+    instance.answer([(values, gone), (values, waiting)])
+    assert gone.sent[0].error.code == "cancelled" and waiting.sent == ["drawn"]
+    assert instance.pipeline.tokenizer.cache == alike
