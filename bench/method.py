@@ -19,7 +19,7 @@ def machine_name(results: Results) -> str:
 def run_name(results: Results) -> str:
     """One results file as a heading: its runtimes, its machine, its day."""
     runtimes = dict.fromkeys(record.runtime for record in results.contestants)
-    return f"{' and '.join(runtimes)} on {machine_name(results)}, {results.created_utc[:10]}"
+    return f"{'; '.join(runtimes)} on {machine_name(results)}, {results.created_utc[:10]}"
 
 
 def absent_readings(results: Results) -> dict[str, list[str]]:
@@ -84,6 +84,7 @@ def method_lines(all_results: list[Results]) -> list[str]:
     load = results.cells[0].workload
     clocks = {"cuda": "CUDA events in the device's stream", "cpu": "the monotonic clock"}
     devices = dict.fromkeys(one.environment["device"] for one in all_results)
+    unknown = sum(row.unsettled is None for one in all_results for cell in one.cells for row in cell.rows)
     return [
         "Timed: prompt in, uint8 pixels out. Tokenising, both text encoders, every denoising step with scheduler and "
         "guidance, VAE decode, and the conversion to pixels. Not timed: loading, the first picture (both told apart as "
@@ -94,8 +95,10 @@ def method_lines(all_results: list[Results]) -> list[str]:
         f"Main workload: {results.cells[0].name}; scheduler {load['scheduler']} (the checkpoint's own where it says "
         f"default), seed {load['seed']}; other rows change one thing at a time.",
         f"Order: warm-up until two calls in a row agree within {STABLE_WITHIN:.0%}".replace("%", " %")
-        + ", or as many as the run allowed (a row that had not settled by then says so); then rounds A B C, C B A, "
-        "B C A, A C B, so that what happens to the machine happens to all; workloads are visited twice, there and back "
+        + ", or as many as the run allowed: a row that had not settled by then says so"
+        + (f", of {unknown} it is not known" if unknown else "")
+        + ". Then rounds A B C, C B A, "
+        "B C A, A C B, so that what happens to the machine happens to all. Workloads are visited twice, there and back "
         "again. The garbage collector runs between rounds, never inside a call.",
         "Medians; 95 % intervals between two of the samples themselves, by their binomial count, which holds whatever "
         f"their distribution; none from fewer than {MIN_FOR_INTERVAL}. A speed-up is the median of the per-round ratios, "

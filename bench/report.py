@@ -133,9 +133,7 @@ def make_context(inputs: Inputs, title: str) -> dict[str, Any]:
         "losses": provenance.loss_charts(results),
         "sizes": sizes,
         "size_rows": [row for row in SIZE_ROWS if any(one[row[1]] is not None for one in sizes)],
-        "device_words": [
-            (method.run_name(one), told) for one in all_results if (told := views.device_words(one.cells[0].device))
-        ],
+        "device_words": views.device_words(results.cells[0].device),
         "records": views.record_table(all_results),
         "builds": provenance.build_table(all_results),
         "prediction_steps": STEPS,
@@ -171,6 +169,7 @@ def make_context(inputs: Inputs, title: str) -> dict[str, Any]:
                 "results": other,
                 "name": method.run_name(other),
                 "failed": views.failed_guard(other),
+                "device_words": views.device_words(other.cells[0].device),
                 "facts": method.other_facts(other, results),
             }
             for other in all_results[1:]
