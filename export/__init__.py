@@ -6,7 +6,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "components": ["COMPONENTS", "Component", "TensorSpec"],
-        "folder": ["ExportOptions", "export_checkpoint"],
-        "parity": ["verify_folder"],
+        "folder": ["export_checkpoint"],
+        "job": ["ExportOptions"],
+        "verify": ["verify_folder"],
     },
 )

@@ -16,7 +16,8 @@ WORKDIR = Path("out/models")
 
 
 def _words(text: str) -> tuple[str, ...]:
-    return tuple(word for word in text.split(",") if word)
+    """Those between commas, each once."""
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 @app.command
@@ -28,7 +29,8 @@ def onnx(
     opset: int = 23,
     components: str = "unet,vae_decoder,vae_encoder,text_encoder,text_encoder_2",
     resolutions: str = "dynamic",
-    batch: int = 2,
+    batch: int = 1,
+    guidance: Literal["always", "never"] = "always",
     vae: str = "stock",
     vae_precision: Literal["auto", "fp16", "fp32"] = "auto",
     lora: tuple[Path, ...] = (),
@@ -46,7 +48,8 @@ def onnx(
         opset: 23 keeps Attention and GroupNormalization whole; 18 to 22 spell them out for older runtimes.
         components: Which ones, separated by commas.
         resolutions: dynamic (one graph for all sizes), all (one static graph for each of the family's), or WxH,...
-        batch: Of the static graphs, images times two under guidance.
+        batch: Images at once, of static graphs: rows of the VAE and the text encoders.
+        guidance: Of static graphs: always gives the UNet two rows for each image, never gives it one.
         vae: stock, fp16-fix, tiny, or a folder with a VAE.
         vae_precision: auto is fp32 for the stock VAE and for one that says force_upcast, else as the rest.
         lora: LoRA files to fuse, in order.
@@ -54,8 +57,10 @@ def onnx(
         reuse: Other ONNX folders to take equal components from.
         check: Compare with torch before a component gets its name.
     """
+    from distill.progress import say
     from distill.sources import find_architecture_of, resolve
-    from export.folder import ExportOptions, export_checkpoint
+    from export.folder import export_checkpoint
+    from export.job import ExportOptions
 
     if len(lora_scale) > len(lora):
         raise UserError(f"{len(lora_scale)} values of --lora-scale for {len(lora)} of --lora; give at most one each")
@@ -71,17 +76,14 @@ def onnx(
         components=_words(components),
         resolutions=sizes,
         batch=batch,
+        guidance=guidance,
         vae=vae,
         vae_precision=vae_precision,
         loras=tuple(zip(lora, [*lora_scale, *[1.0] * (len(lora) - len(lora_scale))], strict=True)),
         reuse=reuse,
         check=check,
     )
-    export_checkpoint(checkpoint, out, options=options, source_name=model, workdir=workdir, progress=_say)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
+    export_checkpoint(checkpoint, out, options=options, source_name=model, workdir=workdir, progress=say)
 
 
 @app.command
@@ -103,6 +105,7 @@ def verify(
         model: The checkpoint, where it is no longer found under the name it was exported from.
         components: Only these, separated by commas.
         resolutions: Only at these WxH,...; a graph with open dimensions takes others than the family's too.
+        batch: Rows of every component; a static graph takes what it takes.
         seed: Of the inputs; drawn afresh where not given, and reported.
         out: A JSON file to write: every comparison, its bounds, the versions.
     """
@@ -113,8 +116,9 @@ def verify(
 
     from distill.files import read_json, write_json
     from distill.sources import resolve
-    from export.folder import library_versions
-    from export.parity import BOUNDS, verify_folder
+    from export.job import library_versions
+    from export.parity import BOUNDS
+    from export.verify import verify_folder
 
     about = read_json(folder / "slimxl.json")
     checkpoint = resolve(model or about["source"]["name"], workdir)
@@ -162,14 +166,15 @@ def bench(*, model: str, out: Path, rounds: int = 3, latency_rounds: int = 20, w
         latency_rounds: UNet calls in ONNX Runtime by each.
     """
     from distill.files import write_json
+    from distill.progress import say
     from distill.sources import resolve
     from export.bench import bench_export
 
     scratch = out.parent / f"{out.stem}-exports"
-    result = bench_export(resolve(model, workdir), scratch, rounds=rounds, latency_rounds=latency_rounds, progress=_say)
+    result = bench_export(resolve(model, workdir), scratch, rounds=rounds, latency_rounds=latency_rounds, progress=say)
     write_json(out, result)
     for measure, ratio in result["ratios"].items():
-        _say(f"optimum / this, {measure}: {ratio:.2f}")
+        say(f"optimum / this, {measure}: {ratio:.2f}")
 
 
 def main() -> int:

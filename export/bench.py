@@ -21,7 +21,7 @@ import numpy as np
 
 from distill.errors import UserError
 from export.components import COMPONENTS
-from export.folder import library_versions, make_config
+from export.job import library_versions, make_config
 from export.parity import cpu_session
 
 

@@ -13,13 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError
-from distill.files import read_json, replacing, sha256_file, sha256_json
-from distill.sources import (
-    component_tensors,
-    component_weights,
-    load_component,
-    read_safetensors_header,
-)
+from distill.files import read_json, sha256_file, sha256_json
+from distill.sources import COMPONENT_FOLDERS, file_hashes, load_component, make_checkpoint, read_config
+from distill.tensors import component_tensors, component_weights, read_safetensors_header
 
 VAE_SOURCES = {"fp16-fix": "madebyollin/sdxl-vae-fp16-fix", "tiny": "madebyollin/taesdxl"}
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
@@ -44,19 +40,22 @@ def vae_folder(vae: str) -> Path:
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"--vae {vae} is {VAE_SOURCES[vae]}, which cannot be had from the Hugging Face hub ({reason}); check the "
-                "network, or give a local folder"
+                f"the VAE {vae} is {VAE_SOURCES[vae]}, which cannot be had from the Hugging Face hub ({reason}); check the "
+                "network, or export with a local folder"
             ) from None
     if not (folder / "config.json").is_file():
-        raise UserError(f"--vae {vae!r}: allowed are stock, {', '.join(VAE_SOURCES)}, or a folder with config.json")
+        raise UserError(
+            f"there is no VAE {vae!r}: allowed are stock, {', '.join(VAE_SOURCES)}, or a folder with config.json"
+        )
     kind = read_json(folder / "config.json").get("_class_name")
     if kind not in VAE_CLASSES:
-        raise UserError(f"--vae {vae}: its config.json says {kind!r}, allowed are {', '.join(VAE_CLASSES)}")
+        raise UserError(f"the VAE {vae}: its config.json says {kind!r}, allowed are {', '.join(VAE_CLASSES)}")
     component_weights(folder)
     return folder
 
 
-def _linked(checkpoint: Path, folder: Path, without: Sequence[str]) -> None:
+def _link(checkpoint: Path, folder: Path, without: Sequence[str]) -> None:
+    """Everything of a checkpoint but some parts, in a new folder."""
     folder.mkdir()
     for path in checkpoint.iterdir():
         if path.is_dir() and path.name not in without:
@@ -65,24 +64,30 @@ def _linked(checkpoint: Path, folder: Path, without: Sequence[str]) -> None:
 
 
 def with_vae(checkpoint: Path, vae: str, workdir: Path) -> Path:
-    """`checkpoint` with the VAE that `vae` names."""
+    """`checkpoint` with the VAE that `vae` names. Raises UserError where that is of another latent space."""
     if vae == "stock":
         return checkpoint
     source = vae_folder(vae).resolve()
-    digest = sha256_json([str(checkpoint.resolve()), *(sha256_file(path) for path in component_weights(source))])
-    folder = workdir / f"{checkpoint.name}-vae-{digest[:12]}"
-    if not folder.exists():
-        with replacing(folder) as temporary:
-            _linked(checkpoint, temporary, ["vae"])
-            (temporary / "vae").symlink_to(source)
-            index = read_json(checkpoint / "model_index.json")
-            index["vae"] = ["diffusers", read_json(source / "config.json")["_class_name"]]
-            (temporary / "model_index.json").write_text(json.dumps(index, indent=1))
-    return folder
+    config, wanted = read_json(source / "config.json"), read_config(checkpoint, "unet")["out_channels"]
+    if (channels := config.get("latent_channels", 4)) != wanted:
+        raise UserError(
+            f"the VAE {vae} has {channels} latent channels, the UNet of {checkpoint.name} {wanted}; give one made for SDXL"
+        )
+    content = file_hashes(source.parent, [source.name])
+    digest = sha256_json([str(checkpoint.resolve()), str(source), content])
+
+    def make(folder: Path) -> None:
+        _link(checkpoint, folder, ["vae"])
+        (folder / "vae").symlink_to(source)
+        index = read_json(checkpoint / "model_index.json") | {"vae": ["diffusers", config["_class_name"]]}
+        (folder / "model_index.json").write_text(json.dumps(index, indent=1))
+
+    return make_checkpoint(workdir / f"{checkpoint.name}-vae-{digest[:12]}", make)
 
 
-def with_loras(checkpoint: Path, loras: Sequence[Lora], workdir: Path) -> Path:
-    """`checkpoint` with LoRAs fused in the given order, computed in float32 and kept in the checkpoint's own dtype.
+def with_loras(checkpoint: Path, sha256: str, loras: Sequence[Lora], workdir: Path) -> Path:
+    """`checkpoint`, of this hash, with LoRAs fused in the given order, computed in float32 and kept in the checkpoint's
+    own dtype.
 
     The UNet and both text encoders are changed, in diffusers' and in kohya's naming. Raises UserError for a file that is
     no LoRA, or of another architecture.
@@ -91,19 +96,18 @@ def with_loras(checkpoint: Path, loras: Sequence[Lora], workdir: Path) -> Path:
         return checkpoint
     for path, _ in loras:
         if not path.is_file():
-            raise UserError(f"--lora {path} does not exist; give a .safetensors file")
+            raise UserError(f"the LoRA {path} does not exist: a .safetensors file is wanted there")
         keys = read_safetensors_header(path)
         if not any(key.endswith(LORA_ENDINGS) for key in keys):
-            raise UserError(f"--lora {path} holds no LoRA weights: none of its keys names one")
+            raise UserError(f"{path} holds no LoRA weights: none of its keys names one")
         if any("dora_scale" in key for key in keys):
             raise UserError(
-                f"--lora {path} is a DoRA, whose scales diffusers would drop; merge it with its own trainer"
+                f"the LoRA {path} is a DoRA in kohya's format, whose scales diffusers would drop; merge it with its own "
+                "trainer"
             )
-    recipe = [str(checkpoint.resolve()), *((sha256_file(path), scale) for path, scale in loras)]
+    recipe = [str(checkpoint.resolve()), sha256, *((sha256_file(path), scale) for path, scale in loras)]
     folder = workdir / f"{checkpoint.name}-lora-{sha256_json(recipe)[:12]}"
-    if not folder.exists():
-        _fuse(checkpoint, loras, folder)
-    return folder
+    return make_checkpoint(folder, lambda temporary: _fuse(checkpoint, loras, temporary))
 
 
 def _fuse(checkpoint: Path, loras: Sequence[Lora], folder: Path) -> None:
@@ -120,24 +124,28 @@ def _fuse(checkpoint: Path, loras: Sequence[Lora], folder: Path) -> None:
             pipe.load_lora_weights(str(path.resolve().parent), weight_name=path.name, adapter_name=name)
         except (ValueError, RuntimeError, KeyError) as error:
             reason = str(error).strip().splitlines()[0][:200]
-            raise UserError(f"--lora {path} does not fit {checkpoint.name}: {reason}") from None
+            raise UserError(f"the LoRA {path} does not fit {checkpoint.name}: {reason}") from None
         fused = [part for part in parts if name in getattr(getattr(pipe, part), "peft_config", {})]
         stored = sum(key.endswith(LORA_ENDINGS) for key in read_safetensors_header(path))
         loaded = sum(name in getattr(module, "lora_A", ()) for part in fused for module in parts[part].modules())
         if loaded != stored:  # diffusers only warns
             raise UserError(
-                f"--lora {path} does not fit {checkpoint.name}: {stored - loaded} of its {stored} layers are not there"
+                f"the LoRA {path} does not fit {checkpoint.name}: {stored - loaded} of its {stored} layers are not there"
             )
         pipe.fuse_lora(components=fused, lora_scale=scale, adapter_names=[name])
         pipe.unload_lora_weights()
-    with replacing(folder) as temporary:
-        _linked(checkpoint, temporary, list(parts))
-        for name, part in parts.items():
-            dtypes = {record.dtype for record in component_tensors(checkpoint / name).values()}
-            half = "F16" in dtypes
-            (part.half() if half else part).save_pretrained(temporary / name, safe_serialization=True)
+    _link(checkpoint, folder, list(parts))
+    for name, part in parts.items():
+        half = "F16" in {record.dtype for record in component_tensors(checkpoint / name).values()}
+        (part.half() if half else part).save_pretrained(folder / name, safe_serialization=True)
 
 
-def prepare(checkpoint: Path, vae: str, loras: Sequence[Lora], workdir: Path) -> Path:
-    """The folder to export: LoRAs first, then the VAE. Raises UserError."""
-    return with_vae(with_loras(checkpoint, loras, workdir), vae, workdir)
+def prepare(
+    checkpoint: Path, hashes: dict[str, str], vae: str, loras: Sequence[Lora], workdir: Path
+) -> tuple[Path, dict[str, str]]:
+    """The folder to export, LoRAs first, then the VAE, and its `file_hashes`; `hashes` are those of `checkpoint`, whose
+    own files are not read again. Raises UserError."""
+    folder = with_vae(with_loras(checkpoint, sha256_json(hashes), loras, workdir), vae, workdir)
+    changed = [part for part in COMPONENT_FOLDERS if (folder / part).resolve() != (checkpoint / part).resolve()]
+    kept = {name: digest for name, digest in hashes.items() if name.partition("/")[0] not in changed}
+    return folder, kept | file_hashes(folder, changed)

@@ -31,13 +31,15 @@ class TensorSpec:
 @dataclass(frozen=True)
 class Component:
     """`source` is the folder of the checkpoint that holds its weights; `size_multiple` gives, for a config, what the
-    open height and width of the first input must be a multiple of."""
+    open height and width of the first input must be a multiple of; `unused` is how the names of weights begin that the
+    source holds for another component."""
 
     name: str
     source: str
     _inputs: Callable[[Config, Resolution, int, str], list[TensorSpec]]
     _outputs: Callable[[Config, Resolution, int, str], list[TensorSpec]]
     size_multiple: Callable[[Config], int]
+    unused: tuple[str, ...] = ()
 
     def inputs(self, config: Config, resolution: Resolution, batch: int, precision: str = "fp16") -> list[TensorSpec]:
         """`batch` is the component's own: a UNet under guidance gets twice the number of images.
@@ -165,12 +167,13 @@ def _text_2_outputs(config: Config, resolution: Resolution, batch: int, dtype: s
     return [pooled, *_hidden_states(config, batch, dtype)]
 
 
+_ENCODER_KEYS, _DECODER_KEYS = ("encoder.", "quant_conv."), ("decoder.", "post_quant_conv.")
 COMPONENTS = {
     component.name: component
     for component in (
         Component("unet", "unet", _unet_inputs, _unet_outputs, _unet_multiple),
-        Component("vae_decoder", "vae", _decoder_inputs, _decoder_outputs, lambda config: 1),
-        Component("vae_encoder", "vae", _encoder_inputs, _encoder_outputs, vae_scale_factor),
+        Component("vae_decoder", "vae", _decoder_inputs, _decoder_outputs, lambda config: 1, _ENCODER_KEYS),
+        Component("vae_encoder", "vae", _encoder_inputs, _encoder_outputs, vae_scale_factor, _DECODER_KEYS),
         Component("text_encoder", "text_encoder", _text_inputs, _text_outputs, lambda config: 1),
         Component("text_encoder_2", "text_encoder_2", _text_inputs, _text_2_outputs, lambda config: 1),
     )

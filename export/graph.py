@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,7 +61,8 @@ def _is_no_weight(node: ir.Node) -> bool | None:
 
 
 def name_dimensions(model: ir.Model, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
-    """Open dimensions of inputs and outputs get their axis' name; symbols inside the graph are expressed by them."""
+    """Open dimensions of inputs and outputs get their axis' name; symbols inside the graph are expressed by them, between
+    spaces, as optimum reads them."""
     names: dict[str, str] = {}
     for value, spec in zip(model.graph.inputs, inputs, strict=True):
         for dim, axis in zip(value.shape or (), spec.axes, strict=True):
@@ -69,7 +71,7 @@ def name_dimensions(model: ir.Model, inputs: Sequence[TensorSpec], outputs: Sequ
     symbols = {}
     for expression, axis in names.items():
         factor, star, symbol = expression.rpartition("*")
-        symbols[symbol] = f"({axis}/{factor})" if star else axis
+        symbols[symbol] = f"{axis} / {factor}" if star else axis
     for value in [*model.graph.inputs, *model.graph.outputs, *(v for node in model.graph for v in node.outputs)]:
         if value.shape is not None:
             value.shape = ir.Shape([_renamed(dim, names, symbols) for dim in value.shape])
@@ -130,10 +132,10 @@ def spell_group_norms(model: ir.Model) -> None:
 
 
 def _evaluated(expression: str, sizes: dict[str, int]) -> int | None:
-    """The value of a product such as 2*(height/4)*width; None for any other expression."""
+    """The value of a product such as 2 * height / 4 * width; None for any other expression."""
     result = 1
-    for term in expression.split("*"):
-        name, _, divisor = term.strip("()").partition("/")
+    for term in expression.split(" * "):
+        name, _, divisor = term.partition(" / ")
         size = int(name) if name.isdigit() else sizes.get(name)
         if size is None or not (divisor or "1").isdigit():
             return None
@@ -147,6 +149,7 @@ def _renamed(dim: int | ir.SymbolicDim, names: dict[str, str], symbols: dict[str
     text = str(dim.value)
     if text in names:
         return ir.SymbolicDim(names[text])
+    text = re.sub(r" ?(?<!\*)\*(?!\*) ?", " * ", text)
     for symbol, meaning in symbols.items():
         text = text.replace(symbol, meaning)
     return ir.SymbolicDim(text)

@@ -89,17 +89,18 @@ class _Opener:
         return any(self.factors(size)[1])
 
     def expression(self, size: int) -> int | str:
-        """`size` as it reads in the open graph: itself, or a product of axis names."""
+        """`size` as it reads in the open graph: itself, or a product of axis names, such as 8 * height. Between spaces,
+        as optimum, which reads the sizes of outputs so, wants it."""
         coefficient, powers = self.factors(size)
         words = []
         for axis, power in zip(self.axes, powers, strict=True):
             for _ in range(power):
                 common = gcd(coefficient, axis.multiple)
                 coefficient //= common
-                words.append(axis.name if common == axis.multiple else f"({axis.name}/{axis.multiple // common})")
+                words.append(axis.name if common == axis.multiple else f"{axis.name} / {axis.multiple // common}")
         if not words:
             return size
-        return "*".join(([str(coefficient)] if coefficient != 1 else []) + words)
+        return " * ".join(([str(coefficient)] if coefficient != 1 else []) + words)
 
     def _constant(self, numbers: Sequence[int]) -> ir.Value:
         name = "sizes_" + "_".join(map(str, numbers)).replace("-", "m")

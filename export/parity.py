@@ -11,7 +11,7 @@ fp16  The graph rounds each result to 2^-11 = 4.9e-4. Residual streams add the r
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from distill.architectures import Resolution
-from distill.errors import UserError, unknown
-from distill.files import read_json
+from distill.errors import UserError
 from export.components import COMPONENTS, Config
 
 if TYPE_CHECKING:
@@ -108,11 +107,10 @@ def compare(
     generator = torch.Generator().manual_seed(seed)
     session = cpu_session(model)
     reference = module.float()
-    top = config.get("vocab_size", 2)
     for resolution in resolutions:
         for batch in batches:
             specs = COMPONENTS[name].inputs(config, resolution, batch, precision)
-            arguments = [example(spec.dtype, spec.shape, generator, top) for spec in specs]
+            arguments = [example(spec, config, generator) for spec in specs]
             feeds = {spec.name: value.numpy() for spec, value in zip(specs, arguments, strict=True)}
             got = session.run(None, feeds)
             with torch.no_grad():
@@ -133,63 +131,3 @@ def compare(
                     cosine=cosine,
                     seed=seed,
                 )
-
-
-def verify_folder(
-    folder: Path,
-    checkpoint: Path,
-    *,
-    components: Sequence[str] = (),
-    sizes: Sequence[Resolution] = (),
-    batch: int = 2,
-    seed: int | None = None,
-    workdir: Path = Path("out/models"),
-    progress: Callable[[str], None] = lambda line: None,
-) -> dict[str, list[Parity]]:
-    """Compares every component of an ONNX folder with its checkpoint, in `sizes` or every resolution of slimxl.json.
-
-    `progress` is told every comparison as it is done. A component that fails is renamed to NAME.failed.
-
-    Raises UserError where the checkpoint is another one than the folder was made from.
-    """
-    from distill.sources import checkpoint_hash, load_component
-    from export.checkpoint import prepare
-    from export.wrappers import wrap
-    from export.write import TORCH_DTYPES
-
-    seed = secrets.randbits(31) if seed is None else seed
-    about = read_json(folder / "slimxl.json")
-    if checkpoint_hash(checkpoint) != about["source"]["sha256"]:
-        made_from = about["source"]["name"]
-        raise UserError(f"{folder} was made from {made_from}, not from {checkpoint}; give its own --model")
-    loras = [(Path(lora["file"]), lora["scale"]) for lora in about["loras"]]
-    prepared = prepare(checkpoint, about["vae"]["identity"], loras, workdir)
-    results: dict[str, list[Parity]] = {}
-    present = [name for name in COMPONENTS if (folder / name / "export.json").is_file()]
-    for name in components or present:
-        if name not in present:
-            raise unknown("component of this folder", name, present)
-        export, config = read_json(folder / name / "export.json"), read_json(folder / name / "config.json")
-        network = load_component(prepared, COMPONENTS[name].source, TORCH_DTYPES[export["precision"]])
-        module = wrap(name, network)
-        resolutions = list(sizes) or [Resolution.parse(text) for text in about["resolutions"]]
-        if name.startswith("text"):  # no picture goes in
-            resolutions = resolutions[:1]
-        graphs: dict[str, list[Resolution]] = {}
-        for resolution in resolutions:
-            if name.startswith("text"):
-                graphs["model.onnx"] = [resolution]
-                continue
-            if export["graphs"] and str(resolution) not in export["graphs"]:
-                raise unknown("resolution of this folder's static graphs", str(resolution), export["graphs"])
-            graphs.setdefault(export["graphs"].get(str(resolution), "model.onnx"), []).append(resolution)
-        batches = [batch if export["dynamic"] else export["inputs"][0]["shape"][0]]
-        results[name] = []
-        for file, fitting in graphs.items():
-            model = folder / name / file
-            for parity in compare(name, model, module, config, fitting, batches, export["precision"], seed):
-                results[name].append(parity)
-                progress(f"{name}: {parity}")
-        if not all(parity.passed for parity in results[name]):
-            (folder / name).rename(folder / f"{name}.failed")
-    return results

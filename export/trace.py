@@ -28,7 +28,6 @@ from export.components import Component, Config, TensorSpec
 from export.graph import name_dimensions, optimize
 from export.opening import CannotOpen, choose_axes, open_dimensions, sized
 from export.weights import read_when_written
-from export.wrappers import example
 
 aten = torch.ops.aten
 WHOLE_ATTENTION_OPSET = 23
@@ -175,7 +174,7 @@ def capture_with_symbols(module: nn.Module, inputs: Sequence[TensorSpec], multip
     shapes = tuple(
         {index: dims[axis] for index, axis in enumerate(spec.axes) if axis is not None} or None for spec in inputs
     )
-    arguments = tuple(example(spec.dtype, spec.shape) for spec in inputs)
+    arguments = tuple(torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in inputs)
     patch = _fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     with _quiet(), torch.no_grad(), patch:
         return torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)

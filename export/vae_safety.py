@@ -18,10 +18,10 @@ from export.parity import cpu_session
 LARGEST = 6.0
 
 
-def overflowing_share(model: Path, config: Config, resolution: Resolution, batch: int, precision: str) -> float:
+def overflowing_share(model: Path, config: Config, resolution: Resolution, precision: str) -> float:
     """The share of non-finite values in pictures decoded from latents of 1 to `LARGEST` standard deviations."""
     session = cpu_session(model)
-    [spec] = COMPONENTS["vae_decoder"].inputs(config, resolution, batch, precision)
+    [spec] = COMPONENTS["vae_decoder"].inputs(config, resolution, 2, precision)
     rng = np.random.default_rng(0)
     shares = []
     for deviations in (1.0, LARGEST):
@@ -31,9 +31,9 @@ def overflowing_share(model: Path, config: Config, resolution: Resolution, batch
     return max(shares)
 
 
-def require_finite(model: Path, config: Config, resolution: Resolution, batch: int, precision: str) -> None:
+def require_finite(model: Path, config: Config, resolution: Resolution, precision: str) -> None:
     """Raises UserError where decoding overflows."""
-    if share := overflowing_share(model, config, resolution, batch, precision):
+    if share := overflowing_share(model, config, resolution, precision):
         raise UserError(
             f"this VAE overflows in {precision}: {share:.0%} of a picture is NaN or infinite; export it with "
             "--vae-precision fp32, or take an fp16-safe one with --vae fp16-fix or --vae tiny"

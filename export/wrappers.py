@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from export.components import FLOAT_DTYPES, Config, TensorSpec
+
+TORCH_DTYPES = {name: getattr(torch, dtype) for name, dtype in FLOAT_DTYPES.items()}
+
 
 class _UNet(nn.Module):
     def __init__(self, unet: nn.Module) -> None:
@@ -78,13 +82,24 @@ _WRAPPERS: dict[str, type[nn.Module]] = {
 def wrap(component: str, network: nn.Module) -> nn.Module:
     """`network` as a module that takes and returns the component's tensors, in evaluation mode, without gradients.
 
-    Decoding keeps only the half of the VAE that the graph needs.
+    A VAE's wrapper holds all of it; the half that is not used never gets into the graph.
     """
     return _WRAPPERS[component](network).eval().requires_grad_(False)
 
 
-def example(dtype: str, shape: tuple[int, ...], generator: torch.Generator | None = None, top: int = 2) -> Tensor:
-    """A random tensor: normal for floats, ids below `top` for integers."""
-    if dtype.startswith("int"):
-        return torch.randint(0, top, shape, dtype=getattr(torch, dtype), generator=generator)
-    return torch.randn(shape, generator=generator).to(getattr(torch, dtype))
+def example(spec: TensorSpec, config: Config, generator: torch.Generator) -> Tensor:
+    """A random input as a sampler may give it: any timestep, picture sizes up to 2048, an end of text in every row, and
+    normal numbers for the rest."""
+    dtype = getattr(torch, spec.dtype)
+    if spec.name == "timestep":
+        return torch.rand(spec.shape, generator=generator, dtype=dtype) * 999
+    if spec.name == "time_ids":
+        return torch.randint(0, 2049, spec.shape, generator=generator).to(dtype)
+    if spec.name == "input_ids":
+        vocabulary, end = config.get("vocab_size", 49408), config.get("eos_token_id", 49407)
+        ids = torch.randint(0, vocabulary, spec.shape, generator=generator)
+        places = torch.randint(0, spec.shape[1], (spec.shape[0], 1), generator=generator)
+        return ids.scatter(
+            1, places, vocabulary - 1 if end == 2 else end
+        )  # 2: OpenAI's config; CLIP takes the highest id
+    return torch.randn(spec.shape, generator=generator).to(dtype)

@@ -16,16 +16,14 @@ from distill.architectures import Resolution
 from distill.errors import UserError
 from distill.files import replacing, sha256_file, write_json
 from distill.sources import load_component
-from export.components import COMPONENTS, FLOAT_DTYPES, Config
-from export.folder import CHECK_BELOW_BYTES, Job, library_versions
+from export.components import COMPONENTS, Config
 from export.graph import specialise
+from export.job import CHECK_BELOW_BYTES, Job, library_versions
 from export.parity import Parity, compare
 from export.trace import trace
 from export.vae_safety import require_finite
 from export.weights import load_shapes, on_meta
-from export.wrappers import wrap
-
-TORCH_DTYPES = {name: getattr(torch, dtype) for name, dtype in FLOAT_DTYPES.items()}
+from export.wrappers import TORCH_DTYPES, wrap
 
 
 def trace_resolution(name: str, config: Config) -> Resolution:
@@ -36,35 +34,33 @@ def trace_resolution(name: str, config: Config) -> Resolution:
 
 def parameters_and_flops(name: str, checkpoint: Path, config: Config, resolution: Resolution) -> tuple[int, int]:
     """Parameters the component uses, and the floating-point operations of one call of batch 1 at `resolution`."""
-    network = on_meta(checkpoint, COMPONENTS[name].source)
-    other_half = {"vae_decoder": ("encoder.", "quant_conv."), "vae_encoder": ("decoder.", "post_quant_conv.")}
-    unused = other_half.get(name, ("-",))
-    parameters = sum(tensor.numel() for key, tensor in network.named_parameters() if not key.startswith(unused))
-    inputs = COMPONENTS[name].inputs(config, resolution, 1, "fp32")
+    component = COMPONENTS[name]
+    network = on_meta(checkpoint, component.source)
+    used = (tensor for key, tensor in network.named_parameters() if not key.startswith(component.unused))
+    parameters = sum(tensor.numel() for tensor in used)
+    inputs = component.inputs(config, resolution, 1, "fp32")
     arguments = [torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta") for spec in inputs]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         wrap(name, network.to("meta").float())(*arguments)
     return parameters, counter.get_total_flops()
 
 
-def _save(model: ir.Model, folder: Path, job: Job, resolutions: Sequence[Resolution]) -> dict[str, str]:
-    """Writes the weights once, and one graph for each resolution, or the open one where there are none.
+def _fix_sizes(folder: Path, job: Job, resolutions: Sequence[Resolution]) -> dict[str, str]:
+    """Puts a static graph for each resolution, over the same weights, in the place of the open model.onnx.
 
     Returns the file name of each resolution's graph. model.onnx is the first one's.
     """
-    ir.save(model, folder / "model.onnx", external_data="model.onnx.data")
     graphs = {}
     for resolution in resolutions:
         fixed = ir.load(folder / "model.onnx")
-        inputs = COMPONENTS[job.name].inputs(job.config, resolution, job.options.batch, job.precision)
-        specialise(fixed, inputs)
+        rows = job.options.rows(job.name)
+        specialise(fixed, COMPONENTS[job.name].inputs(job.config, resolution, rows, job.precision))
         graphs[str(resolution)] = f"model.{resolution}.onnx"
         ir.save(fixed, folder / graphs[str(resolution)])
-    if graphs:
-        first = str(resolutions[0])
-        (folder / graphs[first]).replace(folder / "model.onnx")
-        graphs[first] = "model.onnx"
-    return graphs
+        _require_valid(folder / graphs[str(resolution)], job.name)
+    first = str(resolutions[0])
+    (folder / graphs[first]).replace(folder / "model.onnx")
+    return graphs | {first: "model.onnx"}
 
 
 def _require_valid(file: Path, name: str) -> None:
@@ -78,70 +74,79 @@ def _require_valid(file: Path, name: str) -> None:
         ) from None
 
 
+def _compare_with_torch(job: Job, model: Path) -> list[Parity]:
+    """Of an open graph, on one small picture. Raises UserError where one of them disagrees."""
+    network = load_component(job.checkpoint, COMPONENTS[job.name].source, TORCH_DTYPES[job.precision])
+    resolution = trace_resolution(job.name, job.config)
+    module = wrap(job.name, network)
+    results = list(compare(job.name, model, module, job.config, [resolution], (1, 3), job.precision))
+    for result in results:
+        if not result.passed:
+            raise UserError(
+                f"{job.name}: the exported graph disagrees with torch and was not kept: {result}; try --opset 18, or "
+                "--precision fp32"
+            )
+    return results
+
+
 def write_component(job: Job, folder: Path, progress: Callable[[str], None]) -> None:
     """Raises UserError, and leaves `folder` as it was, where the graph is invalid or disagrees with torch."""
     started = time.monotonic()
     options, name = job.options, job.name
     component = COMPONENTS[name]
-    dtype = TORCH_DTYPES[job.precision]
-    module = wrap(name, load_shapes(job.checkpoint, component.source, dtype))
-    fixed = options.resolutions[:1] if name.startswith("text") else options.resolutions  # no picture goes in
-    resolution = fixed[0] if fixed else trace_resolution(name, job.config)
-    inputs = component.inputs(job.config, resolution, options.batch, job.precision)
-    outputs = component.outputs(job.config, resolution, options.batch, job.precision)
+    module = wrap(name, load_shapes(job.checkpoint, component.source, TORCH_DTYPES[job.precision]))
+    small = trace_resolution(name, job.config)
+    inputs, outputs = (make(job.config, small, 2, job.precision) for make in (component.inputs, component.outputs))
     model = trace(component, module, job.config, inputs, outputs, options.opset)
+    nodes = len(list(model.graph))
     traced = time.monotonic()
     with replacing(folder) as temporary:
         temporary.mkdir()
-        graphs = _save(model, temporary, job, fixed)
-        nodes = len(list(model.graph))
+        ir.save(model, temporary / "model.onnx", external_data="model.onnx.data")
         del model
         write_json(temporary / "config.json", job.config)
         saved = time.monotonic()
-        for file in temporary.glob("*.onnx"):
-            _require_valid(file, name)
+        _require_valid(temporary / "model.onnx", name)
         if name == "vae_decoder":
-            require_finite(temporary / "model.onnx", job.config, resolution, options.batch, job.precision)
+            require_finite(temporary / "model.onnx", job.config, small, job.precision)
         checked: list[Parity] = []
-        if options.check and sum(file.stat().st_size for file in temporary.iterdir()) < CHECK_BELOW_BYTES:
-            batches = (options.batch,) if fixed else (1, 3)
-            real = wrap(name, load_component(job.checkpoint, component.source, dtype))
-            model_file = temporary / "model.onnx"
-            checked = list(compare(name, model_file, real, job.config, [resolution], batches, job.precision))
-            for result in checked:
-                if not result.passed:
-                    raise UserError(
-                        f"{name}: the exported graph disagrees with torch and was not kept: {result}; try --opset 18, or "
-                        "--precision fp32"
-                    )
+        if options.check and sum(_sizes(temporary).values()) < CHECK_BELOW_BYTES:
+            checked = _compare_with_torch(job, temporary / "model.onnx")
         verified = time.monotonic()
+        graphs: dict[str, str] = {}
+        fixed = options.resolutions[:1] if name.startswith("text") else options.resolutions  # no picture goes in
+        if fixed:
+            graphs = _fix_sizes(temporary, job, fixed)
+            rows = options.rows(name)
+            inputs, outputs = (
+                make(job.config, fixed[0], rows, job.precision) for make in (component.inputs, component.outputs)
+            )
         parameters, flops = parameters_and_flops(name, job.checkpoint, job.config, job.base)
-        write_json(
-            temporary / "export.json",
-            {
-                "key": job.key,
-                "component": name,
-                "source_sha256": job.source_sha256,
-                "precision": job.precision,
-                "opset": options.opset,
-                "dynamic": not fixed,
-                "graphs": graphs,
-                "inputs": [asdict(spec) for spec in inputs],
-                "outputs": [asdict(spec) for spec in outputs],
-                "nodes": nodes,
-                "parameters": parameters,
-                "flops_per_call": flops,
-                "flops_at": {"resolution": str(job.base), "batch": 1},
-                "sha256": {path.name: sha256_file(path) for path in sorted(temporary.glob("model*.onnx*"))},
-                "checked": [asdict(result) for result in checked],
-                "versions": library_versions(),
-            },
-        )
-    seconds = [
-        ("trace", traced - started),
-        ("save", saved - traced),
-        ("check", verified - saved),
-        ("describe", time.monotonic() - verified),
-    ]
-    steps = ", ".join(f"{step} {duration:.1f}" for step, duration in seconds)
-    progress(f"{name}: {job.precision}, {nodes} nodes, {time.monotonic() - started:.1f} s ({steps})")
+        described = {
+            "key": job.key,
+            "component": name,
+            "source_sha256": job.source_sha256,
+            "precision": job.precision,
+            "opset": options.opset,
+            "dynamic": not fixed,
+            "graphs": graphs,
+            "inputs": [asdict(spec) for spec in inputs],
+            "outputs": [asdict(spec) for spec in outputs],
+            "nodes": nodes,
+            "parameters": parameters,
+            "flops_per_call": flops,
+            "flops_at": {"resolution": str(job.base), "batch": 1},
+            "bytes": _sizes(temporary),
+            "sha256": {path.name: sha256_file(path) for path in sorted(temporary.glob("model*.onnx*"))},
+            "checked": [asdict(result) for result in checked],
+            "versions": library_versions(),
+        }
+        seconds = round(time.monotonic() - started, 1)
+        write_json(temporary / "export.json", described | {"seconds": seconds})
+    steps = {"trace": traced - started, "save": saved - traced, "check": verified - saved}
+    told = ", ".join(f"{step} {duration:.1f}" for step, duration in steps.items())
+    progress(f"{name}: {job.precision}, {nodes} nodes, {seconds:.1f} s ({told})")
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}

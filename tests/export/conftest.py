@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from export.folder import ExportOptions, export_checkpoint
+from export.folder import export_checkpoint
+from export.job import ExportOptions
 
 
 @pytest.fixture(scope="session")

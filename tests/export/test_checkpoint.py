@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -15,10 +17,14 @@ from safetensors.torch import load_file, save_file
 from distill.architectures import Resolution
 from distill.errors import UserError
 from distill.files import read_json
-from distill.sources import load_component, read_config
+from distill.sources import component_weights, file_hashes, load_component, read_config
 from export.checkpoint import prepare, with_loras, with_vae
 from export.components import COMPONENTS
-from export.folder import ExportOptions, component_precision, export_checkpoint
+from export.folder import export_checkpoint
+from export.job import ExportOptions, component_precision
+from export.verify import verify_folder
+
+HASH = "of the checkpoint"
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +53,7 @@ def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_loras_are_fused_in_order_with_their_scales(mini_vega: Path, loras: list[Path], tmp_path: Path) -> None:
-    fused = with_loras(mini_vega, [(loras[0], 0.5), (loras[1], 2.0)], tmp_path)
+    fused = with_loras(mini_vega, HASH, [(loras[0], 0.5), (loras[1], 2.0)], tmp_path)
     ours = load_component(fused, "unet", torch.float32).state_dict()
     before = load_component(mini_vega, "unet", torch.float32).state_dict()
     assert ours.keys() == before.keys()
@@ -88,7 +94,7 @@ def text_encoder_lora(checkpoint: Path, naming: str, folder: Path) -> tuple[Path
 @pytest.mark.parametrize("naming", ["diffusers", "kohya"])
 def test_a_lora_of_text_encoders_is_fused_too(mini_vega: Path, naming: str, tmp_path: Path) -> None:
     file, added = text_encoder_lora(mini_vega, naming, tmp_path)
-    fused = with_loras(mini_vega, [(file, 0.5)], tmp_path)
+    fused = with_loras(mini_vega, HASH, [(file, 0.5)], tmp_path)
     for component in ("text_encoder", "text_encoder_2", "unet"):
         before, after = (load_component(folder, component, torch.float32).state_dict() for folder in (mini_vega, fused))
         assert before.keys() == after.keys()
@@ -98,20 +104,88 @@ def test_a_lora_of_text_encoders_is_fused_too(mini_vega: Path, naming: str, tmp_
     assert not added
 
 
-def test_a_fused_checkpoint_is_exported_and_recorded(mini_vega: Path, loras: list[Path], tmp_path: Path) -> None:
-    options = ExportOptions(components=("text_encoder",), loras=((loras[0], 0.5),))
-    export_checkpoint(mini_vega, tmp_path / "out", options=options, workdir=tmp_path)
-    about = read_json(tmp_path / "out" / "slimxl.json")
-    assert [(Path(lora["file"]), lora["scale"]) for lora in about["loras"]] == [(loras[0], 0.5)]
+def test_a_dora_of_diffusers_is_fused_as_its_equation_says(mini_vega: Path, tmp_path: Path) -> None:
+    """m (W + s BA) / |W + s BA|, norms by row of the output (arXiv 2402.09353, equation 5)."""
+    unet = load_component(mini_vega, "unet", torch.float32)
+    before = {key: tensor.clone() for key, tensor in unet.state_dict().items()}
+    torch.manual_seed(0)
+    unet.add_adapter(LoraConfig(r=4, target_modules=["proj_in"], init_lora_weights=False, use_dora=True))
+    state = get_peft_model_state_dict(unet)
+    state = {key: 1.5 * tensor if "magnitude" in key else tensor for key, tensor in state.items()}
+    StableDiffusionXLPipeline.save_lora_weights(tmp_path, unet_lora_layers=state, weight_name="dora.safetensors")
+    fused = with_loras(mini_vega, HASH, [(tmp_path / "dora.safetensors", 0.5)], tmp_path)
+    after = load_component(fused, "unet", torch.float32).state_dict()
+    magnitudes = [key for key in state if "magnitude" in key]
+    assert len(magnitudes) == 10
+    for key in magnitudes:
+        layer = key.partition(".lora_magnitude_vector")[0]
+        moved = before[f"{layer}.weight"] + 0.5 * state[f"{layer}.lora_B.weight"] @ state[f"{layer}.lora_A.weight"]
+        expected = state[key].reshape(-1, 1) * moved / moved.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(after[f"{layer}.weight"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_that_changed_in_its_place_is_fused_anew(
+    mini_vega: Path, loras: list[Path], tmp_path: Path
+) -> None:
+    """As a student that was trained again."""
+    checkpoint = shutil.copytree(mini_vega, tmp_path / "student")
+    [file] = component_weights(checkpoint / "unet")
+    for value in (1.0, 2.0):
+        save_file(load_file(file) | {"conv_in.bias": torch.full((32,), value)}, file, {"format": "pt"})
+        fused, hashes = prepare(checkpoint, file_hashes(checkpoint), "stock", [(loras[0], 1.0)], tmp_path)
+        assert hashes == file_hashes(fused)
+        assert (load_component(fused, "unet", torch.float32).conv_in.bias == value).all()
+
+
+def test_what_was_exported_is_recorded_and_verify_sees_it_change(
+    mini_vega: Path, loras: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lora, vae, out = Path("lora.safetensors"), Path("vae"), tmp_path / "out"
+    shutil.copyfile(loras[0], lora)
+    shutil.copytree(mini_vega / "vae", vae)
+    options = ExportOptions(components=("text_encoder",), loras=((lora, 0.5),), vae="vae")
+    export_checkpoint(mini_vega, out, options=options, workdir=tmp_path)
+    about = read_json(out / "slimxl.json")
+    assert [(lora["file"], lora["scale"]) for lora in about["loras"]] == [(str(tmp_path / "lora.safetensors"), 0.5)]
     assert about["exported_sha256"] != about["source"]["sha256"]
+    monkeypatch.chdir("/")
+    verify_folder(out, mini_vega, workdir=tmp_path)
+    for file in (tmp_path / vae / "diffusion_pytorch_model.safetensors", tmp_path / lora):
+        save_file({key: 2 * tensor for key, tensor in load_file(file).items()}, file, {"format": "pt"})
+        with pytest.raises(UserError, match=rf"the (LoRA|VAE) {tmp_path}/(lora|vae).* changed since .* export again"):
+            verify_folder(out, mini_vega, workdir=tmp_path)
+    assert (out / "text_encoder").is_dir()
+
+
+def test_vaes_of_equal_weights_and_other_configs_are_told_apart(mini_vega: Path, tmp_path: Path) -> None:
+    folders = []
+    for factor in (0.5, 0.25):
+        vae = shutil.copytree(mini_vega / "vae", tmp_path / str(factor))
+        config = read_json(vae / "config.json") | {"scaling_factor": factor}
+        (vae / "config.json").write_text(json.dumps(config))
+        folders.append(with_vae(mini_vega, str(vae), tmp_path / "work"))
+        assert read_config(folders[-1], "vae")["scaling_factor"] == factor
+    assert folders[0] != folders[1]
+    (folders[0] / "vae").unlink()
+    assert with_vae(mini_vega, str(tmp_path / "0.5"), tmp_path / "work") == folders[0]
+    assert read_config(folders[0], "vae")["scaling_factor"] == 0.5  # made again
+
+
+def test_a_vae_of_another_latent_space_is_refused(mini_vega: Path, tmp_path: Path) -> None:
+    widths = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    blocks = {"num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4}
+    AutoencoderTiny(latent_channels=16, **widths, **blocks).save_pretrained(tmp_path / "flux")
+    with pytest.raises(UserError, match=r"flux has 16 latent channels, the UNet of .* 4"):
+        with_vae(mini_vega, str(tmp_path / "flux"), tmp_path)
 
 
 def test_a_file_that_is_no_lora_is_refused(mini_vega: Path, tmp_path: Path) -> None:
     weights = mini_vega / "vae" / "diffusion_pytorch_model.safetensors"
     with pytest.raises(UserError, match="no LoRA weights"):
-        with_loras(mini_vega, [(weights, 1.0)], tmp_path)
+        with_loras(mini_vega, HASH, [(weights, 1.0)], tmp_path)
     with pytest.raises(UserError, match="does not exist"):
-        with_loras(mini_vega, [(tmp_path / "absent.safetensors", 1.0)], tmp_path)
+        with_loras(mini_vega, HASH, [(tmp_path / "absent.safetensors", 1.0)], tmp_path)
 
 
 @pytest.mark.parametrize("layers", [r"mid_block.*to_q", r".*to_q"])  # none of them is there, and some are
@@ -124,7 +198,7 @@ def test_a_lora_of_another_architecture_is_refused(
         tmp_path, unet_lora_layers=get_peft_model_state_dict(unet), weight_name="mid.safetensors"
     )
     with pytest.raises(UserError, match="does not fit"):
-        with_loras(mini_vega, [(tmp_path / "mid.safetensors", 1.0)], tmp_path)
+        with_loras(mini_vega, HASH, [(tmp_path / "mid.safetensors", 1.0)], tmp_path)
 
 
 def test_a_tiny_vae_is_exported(mini_vega: Path, tiny_vae: Path, tmp_path: Path) -> None:
@@ -177,7 +251,7 @@ def test_what_diffusers_would_drop_is_refused(mini_vega: Path, tmp_path: Path) -
     tensors = {f"{name}.{part}": torch.ones(1, 1) for part in ("lora_down.weight", "lora_up.weight", "dora_scale")}
     save_file(tensors, tmp_path / "dora.safetensors")
     with pytest.raises(UserError, match="is a DoRA"):
-        with_loras(mini_vega, [(tmp_path / "dora.safetensors", 1.0)], tmp_path)
+        with_loras(mini_vega, HASH, [(tmp_path / "dora.safetensors", 1.0)], tmp_path)
 
 
 def test_what_is_no_vae_is_refused(mini_vega: Path, tmp_path: Path) -> None:
@@ -188,5 +262,6 @@ def test_what_is_no_vae_is_refused(mini_vega: Path, tmp_path: Path) -> None:
 
 
 def test_a_plain_checkpoint_is_taken_as_it_is(mini_vega: Path, tmp_path: Path) -> None:
-    assert prepare(mini_vega, "stock", [], tmp_path) == mini_vega
+    hashes = file_hashes(mini_vega)
+    assert prepare(mini_vega, hashes, "stock", [], tmp_path) == (mini_vega, hashes)
     assert not list(tmp_path.iterdir())

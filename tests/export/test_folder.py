@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,20 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from polygraphy.tools import main as polygraphy
 from safetensors.torch import load_file, save_file
 
+import export.folder
 import export.write
 from distill.architectures import MINI_FAMILY, Resolution
 from distill.catalogue import count_parameters
 from distill.errors import UserError
-from distill.files import read_json, sha256_file
-from distill.sources import load_component
+from distill.files import exclusive, read_json, sha256_file
+from distill.sources import file_hashes, load_component
 from export.components import COMPONENTS
-from export.folder import ExportOptions, export_checkpoint
+from export.folder import export_checkpoint
+from export.job import ExportOptions, make_job
 from export.parity import cpu_session
 from export.trace import trace
 
@@ -68,13 +73,11 @@ def test_metadata_says_what_is_there(onnx_fp16: Path, mini_vega: Path) -> None:
     for name, digest in unet["sha256"].items():
         assert sha256_file(onnx_fp16 / "unet" / name) == digest
     assert set(unet["sha256"]) == {"model.onnx", "model.onnx.data"}
-    import torch
-
     assert unet["parameters"] == count_parameters(load_component(mini_vega, "unet", torch.float32))
     assert unet["parameters"] * 2 <= (onnx_fp16 / "unet" / "model.onnx.data").stat().st_size * 1.02
     halves = [read_json(onnx_fp16 / half / "export.json")["parameters"] for half in ("vae_decoder", "vae_encoder")]
     assert sum(halves) == count_parameters(load_component(mini_vega, "vae", torch.float32))
-    assert unet["flops_per_call"] > 1e8
+    assert unet["flops_per_call"] > 1e8 and unet["seconds"] > 0
 
 
 def test_a_second_run_does_nothing_and_a_change_does(mini_vega: Path, tmp_path: Path) -> None:
@@ -86,7 +89,45 @@ def test_a_second_run_does_nothing_and_a_change_does(mini_vega: Path, tmp_path: 
 
     first = run(ExportOptions(components=SMALL))
     assert run(ExportOptions(components=SMALL)) == first and said[-1] == "text_encoder: up to date"
-    assert run(ExportOptions(components=SMALL, precision="fp32")) != first
+    second = run(ExportOptions(components=SMALL, precision="fp32", check=False))
+    assert second != first and not read_json(tmp_path / "out" / "text_encoder" / "export.json")["checked"]
+    third = run(ExportOptions(components=SMALL, precision="fp32"))  # compared now
+    assert third != second and read_json(tmp_path / "out" / "text_encoder" / "export.json")["checked"]
+    (tmp_path / "out" / "text_encoder" / "model.onnx.data").write_bytes(b"cut off")
+    assert run(ExportOptions(components=SMALL, precision="fp32")) != third
+
+
+def test_exports_into_one_folder_take_turns(mini_vega: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    out = tmp_path / "out"
+    (out / ".unet.0a1b2c3d.partial").mkdir(parents=True)  # of an export that was killed
+
+    def export() -> None:
+        export_checkpoint(mini_vega, out, options=ExportOptions(components=SMALL), progress=said.append)
+
+    with ThreadPoolExecutor() as pool:
+        with exclusive(out):
+            second = pool.submit(export)
+            while not said:
+                time.sleep(0.01)
+            assert said == [f"another process is writing {out}; waiting for it"] and not second.done()
+        second.result()
+    assert (out / "slimxl.json").is_file() and not list(out.glob(".*"))
+
+
+def test_a_folder_is_not_whole_while_components_are_copied_into_it(
+    mini_vega: Path, onnx_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copytree(*_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "copytree", copytree)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "slimxl.json").write_text("{}")  # of an earlier run
+    options = ExportOptions(components=SMALL, precision="fp32", reuse=(onnx_fp32,))
+    with pytest.raises(KeyboardInterrupt):
+        export_checkpoint(mini_vega, tmp_path / "out", options=options)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_components_of_two_models_are_not_mixed(mini_vega: Path, tmp_path: Path) -> None:
@@ -120,6 +161,13 @@ def test_static_graphs_share_one_file_of_weights(mini_vega: Path, onnx_fp32: Pat
     export_checkpoint(mini_vega, tmp_path / "out", options=options)
     folder = tmp_path / "out" / "unet"
     graphs = read_json(folder / "export.json")["graphs"]
+    about = read_json(folder / "export.json")
+    assert {row["resolution"] for row in about["checked"]} == {
+        "1 of 160x128",
+        "3 of 160x128",
+    }  # small, whatever is exported
+    assert [options.rows(name) for name in ("unet", "vae_decoder", "text_encoder")] == [2, 1, 1]  # one guided image
+    assert about["inputs"][0]["shape"] == [2, 4, 16, 16]
     assert list(graphs) == [str(size) for size in sorted(sizes, key=str)] and len(list(folder.glob("*.data"))) == 1
     assert (folder / "model.onnx.data").stat().st_size == (onnx_fp32 / "unet" / "model.onnx.data").stat().st_size
     config, rng = read_json(folder / "config.json"), np.random.default_rng(0)
@@ -139,7 +187,7 @@ def test_a_graph_that_disagrees_never_gets_its_name(
     mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def sabotaged(*arguments: Any) -> ir.Model:
-        """As `trace`, with the norms' gain (equal in all of them, so stored once) off by a tenth."""
+        """As `trace`, with one norm's gain off by a tenth."""
         model = trace(*arguments)
         gain = next(value for name, value in model.graph.initializers.items() if name.endswith("layer_norm1.weight"))
         gain.const_value = ir.tensor(gain.const_value.numpy() * np.float16(1.1), name=gain.name)
@@ -186,10 +234,26 @@ def test_a_full_disk_is_seen_before_writing(mini_vega: Path, tmp_path: Path, mon
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("precision", "bytes_each"), [("fp16", 2), ("fp32", 4)])
+def test_the_disk_wanted_is_that_of_the_weights(
+    mini_vega: Path, precision: str, bytes_each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever type they are stored in, and of the VAE each half once."""
+    monkeypatch.setattr(export.folder, "require_free_disk", lambda _, needed, __: needs.append(needed))
+    needs: list[int] = []
+    options = ExportOptions(components=("vae_decoder", "vae_encoder"), vae_precision=precision)
+    jobs = [make_job(mini_vega, name, options, file_hashes(mini_vega)) for name in options.components]
+    export.folder._check_free_disk(jobs, mini_vega)
+    assert needs == [50_000_000 + bytes_each * count_parameters(load_component(mini_vega, "vae", torch.float32))]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"opset": 17}, "opset 17.*allowed are 18, 19, 20, 21, 22, 23"),
+        ({"batch": 0}, "batch 0 is not possible"),
+        ({"guidance": "any"}, "unknown guidance 'any'"),
+        ({"components": ()}, "no component is named: known are unet"),
         ({"components": ("unit",)}, "unknown component 'unit'.*did you mean 'unet'"),
         ({"precision": "int8"}, "unknown precision 'int8'"),
         ({"vae_precision": "int8"}, "unknown VAE precision"),

@@ -6,10 +6,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
 
+from distill.architectures import Resolution
 from distill.errors import UserError
-from export.parity import Parity, verify_folder
+from export.components import TensorSpec
+from export.parity import Parity
+from export.verify import verify_folder
+from export.wrappers import example
 
 
 def passes(precision: str, relative: float, cosine: float) -> bool:
@@ -47,9 +52,36 @@ def test_a_wrong_graph_loses_its_name(mini_vega: Path, onnx_fp32: Path, tmp_path
     weight = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("conv_out.weight"))
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.01), weight.name))
     onnx.save(model, file)
-    results = verify_folder(folder, mini_vega)
-    assert not any(row.passed for row in results["vae_decoder"])
-    assert (folder / "vae_decoder.failed").is_dir() and not (folder / "vae_decoder").exists()
+    for _ in range(2):  # the second takes the place of the first
+        results = verify_folder(folder, mini_vega, sizes=[Resolution(128, 96)])
+        assert not any(row.passed for row in results["vae_decoder"])
+        assert (folder / "vae_decoder.failed").is_dir() and not (folder / "vae_decoder").exists()
+        with pytest.raises(UserError, match=r"has no vae_decoder: it disagreed .* export it again"):
+            verify_folder(folder, mini_vega)
+        shutil.copytree(folder / "vae_decoder.failed", folder / "vae_decoder")
+    shutil.rmtree(folder / "vae_decoder")
+    shutil.rmtree(folder / "vae_decoder.failed")
+    with pytest.raises(UserError, match="holds no component to compare"):
+        verify_folder(folder, mini_vega)
+
+
+def test_inputs_are_drawn_where_graphs_go_wrong() -> None:
+    """At large timesteps and picture sizes, whose sinusoids fp16 gets wrong, and with the end of text anywhere."""
+    draw = torch.Generator().manual_seed(0)
+    [timestep] = example(TensorSpec("timestep", "float32", (1, 1000), (None,) * 2), {}, draw)
+    assert 0 <= timestep.min() < 10 and 990 < timestep.max() < 1000
+    sizes = example(TensorSpec("time_ids", "float32", (100, 6), (None,) * 2), {}, draw)
+    assert 1900 < sizes.max() <= 2048 and (sizes == sizes.round()).all()
+    for stated, end in ((300, 300), (2, 999)):  # 2 is what SDXL's own configs say, and means the highest id
+        config = {"vocab_size": 1000, "eos_token_id": stated}
+        ids = example(TensorSpec("input_ids", "int64", (50, 77), (None,) * 2), config, draw)
+        places = (ids == end).int().argmax(dim=1)
+        assert (ids == end).any(dim=1).all() and ids.max() < 1000 and len(places.unique()) > 25
+
+
+def test_a_batch_of_nothing_is_refused(onnx_fp32: Path, mini_vega: Path) -> None:
+    with pytest.raises(UserError, match="batch 0 is not possible"):
+        verify_folder(onnx_fp32, mini_vega, batch=0)
 
 
 def test_another_checkpoint_is_refused(onnx_fp32: Path, mini_sdxl: Path) -> None:

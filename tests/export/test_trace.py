@@ -14,7 +14,7 @@ import export.trace as tracing
 from distill.architectures import Resolution
 from distill.sources import load_component
 from export.components import COMPONENTS
-from export.folder import make_config
+from export.job import make_config
 from export.opening import CannotOpen
 from export.parity import compare
 from export.trace import capture, make_lean, trace
@@ -71,6 +71,7 @@ def test_opening_and_symbols_give_the_same_numbers(
         onnxruntime.InferenceSession(str(file))
         for file in (saved(model, tmp_path / "symbols"), onnx_fp32 / "vae_decoder" / "model.onnx")
     ]
+    assert [session.get_outputs()[0].shape for session in sessions] == [["batch", 3, "8 * height", "8 * width"]] * 2
     for size in SIZES:
         [spec] = COMPONENTS["vae_decoder"].inputs(config, size, 3, "fp32")
         feed = {spec.name: np.random.default_rng(0).standard_normal(spec.shape, dtype=np.float32)}

@@ -9,7 +9,8 @@ from diffusers import AutoencoderKL
 from distill.architectures import Resolution
 from distill.errors import UserError
 from distill.files import read_json
-from export.folder import ExportOptions, export_checkpoint
+from export.folder import export_checkpoint
+from export.job import ExportOptions
 from export.vae_safety import overflowing_share
 
 
@@ -40,7 +41,7 @@ def test_a_vae_that_overflows_in_half_precision_is_not_left(
     export(mini_vega, tmp_path / "out", vae=str(overflowing_vae), vae_precision="fp32")
     folder = tmp_path / "out" / "vae_decoder"
     config = read_json(folder / "config.json")
-    assert overflowing_share(folder / "model.onnx", config, Resolution(96, 64), 1, "fp32") == 0
+    assert overflowing_share(folder / "model.onnx", config, Resolution(96, 64), "fp32") == 0
 
 
 def test_the_stock_vae_stays_in_single_precision(onnx_fp16: Path) -> None:

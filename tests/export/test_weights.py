@@ -11,7 +11,8 @@ from torch._subclasses import FakeTensor
 
 from distill.errors import UserError
 from distill.sources import component_weights, load_component
-from export.folder import ExportOptions, export_checkpoint
+from export.folder import export_checkpoint
+from export.job import ExportOptions
 from export.weights import load_shapes
 
 

@@ -1,0 +1,144 @@
+"""What is to be exported, and how: the options of a whole folder, and one component's job, with all that decides it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from distill.architectures import Resolution
+from distill.errors import UserError, unknown
+from distill.files import sha256_file, sha256_json
+from distill.sources import component_weights, find_architecture_of, read_config
+from export.components import COMPONENTS, FLOAT_DTYPES, Config, unet_config
+
+SCHEMA = 1
+OPSETS = (23, 18, 19, 20, 21, 22)
+"""23 keeps Attention and GroupNormalization whole; below, they are spelled out."""
+GUIDANCE = ("always", "never")
+LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "slimxl")
+GRAPH_MODULES = ("components", "wrappers", "trace", "opening", "weights", "graph", "write")
+"""What decides the bytes of a graph: where one of these has changed, nothing is up to date."""
+CHECK_BELOW_BYTES = 500_000_000
+"""Components up to this size are compared with torch before they get their name; larger ones by `verify`."""
+
+
+def require_batch(batch: int) -> None:
+    """Raises UserError for a batch of nothing."""
+    if batch < 1:
+        raise UserError(f"batch {batch} is not possible: name a number from 1 up")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """How a checkpoint is exported. `resolutions` empty means one graph with open dimensions, for any batch; `batch`, in
+    images, and `guidance` are of static graphs."""
+
+    precision: str = "fp16"
+    opset: int = OPSETS[0]
+    components: tuple[str, ...] = tuple(COMPONENTS)
+    resolutions: tuple[Resolution, ...] = ()
+    batch: int = 1
+    guidance: str = "always"
+    vae: str = "stock"
+    vae_precision: str = "auto"
+    loras: tuple[tuple[Path, float], ...] = ()
+    reuse: tuple[Path, ...] = ()
+    check: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.components:
+            raise UserError(f"no component is named: known are {', '.join(COMPONENTS)}")
+        for name in self.components:
+            if name not in COMPONENTS:
+                raise unknown("component", name, COMPONENTS)
+        if self.precision not in FLOAT_DTYPES:
+            raise unknown("precision", self.precision, FLOAT_DTYPES)
+        if self.vae_precision not in ("auto", *FLOAT_DTYPES):
+            raise unknown("VAE precision", self.vae_precision, ("auto", *FLOAT_DTYPES))
+        if self.guidance not in GUIDANCE:
+            raise unknown("guidance", self.guidance, GUIDANCE)
+        require_batch(self.batch)
+        if self.opset not in OPSETS:
+            raise UserError(
+                f"opset {self.opset} is not supported: allowed are {', '.join(map(str, sorted(OPSETS)))} (23 keeps "
+                "Attention whole; 18 is the fallback for older runtimes)"
+            )
+
+    def rows(self, component: str) -> int:
+        """What `batch` images are to a component: under guidance the UNet sees each twice."""
+        return 2 * self.batch if component == "unet" and self.guidance == "always" else self.batch
+
+
+@dataclass(frozen=True)
+class Job:
+    """One component to be written: its config.json and everything that decides its bytes."""
+
+    name: str
+    checkpoint: Path
+    config: dict[str, Any]
+    precision: str
+    options: ExportOptions
+    base: Resolution
+    source_sha256: dict[str, str]
+    key: str
+
+
+def library_versions() -> dict[str, str]:
+    versions = {}
+    for library in LIBRARIES:
+        try:
+            versions[library] = version(library)
+        except Exception:  # not installed as a distribution: run from a source tree
+            versions[library] = "source tree"
+    return versions
+
+
+def component_precision(name: str, options: ExportOptions, vae_config: Config) -> str:
+    """SDXL's stock VAE overflows in fp16, so it stays in fp32 whatever the rest is, unless told otherwise. Any other
+    VAE follows the rest where its config does not say `force_upcast`."""
+    if not name.startswith("vae"):
+        return options.precision
+    if options.vae_precision != "auto":
+        return options.vae_precision
+    return "fp32" if options.vae == "stock" or vae_config.get("force_upcast") else options.precision
+
+
+def make_config(checkpoint: Path, name: str) -> dict[str, Any]:
+    """config.json of an exported component."""
+    config = read_config(checkpoint, COMPONENTS[name].source)
+    if name != "unet":
+        return config
+    vae, text = read_config(checkpoint, "vae"), read_config(checkpoint, "text_encoder")
+    return unet_config(config, vae_config=vae, text_config=text)
+
+
+def weights_hashes(checkpoint: Path, component: str, hashes: Mapping[str, str]) -> dict[str, str]:
+    """Of `hashes`, those of a component's weights, by file name."""
+    return {path.name: hashes[f"{component}/{path.name}"] for path in component_weights(checkpoint / component)}
+
+
+def make_job(checkpoint: Path, name: str, options: ExportOptions, hashes: Mapping[str, str]) -> Job:
+    """`hashes` as `distill.sources.file_hashes` tells them: a checkpoint's gigabytes are read for them once."""
+    config = make_config(checkpoint, name)
+    precision = component_precision(name, options, read_config(checkpoint, "vae"))
+    rows = options.rows(name)
+    for resolution in options.resolutions:  # every size is checked before anything is written
+        COMPONENTS[name].inputs(config, resolution, rows, precision)
+    base = find_architecture_of(checkpoint).family.resolutions[0]
+    weights = weights_hashes(checkpoint, COMPONENTS[name].source, hashes)
+    inputs = {
+        "schema": SCHEMA,
+        "code": [sha256_file(Path(__file__).parent / f"{module}.py") for module in GRAPH_MODULES],
+        "component": name,
+        "config": config,
+        "weights": list(weights.values()),
+        "precision": precision,
+        "opset": options.opset,
+        "resolutions": [str(resolution) for resolution in options.resolutions],
+        "batch": rows if options.resolutions else None,
+        "versions": library_versions(),
+    }
+    return Job(name, checkpoint, config, precision, options, base, weights, sha256_json(inputs))
