@@ -22,6 +22,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MINI := mini-sdxl mini-ssd-1b mini-vega
 NAME = $(subst /,--,$(subst :,-,$(patsubst %.safetensors,%,$(MODEL))))
+FOLDER = $(NAME)$(patsubst %,-%,$(filter-out fp16,$(PRECISION)))
 
 NEED_MODEL = test -n "$(MODEL)" || { echo "error: MODEL is not set; e.g. MODEL=random:vega, a Hugging Face id, a folder, a .safetensors file" >&2; exit 2; }
 
@@ -65,12 +66,12 @@ bundle-%: $(READY)
 
 onnx: $(READY)  ## the ONNX folder of MODEL (PRECISION)
 	@$(NEED_MODEL)
-	$(BIN)/python -m export onnx --model $(MODEL) --precision $(PRECISION) --out $(OUT)/onnx/$(NAME)
+	$(BIN)/python -m export onnx --model $(MODEL) --precision $(PRECISION) --out $(OUT)/onnx/$(FOLDER)
 
-engines: $(READY)  ## engines of MODEL for GPUS (FLAVOR, LAYOUT, RESOLUTIONS, BATCHES)
+engines: $(READY)  ## engines of MODEL for GPUS (FLAVOR, LAYOUT, RESOLUTIONS, BATCHES, PRECISION)
 	@$(NEED_MODEL)
 	$(MAKE) --no-print-directory onnx
-	$(BIN)/python -m engines build --onnx $(OUT)/onnx/$(NAME) --out $(OUT)/bundles/$(NAME) --gpus $(GPUS) --flavor $(FLAVOR) $(if $(LAYOUT),--layout $(LAYOUT)) --resolutions $(RESOLUTIONS) --batches $(BATCHES) --replace
+	$(BIN)/python -m engines build --onnx $(OUT)/onnx/$(FOLDER) --out $(OUT)/bundles/$(FOLDER) --gpus $(GPUS) --flavor $(FLAVOR) $(if $(LAYOUT),--layout $(LAYOUT)) --resolutions $(RESOLUTIONS) --batches $(BATCHES) --replace
 
 bench-distill: $(READY)  ## the training step beside the published loop, in turn, on MODEL (default: the mini teacher)
 	$(BIN)/python -m distill bench $(if $(MODEL),--model $(MODEL)) $(if $(BATCH),--batch $(BATCH)) --mixed-precision $(or $(MIXED),no) --out $(OUT)/bench-distill/$(or $(NAME),mini-sdxl).json
@@ -82,7 +83,7 @@ bench-export: $(READY)  ## the exporter beside optimum's, in turn, on MODEL: tim
 bench-engines: $(READY)  ## layouts compared (time, memory, disk) on the ONNX folder of MODEL
 	@$(NEED_MODEL)
 	$(MAKE) --no-print-directory onnx
-	$(BIN)/python -m engines bench --onnx $(OUT)/onnx/$(NAME) --out $(OUT)/bench-engines/$(NAME) --gpus $(GPUS) --flavor $(FLAVOR) --resolutions $(RESOLUTIONS)
+	$(BIN)/python -m engines bench --onnx $(OUT)/onnx/$(FOLDER) --out $(OUT)/bench-engines/$(FOLDER) --gpus $(GPUS) --flavor $(FLAVOR) --resolutions $(RESOLUTIONS)
 
 bench-gpu: $(READY)  ## everything a GPU can be measured for, within minutes, into bench/results
 	$(BIN)/python -m bench gpu
