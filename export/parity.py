@@ -5,7 +5,7 @@ The reference is torch in float32 with the weights as they are in the graph (for
 fp32  Both sides round each operation to 2^-24 relative, in different order. Over the ~10^3 operations in a row of these
       networks that is seen as 1e-7 to 5e-6; a wrong graph is off by 1e-2 or more. Bound 1e-4.
 fp16  The graph rounds each result to 2^-11 = 4.9e-4. Residual streams add the roundings of some dozen blocks as random
-      errors, seen as 1e-3 to 3e-3. Bound 2e-2, and cosine 0.9998 (1 - e²/2 for that error).
+      errors, seen as 2e-4 to 3e-3. Bound 2e-2, and cosine 0.9998 (1 - e²/2 for that error).
 """
 
 from __future__ import annotations
