@@ -6,6 +6,7 @@ words. The GPU providers of ONNX Runtime are asked the same, built in or as a pl
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -94,6 +95,17 @@ def _row(target: str, *messages: str) -> dict[str, Any]:
     }
 
 
+def _header(trt: Any, runtime: Any, plan: bytes, messages: list[str]) -> dict[str, Any]:
+    """What the runtime says of the plan's header; what it cannot say does not keep the plan from being tried."""
+    try:
+        validity, reasons = runtime.get_engine_validity(plan[: runtime.engine_header_size])
+        kinds = trt.EngineInvalidityDiagnostics.__members__.items()
+        return {"validity": validity.name, "invalid": [name for name, kind in kinds if int(reasons) & int(kind)]}
+    except Exception as error:
+        messages.append(f"header not read: {type(error).__name__}: {error}")
+        return {}
+
+
 def try_capability(trt: Any, capability: str) -> dict[str, Any]:
     """How far one target comes: `reached` is none, built, loaded or ran; `messages` are the runtime's own words."""
     import torch
@@ -110,10 +122,7 @@ def try_capability(trt: Any, capability: str) -> dict[str, Any]:
             messages.append("not loaded: no NVIDIA GPU here")
             return row
         runtime = trt.Runtime(logger)
-        if hasattr(runtime, "get_engine_validity"):
-            validity, reasons = runtime.get_engine_validity(plan[: runtime.engine_header_size])
-            kinds = trt.EngineInvalidityDiagnostics.__members__.items()
-            row |= {"validity": validity.name, "invalid": [name for name, kind in kinds if int(reasons) & int(kind)]}
+        row |= _header(trt, runtime, plan, messages)
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             return row
@@ -194,21 +203,51 @@ def try_plugin(module: str) -> dict[str, Any]:
     return row
 
 
-def measure_acceptance(on_row: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
-    """A row per target. `on_row` is given all rows so far: a runtime that takes the process down leaves the others."""
-    rows: list[dict[str, Any]] = []
+def targets() -> list[tuple[str, str]]:
+    """(kind, name) of all there is to ask."""
+    providers = [("provider", name) for name in PROVIDERS]
     try:
         trt = import_module("tensorrt_rtx")
     except ImportError as error:
-        rows.append(_row("tensorrt-rtx", f"not installed: {error}"))
-    else:
-        for capability in trt.ComputeCapability.__members__:
-            if capability != "NONE":
-                rows.append(try_capability(trt, capability) | {"version": trt.__version__})
+        return [("absent", f"not installed: {error}"), *providers, ("plugin", PLUGIN)]
+    capabilities = [("capability", name) for name in trt.ComputeCapability.__members__ if name != "NONE"]
+    return [*capabilities, *providers, ("plugin", PLUGIN)]
+
+
+def ask(kind: str, name: str) -> dict[str, Any]:
+    """One target's row."""
+    if kind == "absent":
+        return _row("tensorrt-rtx", name)
+    if kind == "capability":
+        trt = import_module("tensorrt_rtx")
+        return try_capability(trt, name) | {"version": trt.__version__}
+    return try_provider(name) if kind == "provider" else try_plugin(name)
+
+
+def _ask_all(left: list[tuple[str, str]], send: Any) -> None:
+    for kind, name in left:
+        send.send(ask(kind, name))
+
+
+def measure_acceptance(on_row: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
+    """A row per target, asked in a process of their own: one that takes it down costs the others a new process. `on_row`
+    is given all rows so far."""
+    rows: list[dict[str, Any]] = []
+    left, context = targets(), multiprocessing.get_context("spawn")
+    while left:
+        receive, send = context.Pipe(duplex=False)
+        process = context.Process(target=_ask_all, args=(left, send))
+        process.start()
+        send.close()
+        try:
+            while left:
+                rows.append(receive.recv())
+                left = left[1:]
                 on_row(rows)
-    for name in PROVIDERS:
-        rows.append(try_provider(name))
-        on_row(rows)
-    rows.append(try_plugin(PLUGIN))
-    on_row(rows)
+        except EOFError:
+            process.join()
+            rows.append(_row(left[0][1], f"took its process down (exit code {process.exitcode})"))
+            left = left[1:]
+            on_row(rows)
+        process.join()
     return rows

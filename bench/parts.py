@@ -45,7 +45,7 @@ class Job:
     seconds: float
     began: float
     again: bool = False
-    """An earlier try, cut short, has left what it compiled."""
+    """An earlier try of this part, or the same part of a smaller model, has left what it compiled."""
 
     @property
     def subject(self) -> str:
@@ -98,8 +98,8 @@ class Job:
         }
         results = run_bench(RunOptions(**(values | changes)))
         left_out = [note for note in results.notes if NOT_LOADED in note]
-        if self.again:
-            note = "an earlier try of this part had compiled some of it: the cold start is not from nothing"
+        if self.again and any("=compiled" in one for one in contestants):
+            note = "what was compiled before was kept: a compiled cold start is not from nothing"
             write_results(Path(self.out), results.model_copy(update={"notes": [*results.notes, note]}))
         return left_out
 
@@ -107,15 +107,20 @@ class Job:
 def eager(job: Job) -> list[str]:
     """All models side by side in diffusers, at every size asked for: what everything else is held against."""
     sizes = job.first_resolution if job.subject else job.resolutions
-    return job.bench([f"{model}=eager@{job.precision}:random:{model}" for model in job.models], 45.0, resolutions=sizes)
+    return job.bench(
+        [f"{model}=eager@{job.precision}:random:{model}" for model in job.models], 100.0, resolutions=sizes
+    )
 
 
 def compiled(job: Job) -> list[str]:
-    """torch.compile of all models; in the first of these parts eager is beside it in the same rounds. The smallest
-    loads first: compiling the largest takes longest, and is what is left out where time is short."""
-    beside = [] if job.subject else [f"{model} eager=eager@{job.precision}:random:{model}" for model in job.models]
-    specs = [f"{model} compiled=compiled@{job.precision}:random:{model}" for model in reversed(job.models)]
-    return job.bench([*beside, *specs], 45.0, baseline=f"{job.models[0]} compiled")
+    """torch.compile: of one model, beside eager and beside the smaller models compiled before it, so that the largest,
+    which is last, has the speed-ups of all; or of all models at another batch, precision or size."""
+    small_first, beside = job.models[::-1], []
+    if job.subject in job.models:
+        small_first = small_first[: small_first.index(job.subject) + 1]
+        beside = [f"{job.subject} eager=eager@{job.precision}:random:{job.subject}"]
+    specs = [f"{model} compiled=compiled@{job.precision}:random:{model}" for model in reversed(small_first)]
+    return job.bench([*specs, *beside], 45.0)
 
 
 def training(job: Job) -> list[str]:
@@ -143,7 +148,7 @@ def training(job: Job) -> list[str]:
         device=job.device,
         batch=4 if job.on_gpu else 1,
         peak=find_peak(identity["name"], identity.get("mig_mode")),
-        steps=5 if job.on_gpu else 2,
+        steps=6 if job.on_gpu else 2,
         variants=VARIANTS if job.on_gpu else tuple(one for one in VARIANTS if not one.compiled),
         left_s=job.left_s,
         on_row=keep,

@@ -8,6 +8,7 @@ what became of each; the same command again goes on with the parts that are not 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 import signal
@@ -30,9 +31,10 @@ MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx", "onnxruntime"
 REPORT_S = 25.0  # kept back for the report
 STOP_S = 10.0  # between what a part is told to keep within and the moment it is stopped
 NEEDS_S = {  # less than this and a part is not begun: what it takes on an 80 GB-class GPU to leave one figure
-    "eager": 120, "acceptance": 20, "compiled": 180, "training": 90, "published": 240, "tensorrt": 120, "tensorrt-rtx": 90,
+    "eager": 120, "acceptance": 20, "compiled": 100, "training": 90, "published": 240, "tensorrt": 120, "tensorrt-rtx": 90,
     "onnxruntime": 90, "layouts": 240,
 }  # fmt: skip
+MOST_S = {"training": 150.0}  # what comes after is worth more than the last rows of these
 
 
 @dataclass(kw_only=True)
@@ -100,9 +102,10 @@ def part_names(models: list[str], resolutions: str) -> list[str]:
     return [
         "eager",
         "acceptance",
-        "compiled",
-        *(f"training:{model}" for model in models[1:]),
+        *(f"training:{model}" for model in models[1:2]),
+        *(f"compiled:{model}" for model in small_first),
         *(f"published:{model}" for model in models[1:2]),
+        *(f"training:{model}" for model in models[2:]),
         "eager:batch",
         *(f"{flavor}:{model}" for flavor in MODULES for model in small_first),
         *(f"layouts:{flavor}" for flavor in LAYOUTS),
@@ -190,6 +193,12 @@ def _not_targeted(flavor: str) -> str | None:
     )
 
 
+def _kernel_folder(part: str, models: list[str]) -> str:
+    """Where a part keeps what torch compiles; one folder for those of one model each, since the larger run the smaller."""
+    kind, _, subject = part.partition(":")
+    return f"kernels-{kind}" if subject in models else f"kernels-{part.replace(':', '-')}"
+
+
 def _stop(process: subprocess.Popen[Any]) -> None:
     """The part and whatever it has started: compilers, builders."""
     os.killpg(process.pid, signal.SIGKILL)
@@ -198,8 +207,10 @@ def _stop(process: subprocess.Popen[Any]) -> None:
 
 def _run_part(session: Session, part: str) -> None:
     options, began = session.options, time.time()
-    timeout_s = session.left_s
-    again = part.startswith("compiled") and session.state(part) in ("partial", "stopped")
+    timeout_s = min(session.left_s, MOST_S.get(part.partition(":")[0], math.inf))
+    kernels = _kernel_folder(part, session.models)
+    alike = [one for one in session.records if _kernel_folder(one, session.models) == kernels]
+    again = any(session.state(one) in ("done", "partial", "stopped") for one in alike)
     job = Job(
         part=part,
         command=sys.argv[1:],
@@ -215,14 +226,13 @@ def _run_part(session: Session, part: str) -> None:
     )
     options.workdir.mkdir(parents=True, exist_ok=True)
     log = options.workdir / f"{part.replace(':', '-')}.log"
-    kernels = options.workdir / f"compiled-{part.replace(':', '-')}"
-    if not again:  # compilation is timed from nothing, unless it did not fit one command
-        shutil.rmtree(kernels, ignore_errors=True)
+    if not again:  # compilation is timed from nothing
+        shutil.rmtree(options.workdir / kernels, ignore_errors=True)
     with log.open("wb") as errors:
         command = [sys.executable, "-m", "bench.parts", as_argument(job)]
         environment = os.environ | {
             "PYTHONUNBUFFERED": "1",  # what a stopped part has said is not lost
-            "TORCHINDUCTOR_CACHE_DIR": str(kernels.resolve()),
+            "TORCHINDUCTOR_CACHE_DIR": str((options.workdir / kernels).resolve()),
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
         }
@@ -267,10 +277,17 @@ def run_suite(options: SuiteOptions) -> int:
         say(f"{part}: {session.left_s:.0f} s left")
         _run_part(session, part)
     names = part_names(session.models, options.resolutions)
-    files = [session.path(part) for part in names if session.path(part).exists()]
     from bench.report import write_report
     from bench.results import read_inputs
 
+    files = []
+    for path in (session.path(part) for part in names if session.path(part).exists()):
+        try:
+            read_inputs([path])
+        except UserError as error:
+            say(f"left out of the report: {error}")
+        else:
+            files.append(path)
     if not any(one["state"] in ("done", "partial") for one in session.records.values()):
         return 1
     if read_inputs(files).results:

@@ -169,7 +169,11 @@ def measure_variant(bench: Bench, variant: Variant, peak: Peak | None, steps: in
     return {
         "seconds_per_step": seconds,
         "first_step_s": first,
+        "steps": steps,
         "samples_per_s": bench.batch / median.value,
+        "samples_per_s_interval": [bench.batch / median.high, bench.batch / median.low]
+        if median.low and median.high
+        else None,
         "tflop_per_sample": flops / bench.batch / 1e12,
         "mfu": flops / median.value / (peak.tflops * 1e12) if peak else None,
         "mfu_why": None if peak else "no peak is known for this device",
@@ -186,7 +190,7 @@ def measure_training(
     device: str,
     batch: int,
     peak: Peak | None,
-    steps: int = 5,
+    steps: int = 6,
     variants: tuple[Variant, ...] = VARIANTS,
     left_s: Callable[[], float] = lambda: float("inf"),
     on_row: Callable[[dict[str, Any]], None] = lambda _: None,

@@ -146,7 +146,57 @@ def test_what_follows_the_colon_changes_the_run(tmp_path, told):
     (eager, plain), (halves, _), (compiled, _) = told[1]
     assert eager[0] == "sdxl=eager@fp16:random:sdxl" and plain["resolutions"] == "1024x1024,1536x640"
     assert halves[0] == "sdxl=eager@bf16:random:sdxl"
-    assert compiled[0] == "vega compiled=compiled@fp16:random:vega" and job.first_resolution == "1536x640"
+    assert compiled[0] == "sdxl compiled=compiled@fp16:random:sdxl" and job.first_resolution == "1536x640"
+
+
+def test_a_part_without_a_row_does_not_cost_the_others_their_report(tmp_path, monkeypatch, capsys):
+    pretend(
+        monkeypatch,
+        tmp_path,
+        """
+empty = {"schema_version": "slimxl.bench.results/1", "cells": []}
+if job["part"] == "acceptance": empty = {"schema_version": "slimxl.bench.acceptance/1", "rows": []}
+pathlib.Path(job["out"]).write_text(json.dumps(empty))
+""",
+    )
+    monkeypatch.setattr(suite, "NEEDS_S", dict.fromkeys(suite.NEEDS_S, 0))
+    assert run_suite(options(tmp_path, parts="eager,acceptance")) == 0
+    assert "left out of the report" in capsys.readouterr().out
+
+
+def test_the_largest_model_compiles_last_and_runs_beside_all(tmp_path, told):
+    for model in ("vega", "sdxl"):
+        parts.compiled(made_job(tmp_path, f"compiled:{model}"))
+    names = [[spec.partition("=")[0] for spec in specs] for specs, _ in told[1]]
+    assert names == [["vega compiled", "vega eager"], ["sdxl compiled", "vega compiled", "sdxl eager"]]
+    folders = {suite._kernel_folder(f"compiled:{one}", ["sdxl", "vega"]) for one in ("sdxl", "vega", "bf16")}
+    assert folders == {"kernels-compiled", "kernels-compiled-bf16"}
+
+
+def test_the_distillation_step_does_not_take_the_time_of_what_follows(tmp_path, monkeypatch):
+    pretend(
+        monkeypatch,
+        tmp_path,
+        "pathlib.Path(job['out']).write_text(json.dumps({'rows': [], 'seconds': job['seconds']}))",
+    )
+    monkeypatch.setattr(suite.Session, "path", lambda session, part: tmp_path / f"{part.replace(':', '-')}.json")
+    models = options(tmp_path, models="mini-sdxl,mini-vega", parts="training")
+    suite._run_part(
+        suite.Session(models, ["mini-sdxl", "mini-vega"], "x", time.monotonic() + 900), "training:mini-vega"
+    )
+    assert json.loads((tmp_path / "training-mini-vega.json").read_text())["seconds"] == 150 - suite.STOP_S
+
+
+def test_a_target_that_takes_its_process_down_leaves_the_others(tmp_path, monkeypatch):
+    from bench import acceptance
+
+    (tmp_path / "crashes_at_import.py").write_text("import os\nos.abort()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = [("absent", "no"), ("plugin", "crashes_at_import"), ("provider", "CUDAExecutionProvider")]
+    monkeypatch.setattr(acceptance, "targets", lambda: asked)
+    rows = acceptance.measure_acceptance(lambda _rows: None)
+    assert [row["target"] for row in rows] == ["tensorrt-rtx", "crashes_at_import", "CUDAExecutionProvider"]
+    assert "took its process down (exit code -6)" in rows[1]["messages"][0]
 
 
 def test_what_does_not_fit_or_is_not_there_is_listed_with_its_reason(tmp_path, monkeypatch):
@@ -221,16 +271,16 @@ with (work / "began").open("a") as log: print(job["part"], job["again"], (kernel
 kernels.mkdir(exist_ok=True)
 (kernels / "one").touch()
 pathlib.Path(job["out"]).write_text('{"schema_version": "slimxl.bench.training/1", "rows": []}')
-if job["part"] == "compiled" and not job["again"]: print("sdxl was not loaded", file=sys.stderr); sys.exit(3)
+if job["part"] == "compiled:mini-vega" and not job["again"]: print("sdxl was not loaded", file=sys.stderr); sys.exit(3)
 """,
     )
-    assert run_suite(options(tmp_path, parts="compiled")) == 0
-    one = session_of(tmp_path)["compiled"]
+    assert run_suite(options(tmp_path, parts="compiled:mini-vega")) == 0
+    one = session_of(tmp_path)["compiled:mini-vega"]
     assert (one["state"], one["why"]) == ("partial", "sdxl was not loaded")
-    assert run_suite(options(tmp_path, parts="compiled,eager:bf16")) == 0
+    assert run_suite(options(tmp_path, parts="compiled:mini-vega,eager:bf16")) == 0
     assert {one["state"] for one in session_of(tmp_path).values()} == {"done"}
     began = (tmp_path / "work" / "began").read_text().splitlines()
-    assert began == ["compiled False False", "eager:bf16 False False", "compiled True True"]
+    assert began == ["compiled:mini-vega False False", "eager:bf16 False False", "compiled:mini-vega True True"]
 
 
 def test_a_part_that_ran_out_of_time_says_what_it_left_out(tmp_path, monkeypatch, capsys):
