@@ -125,10 +125,18 @@ def load_entrant(entrant: Entrant, workload: Workload, gpu: Gpu) -> None:
     }
 
 
-def import_quietly() -> None:
-    """Imports the common libraries now, so that the first contestant's cold start does not pay for everyone's."""
+def import_quietly(device: str) -> None:
+    """Imports the common libraries and wakes the GPU's now, so that the first contestant's cold start does not pay for
+    everyone's."""
     import diffusers
+    import torch
     import transformers
+
+    if device == "cuda":
+        some = torch.ones(1, 8, 64, 64, dtype=torch.float16, device=device)
+        torch.nn.functional.scaled_dot_product_attention(some, some, some @ some)
+        torch.nn.functional.conv2d(some, some[:, :, :3, :3])
+        torch.cuda.synchronize()
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
     diffusers.utils.logging.disable_progress_bar()

@@ -182,7 +182,7 @@ def run_bench(options: RunOptions) -> Results:
     precisions = {entrant.contestant.precision for entrant in entrants}
     peak = find_peak(identity["name"], identity["mig_mode"]) if device == "cuda" else measure_cpu_peak(precisions)
     before = gpu.state()
-    import_quietly()
+    import_quietly(device)
     say(f"bench on {device}: {len(entrants)} contestants, {len(workloads)} workloads; cold start")
     entrants, notes = _load_all(entrants, main, gpu, options.load_seconds)
     if baseline not in [entrant.name for entrant in entrants]:

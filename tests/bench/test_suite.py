@@ -146,7 +146,7 @@ def test_what_follows_the_colon_changes_the_run(tmp_path, told):
     (eager, plain), (halves, _), (compiled, _) = told[1]
     assert eager[0] == "sdxl=eager@fp16:random:sdxl" and plain["resolutions"] == "1024x1024,1536x640"
     assert halves[0] == "sdxl=eager@bf16:random:sdxl"
-    assert compiled[0] == "sdxl compiled=compiled@fp16:random:sdxl" and job.first_resolution == "1536x640"
+    assert compiled[0] == "vega compiled=compiled@fp16:random:vega" and job.first_resolution == "1536x640"
 
 
 def test_a_part_without_a_row_does_not_cost_the_others_their_report(tmp_path, monkeypatch, capsys):
@@ -168,7 +168,8 @@ def test_the_largest_model_compiles_last_and_runs_beside_all(tmp_path, told):
     for model in ("vega", "sdxl"):
         parts.compiled(made_job(tmp_path, f"compiled:{model}"))
     names = [[spec.partition("=")[0] for spec in specs] for specs, _ in told[1]]
-    assert names == [["vega compiled", "vega eager"], ["sdxl compiled", "vega compiled", "sdxl eager"]]
+    assert names == [["vega eager", "vega compiled"], ["vega compiled", "sdxl eager", "sdxl compiled"]]
+    assert told[1][-1][1]["baseline"] == "sdxl compiled"
     folders = {suite._kernel_folder(f"compiled:{one}", ["sdxl", "vega"]) for one in ("sdxl", "vega", "bf16")}
     assert folders == {"kernels-compiled", "kernels-compiled-bf16"}
 
