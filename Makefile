@@ -74,7 +74,7 @@ engines: $(READY)  ## engines of MODEL for GPUS (FLAVOR, LAYOUT, RESOLUTIONS, BA
 	$(BIN)/python -m engines build --onnx $(OUT)/onnx/$(FOLDER) --out $(OUT)/bundles/$(FOLDER) --gpus $(GPUS) --flavor $(FLAVOR) $(if $(LAYOUT),--layout $(LAYOUT)) --resolutions $(RESOLUTIONS) --batches $(BATCHES) --replace
 
 bench-distill: $(READY)  ## the training step beside the published loop, in turn, on MODEL (default: the mini teacher)
-	$(BIN)/python -m distill bench $(if $(MODEL),--model $(MODEL)) $(if $(BATCH),--batch $(BATCH)) --mixed-precision $(or $(MIXED),no) --out $(OUT)/bench-distill/$(or $(NAME),mini-sdxl).json
+	$(BIN)/python -m distill bench $(if $(MODEL),--model $(MODEL)) --out $(OUT)/bench-distill/$(or $(NAME),mini-sdxl).json
 
 bench-export: $(READY)  ## the exporter beside optimum's, in turn, on MODEL: time, memory, graph, latency
 	@$(NEED_MODEL)

@@ -14,7 +14,7 @@ from bench.inventory import kind_of
 from bench.measure import cold_start
 from bench.roofline import Costs, ModelConfigs, component_costs
 from bench.workload import PROMPTS, Workload
-from distill.architectures import FAMILIES, SDXL_FAMILY, Family, find_architecture
+from distill.architectures import SDXL_FAMILY, Family, family_of, find_architecture
 
 
 @dataclass
@@ -49,10 +49,9 @@ def find_family(entrants: list[Entrant]) -> Family:
     """The family whose widths the first known UNet has; SDXL's where nobody knows."""
     for entrant in entrants:
         if entrant.configs is not None:
-            widths = list(entrant.configs.parsed("unet")["block_out_channels"])
-            for family in FAMILIES.values():
-                if widths == list(family.unet["block_out_channels"]):
-                    return family
+            family = family_of(entrant.configs.parsed("unet")["block_out_channels"])
+            if family is not None:
+                return family
     return SDXL_FAMILY
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.peaks import Peak
 from bench.workload import Workload
-from distill.architectures import ARCHITECTURES, Architecture
+from distill.architectures import ARCHITECTURES, MINI_FAMILY, Architecture, family_of
 from distill.files import read_json
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class ModelConfigs:
     @property
     def is_narrow(self) -> bool:
         """Whether the UNet is one of the mini family's width."""
-        return bool(self.parsed("unet")["block_out_channels"][0] < 128)
+        return family_of(self.parsed("unet")["block_out_channels"]) is MINI_FAMILY
 
     def parsed(self, part: str) -> dict[str, Any]:
         """The config of `unet`, `vae`, `text_encoder` or `text_encoder_2`."""
