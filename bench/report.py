@@ -101,9 +101,11 @@ def _errors(errors: list[float]) -> dict[str, float]:
 
 
 def make_context(inputs: Inputs, title: str) -> dict[str, Any]:
-    """Everything the templates show; the first results are the main ones, faults are those of all."""
+    """Everything the templates show; the first results are the main ones, and only those of the same machine
+    are held against each other; faults are those of all."""
     all_results = inputs.results
-    results = all_results[0]
+    results, machine = all_results[0], method.machine_name(all_results[0])
+    on_machine = [one for one in all_results if method.machine_name(one) == machine]
     measured = measured_latencies(all_results)
     known = known_latencies(measured)
     checks = [check for check in check_predictions(known) if check.known.origin != MEASURED]
@@ -116,7 +118,7 @@ def make_context(inputs: Inputs, title: str) -> dict[str, Any]:
         "title": title,
         "css": (TEMPLATES / "report.css").read_text(encoding="utf-8"),
         "results": results,
-        "machine": method.machine_name(results),
+        "machine": machine,
         "notes": views.notes(all_results),
         "colour": views.colours(results),
         "head": views.headline(results),
@@ -149,10 +151,10 @@ def make_context(inputs: Inputs, title: str) -> dict[str, Any]:
         "blind": _errors([check.blind_error for check in checks if check.blind_error is not None]),
         "measured_checks": [_check_row(check) for check in measured_checks],
         "measured_error": _errors([check.error for check in measured_checks]),
-        "runtimes": runtime_table(all_results),
-        "limits": limit_table(all_results),
-        "shapes": shape_table(all_results),
-        "kernels": views.kernel_table(all_results, inputs.training),
+        "runtimes": runtime_table(on_machine),
+        "limits": limit_table(on_machine),
+        "shapes": shape_table(on_machine),
+        "kernels": views.kernel_table(on_machine, inputs.training),
         "published_loops": inputs.published_loops,
         "training": [row for one in inputs.training for row in one["rows"]],
         "acceptance": inputs.acceptance,

@@ -83,10 +83,10 @@ def runtime_table(all_results: list[Results]) -> list[dict[str, Any]]:
 
 def limit_table(all_results: list[Results]) -> list[dict[str, Any]]:
     """Each smaller model against the largest on the same runtime, in the same rounds: `speedup`, the `limit` that
-    arithmetic sets at equal efficiency (the ratio of FLOPs), and the published `claim`, where there is one; which of
+    arithmetic sets at equal efficiency (the ratio of FLOPs), and the published `claim`, which is against SDXL; which of
     the two `failed` the quality guard. A speed-up of too few runs for an interval is left to the table by size; of
-    runs that measured the same the first stands."""
-    table: dict[tuple[Any, ...], dict[str, Any]] = {}
+    runs that measured the same the one against the largest model stands, and of those the first."""
+    table: dict[tuple[Any, ...], tuple[int, dict[str, Any]]] = {}
     for results in all_results:
         for cell in results.cells:
             pairs = _finished(results, cell)
@@ -105,10 +105,12 @@ def limit_table(all_results: list[Results]) -> list[dict[str, Any]]:
                             "cell": cell.name,
                             "speedup": found,
                             "limit": _flops(largest, cell) / _flops(record, cell),
-                            "claim": CLAIMS.get(model_of(record) or ""),
+                            "claim": CLAIMS.get(model_of(record) or "") if model_of(largest) == "sdxl" else None,
                         }
-                        table.setdefault((record.parameters, runtime, precision, cell.name), entry)
-    return list(table.values())
+                        key, size = (record.parameters, runtime, precision, cell.name), largest.parameters or 0
+                        if key not in table or size > table[key][0]:
+                            table[key] = (size, entry)
+    return [entry for _, entry in table.values()]
 
 
 def _flops(record: ContestantRecord, cell: CellRecord) -> float:

@@ -143,6 +143,30 @@ def test_a_failed_guard_is_told_beside_the_limit(suite_results):
     assert all(one["base_failed"] and not one["failed"] for one in table) and table
 
 
+def test_a_claim_is_against_the_largest_model(results_path, suite_results):
+    """A part of the suite that runs the two smaller models comes before the one that has all three."""
+    two = {
+        name: ("eager@fp16:x", "diffusers eager", "fp16", rounds(one)) for name, one in (("ssd-1b", 9.0), ("vega", 6.0))
+    }
+    smaller = gpu_results(results_path, two)
+    assert [(one["base"], one["claim"]) for one in limit_table([smaller])] == [("SSD-1B", None)]
+    found = [one for one in limit_table([smaller, suite_results[0]]) if one["cell"].startswith(SIZES[0])]
+    assert {(one["title"], one["base"], one["claim"]) for one in found} == {
+        ("SSD-1B", "SDXL", 1.6),
+        ("Vega", "SDXL", 2.0),
+    }
+
+
+def test_runtimes_of_two_machines_are_not_held_against_each_other(suite_results, tmp_path):
+    eager, compiled = (one.model_copy(deep=True) for one in suite_results[:2])
+    compiled.gpu["identity"]["name"] = "NVIDIA H200"
+    for index, results in enumerate((eager, compiled)):
+        (tmp_path / f"{index}.json").write_text(results.model_dump_json())
+    write_report([tmp_path / "0.json", tmp_path / "1.json"], tmp_path / "out")
+    found = json.loads((tmp_path / "out/report.json").read_text())
+    assert found["runtimes"] == [] and {one["runtime"] for one in found["limits"]} == {"diffusers eager, fp16"}
+
+
 def test_layouts_show_the_cost_of_a_change_of_size(suite_results):
     assert shape_table(suite_results[:3]) is None
     table = shape_table(suite_results)
