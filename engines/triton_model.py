@@ -116,25 +116,37 @@ class TritonPythonModel:
         seconds = time.perf_counter() - started
         pb_utils.Logger.log_info(f"warmed up {len(self.sizes)} sizes on {self.device} in {seconds:.1f} s")
 
-    def execute(self, requests: list[Any]) -> None:
-        """Each request is answered as soon as its own batch is drawn, whatever else came with it."""
+    def execute(self, requests: list[Any]) -> list[Any] | None:
+        """Each request is answered as soon as its own batch is drawn, whatever else came with it; the last batch by being
+        returned. A client that hears of its picture before this ends, and at once asks for the next one, may find no
+        instance waiting, and Triton's batcher then sleeps for half a second (its core, dynamic_batch_scheduler.cc)."""
         groups: dict[tuple[Any, ...], list[tuple[dict[str, Any], Any]]] = {}
-        for request in requests:
+        for position, request in enumerate(requests):
             sender = request.get_response_sender()
             name = repr(request.request_id()[:64])
             try:
                 values = read_request(request, self.sizes)
             except UserError as error:
                 pb_utils.Logger.log_info(f"request {name} refused: {error}")
-                deliver(sender, failure(str(error), pb_utils.TritonError.INVALID_ARG), name)
+                deliver([({"request": name}, sender)], [failure(str(error), pb_utils.TritonError.INVALID_ARG)])
                 continue
-            values |= {"outputs": request.requested_output_names(), "request": name}
+            values |= {"outputs": request.requested_output_names(), "request": name, "position": position}
             groups.setdefault(tuple(values[name] for name in ALIKE), []).append((values, sender))
+        batches = []
         for group in groups.values():
             while group:
                 count = self.most_together([values for values, _ in group])
-                self.answer(group[:count])
+                batches.append(group[:count])
                 del group[:count]
+        returned: list[Any] = [None] * len(requests)
+        for batch in batches:
+            responses = self.answer(batch)
+            if batch is batches[-1] and not self.decoupled:
+                for (values, _), response in zip(batch, responses, strict=True):
+                    returned[values["position"]] = response
+            else:
+                deliver(batch, responses)
+        return None if self.decoupled else returned
 
     def ranges(self, values: dict[str, Any]) -> list[tuple[float, float]]:
         """The fewest and the most pictures that each profile of the UNet takes at the request's size and guidance."""
@@ -155,24 +167,24 @@ class TritonPythonModel:
                 best = count
         return best
 
-    def answer(self, group: list[tuple[dict[str, Any], Any]]) -> None:
-        """Draws a group and answers every request in it, with an error where drawing fails."""
-        names = ", ".join(values["request"] for values, _ in group)
-        lost = False
+    def answer(self, batch: list[tuple[dict[str, Any], Any]]) -> list[Any]:
+        """A response for each request of the batch, an error where drawing fails. Ends the process where the GPU is lost."""
+        names = ", ".join(values["request"] for values, _ in batch)
         try:
-            responses = self.draw([values for values, _ in group], [sender for _, sender in group])
+            return self.draw([values for values, _ in batch], [sender for _, sender in batch])
         except NobodyWaits:
             pb_utils.Logger.log_info(f"request {names} cancelled")
-            responses = [failure("cancelled", pb_utils.TritonError.CANCELLED) for _ in group]
+            return [failure("cancelled", pb_utils.TritonError.CANCELLED) for _ in batch]
         except Exception as error:  # whatever a runtime raises concerns these requests only, unless it lost the GPU
             pb_utils.Logger.log_error(f"request {names}: drawing failed: {error!r}")
-            responses = [failure(f"drawing failed: {error}", pb_utils.TritonError.INTERNAL) for _ in group]
-            lost = not self.is_device_sound()
-        for (values, sender), response in zip(group, responses, strict=True):
-            deliver(sender, response, values["request"])
-        if lost:
-            pb_utils.Logger.log_error(f"{self.device} answers no more: this process ends, since it cannot draw again")
-            os._exit(1)
+            failures = [failure(f"drawing failed: {error}", pb_utils.TritonError.INTERNAL) for _ in batch]
+            if not self.is_device_sound():
+                deliver(batch, failures)
+                pb_utils.Logger.log_error(
+                    f"{self.device} answers no more: this process ends, since it cannot draw again"
+                )
+                os._exit(1)
+            return failures
 
     def is_device_sound(self) -> bool:
         """CUDA's sticky errors (an illegal address, a launch that timed out) fail every later call of the process."""
@@ -267,17 +279,21 @@ class TritonPythonModel:
         del self.pipeline
 
 
-def deliver(sender: Any, response: Any, name: str) -> None:
-    """Ends a request with its response, or with an error where that cannot be handed over: the pictures go through
+def deliver(batch: list[tuple[dict[str, Any], Any]], responses: list[Any]) -> None:
+    """Ends each request with its response, or with an error where that cannot be handed over: the pictures go through
     shared memory, which may be full."""
-    try:
-        sender.send(response, flags=FINAL)
-    except Exception as error:  # the other requests of the batch are still to be answered
-        pb_utils.Logger.log_error(f"request {name}: the answer could not be sent: {error!r}")
+    for (values, sender), response in zip(batch, responses, strict=True):
+        name = values["request"]
         try:
-            sender.send(failure(f"the answer could not be sent: {error}", pb_utils.TritonError.INTERNAL), flags=FINAL)
-        except Exception as again:
-            pb_utils.Logger.log_error(f"request {name}: nor could that be told: {again!r}")
+            sender.send(response, flags=FINAL)
+        except Exception as error:  # the other requests of the batch are still to be answered
+            pb_utils.Logger.log_error(f"request {name}: the answer could not be sent: {error!r}")
+            try:
+                sender.send(
+                    failure(f"the answer could not be sent: {error}", pb_utils.TritonError.INTERNAL), flags=FINAL
+                )
+            except Exception as again:
+                pb_utils.Logger.log_error(f"request {name}: nor could that be told: {again!r}")
 
 
 def forget_words(tokenizer: Any) -> None:

@@ -328,17 +328,13 @@ class Sender:
         self.sent.append(response)
 
 
-def answer(model: ModuleType, draw: Any, *senders: Sender, device: str = "cpu") -> None:
-    instance = model.TritonPythonModel()
-    instance.device, instance.draw = device, draw
-    instance.answer([({"request": f"'{number}'"}, sender) for number, sender in enumerate(senders)])
-
-
 def test_one_answer_that_cannot_be_sent_leaves_the_others(
     model: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     senders = [Sender(), Sender(fails=True), Sender()]
-    answer(model, lambda group, senders: [f"picture {number}" for number in range(3)], *senders)
+    model.deliver(
+        [({"request": f"'{n}'"}, sender) for n, sender in enumerate(senders)], [f"picture {n}" for n in range(3)]
+    )
     assert senders[0].sent == ["picture 0"] and senders[2].sent == ["picture 2"]
     assert "no space in /dev/shm" in senders[1].sent[0].error.message
     assert "request '1': the answer could not be sent" in capsys.readouterr().out
@@ -353,10 +349,12 @@ def test_a_process_that_lost_its_gpu_ends(model: ModuleType, monkeypatch: pytest
     ended: list[int] = []
     monkeypatch.setattr("os._exit", ended.append)
     monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
-    answer(model, fail, sender := Sender(), device="cuda:0")
-    assert sender.sent[0].error.code == "internal" and not ended
+    instance = model.TritonPythonModel()
+    instance.device, instance.draw = "cuda:0", fail
+    (response,) = instance.answer([({"request": "''"}, sender := Sender())])
+    assert response.error.code == "internal" and not sender.sent and not ended
     monkeypatch.setattr("torch.cuda.synchronize", fail)
-    answer(model, fail, sender := Sender(), device="cuda:0")
+    instance.answer([({"request": "''"}, sender)])
     assert sender.sent[0].error.code == "internal" and ended == [1]
 
 
@@ -373,7 +371,7 @@ def test_what_nobody_waits_for_is_not_drawn(model: ModuleType, toy_bundle: Path)
         model.TritonPythonModel.draw(instance, group, senders) and ["drawn"] * len(group)
     )
     model.pb_utils.Tensor = lambda name, values: (name, values)
-    instance.answer([(values, gone)])
-    instance.answer([(values, gone), (values, waiting)])
-    assert gone.sent[0].error.code == "cancelled" and waiting.sent == ["drawn"]
+    (response,) = instance.answer([(values, gone)])
+    assert response.error.code == "cancelled"
+    assert instance.answer([(values, gone), (values, waiting)]) == ["drawn", "drawn"]
     assert instance.pipeline.tokenizer.cache == alike

@@ -25,6 +25,7 @@ from distill.errors import UserError
 from engines.bundle import read_manifest
 from engines.load_file import read_load
 from engines.triton import Serving, write_repository
+from engines.triton_load import Workload, measure_load
 from engines.triton_server import Address, Environment, Server, reason, require_unexposed
 from tests.engines.serving import CLIENT, ROOT, ask, drawing, free_port
 
@@ -285,6 +286,22 @@ def test_bad_load(
     monkeypatch.setattr("sys.argv", ["engines", "load", *rest, *words])
     assert main() == 2
     assert message in capsys.readouterr().err and not (tmp_path / "x.json").exists()
+
+
+def test_what_was_measured_is_written_when_the_clients_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And three requests in a batch of two and one of one are two batches."""
+    told = {"bundle": "b", "manifest_sha256": "0" * 64, "source": "toy", "flavor": "onnxruntime"}
+    about = {"server": {"name": "triton", "version": "2"}, "parameters": told, "instances": [], "max_batch_size": 2}
+    level = {"seconds": 2.0, "latencies_ms": [1.0, 2.0, 3.0], "batches": [2, 2, 1], "failures": 0, "first_error": None}
+    request = Workload(size="128x128").request()
+    events = [about, {"request": request}, {"started": 1}, {"finished": 1} | level, {"started": 2}]
+    monkeypatch.setattr("engines.triton_load.run_client", lambda python, job: iter(events))
+    monkeypatch.setattr("engines.triton_load.make_client_environment", Environment)
+    out = tmp_path / "load.json"
+    with pytest.raises(UserError, match="the clients ended after 1 of 2 levels"):
+        measure_load(out, "somewhere.invalid:1", Workload(), [1, 2], 1.0, None, tmp_path)
+    (written,) = read_load(out).levels
+    assert written.requests == 3 and written.mean_batch == pytest.approx(1.5)
 
 
 @pytest.mark.slow
