@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import resource
 import subprocess
-import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -63,12 +61,6 @@ def cpu_identity() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "missing": missing,
     }
-
-
-def peak_rss_bytes() -> int:
-    """The largest resident set of this process so far; Linux counts in KiB, macOS in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def commit_hash(folder: Path) -> str | None:

@@ -7,7 +7,6 @@ import base64
 import io
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -71,14 +70,6 @@ def follows_caption(caption: str, image: np.ndarray) -> dict[str, bool] | None:
     except ValueError:
         return None
     return follows(scene, image)
-
-
-def share_following(results: list[dict[str, bool]]) -> dict[str, Any] | None:
-    """Shares per attribute, `all` together, and `count`; None without results."""
-    if not results:
-        return None
-    shares: dict[str, Any] = {key: float(np.mean([result[key] for result in results])) for key in results[0]}
-    return shares | {"all": float(np.mean([all(result.values()) for result in results])), "count": len(results)}
 
 
 def png_base64(image: np.ndarray) -> str:

@@ -24,6 +24,7 @@ from bench.summary import summarise
 from bench.workload import Workload, make_workloads, parse_numbers, parse_resolutions, parse_scales
 from distill.errors import UserError
 from distill.progress import say
+from distill.shapes import shares
 
 STOPPED = "the run was stopped before this"
 FAILED = {"passed": False, "words": ["it failed in the timed rounds"], "fidelity": None}
@@ -125,8 +126,6 @@ def _measure(
 def _contestant_record(
     entrant: Entrant, main: Workload, pictures: list[PictureRecord], quality: dict[str, Any], energy: dict[str, Any]
 ) -> ContestantRecord:
-    from bench.quality import share_following
-
     costs = entrant.costs(main)
     seen = [one.follows for one in pictures if one.contestant == entrant.name and one.follows is not None]
     return ContestantRecord(
@@ -143,7 +142,7 @@ def _contestant_record(
         energy=energy,
         kernels=entrant.kernels,
         quality=quality,
-        follows=share_following(seen),
+        follows=shares(seen) | {"count": len(seen)} if seen else None,
         artifacts=[describe(folder) for folder in entrant.folders],
         configs=asdict(entrant.configs) if entrant.configs is not None else None,
         engines=getattr(entrant.contestant, "engines", None),
@@ -174,8 +173,9 @@ def run_bench(options: RunOptions) -> Results:
     )
     main = workloads[0]
 
-    from bench.host import describe_host, peak_rss_bytes
+    from bench.host import describe_host
     from bench.roofline import measure_cpu_peak
+    from engines.worker import peak_rss_bytes
 
     gpu = Gpu(device)
     identity = gpu.identity()

@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from distill.architectures import MINI_FAMILY
-from distill.shapes import ATTRIBUTES, Scene, follows, random_scene
+from distill.shapes import Scene, follows, random_scene, shares
 
 READER = 2
 """Counts the ways in which `read_scene` has read: shares read in different ways do not compare."""
@@ -17,9 +17,7 @@ READER = 2
 
 def share_followed(scenes: list[Scene], images: Sequence[np.ndarray] | np.ndarray) -> dict[str, float]:
     """For each attribute, and for `all` together, the share of pictures that show what their scene says."""
-    results = [follows(scene, image) for scene, image in zip(scenes, images, strict=True)]
-    shares = {attribute: float(np.mean([result[attribute] for result in results])) for attribute in ATTRIBUTES}
-    return shares | {"all": float(np.mean([all(result.values()) for result in results]))}
+    return shares([follows(scene, image) for scene, image in zip(scenes, images, strict=True)])
 
 
 @torch.no_grad()

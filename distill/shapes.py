@@ -7,6 +7,7 @@ it back from pixels without any learned part, so "does the picture show what its
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -222,3 +223,10 @@ def follows(scene: Scene, image: np.ndarray) -> dict[str, bool]:
             for thing in scene.things
         )
     return result
+
+
+def shares(results: Sequence[Mapping[str, bool]]) -> dict[str, float]:
+    """Of what `follows` said of some pictures, the share that shows what it should: for each of ATTRIBUTES, and for `all`
+    of them together."""
+    found = {attribute: float(np.mean([result[attribute] for result in results])) for attribute in ATTRIBUTES}
+    return found | {"all": float(np.mean([all(result.values()) for result in results]))}

@@ -34,7 +34,7 @@ def cpu_seconds() -> float:
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process ever held, in bytes."""
+    """The largest resident set of this process so far; Linux counts in KiB, macOS in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from bench.gpu import Gpu, energy_per_image, throttled_meanwhile
-from bench.host import OtherLoad, cpu_identity, package_versions, peak_rss_bytes
+from bench.host import OtherLoad, cpu_identity, package_versions
 
 
 def fake_gpu(**functions):
@@ -79,7 +79,6 @@ def test_the_host_says_what_it_is():
     assert found["model"] and found["cores_logical"] >= 1 and found["memory_bytes"] > 1e8
     assert found["governor"] or found["missing"]["governor"]
     assert package_versions()["torch"]
-    assert peak_rss_bytes() > 1e7
     before = OtherLoad._own_s()
     busy = "import time\nwhile time.process_time() < 0.6: pass"
     subprocess.run([sys.executable, "-c", busy], check=True)

@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from bench.pictures import Pictures
-from bench.quality import cosine, follows_caption, guard, png_base64, psnr_db, share_following
+from bench.quality import cosine, follows_caption, guard, png_base64, psnr_db
 from distill.architectures import Resolution
-from distill.shapes import Scene, Thing, render
+from distill.shapes import Scene, Thing, render, shares
 
 
 def picture(seed: int = 0) -> np.ndarray:
@@ -70,9 +70,8 @@ def test_captions_of_the_shapes_world_are_checked_exactly():
     wrong = Scene((Thing("large", "blue", "circle", "center"),), "white")
     assert follows_caption(wrong.caption, image)["color"] is False
     assert follows_caption("a lighthouse at dusk", image) is None
-    shares = share_following([follows_caption(one.caption, image) for one in (scene, wrong)])
-    assert shares["color"] == 0.5 and shares["all"] == 0.5 and shares["count"] == 2
-    assert share_following([]) is None
+    found = shares([follows_caption(one.caption, image) for one in (scene, wrong)])
+    assert found["color"] == 0.5 and found["all"] == 0.5 and found["background"] == 1.0
 
 
 def test_the_png_holds_the_very_pixels():
