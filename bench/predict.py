@@ -74,10 +74,13 @@ def find_shares(known: list[Known]) -> Shares:
     runtimes = dict.fromkeys((runtime for runtime, _, _ in points), 0.0)
     generations = dict.fromkeys((generation for _, generation, _ in points), 0.0)
     for _ in range(100):
+        before = runtimes | generations
         for name in runtimes:
             runtimes[name] = median(value - generations[where] for what, where, value in points if what == name)
         for name in generations:
             generations[name] = median(value - runtimes[what] for what, where, value in points if where == name)
+        if runtimes | generations == before:
+            break
     return Shares(runtimes, generations)
 
 

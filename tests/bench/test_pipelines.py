@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -109,3 +111,15 @@ def test_kinds_become_contestants():
     assert (bundle.flavor, bundle.device, bundle.source) == ("onnxruntime", "cpu", "some/where")
     assert make_contestant(Spec.parse("a=eager:random:vega"), "cuda").precision == "fp16"
     assert make_contestant(Spec.parse("a=compiled@bf16:random:vega"), "cuda").precision == "bf16"
+
+
+def test_a_bundle_says_which_flavor_and_engines_it_loaded(monkeypatch):
+    def part(name):
+        engine = SimpleNamespace(flavor="onnxruntime", files=[SimpleNamespace(sha256=name)])
+        return SimpleNamespace(component=SimpleNamespace(engines=[(engine, None)]))
+
+    parts = {name: part(name) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
+    monkeypatch.setattr("engines.load", lambda *_, **__: SimpleNamespace(**parts))
+    bundle = make_contestant(Spec.parse("a=bundle:some/where"), "cpu")
+    bundle.pipe = bundle.make_pipeline()
+    assert bundle.runtime == "slimxl bundle, onnxruntime" and bundle.engines == list(parts)
