@@ -13,10 +13,10 @@ from typing import Any
 
 from distill.architectures import Architecture, Depth
 from distill.errors import UserError
-from distill.files import replacing, require_free_disk, write_json
+from distill.files import read_json, replacing, require_free_disk, write_json
 from distill.layer_map import LayerMap, make_layer_map
-from distill.sources import read_config
-from distill.tensors import component_tensors, write_safetensors
+from distill.sources import COMPONENT_FOLDERS, read_config
+from distill.tensors import component_tensors, component_weights, weights_variant, write_safetensors
 
 _BLOCK_KEY = re.compile(r"(?P<path>.*attentions\.\d+)\.transformer_blocks\.(?P<index>\d+)\.(?P<rest>.*)")
 
@@ -59,10 +59,54 @@ def unet_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in unet.state_dict().items()}
 
 
-def make_student_unet(teacher: Path, student: Architecture, layer_map: str | LayerMap, out: Path) -> SurgeryPlan:
+def files_but_unet(checkpoint: Path) -> dict[str, Path]:
+    """What a pipeline needs beside its UNet: its place in a copy -> where it lies in `checkpoint`.
+
+    Of weights these are the ones that `component_weights` reads, under plain names: from_pretrained finds a variant only
+    where the whole pipeline is one. Whatever else lies in the folder is no part of it.
+    """
+    files = {"model_index.json": checkpoint / "model_index.json"}
+    for component, stated in read_json(checkpoint / "model_index.json").items():
+        if component == "unet" or not isinstance(stated, list) or stated[0] is None:
+            continue
+        folder = checkpoint / component
+        if component in COMPONENT_FOLDERS:
+            needed = [folder / "config.json", *component_weights(folder)]
+        else:
+            needed = [path for path in folder.iterdir() if path.is_file()]
+        files |= {f"{component}/{_plain_name(path)}": path for path in needed}
+    return files
+
+
+def _plain_name(path: Path) -> str:
+    variant = weights_variant(path) if path.suffix == ".safetensors" else ""
+    return path.name.replace(f".{variant}", "", 1) if variant else path.name
+
+
+def copy_all_but_unet(checkpoint: Path, out: Path) -> None:
+    """Copies `files_but_unet` into the folder `out`, with an index where a network's weights lie in several files."""
+    for name, path in files_but_unet(checkpoint).items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, out / name)
+    for component in COMPONENT_FOLDERS:
+        shards = sorted((out / component).glob("*.safetensors"))
+        if len(shards) > 1:
+            records = component_tensors(out / component)
+            total = sum(record.nbytes for record in records.values())
+            index = {
+                "metadata": {"total_size": total},
+                "weight_map": {key: record.file.name for key, record in records.items()},
+            }
+            write_json(out / component / f"{shards[0].name.partition('-')[0]}.safetensors.index.json", index)
+
+
+def make_student_unet(
+    teacher: Path, student: Architecture, layer_map: str | LayerMap, out: Path, *, beside_bytes: int = 0
+) -> SurgeryPlan:
     """Writes the student's `unet/` folder to `out`, every tensor copied from the checkpoint folder `teacher`.
 
-    Returns what came from where. Raises UserError where the teacher cannot give the student what it needs.
+    Returns what came from where. Raises UserError where the teacher cannot give the student what it needs, or the disk
+    has no room for it and `beside_bytes` more.
     """
     records = component_tensors(teacher / "unet")
     config = read_config(teacher, "unet")
@@ -71,7 +115,7 @@ def make_student_unet(teacher: Path, student: Architecture, layer_map: str | Lay
     full_map = make_layer_map(layer_map, Depth.from_config(config), student.depth)
     plan = plan_surgery({key: record.shape for key, record in records.items()}, unet_shapes(merged), full_map)
     size = sum(records[source].nbytes for source in plan.sources.values())
-    require_free_disk(out.parent, size, f"the student {student.name}")
+    require_free_disk(out.parent, size + beside_bytes, f"the student {student.name}")
     with replacing(out) as temporary:
         temporary.mkdir()
         (temporary / "config.json").write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
@@ -86,9 +130,10 @@ def make_student(teacher: Path, student: Architecture, layer_map: str | LayerMap
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out or remove it")
     full_map = make_layer_map(layer_map, Depth.from_config(read_config(teacher, "unet")), student.depth)
+    beside_bytes = sum(path.stat().st_size for path in files_but_unet(teacher).values())
     with replacing(out) as temporary:
-        shutil.copytree(teacher, temporary, ignore=shutil.ignore_patterns("unet", "samples*", "*.jsonl", "slimxl.json"))
-        plan = make_student_unet(teacher, student, full_map, temporary / "unet")
+        plan = make_student_unet(teacher, student, full_map, temporary / "unet", beside_bytes=beside_bytes)
+        copy_all_but_unet(teacher, temporary)
         write_json(temporary / "surgery.json", asdict(plan))
         mapped = {path: list(blocks) for path, blocks in full_map.items()}
         write_json(temporary / "slimxl.json", {"student": student.name, "layer_map": mapped, "stages_done": 0})

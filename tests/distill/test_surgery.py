@@ -1,18 +1,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 from distill.__main__ import main
 from distill.architectures import ARCHITECTURES, SDXL_DEPTH, SSD_1B_DEPTH, VEGA_DEPTH
 from distill.errors import UserError
 from distill.layer_map import make_layer_map, read_layer_map, relative_map
-from distill.sources import component_tensors, find_architecture_of, load_pipeline
-from distill.surgery import make_student_unet, plan_surgery, unet_shapes
+from distill.sources import component_tensors, find_architecture_of, load_component, load_pipeline
+from distill.surgery import make_student, make_student_unet, plan_surgery, unet_shapes
+from distill.tensors import component_weights
 
 
 @pytest.mark.parametrize("preset", ["first", "spread", "similarity"])
@@ -107,3 +109,38 @@ def test_maps_that_are_not_nested_are_refused() -> None:
     wanted = make_layer_map("spread", SDXL_DEPTH, VEGA_DEPTH)
     with pytest.raises(UserError, match="nested"):
         relative_map(wanted, held)
+
+
+def test_a_student_takes_from_its_teacher_what_it_needs_under_plain_names(mini_vega: Path, tmp_path: Path) -> None:
+    """The teacher is a hub's: fp16 variants, one in shards, one with a twin in fp32, and all that lies beside them."""
+    teacher = Path(shutil.copytree(mini_vega, tmp_path / "teacher"))
+    encoder = load_component(teacher, "text_encoder_2", torch.float16)
+    (teacher / "text_encoder_2" / "model.safetensors").unlink()
+    encoder.save_pretrained(teacher / "text_encoder_2", variant="fp16", max_shard_size="300KB")
+    assert len(component_weights(teacher / "text_encoder_2")) > 1
+    plain = teacher / "text_encoder" / "model.safetensors"
+    plain.rename(plain.with_name("model.fp16.safetensors"))
+    plain = teacher / "vae" / "diffusion_pytorch_model.safetensors"
+    shutil.copyfile(plain, plain.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    for junk in (".git/lfs/objects", "whole.safetensors", "text_encoder/model.onnx", "vae/diffusion_pytorch_model.bin"):
+        (teacher / junk).parent.mkdir(parents=True, exist_ok=True)
+        (teacher / junk).write_bytes(b"junk")
+    index = teacher / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"feature_extractor": [None, None]}))
+
+    out = tmp_path / "student"
+    make_student(teacher, ARCHITECTURES["mini-vega"], "first", out)
+    pipe = StableDiffusionXLPipeline.from_pretrained(out)
+    ours = load_pipeline(out, torch.float32)
+    for component in ("text_encoder", "text_encoder_2", "vae"):
+        loaded, wanted = getattr(pipe, component), load_component(teacher, component, torch.float32)
+        for key, value in wanted.state_dict().items():
+            assert torch.equal(loaded.state_dict()[key], value) and torch.equal(
+                getattr(ours, component).state_dict()[key], value
+            )
+    names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert not any("fp16" in name or "junk" in (out / name).read_text(errors="ignore")[:4] for name in names)
+    assert {path.name for path in out.iterdir()} - {path.name for path in mini_vega.iterdir()} == {
+        "slimxl.json",
+        "surgery.json",
+    }
