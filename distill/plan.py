@@ -205,11 +205,14 @@ def plan_recipe(
     accumulation: int,
     fsdp: bool,
 ) -> tuple[str, dict[str, MemoryPlan]]:
-    """What the recipe's deepest stage needs of each GPU, without and with gradient checkpointing, under a title."""
+    """What the recipe's deepest stage needs of each GPU, without and with gradient checkpointing, under a title.
+
+    Raises UserError where the batch cannot be shared so.
+    """
     family = teacher.family
     pairs = [(stage, find_architecture(stage.student, family)) for stage in recipe.stages]
     stage, student = max(pairs, key=lambda pair: pair[1].depth.transformer_blocks)
-    micro_batch = max(1, recipe.batch_size // (processes * accumulation))
+    micro_batch = recipe.micro_batch(processes, accumulation)
     resolution = family.resolutions[0]
     plans = {
         name: plan_memory(

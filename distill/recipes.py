@@ -2,7 +2,8 @@
 
 SSD-1B and Vega follow what is published (arXiv 2401.02677): lr 1e-5, batch 32 x 4 = 128, 1024 px, losses 1 / 0.5 / 0.5,
 one part of the UNet shortened at a time, then SDXL, ZavyChromaXL and JuggernautXL as teachers in succession, 251k steps
-in all. How the steps were divided, and which blocks were kept, was not published: both stand here as data to change.
+in all for SSD-1B; Vega's here are 226k, since its middle is short already. How the steps were divided, and which blocks
+were kept, was not published: both stand here as data to change.
 """
 
 from __future__ import annotations
@@ -54,6 +55,11 @@ class LossWeights:
     warmup_steps: NonNegativeInt = 0
     min_snr_gamma: PositiveFloat | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ValueError, which pydantic tells with its place, where nothing teaches the student's last layers."""
+        if not (self.task or self.output):
+            raise ValueError("task or output must be above 0; features alone teach nothing after the last of them")
+
     @property
     def needs_teacher(self) -> bool:
         return bool(self.output or self.feature)
@@ -96,6 +102,15 @@ class Recipe:
         "an isometric city block at night, neon",
         "a still life of pears and a blue jug, oil on canvas",
     )
+
+    def micro_batch(self, processes: int, accumulation: int) -> int:
+        """Samples that one process passes at once. Raises UserError where the batch cannot be shared so."""
+        parts = processes * accumulation
+        if min(processes, accumulation) < 1 or self.batch_size % parts:
+            raise UserError(
+                f"batch size {self.batch_size} cannot be shared by {processes} processes x {accumulation} accumulation steps"
+            )
+        return self.batch_size // parts
 
     def as_dict(self) -> dict[str, Any]:
         """The whole recipe as JSON-ready data: what is saved inside every checkpoint."""

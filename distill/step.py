@@ -95,6 +95,8 @@ def loss_terms(
     if losses.feature:
         features = feature_losses(taps, of_student.features, of_teacher.features, normalize=losses.normalize)
         terms |= {f"feature/{name}": losses.feature * warm * value for name, value in features.items()}
+    for recorder in recorders:
+        recorder.features.clear()  # the graph holds what backward needs of them
     return terms
 
 
@@ -110,17 +112,18 @@ class DivergenceGuard:
     """Says when a loss has stayed far above its own running median.
 
     Single steps are noisy, each at its own timesteps, so one bad step is nothing; `patience` of them in a row, each
-    over `factor` times the median of the last `window` good ones, is a run that has left the road.
+    over `factor` times the median of the last `window` good ones, is a run that has left the road. Those good ones are
+    all it knows: a run that goes on from a checkpoint takes them from there.
     """
 
     def __init__(self, *, factor: float = 5.0, patience: int = 50, window: int = 500) -> None:
         self.factor, self.patience, self.bad_steps = factor, patience, 0
-        self._good: deque[float] = deque(maxlen=window)
+        self.good: deque[float] = deque(maxlen=window)
 
     @property
     def median(self) -> float:
         """Of the good losses; infinite while there are too few of them to judge by."""
-        return median(self._good) if len(self._good) >= self.patience else math.inf
+        return median(self.good) if len(self.good) >= self.patience else math.inf
 
     def diverged(self, loss: float) -> bool:
         """Takes in the loss of one more step."""
@@ -128,5 +131,5 @@ class DivergenceGuard:
             self.bad_steps += 1
         else:
             self.bad_steps = 0
-            self._good.append(loss)
+            self.good.append(loss)
         return self.bad_steps >= self.patience

@@ -14,9 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 from distill.__main__ import main
 from distill.architectures import ARCHITECTURES, Architecture
 from distill.catalogue import count_parameters
+from distill.errors import UserError
 from distill.layer_map import make_layer_map
 from distill.plan import describe_plan, plan_memory
-from distill.recipes import LossWeights
+from distill.recipes import LossWeights, find_recipe
 from distill.step import loss_terms
 from distill.taps import FeatureRecorder, make_taps
 
@@ -102,6 +103,12 @@ def test_whether_it_fits_is_said() -> None:
     plan = plan_memory(TEACHER, STUDENT, LOSSES, resolution=BASE, micro_batch=1)
     lines = describe_plan({"small": plan, "large": replace(plan, work=10**11)}, "title", "a GPU", 24_000_000_000)
     assert lines[-2].startswith("small: fits a GPU, 24.0 GB") and lines[-1].startswith("large: does NOT fit")
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(0, 1), (1, 0), (3, 1)])
+def test_a_batch_that_cannot_be_shared_is_not_planned(processes: int, accumulation: int) -> None:
+    with pytest.raises(UserError, match=f"cannot be shared by {processes} processes x {accumulation}"):
+        find_recipe("ssd-1b").micro_batch(processes, accumulation)
 
 
 def test_full_size_is_planned_without_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

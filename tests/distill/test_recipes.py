@@ -24,6 +24,7 @@ def test_recipes_end_in_the_student_they_are_named_after(name: str) -> None:
 def test_published_figures_stand_in_the_published_recipes() -> None:
     recipe = find_recipe("ssd-1b")
     assert sum(stage.steps for stage in recipe.stages) == 251_000
+    assert sum(stage.steps for stage in find_recipe("vega").stages) == 226_000, "its middle is short already"
     assert recipe.batch_size == 32 * 4 and {stage.learning_rate for stage in recipe.stages} == {1e-5}
 
 
@@ -104,6 +105,10 @@ def test_a_recipe_printed_and_read_is_the_same_recipe(
         ({"ema_decay": "0.9"}, "no recipe: ema_decay: input should be a valid number"),
         ({"stages/losses/level": "blocks"}, "stages.0.losses.level: input should be 'block', 'sub-block', 'layer' or"),
         ({"stages/steps": 1.5}, "stages.0.steps: input should be a valid integer"),
+        (
+            {"stages/losses/task": 0, "stages/losses/output": 0},
+            "stages.0.losses: value error, task or output must be above 0",
+        ),
         ({"stages/teachr": "mine"}, "stages.0.teachr: unexpected keyword argument"),
         ({"stages/student": "ssd1b"}, "did you mean 'ssd-1b'"),
         ({"stages/layer_map": {"mid_block.attentions.0": [0]}}, "unknown transformer in the layer map"),
