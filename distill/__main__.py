@@ -131,6 +131,7 @@ def train(
     fsdp: bool = False,
     tensorboard: bool = False,
     checkpoint_every: int = 500,
+    checkpoint_minutes: int = 30,
     keep_checkpoints: int = 2,
     validate_every: int = 0,
 ) -> None:
@@ -146,6 +147,8 @@ def train(
         optimizer: The second holds its moments in 8 bits (package bitsandbytes).
         accumulation: Micro-batches per optimiser step and process.
         fsdp: Share weights, moments and gradients over the processes instead of copying them (DDP).
+        checkpoint_every: Steps between checkpoints.
+        checkpoint_minutes: And the longest time between them.
         validate_every: Steps between pictures at fixed seeds, in OUT/samples; 0 draws them only after each stage.
     """
     from distill.options import TrainOptions
@@ -161,6 +164,7 @@ def train(
         fsdp=fsdp,
         tensorboard=tensorboard,
         checkpoint_every=checkpoint_every,
+        checkpoint_minutes=checkpoint_minutes,
         keep_checkpoints=keep_checkpoints,
         validate_every=validate_every,
     )

@@ -11,7 +11,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from distill.layer_map import LayerMap
 from distill.progress import say
 from distill.recipes import Recipe
 from distill.sources import load_pipeline, read_config
+from distill.surgery import copy_all_but_unet
 
 
 @dataclass
@@ -88,16 +89,26 @@ class TrainingState:
             average.copy_(held)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a stage has come: its steps, and the losses that its guard judges the next ones by."""
+
+    step: int = 0
+    good_losses: tuple[float, ...] = ()
+
+
 def save_state(
-    accelerator: Accelerator, state: TrainingState, folder: Path, number: int, step: int, *, keep: int
+    accelerator: Accelerator, state: TrainingState, folder: Path, number: int, progress: Progress, *, keep: int
 ) -> None:
     """Writes `folder/STAGE-STEP` whole or not at all, then removes all but the newest `keep`.
 
     Raises UserError where the disk does not take it; the checkpoints before stay.
     """
-    temporary = folder / ".partial"
+    final = folder / f"{number + 1:02d}-{progress.step:07d}"
+    temporary = folder / f".{final.name}.partial"  # of its own: NFS may show a renamed folder by its old name
     if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in folder.glob(".*.partial"):
+            shutil.rmtree(left)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
     try:
@@ -105,13 +116,13 @@ def save_state(
             warnings.simplefilter("ignore")  # one process is told that it is one
             state.save(temporary)
         if accelerator.is_main_process:
-            write_json(temporary / "progress.json", {"stage": number, "step": step})
-            temporary.rename(folder / f"{number + 1:02d}-{step:07d}")
+            write_json(temporary / "progress.json", asdict(progress))
+            temporary.rename(final)
     except (OSError, dcp.CheckpointException) as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(
-            f"the checkpoint of step {step} cannot be written ({reason}); the one before is kept: free some space on the "
-            f"disk of {folder} and run the same command again"
+            f"the checkpoint of step {progress.step} cannot be written ({reason}); the one before is kept: free some space "
+            f"on the disk of {folder} and run the same command again"
         ) from None
     if accelerator.is_main_process:
         for old in _states(folder)[:-keep]:
@@ -124,24 +135,25 @@ def _states(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob("[0-9]*/progress.json"))
 
 
-def resume(accelerator: Accelerator, state: TrainingState, folder: Path, number: int, log: Path) -> int:
-    """Loads the newest checkpoint of stage `number`; returns its step and cuts the log back to it."""
-    step = 0
+def resume(accelerator: Accelerator, state: TrainingState, folder: Path, number: int, log: Path) -> Progress:
+    """Loads the newest checkpoint of stage `number`; returns how far that is and cuts the log back to it."""
+    progress = Progress()
     newest = next((path for path in reversed(_states(folder)) if path.name.startswith(f"{number + 1:02d}-")), None)
     if newest:
-        step = read_json(newest / "progress.json")["step"]
+        progress = Progress(**read_json(newest / "progress.json"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            state.load(newest, step)
+            state.load(newest, progress.step)
         if accelerator.is_main_process:
-            say(f"going on from stage {number + 1}, step {step}")
+            say(f"going on from stage {number + 1}, step {progress.step}")
     if accelerator.is_main_process and log.exists():
         lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        kept = [line for line in lines if (int(line["stage"].split("-")[0]), line["step"]) <= (number + 1, step)]
+        reached = (number + 1, progress.step)
+        kept = [line for line in lines if (int(line["stage"].split("-")[0]), line["step"]) <= reached]
         with replacing(log) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     accelerator.wait_for_everyone()
-    return step
+    return progress
 
 
 def gather_student(state: TrainingState) -> UNet2DConditionModel | None:
@@ -157,16 +169,18 @@ def gather_student(state: TrainingState) -> UNet2DConditionModel | None:
     return whole.eval()
 
 
+def student_dtype(teacher_folder: Path) -> torch.dtype:
+    """What a student is stored in: fp16 at full size, fp32 where it is small."""
+    return torch.float32 if read_config(teacher_folder, "unet")["block_out_channels"][0] < 320 else torch.float16
+
+
 def save_student(
     student: UNet2DConditionModel, teacher_folder: Path, folder: Path, layer_map: LayerMap, recipe: Recipe, number: int
 ) -> None:
-    """A whole pipeline folder: the student's UNet, everything else as the teacher has it, pictures at fixed seeds."""
-    dtype = torch.float32 if read_config(teacher_folder, "unet")["block_out_channels"][0] < 320 else torch.float16
+    """A whole pipeline folder or none: the student's UNet, everything else as the teacher has it."""
     with replacing(folder) as temporary:
-        shutil.copytree(
-            teacher_folder, temporary, ignore=shutil.ignore_patterns("unet", "samples*", "*.jsonl", "slimxl.json")
-        )
-        student.to(dtype).save_pretrained(temporary / "unet", safe_serialization=True)
+        copy_all_but_unet(teacher_folder, temporary)
+        student.to(student_dtype(teacher_folder)).save_pretrained(temporary / "unet", safe_serialization=True)
         write_json(
             temporary / "slimxl.json",
             {
@@ -177,29 +191,27 @@ def save_student(
                 "recipe": recipe.as_dict(),
             },
         )
-        if recipe.validation_prompts:
-            draw_validation(student, teacher_folder, recipe.validation_prompts, temporary / "samples.png")
 
 
 def draw_validation(
     student: UNet2DConditionModel,
-    teacher_folder: Path,
+    checkpoint: Path,
     prompts: tuple[str, ...],
     path: Path,
     *,
     steps: int = 20,
     seed: int = 0,
 ) -> None:
-    """One row of pictures of `prompts`, at the model's own base resolution and always the same seeds; one at a time, and
-    none where the GPU has no memory left for them beside the training."""
+    """One row of pictures of `prompts` by the student in the place of `checkpoint`'s UNet, at its own base resolution and
+    always the same seeds; one at a time, and none where the GPU has no memory left for them beside the training."""
     from PIL import Image
 
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    pipe = load_pipeline(teacher_folder, dtype)
-    pipe.unet = student
-    pipe.to(device, dtype)
+    pipe = load_pipeline(checkpoint, dtype, without=("unet",))
+    pipe.unet, pipe.default_sample_size = student, student.config.sample_size
     pipe.set_progress_bar_config(disable=True)
     try:
+        pipe.to(device, dtype)
         images = [
             pipe(prompt, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed + i)).images[0]
             for i, prompt in enumerate(prompts)
@@ -219,5 +231,6 @@ def alphas_cumprod_of(teacher_folder: Path) -> torch.Tensor:
     from diffusers import DDPMScheduler
 
     config = read_json(teacher_folder / "scheduler" / "scheduler_config.json")
-    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+    betas = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    names = ("num_train_timesteps", *betas)
     return DDPMScheduler(**{name: config[name] for name in names if name in config}).alphas_cumprod.float()

@@ -29,9 +29,19 @@ class TrainOptions:
     fsdp: bool = False
     tensorboard: bool = False
     checkpoint_every: int = 500
+    checkpoint_minutes: int = 30
     keep_checkpoints: int = 2
     validate_every: int = 0
     log_every: int = 10
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a number out of range."""
+        least = dict.fromkeys(
+            ("accumulation", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "log_every"), 1
+        )
+        for name, smallest in (least | {"validate_every": 0}).items():
+            if getattr(self, name) < smallest:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; the least is {smallest}")
 
 
 def make_accelerator(options: TrainOptions, out: Path) -> Accelerator:

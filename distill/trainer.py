@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 
 from distill.ahead import ahead
-from distill.architectures import Architecture, Depth, find_architecture
+from distill.architectures import Depth, find_architecture
 from distill.cache import LatentCache, seed_of
 from distill.checkpoints import (
+    Progress,
     TrainingState,
     alphas_cumprod_of,
     draw_validation,
@@ -27,9 +30,10 @@ from distill.checkpoints import (
     resume,
     save_state,
     save_student,
+    student_dtype,
 )
 from distill.errors import UserError, explaining_full_memory
-from distill.files import read_json, replacing, require_free_disk, sha256_json, write_json
+from distill.files import read_json, remove_leftovers, replacing, require_free_disk, sha256_json, write_json
 from distill.layer_map import LayerMap, inherit_layer_map, relative_map
 from distill.options import HALF, TrainOptions, make_accelerator
 from distill.pair import Pair, Terms, load_nets
@@ -37,9 +41,10 @@ from distill.plan import MemoryPlan, describe_plan, device_memory, plan_recipe
 from distill.progress import say, track
 from distill.recipes import Recipe
 from distill.sharding import check_fsdp
+from distill.sigterm import noting_sigterm
 from distill.sources import check_successor, checkpoint_hash, find_architecture_of, read_config, resolve
 from distill.step import DivergenceGuard, learning_rate
-from distill.surgery import make_student_unet
+from distill.surgery import files_but_unet, make_student_unet
 
 
 def train(
@@ -62,16 +67,17 @@ def train(
     accelerator = make_accelerator(options, out)
     if options.fsdp:
         check_fsdp(accelerator.num_processes, options.mixed_precision, options.optimizer)
-    per_process, rest = divmod(recipe.batch_size, accelerator.num_processes * options.accumulation)
-    if rest or not per_process:
+    micro_batch = recipe.micro_batch(accelerator.num_processes, options.accumulation)
+    if options.validate_every and not recipe.validation_prompts:
         raise UserError(
-            f"batch size {recipe.batch_size} cannot be shared by {accelerator.num_processes} processes x "
-            f"{options.accumulation} accumulation steps"
+            "--validate-every draws the recipe's validation_prompts, and it has none: add some, or leave it out"
         )
     latents = LatentCache(cache, batch_size=recipe.batch_size, seed=recipe.seed)
     teachers = {stage.teacher: resolve(stage.teacher, workdir) for stage in recipe.stages}
     for teacher in teachers.values():  # the first too: what it predicts is checked
         check_successor(next(iter(teachers.values())), teacher)
+        if (told := latents.check_teacher(teacher)) and accelerator.is_main_process:
+            say(told)
     run = {
         "recipe": recipe.as_dict(),
         "teachers": {name: checkpoint_hash(folder) for name, folder in teachers.items()},
@@ -81,39 +87,54 @@ def train(
         "optimizer": options.optimizer,
     }
     run["key"] = sha256_json(run)
-    if (out / "slimxl.json").exists() and read_json(out / "slimxl.json")["key"] == run["key"]:
-        return
-    if (out / "run.json").exists() and read_json(out / "run.json")["key"] != run["key"]:
+    stated = [out / name for name in ("run.json", "slimxl.json", "model_index.json") if (out / name).exists()]
+    if stated and read_json(stated[0]).get("key") != run["key"]:
         raise UserError(f"{out} belongs to another recipe, teacher or cache; choose another --out or remove it")
+    if (out / "slimxl.json").exists():
+        return
+    # the first process alone looks: a shared disk may go on hiding from another what that one has missed once
+    [done] = broadcast_object_list([_stages_done(recipe, out) if accelerator.is_main_process else 0])
     plans: dict[str, MemoryPlan] = {}
-    if accelerator.is_main_process:
-        plans = _look_ahead(recipe, find_architecture_of(teachers[recipe.stages[0].teacher]), out, options, accelerator)
+    if accelerator.is_main_process and done < len(recipe.stages):
+        remove_leftovers(out / "stages")
+        plans = _look_ahead(recipe, teachers[recipe.stages[0].teacher], out, options, accelerator)
         write_json(out / "run.json", run)
     if options.tensorboard:
         accelerator.init_trackers("tensorboard")
     accelerator.wait_for_everyone()
-    previous = start
-    with explaining_full_memory(_memory_advice(options, accelerator.num_processes, per_process, plans, out)):
-        for number in range(len(recipe.stages)):
+    previous = _stage_folder(recipe, done - 1, out) if done else start
+    with explaining_full_memory(_memory_advice(options, accelerator.num_processes, micro_batch, plans, out)):
+        for number in range(done, len(recipe.stages)):
             folder = teachers[recipe.stages[number].teacher]
             previous = _StageRun(accelerator, recipe, number, folder, latents, out, options).run(previous)
             gc.collect()  # accelerate's wrappers hold the student in a cycle
             torch.cuda.empty_cache()
     if accelerator.is_main_process:
-        _finish(out, previous or teachers[recipe.stages[0].teacher], run)
+        _finish(out, _stage_folder(recipe, len(recipe.stages) - 1, out), run)
     accelerator.end_training()
 
 
+def _stage_folder(recipe: Recipe, number: int, out: Path) -> Path:
+    return out / "stages" / f"{number + 1:02d}-{recipe.stages[number].name}"
+
+
+def _stages_done(recipe: Recipe, out: Path) -> int:
+    """The last one done says that all before it were: each takes the place of the one before."""
+    numbers = range(len(recipe.stages), 0, -1)
+    return next((n for n in numbers if (_stage_folder(recipe, n - 1, out) / "slimxl.json").exists()), 0)
+
+
 def _look_ahead(
-    recipe: Recipe, teacher: Architecture, out: Path, options: TrainOptions, accelerator: Accelerator
+    recipe: Recipe, teacher: Path, out: Path, options: TrainOptions, accelerator: Accelerator
 ) -> dict[str, MemoryPlan]:
     """Tells the memory plan before anything is loaded, and returns it.
 
-    Raises UserError where the disk cannot hold the checkpoints.
+    Raises UserError where the disk cannot hold the run: its checkpoints and one more while that is written, the student
+    that a stage begins with, and whole pipelines of the stage before and of this.
     """
     title, plans = plan_recipe(
         recipe,
-        teacher,
+        find_architecture_of(teacher),
         half=HALF[options.mixed_precision],
         optimizer=options.optimizer,
         processes=accelerator.num_processes,
@@ -123,8 +144,16 @@ def _look_ahead(
     for line in describe_plan(plans, title, *device_memory()):
         say(line)
     plan = next(iter(plans.values()))
-    state_bytes = (plan.student + plan.ema + plan.optimizer) * (accelerator.num_processes if options.fsdp else 1)
-    require_free_disk(out, (options.keep_checkpoints + 1) * state_bytes, "the checkpoints of this run")
+    shards = accelerator.num_processes if options.fsdp else 1
+    state_bytes = (plan.student + plan.ema + plan.optimizer) * shards
+    initial_bytes = plan.student * shards
+    unet_bytes = initial_bytes * student_dtype(teacher).itemsize // 4
+    pipeline_bytes = unet_bytes + sum(path.stat().st_size for path in files_but_unet(teacher).values())
+    needed = (options.keep_checkpoints + 1) * state_bytes + initial_bytes + 2 * pipeline_bytes
+    held = sum(
+        path.stat().st_size for kept in ("state", "stages") for path in (out / kept).rglob("*") if path.is_file()
+    )
+    require_free_disk(out, needed - held, "what this run has yet to keep")
     return plans
 
 
@@ -151,12 +180,11 @@ def _finish(out: Path, last: Path, run: dict[str, Any]) -> None:
     """Moves the last stage's pipeline up to `out`; slimxl.json comes last and says that all is there."""
     about = read_json(last / "slimxl.json")
     for item in last.iterdir():
-        target = out / item.name
         if item.name != "slimxl.json":
-            with replacing(target) as temporary:
-                shutil.copytree(item, temporary) if item.is_dir() else shutil.copy2(item, temporary)
+            item.rename(out / item.name)
     write_json(out / "slimxl.json", about | run)
-    shutil.rmtree(out / "stages")
+    for left in ("stages", "state"):
+        shutil.rmtree(out / left, ignore_errors=True)
 
 
 def _layer_map_of(folder: Path) -> LayerMap:
@@ -178,24 +206,24 @@ class _StageRun:
     ) -> None:
         self.accelerator, self.recipe, self.number, self.options = accelerator, recipe, number, options
         self.stage, self.teacher_folder, self.latents, self.out = recipe.stages[number], teacher_folder, latents, out
-        self.name = f"{number + 1:02d}-{self.stage.name}"
-        self.folder = out / "stages" / self.name
+        self.folder, self.states = _stage_folder(recipe, number, out), out / "state"
 
     def run(self, previous: Path | None) -> Path:
         """Returns the finished student's folder; `previous` is the student to start from (None: the teacher)."""
-        if (self.folder / "slimxl.json").exists():
-            return self.folder
         initial = self._operate(previous)
         pair = self._make_pair(initial)
         ema = EMAModel(pair.student.parameters(), decay=self.recipe.ema_decay) if self.recipe.ema_decay else None
         state = TrainingState(pair.student, pair.optimizer.optimizer, ema, self.accelerator.scaler)
         with pair.taught_by(self.stage.losses) as step:
-            self._train(state, pair, step)
+            self._train(state, pair, step, previous)
         student = gather_student(state)
         if student is not None and self.accelerator.is_main_process:
             save_student(student, self.teacher_folder, self.folder, self.layer_map, self.recipe, self.number)
-            shutil.rmtree(initial)
-            shutil.rmtree(self.out / "state", ignore_errors=True)
+            if prompts := self.recipe.validation_prompts:
+                draw_validation(student, self.folder, prompts, self.folder / "samples.png")
+            for old in [self.states, *self.folder.parent.iterdir()]:
+                if old != self.folder:
+                    shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()
         return self.folder
@@ -230,53 +258,85 @@ class _StageRun:
             self.options,
         )
 
-    def _train(self, state: TrainingState, pair: Pair, take_step: Callable[..., Terms]) -> None:
-        accelerator, options, stage, states = self.accelerator, self.options, self.stage, self.out / "state"
-        first_step = resume(accelerator, state, states, self.number, self.out / "losses.jsonl")
-        started = time.monotonic()
+    def _train(self, state: TrainingState, pair: Pair, take_step: Callable[..., Terms], previous: Path | None) -> None:
+        accelerator, options, stage = self.accelerator, self.options, self.stage
+        progress = resume(accelerator, state, self.states, self.number, self.out / "losses.jsonl")
+        started = saved = time.monotonic()
         guard = DivergenceGuard()
+        guard.good.extend(progress.good_losses)
         title = f"{self.recipe.name} {self.number + 1}/{len(self.recipe.stages)} {stage.name}"
 
         def noised(step: int) -> dict[str, torch.Tensor]:
             batch = self.latents.batch(_global_step(self.recipe, self.number, step), pair.rows)
             return pair.noised(batch, (self.recipe.seed, self.number, step))
 
-        steps = range(first_step, stage.steps)
-        shown = track(steps, title, done=first_step) if accelerator.is_main_process else steps
+        steps = range(progress.step, stage.steps)
+        shown = track(steps, title, done=progress.step) if accelerator.is_main_process else steps
         # without a GPU the host has no time to spare: a second team of threads takes the first one's cores
         batches = ahead(noised, steps) if accelerator.device.type == "cuda" else map(noised, steps)
-        for step, batch in zip(shown, batches, strict=True):
-            terms = take_step(
-                batch,
-                learning_rate=learning_rate(stage, step),
-                warm=min(1.0, (step + 1) / max(1, stage.losses.warmup_steps)),
-            )
-            if state.ema:
-                state.ema.step(state.student.parameters())
-            self._check(title, step, terms, guard, states)
-            done = step + 1
-            if accelerator.is_main_process and (done % options.log_every == 0 or done == stage.steps):
-                self._log(done, terms, learning_rate(stage, step), time.monotonic() - started)
-            if done % options.checkpoint_every == 0 and done < stage.steps and not guard.bad_steps:
-                save_state(accelerator, state, states, self.number, done, keep=options.keep_checkpoints)
-            if options.validate_every and done % options.validate_every == 0 and done < stage.steps:
-                student = gather_student(state)
-                if student is not None and accelerator.is_main_process:
-                    path = self.out / "samples" / f"{self.name}-{done:07d}.png"
-                    draw_validation(student, self.teacher_folder, self.recipe.validation_prompts, path)
-                accelerator.wait_for_everyone()
+        due = False
+        with noting_sigterm() as sigterm_came:
+            for step, batch in zip(shown, batches, strict=True):
+                terms = take_step(
+                    batch,
+                    learning_rate=learning_rate(stage, step),
+                    warm=min(1.0, (step + 1) / max(1, stage.losses.warmup_steps)),
+                )
+                if state.ema:
+                    state.ema.step(state.student.parameters())
+                self._check(title, step, terms, guard, previous)
+                done = step + 1
+                if accelerator.is_main_process and (done % options.log_every == 0 or done == stage.steps):
+                    self._log(done, terms, learning_rate(stage, step), time.monotonic() - started)
+                late = time.monotonic() - saved > 60 * options.checkpoint_minutes
+                stop, late = self._any_process(sigterm_came(), late)
+                due = done < stage.steps and (due or late or done % options.checkpoint_every == 0)
+                if (due or stop) and not guard.bad_steps:
+                    progress = Progress(step=done, good_losses=tuple(guard.good))
+                    save_state(accelerator, state, self.states, self.number, progress, keep=options.keep_checkpoints)
+                    due, saved = False, time.monotonic()
+                if stop:
+                    if accelerator.is_main_process:
+                        reached = f"stage {self.number + 1}, step {progress.step}"
+                        say(f"stopped by SIGTERM; the same command goes on from {reached}")
+                    accelerator.end_training()
+                    raise SystemExit(128 + signal.SIGTERM)
+                if options.validate_every and done % options.validate_every == 0 and done < stage.steps:
+                    student = gather_student(state)
+                    if student is not None and accelerator.is_main_process:
+                        path = self.out / "samples" / f"{self.folder.name}-{done:07d}.png"
+                        draw_validation(student, self.teacher_folder, self.recipe.validation_prompts, path)
+                    accelerator.wait_for_everyone()
 
-    def _check(self, title: str, step: int, terms: Terms, guard: DivergenceGuard, states: Path) -> None:
+    def _any_process(self, *flags: bool) -> list[bool]:
+        """Each flag true in all processes where it is in one: what follows from it is done by all or by none."""
+        told = torch.tensor(flags, dtype=torch.float32, device=self.accelerator.device)
+        return self.accelerator.reduce(told, reduction="sum").bool().tolist()
+
+    def _check(self, title: str, step: int, terms: Terms, guard: DivergenceGuard, previous: Path | None) -> None:
         """Raises UserError for a loss that is not finite, or has stayed far above its median."""
-        advice = f"the last good state is in {states}; lower the learning rate, or use bf16 instead of fp16"
         if not math.isfinite(terms["total"]):
             broken = [name for name, value in terms.items() if not math.isfinite(value)]
-            raise UserError(f"{title}: step {step} is not finite ({', '.join(broken[:4])}); {advice}")
-        if step >= self.stage.losses.warmup_steps and guard.diverged(terms["total"]):
-            raise UserError(
-                f"{title}: the loss has diverged: over {guard.factor:g} times its median {guard.median:.4g} for "
-                f"{guard.patience} steps, now {terms['total']:.4g} at step {step}; {advice}"
+            fault = f"step {step} is not finite ({', '.join(broken[:4])})"
+        elif step >= self.stage.losses.warmup_steps and guard.diverged(terms["total"]):
+            fault = (
+                f"the loss has diverged: over {guard.factor:g} times its median {guard.median:.4g} for {guard.patience} "
+                f"steps, now {terms['total']:.4g} at step {step}"
             )
+        else:
+            return
+        raise UserError(f"{title}: {fault}; {self._advice(previous)}")
+
+    def _advice(self, previous: Path | None) -> str:
+        """What is left to do where this recipe leads nowhere: another, from the last whole student."""
+        bf16 = " or take --mixed-precision bf16" if self.options.mixed_precision == "fp16" else ""
+        done = f", take out its first {self.number} stages" if self.number else ""
+        begin = f" --start {previous}" if previous else ""
+        return (
+            f"the last good state is in {self.states}, but the same command would meet the same again: `python -m distill "
+            f"recipe {self.out / 'run.json'} > mine.json`, lower learning_rate there{bf16}{done}, and train with --recipe "
+            f"mine.json{begin} and another --out"
+        )
 
     def _log(self, done: int, terms: Terms, rate: float, seconds: float) -> None:
         total = terms.pop("total")

@@ -12,24 +12,29 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distill.architectures import ARCHITECTURES
+from distill.architectures import ARCHITECTURES, MINI_FAMILY, find_architecture
 from distill.cache import make_cache
-from distill.checkpoints import TrainingState, gather_student
+from distill.checkpoints import TrainingState, draw_validation, gather_student
 from distill.errors import UserError, exit_on_user_error
 from distill.options import TrainOptions
-from distill.recipes import Level, LossWeights, Recipe, Stage
+from distill.pair import Pair
+from distill.recipes import Level, LossWeights, Recipe, Stage, find_recipe
 from distill.sharding import check_fsdp, check_no_other_fsdp
-from distill.sources import check_successor, component_tensors, read_config, resolve
-from distill.step import DivergenceGuard
+from distill.sources import check_checkpoint, check_successor, component_tensors, load_component, read_config, resolve
+from distill.step import DivergenceGuard, learning_rate
+from distill.surgery import make_student
 from distill.trainer import train
 
 HALF = "-/1,1/1,1:0:1,1,1/1,1,1/-"  # half of Vega's last transformers: a student that trains in a moment
@@ -66,6 +71,7 @@ def test_a_finished_student_is_a_pipeline_that_draws(finished: Path) -> None:
     image = pipe("a small red ring at the top", num_inference_steps=2, output_type="np").images[0]
     assert image.shape == (128, 128, 3)
     assert component_tensors(finished / "unet").keys() == pipe.unet.state_dict().keys()
+    assert not (finished / "stages").exists() and not (finished / "state").exists()
 
 
 def test_the_whole_recipe_is_in_the_checkpoint(finished: Path, mini_vega: Path) -> None:
@@ -100,6 +106,14 @@ def test_a_second_run_does_nothing(finished: Path, mini_vega: Path, cache: Path)
 def test_a_folder_of_another_recipe_is_refused(finished: Path, mini_vega: Path, cache: Path) -> None:
     with pytest.raises(UserError, match="belongs to another recipe"):
         train(small_recipe(str(mini_vega), seed=7), cache=cache, out=finished, workdir=finished)
+
+
+def test_a_model_that_no_training_made_is_not_written_over(cache: Path, mini_vega: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="belongs to another recipe"):
+        train(small_recipe(str(mini_vega)), cache=cache, out=mini_vega, workdir=tmp_path)
+    make_student(mini_vega, find_architecture(HALF, MINI_FAMILY), "first", tmp_path / "untrained")
+    with pytest.raises(UserError, match="belongs to another recipe"):
+        train(small_recipe(str(mini_vega)), cache=cache, out=tmp_path / "untrained", workdir=tmp_path)
 
 
 SCRIPT = """
@@ -170,9 +184,10 @@ def test_fsdp_gives_the_loss_curve_of_one_killed_or_not(
     process = _run(cache, mini_vega, sharded, *launcher, flags=("fsdp",))
     while process.poll() is None and not any((sharded / "state").glob("02-*/progress.json")):
         time.sleep(0.01)
-    process.terminate()  # torchrun takes its two processes with it
+    process.terminate()  # torchrun passes it on
     process.wait()
-    state = next((sharded / "state").glob("02-*"))
+    state = max((sharded / "state").glob("02-*"))
+    assert int(state.name[3:]) == json.loads((sharded / "losses.jsonl").read_text().splitlines()[-1])["step"]
     assert {path.name for path in state.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
     assert _run(cache, mini_vega, sharded, *launcher, flags=("fsdp",)).wait() == 0
     assert _curve(sharded) == pytest.approx(_curve(finished), rel=2e-4)
@@ -216,11 +231,25 @@ def short(mini_vega: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_gradient_checkpointing_and_accumulation_change_no_loss(
-    short: list[float], cache: Path, mini_vega: Path, tmp_path: Path
+    short: list[float], cache: Path, mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Both are on: the blocks run again in backward, and each step has as many of these as it accumulates."""
+    micro_batches: list[int] = []
+    resnet_batches: list[int] = []
+
+    class Watched(Pair):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            assert self.student.is_gradient_checkpointing
+            for module, seen in ((self.student, micro_batches), (self.student.up_blocks[0].resnets[0], resnet_batches)):
+                module.register_forward_pre_hook(lambda _module, inputs, seen=seen: seen.append(len(inputs[0])))
+
+    monkeypatch.setattr("distill.trainer.Pair", Watched)
     options = TrainOptions(log_every=1, gradient_checkpointing=True, accumulation=2)
     train(_short(mini_vega), cache=cache, out=tmp_path / "out", workdir=tmp_path, options=options)
     assert _curve(tmp_path / "out") == pytest.approx(short, rel=1e-4)
+    assert micro_batches == [2] * (4 * 2)
+    assert resnet_batches == [2] * (4 * 2 * 2)
 
 
 def test_moments_in_8_bits_learn_alike_and_survive_a_stop(
@@ -299,6 +328,74 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_state(
     with pytest.raises(UserError, match=r"has diverged: over 5 times its median .* the last good state is in"):
         train(recipe, cache=cache, out=tmp_path, workdir=tmp_path, options=TrainOptions(checkpoint_every=1))
     assert [path.name for path in sorted((tmp_path / "state").iterdir())] == ["01-0000003", "01-0000004"]
+    with pytest.raises(
+        UserError, match=r"diverged.*at step 5; .*recipe \S+run.json > mine.json`, lower learning_rate there, "
+    ):
+        train(recipe, cache=cache, out=tmp_path, workdir=tmp_path, options=TrainOptions(checkpoint_every=1))
+    assert find_recipe(str(tmp_path / "run.json")) == recipe
+
+
+def _stopped_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM comes while this step is being taken."""
+
+    def rate(stage: Stage, now: int) -> float:
+        if now == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learning_rate(stage, now)
+
+    monkeypatch.setattr("distill.trainer.learning_rate", rate)
+
+
+def test_sigterm_ends_the_step_and_keeps_it(
+    short: list[float],
+    cache: Path,
+    mini_vega: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In the midst of a stage and at its last step. What is kept then is not asked of the disk again."""
+    before, needs, held = signal.getsignal(signal.SIGTERM), [], []
+    monkeypatch.setattr("distill.trainer.require_free_disk", lambda _folder, needed, _what: needs.append(needed))
+
+    def run() -> None:
+        train(_short(mini_vega), cache=cache, out=tmp_path, workdir=tmp_path, options=TrainOptions(log_every=1))
+
+    for last in (2, 4):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+            _stopped_after(last, patch)
+            run()
+        assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+        assert f"goes on from stage 1, step {last}" in capsys.readouterr().out
+        assert _curve(tmp_path) == short[:last]
+        files = [path for part in ("state", "stages") for path in (tmp_path / part).rglob("*") if path.is_file()]
+        held.append(sum(path.stat().st_size for path in files))
+    run()
+    assert _curve(tmp_path) == short
+    assert [needs[0] - needed for needed in needs] == [0, *held]
+    assert needs[2] > 0
+
+
+def test_a_checkpoint_is_written_by_the_clock_too_and_waits_for_a_good_step(
+    cache: Path, mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of ten steps is due at the third, which is bad, and one of half an hour at the ninth."""
+
+    class Guard(DivergenceGuard):
+        def diverged(self, loss: float) -> bool:
+            self.good.append(loss)
+            self.bad_steps = int(len(self.good) in (3, 4))
+            return False
+
+    saved = []
+    monkeypatch.setattr("distill.trainer.DivergenceGuard", Guard)
+    monkeypatch.setattr("distill.trainer.save_state", lambda *a, **_keep: saved.append(a[4].step))
+    monkeypatch.setattr("distill.trainer.time", SimpleNamespace(monotonic=itertools.count(0, 200).__next__))
+    recipe = _short(mini_vega, losses=LossWeights(output=0.0, feature=0.0))
+    recipe = replace(recipe, stages=(replace(recipe.stages[0], steps=12),))
+    options = TrainOptions(checkpoint_every=3, log_every=100)
+    train(recipe, cache=cache, out=tmp_path, workdir=tmp_path, options=options)
+    assert saved == [5, 6, 9]
 
 
 def test_a_checkpoint_that_the_disk_does_not_take_leaves_the_one_before(
@@ -316,6 +413,44 @@ def test_a_checkpoint_that_the_disk_does_not_take_leaves_the_one_before(
         train(_short(mini_vega), cache=cache, out=tmp_path, workdir=tmp_path, options=TrainOptions(checkpoint_every=1))
     train(_short(mini_vega), cache=cache, out=tmp_path, workdir=tmp_path, options=TrainOptions(log_every=1))
     assert [json.loads(line)["step"] for line in (tmp_path / "losses.jsonl").open()] == [2, 3, 4]
+
+
+def test_a_disk_full_at_the_end_loses_nothing(
+    short: list[float],
+    cache: Path,
+    mini_vega: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """First while the student is written, then while it is moved to its place."""
+    rename = Path.rename
+
+    def full(*_arguments: object, **_options: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def stopped(self: Path, target: Path) -> Path:
+        if self.parent.name == "01-whole" and self.name == "vae":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    def run() -> None:
+        options = TrainOptions(checkpoint_every=3, log_every=1)
+        train(_short(mini_vega), cache=cache, out=tmp_path, workdir=tmp_path, options=options)
+
+    for owner, name, broken, left in (
+        (UNet2DConditionModel, "save_pretrained", full, ["01-initial"]),
+        (Path, "rename", stopped, ["01-whole"]),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, broken)
+            assert exit_on_user_error(run) == 2
+        assert "is full; free some space and run the same command again" in capsys.readouterr().err
+        assert [path.name for path in (tmp_path / "stages").iterdir()] == left
+        assert (tmp_path / "state").exists() == (left == ["01-initial"])
+    run()
+    assert _curve(tmp_path) == short and not (tmp_path / "stages").exists()
+    check_checkpoint(tmp_path)
 
 
 FULL_GPU = (
@@ -361,7 +496,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused_first(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
-    with pytest.raises(UserError, match="the checkpoints of this run needs"):
+    with pytest.raises(UserError, match="what this run has yet to keep needs"):
         train(_short(mini_vega), cache=cache, out=tmp_path / "out", workdir=tmp_path)
     assert not (tmp_path / "out").exists()
 
@@ -415,6 +550,38 @@ def test_a_loss_that_is_not_finite_stops_the_run(cache: Path, mini_vega: Path, t
     broken = replace(recipe, stages=(replace(recipe.stages[0], learning_rate=float("inf")),))
     with pytest.raises(UserError, match="is not finite"):
         train(broken, cache=cache, out=tmp_path / "out", workdir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"accumulation": 0}, "--accumulation is 0; the least is 1"),
+        ({"checkpoint_every": 0}, "--checkpoint-every is 0; the least is 1"),
+        ({"keep_checkpoints": 0}, "--keep-checkpoints is 0; the least is 1"),
+        ({"validate_every": -1}, "--validate-every is -1; the least is 0"),
+    ],
+)
+def test_a_number_out_of_range_is_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TrainOptions(**options)
+
+
+def test_pictures_of_no_prompts_are_refused(cache: Path, mini_vega: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="validation_prompts, and it has none"):
+        train(_short(mini_vega), cache=cache, out=tmp_path, workdir=tmp_path, options=TrainOptions(validate_every=2))
+
+
+def test_a_picture_takes_the_student_alone_and_is_left_out_where_the_gpu_is_full(
+    mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_arguments: object, **_options: object) -> None:
+        raise torch.OutOfMemoryError
+
+    student = load_component(mini_vega, "unet", torch.float32)
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", None)
+    monkeypatch.setattr(StableDiffusionXLPipeline, "to", full)
+    draw_validation(student, mini_vega, ("a small red ring",), tmp_path / "one.png")
+    assert "one.png was not drawn" in capsys.readouterr().out and not any(tmp_path.iterdir())
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(cache: Path, mini_vega: Path, tmp_path: Path) -> None:
