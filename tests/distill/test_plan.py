@@ -60,6 +60,7 @@ def _allocated_peak(teacher: Architecture, student: Architecture, batch: int, *,
             recorders=recorders,
             autocast=nullcontext,
         )
+        assert not any(recorder.features for recorder in recorders), "kept through backward for nothing"
         torch.stack(list(terms.values())).sum().backward()
     live = peak = 0
     for event in sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
