@@ -184,7 +184,7 @@ def triton(
         decoupled: Answer with every step's number before the picture (gRPC streams only).
         plans: Offer the bundle's tensorrt plans (layout ranged) as models of their own, too.
         warm_up: Draw pictures of every size before the model is ready.
-        queue: How many requests may wait; more are refused.
+        queue: How many requests may wait; more are refused. 0 is no limit, and spares waits on busy cores (SERVING.md).
         execution_env: Virtual environment for the backend's Python (one with the NumPy it was compiled for).
         runtime_cache: Folder for TensorRT-RTX's compiled kernels, where the bundle may not be written.
     """

@@ -52,7 +52,8 @@ OUTPUTS = (
 """`image` (1, images, height, width, 3); `timings_ms` is text, denoising, decoding; `batch` counts the pictures that
 the UNet drew at once; `step` counts up in decoupled mode."""
 LONGEST_QUEUE = 64
-"""Requests that wait for each model; one more is refused at once instead of waiting longer than its client does."""
+"""Requests that wait for each model; one more is refused at once instead of waiting longer than its client does. 0 is no
+limit of number or time."""
 LONGEST_WAIT_SECONDS = 300
 """A request that has waited so long is refused; one may ask for less (Triton's request parameter `timeout`)."""
 
@@ -86,9 +87,9 @@ def write_repository(bundle: Path, out: Path, serving: Serving) -> list[str]:
     if faults:
         raise UserError(faults[0])
     flavor, gpus = choose_place(manifest, serving.flavor, serving.gpus)
-    for name, number in (("instances", serving.instances), ("queue", serving.queue)):
-        if number < 1:
-            raise UserError(f"--{name} {number} is not possible: 1 or more")
+    for name, number, least in (("instances", serving.instances, 1), ("queue", serving.queue, 0)):
+        if number < least:
+            raise UserError(f"--{name} {number} is not possible: {least} or more")
     plans = choose_plans(manifest, gpus or (0,)) if serving.plans else []
     names = []
     with replacing(out) as folder:
@@ -230,7 +231,8 @@ def model_config(bundle: Path, manifest: Manifest, flavor: str, gpus: tuple[int,
         for key, value in parameters.items()
     ]
     wait = f"default_timeout_microseconds: {LONGEST_WAIT_SECONDS * 1_000_000} allow_timeout_override: true"
-    lines.append(f"dynamic_batching {{ default_queue_policy {{ max_queue_size: {serving.queue} {wait} }} }}")
+    policy = f"default_queue_policy {{ max_queue_size: {serving.queue} {wait} }}" if serving.queue else ""
+    lines.append(f"dynamic_batching {{ {policy} }}")
     if serving.decoupled:
         lines.append("model_transaction_policy { decoupled: true }")
     lines.append("response_cache { enable: false }")

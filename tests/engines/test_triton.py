@@ -71,8 +71,9 @@ def test_repository(toy_bundle: Path, tmp_path: Path, environment: Environment) 
 
 
 def test_decoupled_repository(toy_bundle: Path, tmp_path: Path, environment: Environment) -> None:
-    config = repository_config(toy_bundle, tmp_path / "repo", Serving(gpus=(), decoupled=True), environment)
+    config = repository_config(toy_bundle, tmp_path / "repo", Serving(gpus=(), decoupled=True, queue=0), environment)
     assert config["model_transaction_policy"] == {"decoupled": True}
+    assert config["dynamic_batching"] == {}, "any limit, and Triton's batcher may sleep over a request"
 
 
 def test_copies_on_several_gpus(
@@ -135,7 +136,7 @@ def test_damaged_bundle_is_not_served(toy_bundle: Path, tmp_path: Path) -> None:
         ({"flavor": "tensorrt"}, "has no tensorrt engines"),
         ({"plans": True}, "no tensorrt plans in layout ranged"),
         ({"instances": 0}, "--instances 0"),
-        ({"queue": 0}, "--queue 0"),
+        ({"queue": -1}, "--queue -1"),
     ],
 )
 def test_what_cannot_be_served(toy_bundle: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
