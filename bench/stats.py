@@ -102,7 +102,7 @@ def diagnose(
             f"refused: {median:.1f} ms is faster than the roofline floor of {floor_ms:.1f} ms; this is no result"
         )
     if unaccounted > SUM_WITHIN:
-        words.append(f"stages leave {unaccounted:.1%} of the total unexplained (allowed 1 %)")
+        words.append(f"unexplained: stages leave {unaccounted:.1%} of the total (allowed 1 %)")
     if unsettled is not None and unsettled > STABLE_WITHIN:
         words.append(f"not warmed up: the last two calls of the warm-up still differed by {unsettled:.0%}")
     if (cv := spread(totals_ms)) > NOISY_CV:
