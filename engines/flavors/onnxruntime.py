@@ -26,6 +26,8 @@ class OnnxRuntimeEngine:
 
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 3
+        # else its threads spin on after a call, on the cores of torch and of the other components
+        settings.add_session_config_entry("session.force_spinning_stop", "1")
         self._device = options.device
         self._outputs = outputs
         self._index = int(options.device.partition(":")[2] or 0)
