@@ -71,10 +71,14 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
 
 
 @contextmanager
-def exclusive(path: Path, announce: Callable[[str], None] = lambda line: None) -> Iterator[None]:
-    """One process at a time writes `path`; a second waits, and says so. The system frees the lock of a killed one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+def exclusive(
+    path: Path, announce: Callable[[str], None] = lambda line: None, lock_file: Path | None = None
+) -> Iterator[None]:
+    """One process at a time writes `path`; a second waits, and says so. The system frees the lock of a killed one. The
+    lock lies beside `path` if not told otherwise."""
+    lock_file = lock_file or path.with_name(f".{path.name}.lock")
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(lock_file)
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -12,10 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
-from filelock import FileLock, Timeout
 
 from distill.errors import UserError
-from distill.files import require_free_disk, sha256_file
+from distill.files import exclusive, require_free_disk, sha256_file
 from engines.bundle import (
     MANIFEST,
     PIPELINE_PARTS,
@@ -46,17 +45,8 @@ PARTIAL = ".partial"
 @contextlib.contextmanager
 def bundle_lock(bundle: Path) -> Iterator[None]:
     """One build at a time in a bundle; a second waits. The system frees the lock of a killed process."""
-    bundle.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(bundle / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"another build is at work in {bundle}; waiting for it")
-        lock.acquire()
-    try:
+    with exclusive(bundle, print, bundle / LOCK):
         yield
-    finally:
-        lock.release()
 
 
 def available_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

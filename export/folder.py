@@ -104,6 +104,8 @@ def export_checkpoint(
     Raises UserError for bad input, and where an exported graph disagrees with torch.
     """
     options = options or ExportOptions()
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; --out takes a folder to write the components into")
     source_hashes = file_hashes(checkpoint)
     prepared, hashes = prepare(checkpoint, source_hashes, options.vae, options.loras, workdir)
     jobs = [make_job(prepared, name, options, hashes) for name in options.components]

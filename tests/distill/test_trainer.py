@@ -218,9 +218,9 @@ def test_fsdp_by_accelerates_launcher_is_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def _short(teacher: Path, **changes) -> Recipe:
-    """One stage of four steps."""
+    """One stage, of four steps if not told otherwise."""
     recipe = small_recipe(str(teacher), validation_prompts=(), ema_decay=None)
-    return replace(recipe, stages=(replace(recipe.stages[1], steps=4, **changes),))
+    return replace(recipe, stages=(replace(recipe.stages[1], **({"steps": 4} | changes)),))
 
 
 @pytest.fixture(scope="module")
@@ -323,8 +323,8 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_state(
 ) -> None:
     monkeypatch.setattr("distill.trainer.DivergenceGuard", lambda: DivergenceGuard(factor=5, patience=2))
     monkeypatch.setattr("distill.trainer.learning_rate", lambda _stage, step: 1e-5 if step < 3 else 0.5)
-    recipe = _short(mini_vega, losses=LossWeights(output=0.0, feature=0.0))
-    recipe = replace(recipe, stages=(replace(recipe.stages[0], steps=12),), max_grad_norm=1e9)
+    recipe = _short(mini_vega, steps=12, losses=LossWeights(output=0.0, feature=0.0))
+    recipe = replace(recipe, max_grad_norm=1e9)
     with pytest.raises(UserError, match=r"has diverged: over 5 times its median .* the last good state is in"):
         train(recipe, cache=cache, out=tmp_path, workdir=tmp_path, options=TrainOptions(checkpoint_every=1))
     assert [path.name for path in sorted((tmp_path / "state").iterdir())] == ["01-0000003", "01-0000004"]
@@ -391,8 +391,7 @@ def test_a_checkpoint_is_written_by_the_clock_too_and_waits_for_a_good_step(
     monkeypatch.setattr("distill.trainer.DivergenceGuard", Guard)
     monkeypatch.setattr("distill.trainer.save_state", lambda *a, **_keep: saved.append(a[4].step))
     monkeypatch.setattr("distill.trainer.time", SimpleNamespace(monotonic=itertools.count(0, 200).__next__))
-    recipe = _short(mini_vega, losses=LossWeights(output=0.0, feature=0.0))
-    recipe = replace(recipe, stages=(replace(recipe.stages[0], steps=12),))
+    recipe = _short(mini_vega, steps=12, losses=LossWeights(output=0.0, feature=0.0))
     options = TrainOptions(checkpoint_every=3, log_every=100)
     train(recipe, cache=cache, out=tmp_path, workdir=tmp_path, options=options)
     assert saved == [5, 6, 9]
