@@ -343,7 +343,7 @@ def test_serving_as_a_user_does_and_draining(environment: Environment, toy_bundl
     assert client.stdin and client.stdout and client.stderr
     client.stdin.write(json.dumps([drawing(steps=50, images=16)] * 8))
     client.stdin.close()
-    assert client.stderr.readline() == "sending\n"
+    assert [client.stderr.readline() for _ in range(8)] == ["sending\n"] * 8
     time.sleep(0.5)
     serving.send_signal(signal.SIGTERM)
     answers = json.loads(client.stdout.read())
