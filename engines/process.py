@@ -58,9 +58,12 @@ def run_worker(request: BuildRequest, budget_bytes: int, progress: BuildProgress
         if process.returncode or "outputs" not in result:
             log.seek(0)
             lines = [text.strip() for text in log.read().decode(errors="replace").splitlines() if text.strip()]
-            said = next((line for line in reversed(lines) if "[E]" in line or "Error" in line), "".join(lines[-1:]))
-            reason = result.get("error") or f"the builder ended with status {process.returncode}"
-            raise UserError(f"building {request.component} failed: {reason}: {said[:500]}")
+            errors = [line for line in lines if "[E]" in line or "Error" in line]
+            if "error" in result:
+                reasons = [result["error"], *errors[-1:]]
+            else:
+                reasons = [f"the builder ended with status {process.returncode}", *(errors or lines)[-1:]]
+            raise UserError(": ".join([f"building {request.component} failed", *reasons])[:1000])
         return result
 
 

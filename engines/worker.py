@@ -52,12 +52,12 @@ def main() -> int:
 
     try:
         outputs = find_flavor(request.flavor).build(request, lambda phase, part: tell(phase=phase, fraction=part))
-    except UserError as error:
+    except (UserError, OSError) as error:
         tell(error=str(error))
         return 2
-    except Exception as error:  # the builder's native exceptions have no common base; the log keeps the traceback
+    except Exception as error:  # the builder's native exceptions have no common base
         tell(error=f"{type(error).__name__}: {error}")
-        raise
+        return 1
     tell(
         outputs=[tensor.model_dump() for tensor in outputs],
         seconds=time.monotonic() - started,

@@ -96,7 +96,11 @@ class TensorRTFlavor:
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # one activation arena, and always capturable
             target_capabilities(trt, config, request.compute_capabilities)
         with request.out.open("wb") as file:
-            if not builder.build_serialized_network_to_stream(network, config, make_writer(trt, file)):
+            writer = make_writer(trt, file)
+            built = builder.build_serialized_network_to_stream(network, config, writer)
+            if writer.fault:
+                raise writer.fault
+            if not built:
                 raise UserError(f"{self.name} could not build {request.component}")
             file.flush()
             os.fsync(file.fileno())
@@ -213,14 +217,21 @@ def _shape(tensor: Any) -> list[int | str]:
 
 
 def make_writer(trt: Any, file: Any) -> Any:
-    """An IStreamWriter that appends to `file`."""
+    """An IStreamWriter that appends to `file`. TensorRT drops what `write` raises, goes on and calls the build a success:
+    the caller finds it in `fault`."""
 
     class Writer(trt.IStreamWriter):
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
+            self.fault: OSError | None = None
 
         def write(self, data: bytes) -> int:
-            return int(file.write(data))
+            try:
+                return int(file.write(data))
+            except OSError as error:
+                error.filename = file.name
+                self.fault = error
+                return 0
 
     return Writer()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -270,6 +271,20 @@ def test_a_build_over_its_memory_budget_is_stopped(tmp_path: Path, toy_onnx_fp16
     ):
         patch.setattr(build_room, "run_worker", starve)
         build_bundle(toy_onnx_fp16, folder, gpus=["a100"], flavor="tensorrt-rtx", memory_gb=jobs_fit)
+    assert not list(folder.rglob("*.plan"))
+
+
+def test_a_plan_that_could_not_be_written_whole_is_refused(tmp_path: Path, toy_onnx_fp16: Path) -> None:
+    """TensorRT takes no notice of a writer that fails; the file may be no larger than a part of the plan."""
+    folder, (limit, most) = tmp_path / "bundle", resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, most))
+        with pytest.raises(
+            UserError, match=r"^building text_encoder_2 failed: \[Errno 27\] File too large: '.*\.plan'$"
+        ):
+            build_bundle(toy_onnx_fp16, folder, gpus=["a100"], components=["text_encoder_2"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
     assert not list(folder.rglob("*.plan"))
 
 
