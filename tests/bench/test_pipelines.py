@@ -7,7 +7,7 @@ import torch
 from bench.contestants import Spec, make_contestant
 from bench.fake import FakeContestant
 from bench.measure import CpuClock, timed_draw
-from bench.pipelines import OptimumContestant
+from bench.pipelines import CompiledContestant, EagerContestant, OptimumContestant
 from bench.workload import Workload
 from distill.architectures import ARCHITECTURES, MINI_FAMILY, Resolution
 from distill.errors import UserError
@@ -80,6 +80,29 @@ def test_compiled_fused_and_channels_last_draws_the_same_picture(eager, folder):
     assert len(sample.steps_ms) == WORKLOAD.steps
     verdict = guard(pictures, timed_draw(eager, WORKLOAD, CpuClock())[1])
     assert verdict.passed and (verdict.identical or verdict.psnr_db > 60)
+
+
+def test_every_shape_is_compiled(monkeypatch):
+    """torch's own limit is eight for one function; from the ninth on it would run uncompiled."""
+    graphs = []
+
+    def count(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    net = torch.nn.Conv2d(4, 4, 1)
+    net.decode = net.forward
+    plain = SimpleNamespace(unet=net, vae=net, fuse_qkv_projections=lambda vae: None)
+    monkeypatch.setattr(EagerContestant, "make_pipeline", lambda self: plain)
+    for name in ("recompile_limit", "fail_on_recompile_limit_hit"):
+        monkeypatch.setattr(torch._dynamo.config, name, getattr(torch._dynamo.config, name))
+    pipe = CompiledContestant("x", "somewhere", backend=count).make_pipeline()
+    for side in range(8, 20):
+        pipe.unet(torch.zeros(1, 4, side, side))
+    assert len(graphs) == 12
+    torch._dynamo.config.recompile_limit = 12
+    with pytest.raises(Exception, match="recompile_limit"):
+        pipe.unet(torch.zeros(1, 4, 20, 20))
 
 
 def test_seed_scheduler_and_guidance_reach_the_pipeline(eager):
