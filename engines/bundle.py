@@ -23,8 +23,6 @@ MANIFEST = "manifest.json"
 LARGEST_MANIFEST_BYTES = 16 << 20
 LAYOUTS = ("per-resolution", "shared", "ranged")
 Layout = Literal["per-resolution", "shared", "ranged"]
-FAMILY_SIZES = 9
-"""Resolutions of a model family: an engine with as many is for all of them."""
 PIPELINE_PARTS = ("tokenizer", "tokenizer_2", "scheduler")
 """Folders that diffusers and transformers read as a whole."""
 
@@ -199,9 +197,7 @@ def rebuild_command(bundle: Path, engine: Engine | None = None) -> str:
     if engine.gpus:
         known = [name if name in GPUS or name == "rtx" else "auto" for name in engine.gpus]
         command += f" --gpus {','.join(dict.fromkeys(known))}"
-    command += f" --components {engine.component}"
-    if len(engine.resolutions) != FAMILY_SIZES:
-        command += f" --resolutions {','.join(engine.resolutions)}"
+    command += f" --components {engine.component} --resolutions {','.join(engine.resolutions)}"
     if engine.batches != [1]:
         command += f" --batches {','.join(map(str, engine.batches))}"
     if engine.component == "unet":

@@ -21,7 +21,7 @@ OPTIONAL = ("vae_encoder",)
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One engine to build. `path` is relative to the bundle."""
+    """One engine to build. `batches` are those asked for, `path` is relative to the bundle."""
 
     component: OnnxComponent
     flavor: str
@@ -29,6 +29,7 @@ class Job:
     layout: Layout
     target: Target
     profiles: list[Profile]
+    batches: list[int]
     precision: str
     options: Options = field(default_factory=dict)
 
@@ -54,10 +55,6 @@ class Job:
     @property
     def resolutions(self) -> list[str]:
         return list(dict.fromkeys(text for profile in self.profiles for text in profile.resolutions))
-
-    @property
-    def batches(self) -> list[int]:
-        return sorted({profile.batch for profile in self.profiles})
 
     @property
     def path(self) -> str:
@@ -166,6 +163,7 @@ def plan_builds(
                         layout=spread,
                         target=target,
                         profiles=profiles,
+                        batches=wanted_batches,
                         precision=graph.precision,
                         options=options or {},
                     )

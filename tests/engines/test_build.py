@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from distill.architectures import MINI_FAMILY
 from distill.errors import UserError
 from engines import build as build_room
 from engines.__main__ import main
@@ -118,22 +119,20 @@ def test_a_build_that_waited_does_not_drop_the_engines_of_the_first(
     assert read_manifest(bundle).source.name == "toy" and verify_bundle(bundle) == []
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"layout": "shared", "resolutions": "224x96,128x128", "batches": [2], "guidance": "never"},
+        {"resolutions": ",".join(map(str, reversed(MINI_FAMILY.resolutions))), "batches": [1, 4]},
+    ],
+    ids=["shared", "ranged"],
+)
 def test_the_command_that_a_fault_names_builds_that_engine_again(
-    tmp_path: Path, toy_onnx_fp16: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, toy_onnx_fp16: Path, monkeypatch: pytest.MonkeyPatch, asked: dict
 ) -> None:
     """With all that its key depends on, so that the damaged engine is the one that is replaced."""
     bundle = tmp_path / "bundle"
-    before = build_bundle(
-        toy_onnx_fp16,
-        bundle,
-        gpus=["rtx4090", "a100"],
-        flavor="tensorrt-rtx",
-        layout="shared",
-        resolutions="224x96,128x128",
-        batches=[2],
-        guidance="never",
-        components=["unet"],
-    )
+    before = build_bundle(toy_onnx_fp16, bundle, gpus=["rtx4090", "a100"], components=["unet"], **asked)
     plan = bundle / before.engines[0].files[0].path
     plan.write_bytes(plan.read_bytes()[:-1])
     (fault,) = verify_bundle(bundle)
@@ -145,7 +144,7 @@ def test_the_command_that_a_fault_names_builds_that_engine_again(
     options = {"refit": True, "hardware_compatible": "ampere+"}
     elsewhere = before.engines[0].model_copy(update={"options": options, "gpus": ["NVIDIA A100-SXM4-80GB"]})
     command = rebuild_command(bundle, elsewhere)
-    assert command.endswith("--guidance never --refit --hardware-compatible ampere+") and "--gpus auto" in command
+    assert command.endswith(" --refit --hardware-compatible ampere+") and "--gpus auto" in command
 
 
 def test_the_command_that_is_named_mends(tmp_path: Path, toy_onnx: Path) -> None:
