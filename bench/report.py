@@ -122,6 +122,7 @@ def make_context(inputs: Inputs, title: str) -> dict[str, Any]:
         "notes": views.notes(all_results),
         "colour": views.colours(results),
         "head": views.headline(results),
+        "drawn": views.drawn(results),
         "cards": cards,
         "grid": views.picture_grid(results),
         "follows": follows,

@@ -35,6 +35,12 @@ def _varied(results: Results, key: str) -> list[CellRecord]:
     return [cell for cell in results.cells if all(cell.workload[other] == main[other] for other in same)]
 
 
+def drawn(results: Results) -> str:
+    """What one call of the main workload draws."""
+    batch = results.cells[0].workload["batch"]
+    return "a picture" if batch == 1 else f"{batch} pictures"
+
+
 def model_cards(results: Results) -> list[dict[str, Any]]:
     """One card per contestant, baseline first, from the main cell."""
     main, colour = results.cells[0], colours(results)
@@ -169,7 +175,7 @@ def steps_chart(results: Results) -> Markup:
     return line_chart(
         _latency_series(results, cells, lambda cell: float(cell.workload["steps"])),
         Axis("denoising steps", ticks=[(cell.workload["steps"], str(cell.workload["steps"])) for cell in cells]),
-        Axis("ms an image", zero=True),
+        Axis(f"ms for {drawn(results)}", zero=True),
         "latency against steps",
     )
 
@@ -186,7 +192,7 @@ def resolution_chart(results: Results) -> Markup:
     return line_chart(
         [replace(one, line=False, shift=4.0 * (index - (len(series) - 1) / 2)) for index, one in enumerate(series)],
         Axis("thousand pixels"),
-        Axis("ms an image", zero=True),
+        Axis(f"ms for {drawn(results)}", zero=True),
         "latency against picture size",
     )
 

@@ -219,6 +219,23 @@ def test_the_markdown_has_the_same_figures(report):
             assert above.count("|") == below.count("|")
 
 
+def test_a_main_batch_is_not_told_as_one_picture(results_path, tmp_path):
+    def told(value):
+        (tmp_path / "r.json").write_text(json.dumps(value))
+        write_report([tmp_path / "r.json"], tmp_path / "out")
+        return [(tmp_path / "out" / name).read_text() for name in ("index.html", "report.md")]
+
+    value = json.loads(results_path.read_text())
+    for text in told(value):
+        assert "draws a picture in" in text and "4 pictures" not in text
+    for cell in value["cells"]:
+        cell["workload"]["batch"] = 4
+    page, text = told(value)
+    for one in (page, text):
+        assert "draws 4 pictures in" in one and "4 pictures at " in one and "draws a picture" not in one
+    assert page.count(">ms for 4 pictures</text>") == 2 and page.count(">4 pictures, median of 8") == 2
+
+
 def test_a_refused_row_is_struck_through(results_path, tmp_path):
     value = json.loads(results_path.read_text())
     value["cells"][0]["rows"][1] |= {"refused": True, "speedup": None, "diagnosis": ["refused: faster than the floor"]}
