@@ -42,9 +42,11 @@ def verdict_on(before: Row, after: Row, tolerance: float) -> str:
 
 
 def compare_results(before: Results, after: Results, tolerance: float = 0.02) -> list[Change]:
-    """One Change per workload and contestant of either file."""
-    old = {(cell.name, row.contestant): row for cell in before.cells for row in cell.rows}
-    new = {(cell.name, row.contestant): row for cell in after.cells for row in cell.rows}
+    """One Change per workload and contestant of either file; one that raised, be it after some rounds, is broken."""
+    old, new = (
+        {(cell.name, row.contestant): row for cell in one.cells for row in cell.rows} for one in (before, after)
+    )
+    failed = [{(cell.name, name) for cell in one.cells for name in cell.failures} for one in (before, after)]
     changes = []
     for key in dict.fromkeys([*old, *new]):
         one, two = old.get(key), new.get(key)
@@ -52,6 +54,8 @@ def compare_results(before: Results, after: Results, tolerance: float = 0.02) ->
             verdict, ratio = ("new", None) if one is None else ("gone", None)
         else:
             verdict, ratio = verdict_on(one, two, tolerance), two.total_ms.value / one.total_ms.value
+        if one is not None and key in failed[1] - failed[0]:
+            verdict = "broken"
         before_ms, after_ms = (row.total_ms.value if row else None for row in (one, two))
         changes.append(Change(*key, before_ms, after_ms, ratio, verdict))
     for record in after.contestants:

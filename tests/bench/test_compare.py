@@ -83,6 +83,16 @@ def test_a_vanished_contestant_and_a_failed_guard_are_regressions(tmp_path, resu
     assert compare_files(bad, good, 0.02) == 0
 
 
+def test_one_that_breaks_part_way_is_a_regression(tmp_path, results_path):
+    def fail(value):
+        value["cells"][1]["failures"] = {"vega": "RuntimeError: lost"}
+
+    broken = changed(tmp_path / "broken.json", results_path, fail)
+    assert compare_files(results_path, broken, 0.02) == 1
+    assert compare_files(broken, broken, 0.02) == 0, "no more than before"
+    assert compare_files(broken, results_path, 0.02) == 0
+
+
 def test_files_with_nothing_in_common_are_a_users_mistake(tmp_path, results_path):
     def rename(value):
         for cell in value["cells"]:
