@@ -80,6 +80,10 @@ class Session:
         """None where it was never thought of."""
         return self.records[part]["state"] if part in self.records else None
 
+    def tried(self, part: str) -> bool:
+        """It was begun before, and is not whole."""
+        return self.state(part) in ("partial", "stopped", "failed")
+
     @property
     def settings(self) -> dict[str, Any]:
         """What must agree for one command to go on with the parts of another."""
@@ -263,7 +267,7 @@ def run_suite(options: SuiteOptions) -> int:
     done."""
     session = _open_session(options)
     chosen = _chosen(options, session.models)
-    for part in sorted(chosen, key=lambda part: session.state(part) in ("partial", "stopped", "failed")):
+    for part in sorted(chosen, key=session.tried):
         if session.state(part) == "done" and session.path(part).exists():
             say(f"{part}: done earlier")
             continue
@@ -271,11 +275,13 @@ def run_suite(options: SuiteOptions) -> int:
         why = _absent(part, options.device)
         if why is None and session.left_s < needed:
             why = f"{max(0.0, session.left_s):.0f} s left, it needs about {needed}"
-        if why is not None:
+        if why is None:
+            say(f"{part}: {session.left_s:.0f} s left")
+            _run_part(session, part)
+        elif session.tried(part):  # what it has stands
+            say(f"  {part}: {session.state(part)}, not tried again: {why}")
+        else:
             session.record(part, "not run", why)
-            continue
-        say(f"{part}: {session.left_s:.0f} s left")
-        _run_part(session, part)
     names = part_names(session.models, options.resolutions)
     from bench.report import write_report
     from bench.results import read_inputs

@@ -278,6 +278,8 @@ if job["part"] == "compiled:mini-vega" and not job["again"]: print("sdxl was not
     assert run_suite(options(tmp_path, parts="compiled:mini-vega")) == 0
     one = session_of(tmp_path)["compiled:mini-vega"]
     assert (one["state"], one["why"]) == ("partial", "sdxl was not loaded")
+    assert run_suite(options(tmp_path, parts="compiled:mini-vega", minutes=0.5)) == 0
+    assert session_of(tmp_path)["compiled:mini-vega"] == one  # a command without time for it takes nothing from it
     assert run_suite(options(tmp_path, parts="compiled:mini-vega,eager:bf16")) == 0
     assert {one["state"] for one in session_of(tmp_path).values()} == {"done"}
     began = (tmp_path / "work" / "began").read_text().splitlines()
