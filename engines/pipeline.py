@@ -12,7 +12,6 @@ from engines.bundle import (
     Engine,
     Layout,
     Manifest,
-    Profile,
     checked_path,
     read_manifest,
     rebuild_command,
@@ -55,10 +54,11 @@ def choose_flavor(manifest: Manifest, flavor: str | None, device: str | None = N
 
 
 def select_engines(
-    manifest: Manifest, flavor: Flavor, device: str, layout: str | None = None
+    manifest: Manifest, flavor: Flavor, device: str, layout: str | None = None, with_weights: bool = False
 ) -> dict[str, list[Engine]]:
     """For each component the engines of this flavor that fit the device, in one layout: the named one (only the UNet
-    must have it), else the one that serves most sizes, else the flavor's default.
+    must have it), else the one that serves most sizes, else the flavor's default. Built with --refit, where weights
+    are given and there are such; else not with --strip, where there are others.
 
     Raises UserError where one is missing or where what is there does not fit GPU, driver or version: nothing has been
     opened by then.
@@ -80,30 +80,33 @@ def select_engines(
             f"the bundle has no {flavor.name} engine for {', '.join(missing)}; build it with: python -m engines build "
             f"--onnx ONNX --out BUNDLE --flavor {flavor.name} --components {','.join(missing)}"
         )
-    return {name: _one_layout(engines, flavor.name, layout) for name, engines in selected.items()}
+    return {name: _best(engines, flavor.name, layout, with_weights) for name, engines in selected.items()}
 
 
-def _one_layout(engines: list[Engine], flavor: str, layout: str | None) -> list[Engine]:
-    """Weights are held once for each plan, so none is loaded that serves only what another does."""
+def _best(engines: list[Engine], flavor: str, layout: str | None, with_weights: bool) -> list[Engine]:
+    """Weights are held once for each plan, so none is loaded that serves only what others do; of two that serve the
+    same, the newer stays."""
     layouts = {engine.layout for engine in engines}
     if layout and engines[0].component == "unet" and layout not in layouts:
         raise UserError(
             f"the bundle's unet has no engine in layout {layout}, it has {', '.join(sorted(layouts))}; "
             f"add it with: python -m engines build --onnx ONNX --out BUNDLE --layout {layout}"
         )
+    engines = [engine for engine in engines if engine.layout == layout] or engines
+    able = [e for e in engines if (e.options.get("refit") if with_weights else not e.options.get("strip"))]
+    engines = able or engines
 
-    def worth(name: str) -> tuple[bool, int, bool]:
+    def worth(name: str) -> tuple[int, bool]:
         sizes = {text for engine in engines if engine.layout == name for text in engine.resolutions}
-        return name == layout, len(sizes), name == DEFAULT_LAYOUTS[flavor]
+        return len(sizes), name == DEFAULT_LAYOUTS[flavor]
 
-    chosen = max(layouts, key=worth)
+    chosen = max((engine.layout for engine in engines), key=worth)
     engines = [engine for engine in engines if engine.layout == chosen]
     kept: list[Engine] = []
-    profiles: list[Profile] = []
-    for engine in sorted(engines, key=lambda e: (len(e.resolutions) * len(e.batches), max(e.batches)), reverse=True):
-        if not all(any(other.covers(profile) for other in profiles) for profile in engine.profiles):
+    for position, engine in enumerate(engines):  # the manifest names the oldest first
+        others = [profile for other in (*kept, *engines[position + 1 :]) for profile in other.profiles]
+        if not all(any(other.covers(profile) for other in others) for profile in engine.profiles):
             kept.append(engine)
-            profiles += engine.profiles
     return kept
 
 
@@ -173,7 +176,7 @@ def load(
     manifest = read_manifest(bundle)
     backend = choose_flavor(manifest, flavor, device)
     place = device or backend.default_device()
-    selected = select_engines(manifest, backend, place, layout)
+    selected = select_engines(manifest, backend, place, layout, weights is not None)
     chosen = [engine for engines in selected.values() for engine in engines]
     new_weights = _weights_by_key(chosen, Path(weights)) if weights else {}
     mend = f"mend it with: {rebuild_command(bundle, selected['unet'][0])}"

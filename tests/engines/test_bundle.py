@@ -223,10 +223,10 @@ def test_no_two_plans_that_serve_the_same_are_loaded(toy_manifest: Manifest, mon
         profiles = [profile.model_copy(update={"resolutions": list(sizes)})]
         return unet.model_copy(update={"layout": layout, "resolutions": list(sizes), "profiles": profiles})
 
-    def chosen(*variants: Any, layout: str | None = None) -> list[Any]:
+    def chosen(*variants: Any, layout: str | None = None, with_weights: bool = False) -> list[Any]:
         others = [e for e in toy_manifest.engines if e.component != "unet"]
         manifest = toy_manifest.model_copy(update={"engines": [*others, *variants]})
-        return select_engines(manifest, flavor, "cuda:0", layout)["unet"]
+        return select_engines(manifest, flavor, "cuda:0", layout, with_weights)["unet"]
 
     ranged, shared = variant("ranged", "128x128", "224x96"), variant("shared", "128x128", "224x96")
     static = [variant("per-resolution", size) for size in ("128x128", "224x96", "96x224")]
@@ -237,7 +237,13 @@ def test_no_two_plans_that_serve_the_same_are_loaded(toy_manifest: Manifest, mon
     wide = {name: shape.model_copy(update={"max": [8, *shape.max[1:]]}) for name, shape in profile.shapes.items()}
     four = ranged.profiles[0].model_copy(update={"batch": 4, "shapes": wide})
     for_four = ranged.model_copy(update={"batches": [4], "profiles": [four]})
-    assert chosen(ranged, for_four) == [for_four], "what takes four images takes one"
+    assert chosen(ranged, for_four) == chosen(for_four, ranged) == [for_four], "what takes four images takes one"
+    later = ranged.model_copy(update={"key": "0" * 64})
+    assert chosen(ranged, later) == [later], "of two alike, the newer"
+    refit, stripped = (ranged.model_copy(update={"options": {name: True}}) for name in ("refit", "strip"))
+    assert chosen(refit, ranged) == [ranged] == chosen(ranged, stripped)
+    assert chosen(ranged, refit, shared, with_weights=True) == [refit] == chosen(refit, ranged, with_weights=True)
+    assert chosen(stripped) == [stripped], "refused with a reason when it is loaded"
     with pytest.raises(UserError, match="no engine in layout shared, it has ranged"):
         chosen(ranged, layout="shared")
 
