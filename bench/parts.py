@@ -26,6 +26,7 @@ LAYOUTS = {  # the flavor's default first
 }
 PARTIAL = 3
 """The exit code of a part that has its figures, but not all of them."""
+ROUNDS_S = 45.0  # asked for; six rounds of large models take as long as they take
 MEASURING_S = 150.0  # of the time for the layouts, not to be spent on building
 
 
@@ -70,10 +71,10 @@ class Job:
     def left_s(self) -> float:
         return self.seconds - (time.time() - self.began)
 
-    def bench(self, contestants: list[str], seconds: float, **changes: Any) -> list[str]:
-        """One `bench run` into `out`, its timed rounds within `seconds`. No contestant begins to load that would not be
-        there once a third of the time is gone: the largest is loaded last, and compiles as long as all before it.
-        Returns what was left out for want of time."""
+    def bench(self, contestants: list[str], **changes: Any) -> list[str]:
+        """One `bench run` into `out`. No contestant begins to load that would not be there once a third of the time is
+        gone: the largest is loaded last, and compiles as long as all before it. Returns what was left out for want of
+        time."""
         from bench.options import RunOptions
         from bench.results import write_results
         from bench.run import NOT_LOADED, run_bench
@@ -85,7 +86,7 @@ class Job:
             "steps": str(self.steps),
             "batches": "4" if self.subject == "batch" else "1",
             "reference": self.subject != "batch",  # it was compared one by one
-            "seconds": min(seconds, max(1.0, 0.4 * self.left_s())),
+            "seconds": min(ROUNDS_S, max(1.0, 0.4 * self.left_s())),
             "load_seconds": 0.35 * self.left_s(),
             "min_rounds": 6,
             "max_rounds": 40,
@@ -107,9 +108,7 @@ class Job:
 def eager(job: Job) -> list[str]:
     """All models side by side in diffusers, at every size asked for: what everything else is held against."""
     sizes = job.first_resolution if job.subject else job.resolutions
-    return job.bench(
-        [f"{model}=eager@{job.precision}:random:{model}" for model in job.models], 100.0, resolutions=sizes
-    )
+    return job.bench([f"{model}=eager@{job.precision}:random:{model}" for model in job.models], resolutions=sizes)
 
 
 def compiled(job: Job) -> list[str]:
@@ -120,7 +119,7 @@ def compiled(job: Job) -> list[str]:
         small_first = small_first[: small_first.index(job.subject) + 1]
         beside = [f"{job.subject} eager=eager@{job.precision}:random:{job.subject}"]
     *known, last = [f"{model} compiled=compiled@{job.precision}:random:{model}" for model in small_first]
-    return job.bench([*known, *beside, last], 45.0, baseline=last.partition("=")[0])
+    return job.bench([*known, *beside, last], baseline=last.partition("=")[0])
 
 
 def training(job: Job) -> list[str]:
@@ -271,7 +270,7 @@ def flavor(job: Job) -> list[str]:
                 f"{ours}={part}"
                 for part in (work / f"{one}-{job.precision}", work / f"onnx-{one}-{job.precision}", bundle)
             ]
-    return job.bench(runs, 45.0, resolutions=sizes, batches=batches, artifacts=artifacts)
+    return job.bench(runs, resolutions=sizes, batches=batches, artifacts=artifacts)
 
 
 def layouts(job: Job) -> list[str]:
@@ -299,7 +298,7 @@ def layouts(job: Job) -> list[str]:
         first = runs[0].partition("+")[2].partition(":")[0]
         runs.append(f"{model} {first} no graphs=bundle@{name}+{first}+no-graphs:{bundle}")
         artifacts = [f"{one.partition('=')[0]}={folder}" for one in runs]
-        left_out = job.bench(runs, 45.0, resolutions=job.resolutions, artifacts=artifacts, energy_seconds=0.0)
+        left_out = job.bench(runs, resolutions=job.resolutions, artifacts=artifacts, energy_seconds=0.0)
     if failed:
         raise UserError("; ".join(failed))
     return left_out
