@@ -131,7 +131,7 @@ def bench(
 
     Args:
         onnx: ONNX folder left by `python -m export onnx`.
-        out: Where layouts.json goes (and the bundles, with --keep).
+        out: Where layouts.json goes, and the bundles while they are compared; none may be there already.
         gpus: As for build.
         flavor: As for build.
         layouts: Some of per-resolution, shared, ranged.
@@ -139,20 +139,14 @@ def bench(
         resolutions: As for build.
         keep: Keep the bundles.
     """
-    from distill.errors import unknown
-    from engines.bundle import LAYOUTS
     from engines.compare import compare_layouts
 
-    chosen = _names(layouts)
-    for name in chosen:
-        if name not in LAYOUTS:
-            raise unknown("layout", name, LAYOUTS)
     compare_layouts(
         onnx,
         out,
         gpus=_names(gpus),
         flavor=flavor,
-        layouts=chosen,  # type: ignore[arg-type]
+        layouts=_names(layouts),  # type: ignore[arg-type]
         components=_names(components),
         resolutions=resolutions,
         keep=keep,

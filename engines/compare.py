@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from distill.errors import UserError, unknown
 from distill.files import write_json
 from engines.build import build_bundle
 from engines.bundle import LAYOUTS, Engine, Layout
@@ -79,24 +80,33 @@ def compare_layouts(
     resolutions: str = "all",
     keep: bool = False,
 ) -> list[LayoutCost]:
-    """Builds every layout, writes `out/layouts.json` and prints the table. Raises UserError as `build_bundle` does."""
+    """Builds every layout, writes `out/layouts.json` and prints the table. Raises UserError as `build_bundle` does, for
+    no or an unknown layout, for no component, and where a layout's folder is there already: it would not be built anew."""
+    for option, names in (("--layouts", layouts), ("--components", components)):
+        if not names:
+            raise UserError(f"{option} names none, there is nothing to compare; leave it out for the usual ones")
+    for layout in layouts:
+        if layout not in LAYOUTS:
+            raise unknown("layout", layout, LAYOUTS)
+        if (out / layout).exists():
+            raise UserError(f"{out / layout} is there already, and is not touched: remove it, or choose another --out")
     costs: list[LayoutCost] = []
     for layout in layouts:
         console.print(f"layout {layout}")
-        folder = out / layout
-        shutil.rmtree(folder, ignore_errors=True)
-        manifest = build_bundle(
-            onnx,
-            folder,
-            gpus=gpus,
-            flavor=flavor,
-            layout=layout,
-            resolutions=resolutions,
-            components=list(components),
-        )
+        try:
+            manifest = build_bundle(
+                onnx,
+                out / layout,
+                gpus=gpus,
+                flavor=flavor,
+                layout=layout,
+                resolutions=resolutions,
+                components=list(components),
+            )
+        finally:
+            if not keep:
+                shutil.rmtree(out / layout, ignore_errors=True)
         costs += [layout_cost(layout, component, manifest.engines) for component in components]
-        if not keep:
-            shutil.rmtree(folder)
     wide_console(130).print(cost_table(costs))
     version = manifest.engines[0].flavor_version
     write_json(

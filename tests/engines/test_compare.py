@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from distill.errors import UserError
 from engines.compare import LayoutCost, compare_layouts, ratios, with_baselines
 
 
@@ -35,3 +36,20 @@ def test_layouts_are_built_and_compared(toy_onnx_fp16: Path, tmp_path: Path) -> 
     assert rows["ranged"]["ratios"]["disk"] < rows["shared"]["ratios"]["disk"] < 1
     assert all(row["build_s"] > 0 and row["cpu_s"] > 0.1 and row["peak_rss_bytes"] > 1e8 for row in rows.values())
     assert not (tmp_path / "shared").exists()
+
+
+@pytest.mark.parametrize(
+    "asked, message",
+    [
+        ({}, "shared is there already, and is not touched"),
+        ({"layouts": ["static"]}, "unknown layout 'static'"),
+        ({"layouts": []}, "--layouts names none"),
+        ({"components": []}, "--components names none"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_and_nothing_is_removed(tmp_path: Path, asked: dict, message: str) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=message):
+        compare_layouts(tmp_path / "onnx", tmp_path, gpus=["a100"], **asked)
+    assert (tmp_path / "shared" / "thesis.txt").exists()
