@@ -129,7 +129,7 @@ def make_context(inputs: Inputs, title: str) -> dict[str, Any]:
         "follows_keys": [key for key in (*ATTRIBUTES, "all") if key in follows[0]] if follows else [],
         "bars": views.stage_bars(results),
         "stages": views.stage_names(results),
-        "resolutions": views.resolution_table(results),
+        "workloads": views.workload_table(results),
         "resolution_svg": views.resolution_chart(results),
         "steps_svg": views.steps_chart(results),
         "speedup_svg": views.speedup_chart(results),

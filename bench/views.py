@@ -149,12 +149,17 @@ def _stage_order(stage: str) -> int:
     return STAGES.index(stage) if stage in STAGES else len(STAGES)
 
 
-def resolution_table(results: Results) -> list[dict[str, Any]]:
-    """One entry per resolution: {"resolution", "rows": {name: Row or None}}."""
-    names = list(colours(results))
+def workload_table(results: Results) -> list[dict[str, Any]]:
+    """One entry per workload: {"workload": all of the main one's name, of another's what sets it apart, "rows":
+    {name: Row or None}, "failures"}. A failure beside a row came after some of its rounds."""
+    names, main = list(colours(results)), results.cells[0].name.split(", ")
     return [
-        {"resolution": cell.workload["resolution"], "rows": {name: row_of(cell, name) for name in names}}
-        for cell in _varied(results, "resolution")
+        {
+            "workload": ", ".join(part for part in cell.name.split(", ") if part not in main) or cell.name,
+            "rows": {name: row_of(cell, name) for name in names},
+            "failures": cell.failures,
+        }
+        for cell in results.cells
     ]
 
 
@@ -275,12 +280,13 @@ def fault_counts(faults: list[dict[str, Any]]) -> list[tuple[str, int]]:
 
 def main_faults(results: Results) -> list[str]:
     """What is said against the very rows that the headline stands on, and of which of them where not of all."""
-    rows = results.cells[0].rows
+    main = results.cells[0]
     said: dict[str, list[str]] = {}
-    for row in rows:
-        for word in row.diagnosis:
+    for row in main.rows:
+        failure = main.failures.get(row.contestant)
+        for word in row.diagnosis + ([f"failed: {failure}"] if failure else []):
             said.setdefault(word, []).append(words.title_of(row.contestant))
-    return [word if len(names) == len(rows) else f"{', '.join(names)} {word}" for word, names in said.items()]
+    return [word if len(names) == len(main.rows) else f"{', '.join(names)} {word}" for word, names in said.items()]
 
 
 def kernel_table(all_results: list[Results], training: list[dict[str, Any]]) -> dict[str, Any] | None:

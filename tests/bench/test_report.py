@@ -236,6 +236,22 @@ def test_a_main_batch_is_not_told_as_one_picture(results_path, tmp_path):
     assert page.count(">ms for 4 pictures</text>") == 2 and page.count(">4 pictures, median of 8") == 2
 
 
+def test_every_workload_has_its_row_and_a_failure_part_way_is_told(results_path, tmp_path):
+    value = json.loads(results_path.read_text())
+    main, other = value["cells"][:2]
+    main["failures"] = {"vega": "RuntimeError: lost"}
+    load = other["workload"] | {"resolution": main["workload"]["resolution"], "batch": 2, "guidance_scale": 1.0}
+    other |= {"workload": load, "name": "1024x1024, 3 steps, batch 2, no guidance", "failures": {"vega": "MemoryError"}}
+    (tmp_path / "r.json").write_text(json.dumps(value))
+    write_report([tmp_path / "r.json"], tmp_path / "out")
+    page, text = ((tmp_path / "out" / name).read_text() for name in ("index.html", "report.md"))
+    for workload in (main["name"], "batch 2, no guidance", "6 steps"):
+        assert f'<tr><td class="load">{workload}</td>' in page and f"| {workload} | " in text
+    assert page.count("then failed") == 2 == text.count("then failed")
+    note = page[page.index("Against these figures") :].partition("</div>")[0]
+    assert "Vega failed: RuntimeError: lost" in note
+
+
 def test_a_refused_row_is_struck_through(results_path, tmp_path):
     value = json.loads(results_path.read_text())
     value["cells"][0]["rows"][1] |= {"refused": True, "speedup": None, "diagnosis": ["refused: faster than the floor"]}
@@ -255,7 +271,7 @@ def test_a_failed_guard_is_marked_everywhere_and_never_the_headline(results_path
     marks = page.count('title="failed the quality guard"')
     assert marks >= 6 + len(value["cells"])  # card, bar, legend, both tables' heads, device, and each row of the other
     assert 'class="dot c1 failed"' in page and 'class="dot c0 failed"' not in page
-    for table in ("| stage |", "| width × height |"):
+    for table in ("| stage |", "| workload |"):
         assert "Vega (guard FAILED)" in next(line for line in text.splitlines() if line.startswith(table))
 
 
