@@ -67,6 +67,14 @@ def read_request(request: Any, sizes: list[str]) -> dict[str, Any]:
     return values
 
 
+def read_name(request: Any) -> str:
+    """The id that the client gave, for the log; over HTTP Triton takes any bytes as one."""
+    try:
+        return repr(request.request_id()[:64])
+    except UnicodeDecodeError:
+        return "'?'"
+
+
 def read_text(name: str, value: bytes) -> str:
     try:
         text = value.decode("utf-8")
@@ -122,15 +130,15 @@ class TritonPythonModel:
         instance waiting, and Triton's batcher then sleeps for half a second (its core, dynamic_batch_scheduler.cc)."""
         groups: dict[tuple[Any, ...], list[tuple[dict[str, Any], Any]]] = {}
         for position, request in enumerate(requests):
-            sender = request.get_response_sender()
-            name = repr(request.request_id()[:64])
+            sender, name = request.get_response_sender(), read_name(request)
             try:
-                values = read_request(request, self.sizes)
-            except UserError as error:
-                pb_utils.Logger.log_info(f"request {name} refused: {error}")
-                deliver([({"request": name}, sender)], [failure(str(error), pb_utils.TritonError.INVALID_ARG)])
+                values = read_request(request, self.sizes) | {"outputs": request.requested_output_names()}
+            except Exception as error:  # whatever is wrong with a request concerns no other
+                message = str(error) if isinstance(error, UserError) else f"the request cannot be read: {error!r}"
+                pb_utils.Logger.log_info(f"request {name} refused: {message}")
+                deliver([({"request": name}, sender)], [failure(message, pb_utils.TritonError.INVALID_ARG)])
                 continue
-            values |= {"outputs": request.requested_output_names(), "request": name, "position": position}
+            values |= {"request": name, "position": position}
             groups.setdefault(tuple(values[name] for name in ALIKE), []).append((values, sender))
         batches = []
         for group in groups.values():

@@ -147,7 +147,7 @@ def test_what_cannot_be_served(toy_bundle: Path, tmp_path: Path, change: dict[st
 
 def test_devices() -> None:
     assert parse_devices("none") == () and parse_devices("auto") is None and parse_devices("0, 3") == (0, 3)
-    for text in ("rtx4090", "", "-1"):
+    for text in ("rtx4090", "", "-1", "²"):
         with pytest.raises(UserError, match="not a list of CUDA device numbers"):
             parse_devices(text)
 
@@ -232,7 +232,7 @@ def test_a_plan_with_a_scalar_input_is_refused(toy_manifest: Manifest) -> None:
 
 
 class Error(SimpleNamespace):
-    INTERNAL, CANCELLED = "internal", "cancelled"
+    INTERNAL, CANCELLED, INVALID_ARG = "internal", "cancelled", "invalid"
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message=message, code=code)
@@ -327,6 +327,36 @@ class Sender:
             self.fails = False
             raise RuntimeError("no space in /dev/shm")
         self.sent.append(response)
+
+
+def test_a_request_that_cannot_be_read_leaves_the_others(
+    model: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither its inputs nor its id, which over HTTP may be any bytes."""
+
+    def request(name: bytes, sender: Sender) -> Any:
+        return SimpleNamespace(
+            name=name,
+            request_id=name.decode,
+            get_response_sender=lambda: sender,
+            requested_output_names=lambda: ["png"],
+        )
+
+    def read_request(request: Any, sizes: list[str]) -> dict[str, Any]:
+        if request.name == b"torn":
+            raise EOFError("half an input")
+        return model.DEFAULTS | {"width": 128, "height": 128}
+
+    monkeypatch.setattr(model, "read_request", read_request)
+    instance = model.TritonPythonModel()
+    instance.sizes, instance.decoupled = ["128x128"], False
+    instance.most_together = len
+    instance.answer = lambda batch: [values["request"] for values, _ in batch]
+    requests = [request(name, Sender()) for name in (b"\xff", b"torn", b"good")]
+    assert instance.execute(requests) == ["'?'", None, "'good'"]
+    (refusal,) = requests[1].get_response_sender().sent
+    assert refusal.error.code == "invalid" and "half an input" in refusal.error.message
+    assert "request 'torn' refused" in capsys.readouterr().out
 
 
 def test_one_answer_that_cannot_be_sent_leaves_the_others(

@@ -75,11 +75,11 @@ def statistics(ask: dict) -> dict:
 
 
 def fetch(ask: dict) -> dict:
-    """Any path of the HTTP endpoint; with a body it is a POST."""
-    body = ask["body"].encode() if "body" in ask else None
+    """Any path of the HTTP endpoint; with a body it is a POST, and "\\udcff" stands for the byte ff."""
+    body = ask["body"].encode(errors="surrogateescape") if "body" in ask else None
     try:
         with urllib.request.urlopen(urllib.request.Request(f"http://{HTTP}/{ask['path']}", body), timeout=30) as answer:
-            return {"status": answer.status, "text": answer.read().decode()}
+            return {"status": answer.status, "text": answer.read().decode(errors="replace")}
     except urllib.error.HTTPError as error:
         return {"status": error.code, "text": error.read().decode()}
 
