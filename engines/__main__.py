@@ -82,7 +82,7 @@ def parse_counts(option: str, text: str) -> list[int]:
     from distill.errors import UserError
 
     parts = _names(text)
-    if not parts or not all(part.isdigit() and int(part) for part in parts):
+    if not parts or not all(part.isdecimal() and int(part) for part in parts):
         raise UserError(f"{option} {text!r} is not a list of numbers from 1 up, e.g. 1 or 1,4")
     return [int(part) for part in parts]
 

@@ -7,7 +7,9 @@ for a client counts that too. The result is one JSON file (`load_file.py`), raw 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -61,12 +63,12 @@ class Workload:
 
 
 class MemoryWatch:
-    """Reads the resident memory of the server on this machine: the process that listens on `port`, and its children."""
+    """Reads the resident memory of the server on this machine: the one that listens on `port`, and its children."""
 
     def __init__(self, host: str, port: int) -> None:
         self.samples: list[tuple[float, int]] = []
         """(time.monotonic(), bytes)"""
-        self._server = find_listener(port) if host in ("localhost", "127.0.0.1", "::1", platform.node()) else None
+        self._server = find_server(port) if host in ("localhost", "127.0.0.1", "::1", platform.node()) else None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -100,15 +102,13 @@ class MemoryWatch:
         )
 
 
-def find_listener(port: int) -> psutil.Process | None:
-    """None where no process of this user listens there."""
-    try:
-        connections = psutil.net_connections("tcp")
-    except psutil.AccessDenied:
-        return None
-    for one in connections:
-        if one.status == psutil.CONN_LISTEN and one.laddr.port == port and one.pid:
-            return psutil.Process(one.pid)
+def find_server(port: int) -> psutil.Process | None:
+    """None where no tritonserver of this user listens there: it may be the end of a tunnel to another machine."""
+    with contextlib.suppress(psutil.Error):
+        for one in psutil.net_connections("tcp"):
+            if one.status == psutil.CONN_LISTEN and one.laddr.port == port and one.pid:
+                process = psutil.Process(one.pid)
+                return process if process.name() == "tritonserver" else None
     return None
 
 
@@ -121,16 +121,17 @@ def measure_load(
     rate: float | None,
     workdir: Path,
 ) -> int:
-    """Loads the server at each concurrency for `seconds`, writes `out`, and returns 1 where a request failed.
+    """Loads the server at each concurrency for `seconds`, writes `out`, and returns 1 where a request failed. Ctrl-C ends it
+    with 130 and what was measured.
 
     Raises UserError where no server answers, for a server that is not slimxl's, and, once what was measured is written,
     where the clients ended before they were done.
     """
     host, _, port = server.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdecimal():
         raise UserError(f"--server {server!r} is not HOST:PORT of a gRPC endpoint, e.g. 127.0.0.1:8001")
-    if seconds <= 0 or (rate is not None and rate <= 0):
-        raise UserError("--minutes and --rate must be above 0")
+    if not all(0 < number < math.inf for number in (seconds, 1 if rate is None else rate)):
+        raise UserError("--minutes and --rate must be above 0 and finite")
     job = {
         "server": server,
         "request": workload.request(),
@@ -140,26 +141,33 @@ def measure_load(
     }
     about: dict[str, Any] = {}
     levels: list[LoadLevel] = []
+    stopped = False
     python = make_client_environment(workdir).python
-    with MemoryWatch(host.strip("[]"), int(port)) as memory:
-        begin = 0.0
-        for event in run_client(python, job):
-            if "error" in event:
-                raise UserError(
-                    f"no slimxl model answers at {server} ({event['error']}); start one with: python -m engines serve "
-                    "--bundle BUNDLE"
-                )
-            if "started" in event:
-                begin = time.monotonic()
-                print(f"{event['started']} client(s) for {seconds:.0f} s", flush=True)
-            elif "finished" in event:
-                levels.append(summarise(event, workload.images, memory.between(begin, time.monotonic())))
-            else:
-                about |= event
+    try:
+        with MemoryWatch(host.strip("[]"), int(port)) as memory:
+            begin = 0.0
+            for event in run_client(python, job):
+                if "error" in event:
+                    raise UserError(
+                        f"no slimxl model answers at {server} ({event['error']}); start one with: python -m engines serve "
+                        "--bundle BUNDLE"
+                    )
+                if "started" in event:
+                    begin = time.monotonic()
+                    print(f"{event['started']} client(s) for {seconds:.0f} s", flush=True)
+                elif "finished" in event:
+                    levels.append(summarise(event, workload.images, memory.between(begin, time.monotonic())))
+                else:
+                    about |= event
+    except KeyboardInterrupt:
+        stopped = True
     if levels:
         write_json(out, describe(about, job, levels).model_dump(mode="json"))
         print_levels(levels)
         print(f"wrote {out}", flush=True)
+    if stopped:
+        print(f"stopped after {len(levels)} of {len(concurrency)} levels", file=sys.stderr)
+        return 130
     if len(levels) < len(concurrency):
         raise UserError(f"the clients ended after {len(levels)} of {len(concurrency)} levels; see what they said above")
     return 1 if any(level.failures for level in levels) else 0
@@ -167,7 +175,10 @@ def measure_load(
 
 def run_client(python: Path, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What the clients tell, as they tell it."""
-    with subprocess.Popen([python, CLIENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    pipe = subprocess.PIPE
+    command: list[str | Path] = [python, CLIENT]
+    # in a session of its own, so that Ctrl-C is for this process alone
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as process:
         assert process.stdin and process.stdout
         process.stdin.write(json.dumps(job))
         process.stdin.close()

@@ -54,14 +54,14 @@ class Pace:
         self._lock = threading.Lock()
         self._next = time.perf_counter()
 
-    def wait(self) -> float:
-        """The moment at which the next request is due, once it has come: long ago where all clients were busy."""
+    def wait(self, ends: float) -> float:
+        """The moment at which the next request is due, once it or `ends` has come: long ago where all clients were busy."""
         if not self._gap:
             return time.perf_counter()
         with self._lock:
             moment = self._next
             self._next += self._gap
-        time.sleep(max(0.0, moment - time.perf_counter()))
+        time.sleep(max(0.0, min(moment, ends) - time.perf_counter()))
         return moment
 
 
@@ -103,8 +103,8 @@ class Level:
         outputs = [triton.InferRequestedOutput(name) for name in ("png", "batch")]
         seed = 0
         while True:
-            due = pace.wait()
-            if time.perf_counter() >= ends:
+            due = pace.wait(ends)
+            if max(due, time.perf_counter()) >= ends:
                 return
             seed += 1
             prompt = f"{self.job['request']['prompt']} {made_up_word()}"

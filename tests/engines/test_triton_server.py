@@ -25,7 +25,7 @@ from distill.errors import UserError
 from engines.bundle import read_manifest
 from engines.load_file import read_load
 from engines.triton import Serving, write_repository
-from engines.triton_load import Workload, measure_load
+from engines.triton_load import Workload, find_server, measure_load
 from engines.triton_server import Address, Environment, Server, reason, require_unexposed
 from tests.engines.serving import CLIENT, ROOT, ask, drawing, free_port
 
@@ -37,6 +37,7 @@ def test_a_taken_port_and_a_dead_server_are_told_in_one_line(tmp_path: Path) -> 
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port} .*--grpc-port"):
             Address("127.0.0.1", free_port(), port).require_free()
+        assert find_server(port) is None, "a tunnel's memory is not the server's"
     log = tmp_path / "log"
     log.write_text("I1 started\nE1 'failed to load 'slimxl' version 1: Internal: UserError: the bundle is gone\n")
     assert reason(log) == "the bundle is gone"
@@ -203,6 +204,10 @@ def test_bad_requests_get_an_error_and_the_server_lives_on(server: Server, envir
             assert answer["error"].startswith(("[400]", "[StatusCode.INVALID_ARGUMENT]")), answer
     good = ask(environment, server.address, drawing(), drawing("grpc"))
     assert all("sha256" in answer for answer in good)
+    inputs = [{"name": "prompt", "shape": [1, 1], "datatype": "BYTES", "data": ["a red circle"]}]
+    body = json.dumps({"id": "\udcff", "inputs": inputs, "outputs": [{"name": "step"}]}, ensure_ascii=False)
+    (answer,) = ask(environment, server.address, {"do": "fetch", "path": "v2/models/slimxl/infer", "body": body})
+    assert answer["status"] == 200, answer  # an id is any bytes
 
 
 @pytest.mark.slow
@@ -254,8 +259,9 @@ def test_load_is_measured(server: Server, tmp_path: Path, monkeypatch: pytest.Mo
         assert level.images_per_s == pytest.approx(level.requests / level.seconds)
         assert level.seconds >= 2.4 and level.mean_batch and 1 <= level.mean_batch <= 4
         assert level.server_rss and level.server_rss.peak_bytes > 100e6
-    assert load(*where, "--concurrency", "1", "--minutes", "0.005", "--size", "104x104") == 1
+    assert load(*where, "--concurrency", "3", "--minutes", "0.005", "--rate", "0.4", "--size", "104x104") == 1
     (failed,) = read_load(tmp_path / "load.json").levels
+    assert failed.seconds < 2.5  # the next request was due then, and nobody waits for it
     assert failed.failures == failed.requests > 0 and "size 104x104 is not served" in str(failed.first_error)
     assert failed.latency_ms["median"] is None
     (tmp_path / "load.json").write_text('{"schema_version": "slimxl.load/2"}')
@@ -268,7 +274,9 @@ def test_load_is_measured(server: Server, tmp_path: Path, monkeypatch: pytest.Mo
     [
         (["--server", "here"], "--server 'here' is not HOST:PORT"),
         (["--concurrency", "0"], "--concurrency '0' is not a list"),
+        (["--concurrency", "²"], "--concurrency '²' is not a list"),
         (["--rate", "0"], "--minutes and --rate must be above 0"),
+        (["--minutes", "nan"], "--minutes and --rate must be above 0"),
         (["--server", "127.0.0.1:1"], "no slimxl model answers at 127.0.0.1:1"),
     ],
 )
@@ -288,8 +296,10 @@ def test_bad_load(
     assert message in capsys.readouterr().err and not (tmp_path / "x.json").exists()
 
 
-def test_what_was_measured_is_written_when_the_clients_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And three requests in a batch of two and one of one are two batches."""
+def test_what_was_measured_is_written_when_the_clients_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By themselves or by Ctrl-C. And three requests in a batch of two and one of one are two batches."""
     told = {"bundle": "b", "manifest_sha256": "0" * 64, "source": "toy", "flavor": "onnxruntime"}
     about = {"server": {"name": "triton", "version": "2"}, "parameters": told, "instances": [], "max_batch_size": 2}
     level = {"seconds": 2.0, "latencies_ms": [1.0, 2.0, 3.0], "batches": [2, 2, 1], "failures": 0, "first_error": None}
@@ -302,6 +312,15 @@ def test_what_was_measured_is_written_when_the_clients_end(tmp_path: Path, monke
         measure_load(out, "somewhere.invalid:1", Workload(), [1, 2], 1.0, None, tmp_path)
     (written,) = read_load(out).levels
     assert written.requests == 3 and written.mean_batch == pytest.approx(1.5)
+
+    def stopped(python: Path, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        yield from events
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("engines.triton_load.run_client", stopped)
+    out.unlink()
+    assert measure_load(out, "somewhere.invalid:1", Workload(), [1, 2], 1.0, None, tmp_path) == 130
+    assert len(read_load(out).levels) == 1 and "stopped after 1 of 2 levels" in capsys.readouterr().err
 
 
 @pytest.mark.slow
