@@ -12,9 +12,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from bench.results import ACCEPTANCE_SCHEMA, TRAINING_SCHEMA
 from distill.errors import UserError, exit_on_user_error
@@ -187,20 +190,26 @@ def _command(job: Job, *arguments: str, hide_gpus: bool = False, keep_s: float =
     """Another room's command, of the time left all but `keep_s`. Raises UserError with its last line where it fails or
     finds no time."""
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": "-1"} if hide_gpus else {})
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=max(1.0, job.left_s() - keep_s),
-            check=False,
-            env=environment,
+    command, pipe = [sys.executable, "-m", *arguments], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+        try:
+            out, errors = process.communicate(timeout=max(1.0, job.left_s() - keep_s))
+        except subprocess.TimeoutExpired:
+            _kill_tree(process.pid)
+            raise UserError(f"{' '.join(arguments[:2])} found no time to end") from None
+    if process.returncode:
+        lines = (errors.strip() or out.strip()).splitlines()
+        raise UserError(
+            f"{' '.join(arguments[:2])}: {lines[-1].removeprefix('error: ') if lines else process.returncode}"
         )
-    except subprocess.TimeoutExpired:
-        raise UserError(f"{' '.join(arguments[:2])} found no time to end") from None
-    if done.returncode:
-        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise UserError(f"{' '.join(arguments[:2])}: {lines[-1].removeprefix('error: ') if lines else done.returncode}")
+
+
+def _kill_tree(pid: int) -> None:
+    """With what it has started: a builder left alone would go on beside what is measured next."""
+    root = psutil.Process(pid)
+    for process in [root, *root.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _checkpoint(job: Job, model: str) -> Path:

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -206,8 +207,9 @@ def _kernel_folder(part: str, models: list[str]) -> str:
 
 
 def _stop(process: subprocess.Popen[Any]) -> None:
-    """The part and whatever it has started: compilers, builders."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """The part, where it still runs, and whatever of its own it has left behind: compilers, builders, memory on the GPU."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
@@ -250,10 +252,8 @@ def _run_part(session: Session, part: str) -> None:
             code: int | None = process.wait(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             code = None
+        finally:
             _stop(process)
-        except BaseException:
-            _stop(process)
-            raise
     seconds = round(time.time() - began, 1)
     if code == 0:
         return session.record(part, "done", seconds=seconds)

@@ -311,19 +311,47 @@ def test_a_part_that_ran_out_of_time_says_what_it_left_out(tmp_path, monkeypatch
     assert capsys.readouterr().err.strip() == "without: not run: 3 s left"
 
 
-def test_a_stopped_part_takes_what_it_has_started_with_it(tmp_path):
-    script = """
-import pathlib, subprocess, sys, time
+LEAVES_A_CHILD = """
+import pathlib, subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-pathlib.Path(sys.argv[1]).write_text(f"{child.pid}\\n")
-time.sleep(600)
+pathlib.Path(sys.argv[-1]).with_name("child").write_text(f"{child.pid}\\n")
 """
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "child")], start_new_session=True)
-    wait_for(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text().endswith("\n"))
+
+
+def child_is_gone(folder):
+    pid = int((folder / "child").read_text())
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def has_a_child(folder):
+    return (folder / "child").exists() and (folder / "child").read_text().endswith("\n")
+
+
+def test_a_stopped_part_takes_what_it_has_started_with_it(tmp_path):
+    script = f"{LEAVES_A_CHILD}\nimport time; time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "x")], start_new_session=True)
+    wait_for(lambda: has_a_child(tmp_path))
     suite._stop(process)
     assert process.returncode == -signal.SIGKILL
-    pid = int((tmp_path / "child").read_text())
-    wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    wait_for(lambda: child_is_gone(tmp_path))
+
+
+@pytest.mark.parametrize(("end", "state"), [("", "done"), ("sys.exit('boom')", "failed")])
+def test_a_part_that_ends_leaves_nothing_running(tmp_path, monkeypatch, end, state):
+    pretend(monkeypatch, tmp_path, f"sys.argv.append(job['out']){LEAVES_A_CHILD}{end}")
+    session = suite.Session(options(tmp_path), ["mini-vega"], "x", time.monotonic() + 900)
+    suite._run_part(session, "eager")
+    assert session.state("eager") == state
+    wait_for(lambda: child_is_gone(tmp_path / "results"))
+
+
+def test_a_command_out_of_time_takes_what_it_has_started_with_it(tmp_path, monkeypatch):
+    (tmp_path / "leaves_a_child.py").write_text(f"{LEAVES_A_CHILD}\nimport time; time.sleep(600)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(parts.Job, "left_s", lambda job: wait_for(lambda: has_a_child(tmp_path)) or 0.0)
+    with pytest.raises(UserError, match="found no time to end"):
+        parts._command(made_job(tmp_path, "layouts:tensorrt"), "leaves_a_child", str(tmp_path / "x"))
+    wait_for(lambda: child_is_gone(tmp_path))
 
 
 def test_real_parts_leave_results_a_session_and_a_report(tmp_path):
