@@ -166,6 +166,7 @@ def load(
     hash. Raises UserError with what was found, what is needed and the command that mends it.
     """
     import diffusers
+    import torch
     from transformers import CLIPTokenizer
 
     from engines.modules import EngineComponent, EngineTextEncoder, EngineUNet, EngineVAE
@@ -178,6 +179,8 @@ def load(
     place = device or backend.default_device()
     selected = select_engines(manifest, backend, place, layout, weights is not None)
     chosen = [engine for engines in selected.values() for engine in engines]
+    if place == "cuda":  # the one that was checked, whichever is current in the thread that draws
+        place = f"cuda:{torch.cuda.current_device()}"
     new_weights = _weights_by_key(chosen, Path(weights)) if weights else {}
     mend = f"mend it with: {rebuild_command(bundle, selected['unet'][0])}"
     for record in manifest.files:

@@ -27,7 +27,7 @@ import engines
 from distill.architectures import ARCHITECTURES, MINI_FAMILY
 from distill.errors import UserError
 from engines.flavors import LoadOptions
-from engines.flavors.onnxruntime import OnnxRuntimeEngine
+from engines.flavors.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeFlavor
 from export import ExportOptions, export_checkpoint
 from tests.engines.toys import make_static, make_toy_onnx
 
@@ -200,6 +200,16 @@ def test_unknown_or_absent_flavor(mini_bundle: Path) -> None:
         engines.load(mini_bundle, device="cuda:0")
     with pytest.raises(UserError, match="device 'gpu' is not known"):
         engines.load(mini_bundle, device="gpu")
+
+
+def test_cuda_is_the_gpu_that_is_current_at_load(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is made later, in whichever thread, must lie on the GPU that was looked at."""
+    opened = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(OnnxRuntimeFlavor, "check_load", lambda *_: None)
+    monkeypatch.setattr(OnnxRuntimeFlavor, "load", lambda *given: opened.append(given[-1].device))
+    pipeline = engines.load(toy_bundle, flavor="onnxruntime", device="cuda")
+    assert str(pipeline.unet.device) == "cuda:1" and opened == ["cuda:1"] * 4
 
 
 def test_other_weights_are_not_ignored(toy_bundle: Path, toy_onnx: Path, tmp_path: Path) -> None:
