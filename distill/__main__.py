@@ -365,7 +365,7 @@ def judge(*, model: str, count: int = 90, steps: int = 25, workdir: Path = WORKD
 
     Args:
         model: A mini checkpoint.
-        count: Pictures, spread over the nine resolutions.
+        count: Pictures, as many of each of the nine resolutions.
         steps: Denoising steps.
     """
     import torch

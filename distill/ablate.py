@@ -24,9 +24,9 @@ import torch
 from distill.architectures import find_architecture
 from distill.cache import LatentCache, make_cache
 from distill.checkpoints import alphas_cumprod_of
-from distill.errors import quiet_libraries, unknown
+from distill.errors import quiet_libraries, require_least, unknown
 from distill.files import read_json, replacing, write_json
-from distill.judge import READER, judge
+from distill.judge import READER, check_pictures, judge
 from distill.options import TrainOptions
 from distill.progress import say
 from distill.recipes import Level, LossWeights, Recipe, Stage, shortened
@@ -152,8 +152,10 @@ def run_ablation(
 ) -> None:
     """Runs what is not yet there under `out`, then writes ablation.json, .md and .svg into `results`.
 
-    Raises UserError for an unknown variant or a cache of something else.
+    Raises UserError for an unknown variant, a number out of range, or a cache of something else.
     """
+    check_pictures(pictures, picture_steps)
+    require_least(1, seeds=seeds, steps=steps, samples=samples, held_out=held_out, jobs=jobs)
     for name in variants:
         if name not in VARIANTS:
             raise unknown("variant", name, VARIANTS)

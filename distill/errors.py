@@ -25,6 +25,13 @@ def unknown(kind: str, got: str, allowed: Iterable[str]) -> UserError:
     return UserError(f"unknown {kind} {got!r}: known are {', '.join(names)}{hint}")
 
 
+def require_least(least: float, **numbers: float) -> None:
+    """Raises UserError for the first option, called as in Python, whose number is below `least`."""
+    for name, number in numbers.items():
+        if not number >= least:
+            raise UserError(f"--{name.replace('_', '-')} is {number}; the least is {least}")
+
+
 @contextmanager
 def explaining_full_memory(advice: str) -> Iterator[None]:
     """A GPU whose memory runs out inside is a UserError: what was wanted and what there is, in torch's words, and

@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from distill.architectures import MINI_FAMILY
+from distill.errors import UserError, require_least
 from distill.shapes import Scene, follows, random_scene, shares
 
 READER = 2
@@ -20,6 +21,14 @@ def share_followed(scenes: list[Scene], images: Sequence[np.ndarray] | np.ndarra
     return shares([follows(scene, image) for scene, image in zip(scenes, images, strict=True)])
 
 
+def check_pictures(count: int, steps: int) -> None:
+    """Raises UserError for what `judge` cannot share out evenly."""
+    sizes = len(MINI_FAMILY.resolutions)
+    if count < sizes or count % sizes:
+        raise UserError(f"{count} pictures are not as many of each of the {sizes} sizes: give a multiple of {sizes}")
+    require_least(1, steps=steps)
+
+
 @torch.no_grad()
 def judge(
     pipe: StableDiffusionXLPipeline,
@@ -29,7 +38,11 @@ def judge(
     guidance_scale: float = 5.0,
     seed: int = 10_000,
 ) -> dict[str, float]:
-    """How often pictures of unseen captions show what they say: shares per attribute over the nine resolutions."""
+    """How often pictures of unseen captions show what they say: shares per attribute over the nine resolutions.
+
+    Raises UserError for a `count` that is no multiple of nine, and for no step.
+    """
+    check_pictures(count, steps)
     rng = np.random.default_rng(seed)
     scenes: list[Scene] = []
     pictures: list[np.ndarray] = []

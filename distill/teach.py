@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL
 
 from distill.judge import judge
+from distill.sources import load_pipeline, resolve
 from distill.teach_unet import make_mini_pipeline, teach_unet
 from distill.teach_vae import polish_decoder, teach_vae
 
@@ -27,11 +28,13 @@ def teach_mini(
     seed: int,
 ) -> dict[str, float]:
     """The whole making of the mini teacher, stored in fp16, or the further teaching of the one at `start`; a VAE
-    already under `out` is kept. Returns what `judge` says of it."""
+    already under `out` is kept. Returns what `judge` says of it. Raises UserError for a `start` that is no SDXL
+    checkpoint."""
     torch.set_flush_denormal(True)
+    began = None if start is None else load_pipeline(resolve(str(start), out), torch.float32)
     out.mkdir(parents=True, exist_ok=True)
-    if start is not None:
-        pipe = StableDiffusionXLPipeline.from_pretrained(start, torch_dtype=torch.float32)
+    if began is not None:
+        pipe = began
     elif (out / "vae" / "config.json").exists():
         pipe = make_mini_pipeline(AutoencoderKL.from_pretrained(out / "vae"))
     else:

@@ -1,0 +1,31 @@
+"""What is wrong with a command is told before any work: one line, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distill.__main__ import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("judge --model mini:sdxl --count 100", "100 pictures are not as many of each of the 9 sizes"),
+        ("judge --model mini:sdxl --count 0", "0 pictures are not"),
+        ("judge --model mini:sdxl --steps 0", "--steps is 0; the least is 1"),
+        ("ablate --out {} --seeds 0", "--seeds is 0; the least is 1"),
+        ("ablate --out {} --pictures 10", "10 pictures are not"),
+        ("teach --out {} --start missing", "model 'missing' is neither a folder"),
+    ],
+)
+def test_told_at_the_door(
+    arguments: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr("sys.argv", ["distill", *arguments.format(out).split()])
+    assert main() == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and told in said[0], said
+    assert not out.exists()
