@@ -149,6 +149,20 @@ def test_what_follows_the_colon_changes_the_run(tmp_path, told):
     assert compiled[0] == "vega compiled=compiled@fp16:random:vega" and job.first_resolution == "1536x640"
 
 
+def test_the_published_loop_is_partial_where_its_times_are_there(tmp_path, monkeypatch, told):
+    job = made_job(tmp_path, "published:vega")
+    assert parts.published(job) == []
+
+    def no_time(*_arguments):
+        raise UserError("distill bench found no time to end")
+
+    monkeypatch.setattr(parts, "_command", no_time)
+    with pytest.raises(UserError, match="no time"):
+        parts.published(job)
+    Path(job.out).touch()
+    assert "found no time to end" in parts.published(job)[0]
+
+
 def test_a_part_without_a_row_does_not_cost_the_others_their_report(tmp_path, monkeypatch, capsys):
     pretend(
         monkeypatch,

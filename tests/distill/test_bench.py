@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench.parts import PUBLISHED_LOOPS
 from distill.bench import LOOPS, BenchOptions, Loop, Workshop, _peak_memory, bench_loops, describe, peak_memory, ratio
 from distill.errors import UserError
 
@@ -95,6 +96,10 @@ def test_an_unknown_loop_is_named_before_anything_is_loaded(mini_vega: Path, tmp
     options = BenchOptions(model=str(mini_vega), loops=("sub-blocks",))
     with pytest.raises(UserError, match=r"unknown loop 'sub-blocks': known are .*did you mean 'sub-block'"):
         bench_loops(options, tmp_path / "bench.json")
+
+
+def test_the_gpu_suite_asks_for_loops_that_there_are() -> None:
+    assert set(PUBLISHED_LOOPS) < {loop.name for loop in LOOPS}
 
 
 def test_a_full_gpu_is_one_line_here_and_from_a_loops_own_process(
