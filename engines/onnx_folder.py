@@ -169,7 +169,7 @@ def read_onnx_folder(root: Path) -> OnnxFolder:
     """Raises UserError where `root` is not what `python -m export onnx` leaves."""
     if not (root / "slimxl.json").is_file():
         raise UserError(
-            f"{root} is not an ONNX folder of slimxl (no slimxl.json): make one with python -m export onnx --out {root}"
+            f"{root} is not an ONNX folder of slimxl (no slimxl.json): make one with python -m export onnx --out FOLDER"
         )
     about = read_json(root / "slimxl.json")
     components = {

@@ -63,6 +63,15 @@ def is_current(folder: Path, job: Job) -> bool:
     return bool(record["checked"]) or not job.options.check or sum(record["bytes"].values()) >= CHECK_BELOW_BYTES
 
 
+def _refuse_foreign(out: Path) -> None:
+    """Raises UserError where `out` is a file, or holds networks that no export has written: a checkpoint, say."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; --out takes a folder to write the components into")
+    for name in COMPONENTS:
+        if (out / name).exists() and not (out / name / "export.json").is_file():
+            raise UserError(f"{out} is no ONNX folder: its {name} has no export.json; choose another --out")
+
+
 def _refuse_strangers(prepared: Path, out: Path, options: ExportOptions, hashes: Mapping[str, str]) -> None:
     """Raises UserError where `out` holds a component that is not to be written now and was made from something else."""
     for name in COMPONENTS:
@@ -104,8 +113,7 @@ def export_checkpoint(
     Raises UserError for bad input, and where an exported graph disagrees with torch.
     """
     options = options or ExportOptions()
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; --out takes a folder to write the components into")
+    _refuse_foreign(out)
     source_hashes = file_hashes(checkpoint)
     prepared, hashes = prepare(checkpoint, source_hashes, options.vae, options.loras, workdir)
     jobs = [make_job(prepared, name, options, hashes) for name in options.components]
@@ -114,7 +122,7 @@ def export_checkpoint(
             raise UserError(f"{checkpoint} is no whole SDXL checkpoint: it has no {part}/")
     source = {"name": source_name or checkpoint.name, "sha256": sha256_json(source_hashes)}
     about = _about(prepared, source, hashes, options)
-    with exclusive(out, progress):
+    with exclusive(out, progress, out / ".lock"):
         remove_leftovers(out)
         _refuse_strangers(prepared, out, options, hashes)
         _write_components(jobs, out, options.reuse, progress)

@@ -34,6 +34,11 @@ from export.trace import trace
 SMALL = ("text_encoder",)
 
 
+def written(out: Path) -> list[str]:
+    """What an export left in a folder, but for its lock."""
+    return sorted(path.name for path in out.iterdir() if path.name != ".lock")
+
+
 def test_the_layout_is_optimums(onnx_fp32: Path) -> None:
     for name in COMPONENTS:
         files = {path.name for path in (onnx_fp32 / name).iterdir()}
@@ -45,7 +50,7 @@ def test_the_layout_is_optimums(onnx_fp32: Path) -> None:
         "model_index.json",
     ):
         assert (onnx_fp32 / part).is_file()
-    assert not list(onnx_fp32.glob(".*"))
+    assert [path.name for path in onnx_fp32.glob(".*")] == [".lock"]
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
@@ -97,22 +102,35 @@ def test_a_second_run_does_nothing_and_a_change_does(mini_vega: Path, tmp_path: 
     assert run(ExportOptions(components=SMALL, precision="fp32")) != third
 
 
-def test_exports_into_one_folder_take_turns(mini_vega: Path, tmp_path: Path) -> None:
+def test_exports_into_one_folder_take_turns_and_touch_nothing_beside_it(
+    mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
     out = tmp_path / "out"
     (out / ".unet.0a1b2c3d.partial").mkdir(parents=True)  # of an export that was killed
+    monkeypatch.chdir(out)
 
     def export() -> None:
-        export_checkpoint(mini_vega, out, options=ExportOptions(components=SMALL), progress=said.append)
+        export_checkpoint(mini_vega, Path(), options=ExportOptions(components=SMALL), progress=said.append)
 
     with ThreadPoolExecutor() as pool:
-        with exclusive(out):
+        with exclusive(out, lock_file=out / ".lock"):
             second = pool.submit(export)
             while not said:
                 time.sleep(0.01)
-            assert said == [f"another process is writing {out}; waiting for it"] and not second.done()
+            assert said == ["another process is writing .; waiting for it"] and not second.done()
         second.result()
-    assert (out / "slimxl.json").is_file() and not list(out.glob(".*"))
+    assert (out / "slimxl.json").is_file() and [path.name for path in out.glob(".*")] == [".lock"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_checkpoint_is_not_exported_over_itself(mini_vega: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(mini_vega, tmp_path / "checkpoint")
+    (checkpoint / "slimxl.json").write_text("{}")  # as a student has
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(UserError, match=r"checkpoint is no ONNX folder: its unet has no export.json.*another --out"):
+        export_checkpoint(checkpoint, checkpoint, options=ExportOptions(components=SMALL))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_a_folder_is_not_whole_while_components_are_copied_into_it(
@@ -127,7 +145,7 @@ def test_a_folder_is_not_whole_while_components_are_copied_into_it(
     options = ExportOptions(components=SMALL, precision="fp32", reuse=(onnx_fp32,))
     with pytest.raises(KeyboardInterrupt):
         export_checkpoint(mini_vega, tmp_path / "out", options=options)
-    assert not list((tmp_path / "out").iterdir())
+    assert not written(tmp_path / "out")
 
 
 def test_components_of_two_models_are_not_mixed(mini_vega: Path, tmp_path: Path) -> None:
@@ -198,7 +216,7 @@ def test_a_graph_that_disagrees_never_gets_its_name(
     monkeypatch.setattr(export.write, "trace", sabotaged)
     with pytest.raises(UserError, match=r"text_encoder: .*disagrees with torch.*last_hidden_state.*--opset 18"):
         export_checkpoint(mini_vega, tmp_path / "out", options=ExportOptions(components=SMALL))
-    assert not list((tmp_path / "out").iterdir())
+    assert not written(tmp_path / "out")
 
 
 def copied(checkpoint: Path, folder: Path, drop: str) -> Path:
@@ -214,7 +232,7 @@ def test_missing_weights_are_named(mini_vega: Path, tmp_path: Path) -> None:
     broken = copied(mini_vega, tmp_path / "broken", "layers.1.mlp.fc1.bias")
     with pytest.raises(UserError, match=r"lacks 1 of \d+ weights.*layers\.1\.mlp\.fc1\.bias"):
         export_checkpoint(broken, tmp_path / "out", options=ExportOptions(components=SMALL))
-    assert not (tmp_path / "out").exists()
+    assert not written(tmp_path / "out")
 
 
 def test_weights_of_another_shape_are_named(mini_vega: Path, tmp_path: Path) -> None:
@@ -231,7 +249,7 @@ def test_a_full_disk_is_seen_before_writing(mini_vega: Path, tmp_path: Path, mon
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**6))
     with pytest.raises(UserError, match=r"needs .* GB .*free some space"):
         export_checkpoint(mini_vega, tmp_path / "out", options=ExportOptions(components=SMALL))
-    assert not (tmp_path / "out").exists()
+    assert not written(tmp_path / "out")
 
 
 @pytest.mark.parametrize(("precision", "bytes_each"), [("fp16", 2), ("fp32", 4)])
