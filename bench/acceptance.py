@@ -16,6 +16,7 @@ import numpy as np
 SIDE = 64
 PROVIDERS = ("NvTensorRTRTXExecutionProvider", "TensorrtExecutionProvider", "CUDAExecutionProvider")
 PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
+ANSWER_S = 30.0  # of one target, the start of a process and its imports among it
 
 
 def _weights() -> np.ndarray:
@@ -230,8 +231,8 @@ def _ask_all(left: list[tuple[str, str]], send: Any) -> None:
 
 
 def measure_acceptance(on_row: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
-    """A row per target, asked in a process of their own: one that takes it down costs the others a new process. `on_row`
-    is given all rows so far."""
+    """A row per target, asked in a process of their own: one that takes it down, or does not answer, costs the others a
+    new process. `on_row` is given all rows so far."""
     rows: list[dict[str, Any]] = []
     left, context = targets(), multiprocessing.get_context("spawn")
     while left:
@@ -239,15 +240,17 @@ def measure_acceptance(on_row: Callable[[list[dict[str, Any]]], None]) -> list[d
         process = context.Process(target=_ask_all, args=(left, send))
         process.start()
         send.close()
-        try:
-            while left:
-                rows.append(receive.recv())
-                left = left[1:]
-                on_row(rows)
-        except EOFError:
-            process.join()
-            rows.append(_row(left[0][1], f"took its process down (exit code {process.exitcode})"))
+        answers = True
+        while left and answers:
+            try:
+                answers = receive.poll(ANSWER_S)
+                row = receive.recv() if answers else _row(left[0][1], f"did not answer in {ANSWER_S:g} s")
+            except EOFError:
+                process.join()
+                answers, row = False, _row(left[0][1], f"took its process down (exit code {process.exitcode})")
+            rows.append(row)
             left = left[1:]
             on_row(rows)
+        process.kill()
         process.join()
     return rows

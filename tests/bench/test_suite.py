@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -226,6 +227,18 @@ def test_a_target_that_takes_its_process_down_leaves_the_others(tmp_path, monkey
     rows = acceptance.measure_acceptance(lambda _rows: None)
     assert [row["target"] for row in rows] == ["tensorrt-rtx", "crashes_at_import", "CUDAExecutionProvider"]
     assert "took its process down (exit code -6)" in rows[1]["messages"][0]
+
+
+def test_a_target_that_does_not_answer_leaves_the_others(tmp_path, monkeypatch):
+    from bench import acceptance
+
+    (tmp_path / "hangs_at_import.py").write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(acceptance, "targets", lambda: [("plugin", "hangs_at_import"), ("absent", "no")])
+    monkeypatch.setattr(acceptance, "ANSWER_S", 0.5)
+    rows = acceptance.measure_acceptance(lambda _rows: monkeypatch.setattr(acceptance, "ANSWER_S", 60.0))
+    assert [row["messages"] for row in rows] == [["did not answer in 0.5 s"], ["no"]]
+    assert not multiprocessing.active_children()
 
 
 def test_what_does_not_fit_or_is_not_there_is_listed_with_its_reason(tmp_path, monkeypatch):
