@@ -9,11 +9,10 @@ from typing import Any
 
 from bench import method, provenance, views, words
 from bench.peaks import PEAKS
-from bench.predict import Check, Known, check_on_measured, check_predictions, floor_ms, predict, published_known
+from bench.predict import Check, Known, check_on_measured, check_predictions, predict, published_known
 from bench.quality import MIN_LATENT_COSINE, MIN_PSNR_DB
 from bench.results import ContestantRecord, Inputs, Results, read_inputs
 from bench.runtimes import MODELS, limit_table, model_of, runtime_table, shape_table
-from distill.architectures import Resolution
 from distill.errors import UserError
 from distill.files import replacing, write_json
 from distill.shapes import ATTRIBUTES
@@ -38,7 +37,8 @@ MEASURED = "measured by slimxl"
 
 def measured_latencies(all_results: list[Results]) -> list[Known]:
     """What was measured with guidance on a GPU of the catalogue, of models of the catalogue, the baseline first. What
-    was refused or failed the quality guard tells nothing of a GPU; of runs that measured the same the first stands."""
+    was refused or failed the quality guard tells nothing of a GPU; of runs that measured the same the first stands. The
+    floor is the row's own, by the calls of the UNet that were made: some schedulers make more than they have steps."""
     known: dict[tuple[Any, ...], Known] = {}
     for results in all_results:
         gpu = next((key for key, peak in PEAKS.items() if results.peak and peak.name == results.peak["name"]), None)
@@ -49,16 +49,17 @@ def measured_latencies(all_results: list[Results]) -> list[Known]:
             for row in sorted(cell.rows, key=lambda row: row.contestant != results.baseline):
                 record = results.contestant(row.contestant)
                 model = model_of(record)
-                if model is None or row.refused or record.failed_guard or load["guidance_scale"] <= 1:
+                sound = not (row.refused or record.failed_guard)
+                if model is None or row.floor_ms is None or not sound or load["guidance_scale"] <= 1:
                     continue
-                size, runtime = Resolution.parse(load["resolution"]), runtime_class(record)
+                runtime = runtime_class(record)
                 one = Known(
                     gpu,
                     model,
                     load["steps"],
                     runtime,
                     row.total_ms.value,
-                    floor_ms(gpu, model, load["steps"], size, load["batch"]),
+                    row.floor_ms,
                     MEASURED,
                     load["resolution"],
                     load["batch"],

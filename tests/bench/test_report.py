@@ -15,7 +15,7 @@ from bench.report import measured_latencies, runtime_class, write_report
 from bench.results import ACCEPTANCE_SCHEMA, SESSION_SCHEMA, TRAINING_SCHEMA, Estimate, Results
 from bench.summary import stage_medians
 from bench.words import count, interval, milliseconds, signed_percent, size, times
-from distill.architectures import ARCHITECTURES
+from distill.architectures import ARCHITECTURES, Resolution
 from distill.errors import UserError
 
 VOID = {"meta", "link", "img", "br"}
@@ -344,12 +344,23 @@ def test_the_gpu_suites_files_have_their_sections(results_path, tmp_path):
     assert told["training"][0]["rows"][0]["mfu"] == 0.52
 
 
-def test_predictions_are_held_against_what_was_measured(results_path, tmp_path):
-    """One GPU of the catalogue measured: the method is calibrated on its first figure, and the rest are checks."""
+def on_h200(results_path):
+    """The fakes' results as if two models of the catalogue had been measured on an H200."""
     value = json.loads(results_path.read_text())
     value["peak"] = {"name": "H200 SXM", "tflops": 989.4, "terabytes_per_s": 4.8}
-    for record, model in zip(value["contestants"], ("sdxl", "vega"), strict=True):
-        record |= {"parameters": ARCHITECTURES[model].parameters[0], "runtime": "diffusers eager"}
+    for index, model in enumerate(("sdxl", "vega")):
+        about = {"parameters": ARCHITECTURES[model].parameters[0], "runtime": "diffusers eager", "precision": "fp16"}
+        value["contestants"][index] |= about
+        for cell in value["cells"]:
+            load = cell["workload"]
+            size = Resolution.parse(load["resolution"])
+            cell["rows"][index]["floor_ms"] = floor_ms("h200", model, load["steps"], size)
+    return value
+
+
+def test_predictions_are_held_against_what_was_measured(results_path, tmp_path):
+    """One GPU of the catalogue measured: the method is calibrated on its first figure, and the rest are checks."""
+    value = on_h200(results_path)
     (tmp_path / "r.json").write_text(json.dumps(value))
     write_report([tmp_path / "r.json"], tmp_path / "out")
     checks = json.loads((tmp_path / "out" / "report.json").read_text())["prediction_of_measured"]
@@ -365,14 +376,14 @@ def test_predictions_are_held_against_what_was_measured(results_path, tmp_path):
 
 
 def test_what_calibrates_is_sound_and_counted_once(results_path):
-    value = json.loads(results_path.read_text())
-    value["peak"] = {"name": "H200 SXM", "tflops": 989.4, "terabytes_per_s": 4.8}
-    for record, model in zip(value["contestants"], ("sdxl", "vega"), strict=True):
-        record |= {"parameters": ARCHITECTURES[model].parameters[0], "runtime": "diffusers eager", "precision": "fp16"}
-    results = Results.model_validate(value)
+    results = Results.model_validate(on_h200(results_path))
     sdxl, vega = results.contestants
     found = measured_latencies([results])
     assert measured_latencies([results, results]) == found, "a second run of the same is no second figure"
+    heun = results.cells[0].rows[1].model_copy(update={"floor_ms": 2 * results.cells[0].rows[1].floor_ms})
+    twice = results.cells[0].model_copy(update={"rows": [heun]})
+    [one] = measured_latencies([results.model_copy(update={"cells": [twice]})])
+    assert one.floor_ms == heun.floor_ms, "by the calls that were made, not by the steps"
     vega.quality["passed"] = False
     assert {one.model for one in measured_latencies([results])} == {"sdxl"}, "a black picture is quickly drawn"
     classes = [

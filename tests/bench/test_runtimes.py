@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 
 from bench.peaks import PEAKS
+from bench.predict import floor_ms
 from bench.report import write_report
 from bench.results import Estimate, Results, read_results
 from bench.roofline import ModelConfigs, component_costs, total_flops
@@ -54,6 +55,7 @@ def gpu_results(template, contestants, sizes=SIZES[:1], part="x"):
             middle = sorted(totals)[len(totals) // 2]
             row |= {"total_ms": {"value": middle, "low": min(totals), "high": max(totals)}, "step_ms": middle / 32}
             row |= {"stages_ms": {"denoise": 0.94 * middle, "vae_decode": 0.06 * middle}, "refused": False}
+            row["floor_ms"] = floor_ms("a100-sxm", name.split()[0], 30, Resolution.parse(size))
             row |= {"first_ms": [middle + 900 * index, middle + 5], "cv": 0.01}
             row["samples"] = [
                 {"total_ms": total, "stages_ms": {}, "steps_ms": [], "queue_ms": 9.0, "started_s": 0.0, "round": number}
