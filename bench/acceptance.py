@@ -152,6 +152,12 @@ def _onnx_model() -> bytes:
     return bytes(model.SerializeToString())
 
 
+def _import_onnxruntime() -> Any:
+    """With torch before it: it brings the CUDA libraries of its wheels, which the GPU providers then find."""
+    import_module("torch")
+    return import_module("onnxruntime")
+
+
 def _run_session(row: dict[str, Any], name: str, **how: Any) -> None:
     """The same network in a session that is to run on the provider `name`."""
     import onnxruntime
@@ -167,9 +173,7 @@ def _run_session(row: dict[str, Any], name: str, **how: Any) -> None:
 
 def try_provider(name: str) -> dict[str, Any]:
     """One of the providers that ONNX Runtime was built with."""
-    import onnxruntime
-
-    row = _row(name)
+    onnxruntime, row = _import_onnxruntime(), _row(name)
     available = onnxruntime.get_available_providers()
     if name not in available:
         row["messages"].append(f"this ONNX Runtime ({onnxruntime.__version__}) has {', '.join(available)}")
@@ -183,11 +187,9 @@ def try_provider(name: str) -> dict[str, Any]:
 
 def try_plugin(module: str) -> dict[str, Any]:
     """A provider that comes as a package of its own and is registered with ONNX Runtime, for every device it names."""
-    import onnxruntime
-
     row = _row(module)
     try:
-        plugin = import_module(module)
+        plugin, onnxruntime = import_module(module), _import_onnxruntime()
         name = plugin.get_ep_name()
         onnxruntime.register_execution_provider_library(name, plugin.get_library_path())
         devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]

@@ -241,6 +241,17 @@ def test_a_target_that_does_not_answer_leaves_the_others(tmp_path, monkeypatch):
     assert not multiprocessing.active_children()
 
 
+def test_a_gpu_provider_is_asked_with_the_libraries_that_torch_brings(tmp_path, monkeypatch):
+    from bench import acceptance
+
+    tells = "import sys\ndef get_ep_name(): raise RuntimeError('torch' in sys.modules)\n"
+    (tmp_path / "tells.py").write_text(tells)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(acceptance, "targets", lambda: [("plugin", "tells")])
+    [row] = acceptance.measure_acceptance(lambda _rows: None)
+    assert row["messages"] == ["RuntimeError: True"]
+
+
 def test_what_does_not_fit_or_is_not_there_is_listed_with_its_reason(tmp_path, monkeypatch):
     monkeypatch.setitem(suite.MODULES, "tensorrt", "no_such_module")
     assert run_suite(options(tmp_path, minutes=0.5)) == 1
