@@ -109,12 +109,27 @@ def list_(folder: Annotated[Path, tyro.conf.Positional] = Path("out")) -> int:
 
 
 def prune(
-    bundle: Bundle, keep_gpus: str = "", keep_flavors: str = "", keep_resolutions: str = "", dry_run: bool = False
+    bundle: Bundle,
+    keep_gpus: str = "",
+    keep_flavors: str = "",
+    keep_resolutions: str = "",
+    keep_newest: bool = False,
+    dry_run: bool = False,
 ) -> int:
-    """Remove engines that match none of what is to be kept, and files that no manifest names."""
+    """Remove engines that match none of what is to be kept, and files that no manifest names.
+
+    Args:
+        bundle: The bundle.
+        keep_gpus: What serves one of these, separated by commas (a100, rtx4090, ...).
+        keep_flavors: Of these flavors, separated by commas.
+        keep_resolutions: What serves one of these sizes, separated by commas.
+        keep_newest: Of engines that differ only in the version that built them, the newest.
+        dry_run: Say what would be removed.
+    """
     from engines.prune import prune_bundle
 
-    return prune_bundle(bundle, _names(keep_gpus), _names(keep_flavors), _names(keep_resolutions), dry_run)
+    gpus, flavors, resolutions = map(_names, (keep_gpus, keep_flavors, keep_resolutions))
+    return prune_bundle(bundle, gpus, flavors, resolutions, keep_newest, dry_run)
 
 
 def bench(

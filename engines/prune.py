@@ -8,7 +8,7 @@ from distill.errors import UserError, unknown
 from engines.build import bundle_lock, remove_strays
 from engines.bundle import Engine, Manifest, read_manifest, write_manifest
 from engines.flavors import FLAVORS
-from engines.gpus import GPUS
+from engines.gpus import GPUS, version_tuple
 from engines.layouts import UNSIZED
 from engines.reports import console, size
 
@@ -21,8 +21,23 @@ def _wanted(engine: Engine, gpus: list[str], flavors: list[str], resolutions: li
     return by_gpu and by_flavor and by_size
 
 
+def _newest(engines: list[Engine]) -> list[Engine]:
+    """Of engines that serve the same and differ in what built them, the one of the newest version, and built last."""
+    same = {"component", "flavor", "layout", "compute_capabilities", "precision", "profiles", "options"}
+    by_age = sorted(
+        engines, key=lambda engine: version_tuple(engine.flavor_version)
+    )  # as the manifest has them: by age
+    newest = {engine.model_dump_json(include=same): engine.key for engine in by_age}
+    return [engine for engine in engines if engine.key in newest.values()]
+
+
 def prune_bundle(
-    bundle: Path, gpus: list[str], flavors: list[str], resolutions: list[str], dry_run: bool = False
+    bundle: Path,
+    gpus: list[str],
+    flavors: list[str],
+    resolutions: list[str],
+    newest: bool = False,
+    dry_run: bool = False,
 ) -> int:
     """The manifest is written first and the files go after, so that a killed prune leaves a sound bundle.
 
@@ -42,6 +57,7 @@ def prune_bundle(
     with bundle_lock(bundle):
         manifest = read_manifest(bundle)
         kept = [engine for engine in manifest.engines if _wanted(engine, gpus, flavors, resolutions)]
+        kept = _newest(kept) if newest else kept
         dropped = [engine for engine in manifest.engines if engine not in kept]
         if dropped and not kept:
             raise UserError(f"prune would leave no engine in {bundle}; delete the folder if that is what you want")

@@ -84,6 +84,18 @@ def test_prune_keeps_what_serves_a_gpu(bundle: Path, monkeypatch: pytest.MonkeyP
     assert len(read_manifest(bundle).engines) == 8
 
 
+def test_prune_keeps_the_newest_of_two_versions(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    newer = json.loads(json.dumps(manifest["engines"][4])) | {"flavor_version": "99.0", "key": "0" * 64}
+    newer["files"][0]["path"] += ".newer"
+    shutil.copyfile(bundle / manifest["engines"][4]["files"][0]["path"], bundle / newer["files"][0]["path"])
+    (bundle / "manifest.json").write_text(json.dumps(manifest | {"engines": [newer, *manifest["engines"]]}))
+    assert run(monkeypatch, "prune", bundle) == 0 and len(read_manifest(bundle).engines) == 9
+    assert run(monkeypatch, "prune", bundle, "--keep-newest") == 0
+    kept = read_manifest(bundle).engines
+    assert len(kept) == 8 and kept[0].key == newer["key"] and verify_bundle(bundle) == []
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
