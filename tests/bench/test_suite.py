@@ -248,6 +248,7 @@ def test_a_gpu_provider_is_asked_with_the_libraries_that_torch_brings(tmp_path, 
     (tmp_path / "tells.py").write_text(tells)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(acceptance, "targets", lambda: [("plugin", "tells")])
+    monkeypatch.setattr(acceptance, "ANSWER_S", 300.0)  # however busy the machine
     [row] = acceptance.measure_acceptance(lambda _rows: None)
     assert row["messages"] == ["RuntimeError: True"]
 
