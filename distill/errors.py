@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
 from safetensors import SafetensorError
+
+FULL_DISK = re.compile(rf"{os.strerror(errno.ENOSPC)}|\d+ requested and \d+ written")
+"""In the system's words, which safetensors repeats without their number, and in numpy's own, of `ndarray.tofile`."""
 
 
 class UserError(Exception):
@@ -73,8 +77,7 @@ def exit_on_user_error(command: Callable[[], int | None]) -> int:
 
 def _of_the_system(error: OSError | SafetensorError) -> str:
     """One line for what the system refused; any other error is raised again."""
-    full = os.strerror(errno.ENOSPC)
-    if full in str(error):  # safetensors has the system's words, but not its number
+    if FULL_DISK.search(str(error)):
         where = f" of {error.filename}" if isinstance(error, OSError) and error.filename else ""
         return f"the disk{where} is full; free some space and run the same command again"
     if not isinstance(error, OSError) or error.errno is None:

@@ -57,7 +57,8 @@ def replacing(path: Path) -> Iterator[Path]:
         else:
             temporary.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # what a write raises names no file
+        if error.errno is not None:  # one without a number would be told by the name alone
+            error.filename = error.filename or str(path)  # what a write raises names no file
         raise
     finally:
         _remove(temporary)
