@@ -117,6 +117,7 @@ def summarise(
     peak: Peak | None,
     faults: dict[str, Any],
 ) -> CellRecord:
+    """Nothing is held against a baseline that was refused."""
     reference = cell.samples.get(baseline, [])
     rows = [
         make_row(
@@ -133,6 +134,8 @@ def summarise(
         for name, samples in cell.samples.items()
         if samples
     ]
+    if any(row.refused for row in rows if row.contestant == baseline):
+        rows = [row.model_copy(update={"speedup": None}) for row in rows]
     return CellRecord(
         workload=workload_record(cell.workload), name=cell.workload.name, rows=rows, failures=dict(cell.failures)
     )

@@ -10,8 +10,10 @@ from conftest import fake_options
 
 from bench.contestants import Spec, parse_specs
 from bench.fidelity import FidelityOptions
+from bench.measure import Cell, Sample
 from bench.results import read_results
 from bench.run import run_bench
+from bench.summary import summarise
 from bench.workload import Workload, make_workloads, parse_numbers, parse_resolutions
 from distill.architectures import MINI_FAMILY, Resolution
 from distill.errors import UserError
@@ -28,6 +30,18 @@ def test_a_run_of_fakes_gives_back_their_speedup(results_path):
         assert sum(row.stages_ms.values()) == pytest.approx(row.total_ms.value)
         assert len(row.samples) == 8
     assert [cell.workload["steps"] for cell in results.cells] == [3, 3, 6]
+
+
+def test_nothing_is_held_against_a_refused_baseline():
+    cell = Cell(Workload(resolution=Resolution(64, 64), steps=1))
+    for name, total in (("teacher", 4.0), ("vega", 2.0)):
+        cell.samples[name] = [Sample(total, {"denoise": total}, [total], round=number) for number in range(6)]
+        cell.warmups[name], cell.first_ms[name] = 1, [total]
+    found = {}
+    for faults in ([], ["picture 0 is black"]):
+        cell.faults["teacher"] = faults
+        found[bool(faults)] = summarise(cell, "teacher", costs={}, peak=None, faults={}).rows[1].speedup
+    assert found[False].value == 2.0 and found[True] is None
 
 
 def test_absent_readings_are_null_and_say_why(results_path):
