@@ -56,25 +56,33 @@ def _references(entrants: list[Entrant], workload: Workload, device: str) -> dic
         if source in drawn:
             continue
         reference = EagerContestant("reference", str(source), device, workdir=entrant.contestant.workdir)
-        kept = _kept_reference(reference, workload)
-        if kept.exists():
-            with np.load(kept) as file:
-                drawn[source] = Pictures(file["images"], file["latents"])
-            continue
         # not timed; a narrow net gains nothing from threads, and loses much where the cores are shared
         torch.set_num_threads(1 if entrant.configs.is_narrow else threads)
         try:
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                pictures = timed_draw(reference, workload, make_clock(device))[1]
-            drawn[source] = pictures
-            with replacing(kept) as temporary, temporary.open("wb") as file:
-                np.savez(file, images=pictures.images, latents=np.asarray(pictures.latents_array()))
+            drawn[source] = _reference_pictures(reference, workload)
         except torch.OutOfMemoryError:
             drawn[source] = "no fp32 reference: the device has too little memory left for it"
+        except Exception as error:
+            drawn[source] = f"no fp32 reference: {type(error).__name__}: {error}"
         torch.set_num_threads(threads)
         del reference
         gc.collect()
     return {entrant.name: drawn[entrant.checkpoint()] for entrant in entrants}
+
+
+def _reference_pictures(reference: EagerContestant, workload: Workload) -> Pictures:
+    """Drawn without TF32, or as an earlier run drew them."""
+    import torch
+
+    kept = _kept_reference(reference, workload)
+    if kept.exists():
+        with np.load(kept) as file:
+            return Pictures(file["images"], file["latents"])
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        pictures = timed_draw(reference, workload, make_clock(reference.device))[1]
+    with replacing(kept) as temporary, temporary.open("wb") as file:
+        np.savez(file, images=pictures.images, latents=np.asarray(pictures.latents_array()))
+    return pictures
 
 
 def _kept_reference(reference: EagerContestant, workload: Workload) -> Path:
@@ -129,27 +137,47 @@ def _fidelity(entrant: Entrant, workload: Workload, options: RunOptions) -> dict
     return measure_fidelity(draw, options.fidelity)
 
 
-def energy_of(entrant: Entrant, main: Workload, gpu: Gpu, seconds: float) -> dict[str, Any]:
-    """Joules an image over at least `seconds` of drawing `main`, or why they are not known."""
+def energy_of(entrant: Entrant, main: Workload, gpu: Gpu, seconds: float, notes: list[str]) -> dict[str, Any]:
+    """Joules an image over at least `seconds` of drawing `main`, or why they are not known; `notes` say what raised."""
     clock = make_clock(entrant.contestant.device)
 
     def draw() -> int:
         timed_draw(entrant.contestant, main, clock)
         return main.batch
 
-    return energy_per_image(gpu, draw, seconds)
+    try:
+        return energy_per_image(gpu, draw, seconds)
+    except Exception as error:
+        return {
+            "j_per_image": None,
+            "why": _note_failure(notes, f"{entrant.name} failed while its energy was read", error),
+        }
 
 
-def draw_pictures(entrants: list[Entrant], main: Workload, family: Family, options: RunOptions) -> list[PictureRecord]:
-    """The same prompts and seeds for everyone, going round the family's resolutions."""
-    records = []
+def _note_failure(notes: list[str], what: str, error: Exception) -> str:
+    notes.append(f"{what}: {type(error).__name__}: {error}")
+    say(f"  {notes[-1]}")
+    return notes[-1]
+
+
+def draw_pictures(
+    entrants: list[Entrant], main: Workload, family: Family, options: RunOptions, notes: list[str]
+) -> list[PictureRecord]:
+    """The same prompts and seeds for everyone, going round the family's resolutions. A contestant that raises is asked no
+    further, and `notes` say so."""
+    records, drawing = [], list(entrants)
     sizes = family.resolutions if family.name == "mini" else (main.resolution,)
     base = replace(main, steps=options.picture_steps)
     for index, prompt in enumerate(family_prompts(family, options.pictures)):
         workload = base.for_picture(prompt, 1000 + index, sizes[index % len(sizes)])
-        for entrant in entrants:
+        for entrant in list(drawing):
             contestant = entrant.contestant
-            image = timed_draw(contestant, workload, make_clock(contestant.device))[1].images[0]
+            try:
+                image = timed_draw(contestant, workload, make_clock(contestant.device))[1].images[0]
+            except Exception as error:
+                _note_failure(notes, f"{entrant.name} failed at the pictures, {workload.resolution}", error)
+                drawing.remove(entrant)
+                continue
             records.append(
                 PictureRecord(
                     contestant=entrant.name,

@@ -233,9 +233,10 @@ def run_bench(options: RunOptions) -> Results:
     say("quality against the fp32 reference")
     quality = dict.fromkeys(names, FAILED) | quality_of(drawing, main, options, device)
     save(quality, unmeasured, [])
-    energy = unmeasured | {one.name: energy_of(one, main, gpu, options.energy_seconds) for one in drawing}
+    energy = unmeasured | {one.name: energy_of(one, main, gpu, options.energy_seconds, notes) for one in drawing}
+    save(quality, energy, [])
     if options.pictures:
         say(f"pictures: {options.pictures} prompts, the same seeds for all")
-    results = save(quality, energy, draw_pictures(drawing, main, family, options))
+    results = save(quality, energy, draw_pictures(drawing, main, family, options, notes))
     say(f"wrote {options.out} after {results.seconds:.0f} s")
     return results

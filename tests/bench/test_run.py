@@ -2,6 +2,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -83,6 +84,41 @@ def test_what_was_timed_is_kept_where_the_rest_is_cut_short(tmp_path, monkeypatc
     results = read_results(tmp_path / "r.json")
     assert len(results.cells[0].rows[0].samples) == 8
     assert results.contestants[0].quality["words"] == ["the run was stopped before this"]
+
+
+def test_one_that_raises_after_the_timed_rounds_costs_only_its_own(tmp_path, monkeypatch, virtual_time):
+    from bench.fake import FakeContestant
+
+    real = FakeContestant.draw
+
+    def draw(self, workload, mark):
+        if self.name == "teacher" and workload.steps == 20:
+            raise MemoryError("too large")
+        return real(self, workload, mark)
+
+    def energy(*_):
+        raise RuntimeError("the board is gone")
+
+    monkeypatch.setattr(FakeContestant, "draw", draw)
+    monkeypatch.setattr("bench.examine.energy_per_image", energy)
+    results = run_bench(fake_options(tmp_path / "r.json", pictures=2))
+    assert [one.contestant for one in results.pictures] == ["vega", "vega"]
+    assert "the board is gone" in results.contestants[0].energy["why"]
+    assert results.notes[-1] == "teacher failed at the pictures, 1024x1024: MemoryError: too large"
+    assert read_results(tmp_path / "r.json") == results
+
+
+def test_a_reference_that_cannot_be_drawn_is_told(tmp_path, monkeypatch):
+    from bench import examine
+
+    def fail(*_):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(examine, "_reference_pictures", fail)
+    configs, contestant = SimpleNamespace(is_narrow=False), SimpleNamespace(workdir=tmp_path)
+    entrant = SimpleNamespace(name="vega", checkpoint=lambda: "here", configs=configs, contestant=contestant)
+    found = examine._references([entrant], Workload(resolution=Resolution(64, 64), steps=1), "cpu")
+    assert found == {"vega": "no fp32 reference: RuntimeError: no kernel"}
 
 
 def test_a_run_killed_between_two_workloads_keeps_the_first(tmp_path, monkeypatch, virtual_time):
