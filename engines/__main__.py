@@ -236,7 +236,7 @@ def serve(
 
     Args:
         bundle: What to serve.
-        workdir: Where the model repository, the server's environment and its log go.
+        workdir: Where the server's environment goes, and in a folder of the HTTP port's name the model and the log.
         flavor: Which engines; default: the first that run here.
         gpus: CUDA device numbers separated by commas, `none` for the CPU, `auto` for every GPU here that runs the bundle.
         instances: Copies of the model for each GPU.
@@ -263,10 +263,12 @@ def serve(
         decoupled=decoupled,
         execution_env=environment.folder if environment else None,
     )
-    write_repository(bundle, workdir / "models", serving)
-    on = f"GPU {', '.join(map(str, devices))}" if devices else "the CPU"
-    print(f"starting Triton with {bundle} ({served}) on {on}; a picture of every size is drawn first", flush=True)
-    return triton_server.serve(workdir / "models", environment, where, workdir / "log")
+    folder = workdir / str(http_port)
+    with triton_server.alone_in(folder):
+        write_repository(bundle, folder / "models", serving)
+        on = f"GPU {', '.join(map(str, devices))}" if devices else "the CPU"
+        print(f"starting Triton with {bundle} ({served}) on {on}; a picture of every size is drawn first", flush=True)
+        return triton_server.serve(folder / "models", environment, where, folder / "log")
 
 
 def load(

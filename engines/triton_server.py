@@ -18,17 +18,22 @@ import sys
 import sysconfig
 import time
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from distill.errors import UserError
+from engines.gpus import version_tuple
 
 SERVER_PACKAGES = ("nvidia-pytriton==0.7.0", "tritonclient[http,grpc]==2.73.0", "numpy==1.26.4")
+WHEEL_VERSION = "24.10"
+"""Of Triton in that wheel, as its containers are counted."""
+FIRST_SOUND_VERSION = (25, 7)
 CLIENT_PACKAGES = ("tritonclient[grpc]==2.73.0",)
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 LAST_PYTHON = (3, 12)
 """The last Python that the server has a wheel for."""
 READY = ".slimxl-ready"
@@ -52,9 +57,14 @@ class Environment:
     def python(self) -> Path:
         return self.folder / "bin/python"
 
+    def holds(self, packages: tuple[str, ...]) -> bool:
+        """Whether these were installed into it, whole, for this Python."""
+        ready = self.folder / READY
+        return ready.is_file() and ready.read_text(encoding="utf-8") == _contents(packages)
+
     @property
     def packages(self) -> Path:
-        return self.folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+        return self.folder / "lib" / f"python{PYTHON}" / "site-packages"
 
     @property
     def server(self) -> Path:
@@ -103,17 +113,16 @@ class Address:
 
 def make_environment(folder: Path) -> Environment:
     """Installs the server from PyPI. Raises UserError where pip cannot."""
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
 
     def copy_backend(environment: Environment) -> None:
         source = environment.packages / "pytriton/tritonserver"
         shutil.copytree(source / "backends/python", environment.backends / "python")
-        stub = source / "python_backend_stubs" / version / "triton_python_backend_stub"
+        stub = source / "python_backend_stubs" / PYTHON / "triton_python_backend_stub"
         shutil.copy2(stub, environment.backends / "python")
 
     if sys.version_info[:2] > LAST_PYTHON:
         raise UserError(
-            f"the Triton server on PyPI is for Python 3.10 to 3.{LAST_PYTHON[1]}, this is {version}; use one of those, "
+            f"the Triton server on PyPI is for Python 3.10 to 3.{LAST_PYTHON[1]}, this is {PYTHON}; use one of those, "
             "or put a tritonserver on the PATH (as in Triton's container)"
         )
     return _install(folder, SERVER_PACKAGES, "the Triton server (0.4 GB, a minute or two, once)", copy_backend)
@@ -121,9 +130,15 @@ def make_environment(folder: Path) -> Environment:
 
 def make_client_environment(workdir: Path) -> Environment:
     """The server's where that is in `workdir`, else one with the client alone. Raises UserError where pip cannot."""
-    if (workdir / "environment" / READY).is_file():
-        return Environment((workdir / "environment").resolve())
+    servers = Environment((workdir / "environment").resolve())
+    if servers.holds(SERVER_PACKAGES):
+        return servers
     return _install(workdir / "client", CLIENT_PACKAGES, "Triton's client (0.15 GB, once)")
+
+
+def _contents(packages: tuple[str, ...]) -> str:
+    """What READY says."""
+    return f"{PYTHON} {' '.join(packages)}\n"
 
 
 def _install(
@@ -133,7 +148,7 @@ def _install(
     environment = Environment(folder.resolve())
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if (folder / READY).is_file():
+        if environment.holds(packages):
             return environment
         print(f"installing {what} into {folder}", flush=True)
         venv.create(folder, with_pip=True, clear=True)
@@ -146,7 +161,7 @@ def _install(
                 "PATH (as in Triton's container) needs no installation"
             )
         finish(environment)
-        (folder / READY).touch()
+        (folder / READY).write_text(_contents(packages), encoding="utf-8")
     return environment
 
 
@@ -155,13 +170,28 @@ def find_environment(folder: Path) -> Environment | None:
     return None if shutil.which("tritonserver") else make_environment(folder)
 
 
-def require_unexposed(address: Address) -> None:
-    """Raises UserError where the server from PyPI would listen to other machines."""
-    if shutil.which("tritonserver") is None and not address.is_loopback:
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Raises UserError where another process serves out of `folder`; the system frees the lock of a killed one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
+            yield
+    except Timeout:
         raise UserError(
-            "the server from PyPI is Triton 2.51, which anyone who reaches it can crash (CVE-2025-23310, CVE-2025-23311): "
-            f"it does not listen on {address.host}; put a tritonserver of 25.07 or newer on the PATH (Triton's container), "
-            "a proxy that passes on no chunked bodies in front of 127.0.0.1, or pass --allow-exposed"
+            f"another serve has its model in {folder}; choose another --http-port or another --workdir"
+        ) from None
+
+
+def require_unexposed(address: Address) -> None:
+    """Raises UserError where a server would listen to other machines that can be crashed, or does not tell its version."""
+    version = os.environ.get("NVIDIA_TRITON_SERVER_VERSION", "") if shutil.which("tritonserver") else WHEEL_VERSION
+    if not address.is_loopback and version_tuple(version) < FIRST_SOUND_VERSION:
+        raise UserError(
+            f"this Triton is {version or 'of an unknown version (NVIDIA_TRITON_SERVER_VERSION is not set)'}, and one before "
+            "25.07 can be crashed by anyone who reaches it (CVE-2025-23310, CVE-2025-23311): it does not listen on "
+            f"{address.host}; put a tritonserver of 25.07 or newer on the PATH (Triton's container), a proxy that passes on "
+            "no chunked bodies in front of 127.0.0.1, or pass --allow-exposed"
         )
 
 

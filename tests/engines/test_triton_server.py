@@ -26,7 +26,16 @@ from engines.bundle import read_manifest
 from engines.load_file import read_load
 from engines.triton import Serving, write_repository
 from engines.triton_load import Workload, find_server, measure_load
-from engines.triton_server import Address, Environment, Server, reason, require_unexposed
+from engines.triton_server import (
+    READY,
+    SERVER_PACKAGES,
+    Address,
+    Environment,
+    Server,
+    alone_in,
+    reason,
+    require_unexposed,
+)
 from tests.engines.serving import CLIENT, ROOT, ask, drawing, free_port
 
 
@@ -43,6 +52,19 @@ def test_a_taken_port_and_a_dead_server_are_told_in_one_line(tmp_path: Path) -> 
     assert reason(log) == "the bundle is gone"
 
 
+def test_one_serve_to_a_folder(tmp_path: Path) -> None:
+    """A second would put its bundle under the first one's server."""
+    refused = pytest.raises(UserError, match=r"another serve has its model in .*8000; choose another --http-port")
+    with alone_in(tmp_path / "8000"), alone_in(tmp_path / "8001"), refused, alone_in(tmp_path / "8000"):
+        pass
+
+
+def test_an_environment_of_another_python_is_none(environment: Environment, tmp_path: Path) -> None:
+    assert environment.holds(SERVER_PACKAGES) and not environment.holds(("numpy==2.0",))
+    (tmp_path / READY).write_text((environment.folder / READY).read_text().replace("3.", "2.", 1))
+    assert not Environment(tmp_path).holds(SERVER_PACKAGES)
+
+
 def test_where_it_may_listen(monkeypatch: pytest.MonkeyPatch) -> None:
     """By number, since Triton takes a name as 255.255.255.255; and only here, where a malformed request can crash it."""
     local = Address.resolve("localhost", 1, 2)
@@ -54,6 +76,11 @@ def test_where_it_may_listen(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"CVE-2025-23310.*does not listen on 0\.0\.0\.0.*--allow-exposed"):
         require_unexposed(Address("0.0.0.0"))
     monkeypatch.setattr("shutil.which", lambda name: "/opt/tritonserver/bin/tritonserver")
+    for version, told in (("", "of an unknown version"), ("25.06", "25.06")):
+        monkeypatch.setenv("NVIDIA_TRITON_SERVER_VERSION", version)
+        with pytest.raises(UserError, match=f"this Triton is {told}"):
+            require_unexposed(Address("0.0.0.0"))
+    monkeypatch.setenv("NVIDIA_TRITON_SERVER_VERSION", "25.07")
     require_unexposed(Address("0.0.0.0"))
 
 
