@@ -92,7 +92,7 @@ class Profile(_Record):
     """One optimisation profile: `resolutions` are the image sizes it serves; `batch` is the most images at once."""
 
     index: int = Field(ge=0)
-    resolutions: list[ResolutionText]
+    resolutions: list[ResolutionText] = Field(min_length=1)
     batch: int = Field(ge=1)
     shapes: dict[str, ShapeRange]
 
@@ -122,8 +122,8 @@ class Engine(_Record):
     gpus: list[str]
     compute_capabilities: list[Capability]
     precision: Literal["fp16", "fp32", "bf16"]
-    resolutions: list[ResolutionText]
-    batches: list[Annotated[int, Field(ge=1)]]
+    resolutions: list[ResolutionText] = Field(min_length=1)
+    batches: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
     profiles: list[Profile] = Field(min_length=1)
     inputs: list[TensorInfo] = Field(min_length=1)
     outputs: list[TensorInfo] = Field(min_length=1)
@@ -131,7 +131,7 @@ class Engine(_Record):
     key: Sha256
     onnx_sha256: Sha256
     weights_sha256: Sha256 | None
-    weights_bytes: int = Field(ge=0)
+    weights_bytes: int = Field(gt=0)
     options: Options = {}
     build: BuildRecord
 

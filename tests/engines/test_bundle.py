@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 
 from distill.errors import UserError
 from engines.bundle import Manifest, _inside, read_manifest, unnamed_files, verify_bundle
+from engines.flavors import find_flavor
 from engines.pipeline import choose_flavor, load, select_engines
+from engines.reports import print_inspection
 
 DAMAGED_BUNDLES = int(os.environ.get("SLIMXL_DAMAGED_BUNDLES", "2000"))
 
@@ -74,6 +77,31 @@ def test_damaged_manifest_is_refused(bundle: Path, change: Any, message: str) ->
     with pytest.raises(UserError, match=message) as caught:
         read_manifest(bundle)
     assert "python -m engines build" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def emptied(value: Any) -> Iterator[Any]:
+    """The JSON value with each part of it emptied in turn."""
+    yield type(value)()
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        for other in emptied(part) if part is not None else ():
+            yield {**value, key: other} if isinstance(value, dict) else [*value[:key], other, *value[key + 1 :]]
+
+
+def test_what_is_empty_is_refused_or_harmless(bundle: Path) -> None:
+    content = json.loads((bundle / "manifest.json").read_text())
+    first, *others = content["engines"][:4]
+    refused = harmless = 0
+    for engine in emptied(first):
+        (bundle / "manifest.json").write_text(json.dumps(content | {"engines": [engine, *others]}))
+        try:
+            manifest = read_manifest(bundle)
+            print_inspection(bundle)
+            select_engines(manifest, find_flavor("onnxruntime"), "cpu")
+            harmless += 1
+        except UserError:
+            refused += 1
+    assert refused > 100 and harmless > 10
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '"\ud800"', "nul\0"])
