@@ -91,11 +91,11 @@ def _kept_reference(reference: EagerContestant, workload: Workload) -> Path:
     import torch
 
     device = torch.cuda.get_device_name() if reference.device.startswith("cuda") else cpu_identity()["model"]
-    weights: list[object] = []
+    files: list[object] = []
     if not reference.source.startswith("random:"):
-        files = sorted(reference.folder.rglob("*.safetensors"))
-        weights = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    told = [reference.source, workload, device, torch.__version__, diffusers.__version__, weights]
+        paths = sorted(path for path in reference.folder.rglob("*") if path.is_file())
+        files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    told = [reference.source, workload, device, torch.__version__, diffusers.__version__, files]
     name = hashlib.sha256(repr(told).encode()).hexdigest()[:20]
     return reference.workdir / "references" / f"{name}.npz"
 
