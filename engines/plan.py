@@ -130,10 +130,8 @@ def plan_builds(
     wanted_batches = sorted(set(batches or [1]))
     if wanted_batches[0] < 1:
         raise UserError(f"batch {wanted_batches[0]} is not possible: name numbers of images from 1 up")
-    if flavor == "onnxruntime":
-        if layout not in (None, "ranged"):
-            raise UserError(f"flavor onnxruntime has one engine for all resolutions: layout {layout} is for TensorRT")
-        options = {}
+    if flavor == "onnxruntime" and layout not in (None, "ranged"):
+        raise UserError(f"flavor onnxruntime has one engine for all resolutions: layout {layout} is for TensorRT")
     if folder.is_static:
         if layout not in (None, "per-resolution") or flavor == "onnxruntime":
             asked = f"flavor {flavor}" if flavor == "onnxruntime" else f"layout {layout}"

@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     import torch
 
 
+def import_onnxruntime() -> Any:
+    """The runtime's module. Raises UserError where it is not installed."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(f"onnxruntime cannot be imported ({error}); pip install onnxruntime") from None
+    return onnxruntime
+
+
 class OnnxRuntimeEngine:
     """An inference session. On the CPU its inputs and outputs share memory with the torch tensors."""
 
@@ -72,21 +81,19 @@ class OnnxRuntimeFlavor:
     targets: None = None
 
     def version(self) -> str:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise UserError(f"onnxruntime cannot be imported ({error}); pip install onnxruntime") from None
-        return str(onnxruntime.__version__)
+        return str(import_onnxruntime().__version__)
 
     def default_device(self) -> str:
         """Providers are what the package was compiled with: a GPU must be there too."""
-        import onnxruntime
-
-        able = "CUDAExecutionProvider" in onnxruntime.get_available_providers() and gpu_of_device("cuda:0") is not None
+        providers = import_onnxruntime().get_available_providers()
+        able = "CUDAExecutionProvider" in providers and gpu_of_device("cuda:0") is not None
         return "cuda:0" if able else "cpu"
 
     def check_build(self, compute_capabilities: tuple[str, ...], options: Options) -> None:
         self.version()
+        if options:
+            asked = ", ".join(f"--{name.replace('_', '-')}" for name in options)
+            raise UserError(f"{asked} is for TensorRT's plans, flavor onnxruntime has none: leave it out")
 
     def build(self, request: BuildRequest, report: Report) -> list[TensorInfo]:
         """The graph as this runtime is quickest with it, beside a hard link to the weights, or a copy where the disk has
@@ -113,10 +120,7 @@ class OnnxRuntimeFlavor:
 
     def check_load(self, engine: Engine, device: str) -> None:
         """ONNX files outlive versions of the runtime, so only the device matters."""
-        import onnxruntime
-
-        self.version()
-        providers = onnxruntime.get_available_providers()
+        providers = import_onnxruntime().get_available_providers()
         if device.startswith("cuda") and "CUDAExecutionProvider" not in providers:
             raise UserError(
                 f"device {device} needs ONNX Runtime's CUDAExecutionProvider, this one has {', '.join(providers)}; "

@@ -181,7 +181,7 @@ class TensorRTEngine:
             context = self.make_context()
             self.select_profile(context, profile)
             for text in profile.resolutions:
-                for name, shape in _largest_shapes(profile, text, self.record.component):
+                for name, shape in _largest_shapes(profile, text):
                     context.set_input_shape(name, shape)
                 needed = max(needed, int(context.update_device_memory_size_for_shapes()))
         return needed
@@ -253,7 +253,7 @@ def _check_header(arena: Arena, plan: bytes, engine: Engine, mend: str) -> str:
     raise UserError(f"{engine.files[0].path} cannot run here: {', '.join(found) or 'not a plan'}; {mend}")
 
 
-def _largest_shapes(profile: Profile, resolution: str, component: str) -> list[tuple[str, tuple[int, ...]]]:
+def _largest_shapes(profile: Profile, resolution: str) -> list[tuple[str, tuple[int, ...]]]:
     """The inputs of one size at the largest batch: from the first size of the profile, whose shape is known, the
     scale between image and input follows."""
     width, height = map(int, resolution.split("x"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -385,6 +386,14 @@ def test_onnx_runtime_with_cuda_and_no_gpu_stays_on_the_cpu(
     monkeypatch.setattr(module, "gpu_of_device", lambda device: ("NVIDIA A100", "8.0"))
     assert flavor.default_device() == "cuda:0"
     flavor.check_load(toy_manifest.engines[0], "cuda:1")
+
+
+def test_a_missing_onnx_runtime_is_said(toy_manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    flavor = find_flavor("onnxruntime")
+    for ask in (flavor.default_device, lambda: flavor.check_load(toy_manifest.engines[0], "cpu")):
+        with pytest.raises(UserError, match=r"onnxruntime cannot be imported .*pip install onnxruntime"):
+            ask()
 
 
 @pytest.mark.parametrize(
