@@ -74,7 +74,7 @@ def assemble(
     Raises UserError where the disk is too small.
     """
     size = sum(tensor.nbytes for component in tensors.values() for tensor in component.values())
-    require_free_disk(folder.parent, size, str(folder.name))
+    require_free_disk(folder.parent, size, f"a checkpoint of {architecture.name}", "--workdir")
     for component, module in meta_components(architecture).items():
         is_diffusers = CLASSES[component][0] == "diffusers"
         (module.save_config if is_diffusers else module.config.save_pretrained)(folder / component)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import secrets
@@ -64,10 +65,11 @@ def replacing(path: Path) -> Iterator[Path]:
         _remove(temporary)
 
 
-def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Removes what killed processes left of `replacing` the files called `name` in `folder`; for who holds their lock."""
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Removes what killed processes left of `replacing` the file called `name`, or any, in `folder`; for who holds its
+    lock."""
     for kind in ("partial", "old"):
-        for path in folder.glob(f".{name}.*.{kind}"):
+        for path in folder.glob(f".{glob.escape(name) if name else '*'}.*.{kind}"):
             _remove(path)
 
 
@@ -104,12 +106,12 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def require_free_disk(folder: Path, needed_bytes: int, what: str) -> None:
-    """Raises UserError before anything is written where the disk is too small for `what`."""
+def require_free_disk(folder: Path, needed_bytes: int, what: str, option: str = "--out") -> None:
+    """Raises UserError before anything is written where the disk is too small for `what`, which `option` places there."""
     existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise UserError(
             f"{what} needs {needed_bytes / 1e9:.1f} GB on the disk of {existing}, which has {free / 1e9:.1f} GB free; "
-            "free some space or choose another --out"
+            f"free some space or choose another {option}"
         )

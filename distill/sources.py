@@ -9,10 +9,8 @@ mini:sdxl             the mini teacher that ships with the package
 
 from __future__ import annotations
 
-import errno
 import inspect
 import json
-import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -27,8 +25,8 @@ from distill.architectures import (
     family_of,
     find_architecture,
 )
-from distill.errors import UserError, unknown
-from distill.files import exclusive, read_json, remove_leftovers, replacing, sha256_file, sha256_json
+from distill.errors import FULL_DISK, UserError, unknown
+from distill.files import exclusive, read_json, remove_leftovers, replacing, sha256_file, sha256_json, write_json
 from distill.tensors import component_tensors, component_weights, read_safetensors_header, weights_variant
 
 if TYPE_CHECKING:
@@ -36,6 +34,10 @@ if TYPE_CHECKING:
 
 MINI_TEACHER = Path(__file__).parent / "mini" / "teacher"
 COMPONENT_FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2")
+NO_SAFETENSORS = "necessary `safetensors` weights"
+"""As diffusers says where a hub has weights in no other format than pickle."""
+CONVERSION = 1
+"""Raised whenever a random, converted or fused checkpoint comes out otherwise than before: older ones are made again."""
 FORMS = "a Hugging Face id, a diffusers folder, a single .safetensors file, random:NAME or mini:sdxl"
 
 
@@ -68,6 +70,12 @@ def _unet_family(config: Mapping[str, Any], model: object) -> Family:
     family = family_of(widths)
     if family is None:
         raise UserError(f"{model} is no SDXL checkpoint: its UNet's widths are {list(widths)}, SDXL's [320, 640, 1280]")
+    channels = config.get("in_channels", 4), config.get("out_channels", 4)
+    if channels != (4, 4):
+        raise UserError(
+            f"{model} is no text-to-image checkpoint of SDXL: its UNet has {channels[0]} channels in and {channels[1]} "
+            "out, SDXL's has 4 (9 in are for inpainting, 8 for instructed edits)"
+        )
     return family
 
 
@@ -203,7 +211,7 @@ def _check_on_hub(repo_id: str) -> None:
         files = [file.rfilename for file in model_info(repo_id).siblings or ()]
     except Exception:  # the download meets it as well, and may find all in its cache
         return
-    for needed in ("model_index.json", "unet/config.json"):
+    for needed in ("model_index.json", *(f"{component}/config.json" for component in COMPONENT_FOLDERS)):
         if needed not in files:
             raise UserError(f"model {repo_id!r} is no SDXL pipeline folder: it has no {needed}; allowed are {FORMS}")
     _unet_family(read_json(Path(hf_hub_download(repo_id, "unet/config.json"))), f"model {repo_id!r}")
@@ -212,8 +220,6 @@ def _check_on_hub(repo_id: str) -> None:
 def _downloaded(repo_id: str) -> Path:
     """The fp16 weights where the hub has them apart, else the plain ones; what an interrupted call left is gone on with."""
     from diffusers import StableDiffusionXLPipeline
-    from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     def download(variant: str | None) -> Path:
         return Path(StableDiffusionXLPipeline.download(repo_id, variant=variant, use_safetensors=True))
@@ -222,32 +228,40 @@ def _downloaded(repo_id: str) -> Path:
         _check_on_hub(repo_id)
         try:
             return download("fp16")
-        except ValueError as error:
-            if isinstance(error, OSError):  # the network went, which says nothing of the variant
-                raise
-            return download(None)  # there is none in fp16
-    except (OSError, ValueError) as error:  # every error of the hub's and of the network's is an OSError
-        known = isinstance(error, HfHubHTTPError)
-        reason = error if known else error.__cause__ or error  # diffusers may hide the hub's behind one of the cache
-        if isinstance(reason, GatedRepoError):
-            told = (
-                "is gated: accept its terms on its page and log in (hf auth login, or HF_TOKEN), or give a local folder"
-            )
-        elif isinstance(reason, RepositoryNotFoundError):
-            told = (
-                "is neither a local folder nor on the hub, unless it is private: check the name, or log in (HF_TOKEN)"
-            )
-        elif "necessary `safetensors` weights" in str(reason):
-            told = "has no .safetensors weights (pickled ones are not read): give a model that has"
-        elif os.strerror(errno.ENOSPC) in str(reason):
-            told = (
-                f"does not fit the disk of {constants.HF_HUB_CACHE}: free some space there, or name a folder of another "
-                "disk in HF_HOME, and run the same command again"
-            )
-        else:
-            first = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
-            told = f"cannot be had from the hub ({first}); check the network and run the same command again: it goes on"
-        raise UserError(f"model {repo_id!r} {told}") from None
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and NO_SAFETENSORS not in str(error):
+                raise  # the network went, which says nothing of the variant
+            return download(None)  # there is none in fp16, or a pickled one
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"model {repo_id!r} {why_not_had(error)}") from None
+
+
+def why_not_had(error: Exception) -> str:
+    """What is said, after its name, of a model that could not be fetched. `error` is of any kind: those of the hub, of
+    requests, httpx and xet have no base in common."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    known = isinstance(error, HfHubHTTPError)
+    reason = error if known else error.__cause__ or error  # diffusers may hide the hub's behind one of the cache
+    if isinstance(reason, GatedRepoError):
+        return "is gated: accept its terms on its page and log in (hf auth login, or HF_TOKEN), or give a local folder"
+    if isinstance(reason, RepositoryNotFoundError):
+        return "is neither a local folder nor on the hub, unless it is private: check the name, or log in (HF_TOKEN)"
+    if NO_SAFETENSORS in str(reason):
+        return "has no .safetensors weights (pickled ones are not read): give a model that has"
+    if FULL_DISK.search(str(reason)):
+        return (
+            f"does not fit the disk of {constants.HF_HUB_CACHE}: free some space there, or name a folder of another "
+            "disk in HF_HOME, and run the same command again"
+        )
+    first = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
+    return (
+        f"cannot be had from the Hugging Face hub ({first}); check the network and run the same command again, which "
+        "goes on, or give a local folder"
+    )
 
 
 def _single_file(path: Path) -> Path:
@@ -273,19 +287,27 @@ def _random_checkpoint(name: str, workdir: Path) -> Path:
     return make_checkpoint(folder, lambda temporary: assemble(temporary, architecture, random_tensors(architecture)))
 
 
+def _check_made(folder: Path) -> None:
+    """Raises UserError where `folder` is no whole checkpoint, or was made before CONVERSION was raised."""
+    check_checkpoint(folder)
+    if read_json(folder / "made.json") != {"conversion": CONVERSION}:
+        raise UserError(f"{folder} was made by another version of slimxl")
+
+
 def make_checkpoint(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder`, made where it is absent or not whole. Processes that want the same one take turns, and what a killed
-    one left is removed."""
+    """`folder`, made where it is absent, not whole, or of another version. Processes that want the same one take turns,
+    and what a killed one left is removed."""
     try:
-        check_checkpoint(folder)
+        _check_made(folder)
         return folder
     except UserError:
         pass
     with exclusive(folder):
         try:
-            check_checkpoint(folder)
+            _check_made(folder)
         except UserError:
             remove_leftovers(folder.parent, folder.name)
             with replacing(folder) as temporary:
                 make(temporary)
+                write_json(temporary / "made.json", {"conversion": CONVERSION})
     return folder

@@ -7,14 +7,15 @@ knows only plain checkpoints.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError
-from distill.files import read_json, sha256_file, sha256_json
-from distill.sources import COMPONENT_FOLDERS, file_hashes, load_component, make_checkpoint, read_config
+from distill.files import read_json, require_free_disk, sha256_file, sha256_json
+from distill.sources import COMPONENT_FOLDERS, file_hashes, load_component, make_checkpoint, read_config, why_not_had
 from distill.tensors import component_tensors, component_weights, read_safetensors_header
 
 VAE_SOURCES = {"fp16-fix": "madebyollin/sdxl-vae-fp16-fix", "tiny": "madebyollin/taesdxl"}
@@ -32,17 +33,12 @@ def vae_folder(vae: str) -> Path:
     folder = Path(vae)
     if vae in VAE_SOURCES:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         patterns = ["config.json", "diffusion_pytorch_model.safetensors"]
         try:
             folder = Path(snapshot_download(VAE_SOURCES[vae], allow_patterns=patterns))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"the VAE {vae} is {VAE_SOURCES[vae]}, which cannot be had from the Hugging Face hub ({reason}); check the "
-                "network, or export with a local folder"
-            ) from None
+        except Exception as error:
+            raise UserError(f"the VAE {vae} is {VAE_SOURCES[vae]}, which {why_not_had(error)}") from None
     if not (folder / "config.json").is_file():
         raise UserError(
             f"there is no VAE {vae!r}: allowed are stock, {', '.join(VAE_SOURCES)}, or a folder with config.json"
@@ -86,8 +82,8 @@ def with_vae(checkpoint: Path, vae: str, workdir: Path) -> Path:
 
 
 def with_loras(checkpoint: Path, sha256: str, loras: Sequence[Lora], workdir: Path) -> Path:
-    """`checkpoint`, of this hash, with LoRAs fused in the given order, computed in float32 and kept in the checkpoint's
-    own dtype.
+    """`checkpoint`, of this hash, with LoRAs fused in the given order, computed in float32 and kept in float16 where the
+    checkpoint is, else in float32: bfloat16 would round a good part of a LoRA away.
 
     The UNet and both text encoders are changed, in diffusers' and in kohya's naming. Raises UserError for a file that is
     no LoRA, or of another architecture.
@@ -114,9 +110,13 @@ def _fuse(checkpoint: Path, loras: Sequence[Lora], folder: Path) -> None:
     import torch
     from diffusers import StableDiffusionXLPipeline
 
-    parts: dict[str, Any] = {
-        name: load_component(checkpoint, name, torch.float32) for name in ("unet", "text_encoder", "text_encoder_2")
-    }
+    dtypes, needed_bytes = {}, 0
+    for name in ("unet", "text_encoder", "text_encoder_2"):
+        records = component_tensors(checkpoint / name).values()
+        dtypes[name] = torch.float16 if any(record.dtype == "F16" for record in records) else torch.float32
+        needed_bytes += sum(math.prod(record.shape) for record in records) * dtypes[name].itemsize
+    require_free_disk(folder.parent, needed_bytes, f"{checkpoint.name} with its LoRAs", "--workdir")
+    parts: dict[str, Any] = {name: load_component(checkpoint, name, torch.float32) for name in dtypes}
     pipe = StableDiffusionXLPipeline.from_pretrained(checkpoint, vae=None, add_watermarker=False, **parts)
     for index, (path, scale) in enumerate(loras):
         name = f"lora_{index}"
@@ -136,8 +136,7 @@ def _fuse(checkpoint: Path, loras: Sequence[Lora], folder: Path) -> None:
         pipe.unload_lora_weights()
     _link(checkpoint, folder, list(parts))
     for name, part in parts.items():
-        half = "F16" in {record.dtype for record in component_tensors(checkpoint / name).values()}
-        (part.half() if half else part).save_pretrained(folder / name, safe_serialization=True)
+        part.to(dtypes[name]).save_pretrained(folder / name, safe_serialization=True)
 
 
 def prepare(

@@ -106,6 +106,7 @@ def test_only_what_is_needed_is_fetched_and_an_interrupted_download_goes_on(
     hub: Hub, mini_vega: Path, tmp_path: Path
 ) -> None:
     plain = files_of(mini_vega)
+    del plain["made.json"]  # no part of a pipeline
     weights = [name for name in plain if name.endswith(".safetensors")]
     half = {name.replace(".safetensors", ".fp16.safetensors"): plain[name] for name in weights}
     unwanted = dict.fromkeys(weights, b"unwanted")  # the fp32 twins
@@ -113,7 +114,8 @@ def test_only_what_is_needed_is_fetched_and_an_interrupted_download_goes_on(
     unwanted |= dict.fromkeys(("sd_xl_base_1.0.safetensors", "unet/model.onnx", "unet/model.onnx_data"), b"unwanted")
     unwanted |= dict.fromkeys(("vae_1_0/config.json", "unet/diffusion_flax_model.msgpack", "pictures.png"), b"unwanted")
     needed = {name: data for name, data in plain.items() if name not in weights}
-    hub.models = {"org/plain": plain | {"zavychromaxl.safetensors": b"unwanted"}, "org/half": needed | half | unwanted}
+    beside = {"zavychromaxl.safetensors": b"unwanted", WEIGHTS.replace(".safetensors", ".fp16.bin"): b"unwanted"}
+    hub.models = {"org/plain": plain | beside, "org/half": needed | half | unwanted}
     hub.cut = WEIGHTS
     out, told = fetch(f"http://127.0.0.1:{hub.server_port}", tmp_path, "org/plain", "org/plain", "org/half")
     assert out[0] == "2" and out[2] == out[4] == "0" and len(told) == 1 and "'org/plain'" in told[0], told
@@ -130,14 +132,15 @@ def test_a_model_that_cannot_be_had_is_one_line(hub: Hub, mini_vega: Path, tmp_p
     whole = files_of(mini_vega)
     pickled = {name.replace("model.safetensors", "model.bin"): data for name, data in whole.items()}
     other = whole | {"unet/config.json": json.dumps({"addition_embed_type": None}).encode()}
-    hub.models = {"org/gated": whole, "org/pickled": pickled, "org/lora": {"lora.safetensors": b""}, "org/other": other}
-    models = ("org/missing", "org/gated", "org/pickled", "org/lora", "org/other")
+    part = {name: data for name, data in whole.items() if not name.startswith("text_encoder_2/")}
+    hub.models = {"org/gated": whole, "org/pickled": pickled, "org/part": part, "org/other": other}
+    models = ("org/missing", "org/gated", "org/pickled", "org/part", "org/other")
     out, told = fetch(f"http://127.0.0.1:{hub.server_port}", tmp_path, *models)
     assert out == ["2"] * len(models) and len(told) == len(models), told
     assert "'org/missing' is neither a local folder nor on the hub, unless it is private" in told[0]
     assert "'org/gated' is gated: accept its terms" in told[1]
     assert "'org/pickled' has no .safetensors weights" in told[2]
-    assert "'org/lora' is no SDXL pipeline folder: it has no model_index.json" in told[3]
+    assert "'org/part' is no SDXL pipeline folder: it has no text_encoder_2/config.json" in told[3]
     assert "'org/other' is no SDXL checkpoint: its UNet has addition_embed_type None" in told[4]
     assert [path for model, path, _ in hub.sent if model == "org/other"] == ["unet/config.json"]
     hub.server_close()
@@ -145,11 +148,20 @@ def test_a_model_that_cannot_be_had_is_one_line(hub: Hub, mini_vega: Path, tmp_p
     assert out == ["2"] and len(told) == 1 and "check the network" in told[0] and "refused" in told[0], told
 
 
-def test_a_full_disk_is_not_told_as_a_lost_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), r"does not fit the disk of .*HF_HOME"),
+        (RuntimeError("Data processing error: CAS service error"), r"cannot be had .*CAS service.*check the network"),
+    ],
+)  # the second is xet's
+def test_a_full_disk_is_not_told_as_a_lost_network(
+    error: Exception, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
 
-    monkeypatch.setattr("diffusers.StableDiffusionXLPipeline.download", full)
+    monkeypatch.setattr("diffusers.StableDiffusionXLPipeline.download", fail)
     monkeypatch.setattr("distill.sources._check_on_hub", lambda _: None)
-    with pytest.raises(UserError, match=r"'org/big' does not fit the disk of .*HF_HOME"):
+    with pytest.raises(UserError, match=f"'org/big' {told}"):
         resolve("org/big", tmp_path)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from distill.architectures import ARCHITECTURES, find_architecture
 from distill.errors import UserError, exit_on_user_error
-from distill.files import replacing, write_json
+from distill.files import remove_leftovers, replacing, write_json
 from distill.sources import (
     MINI_TEACHER,
     check_checkpoint,
@@ -92,12 +92,17 @@ def test_whatever_killed_makers_leave_the_next_one_makes_it_whole(mini_vega: Pat
         lambda folder: next((folder / "unet").glob("*.safetensors")).unlink(),
         lambda folder: (folder / "model_index.json").unlink(),
         lambda folder: (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"short"),
+        lambda folder: write_json(folder / "made.json", {"conversion": 0}),
     ],
 )
-def test_a_made_checkpoint_that_lost_a_part_is_made_again(damage, mini_vega: Path, tmp_path: Path) -> None:
-    folder = resolve("random:mini-vega", tmp_path)
+def test_a_made_checkpoint_that_lost_a_part_or_is_of_another_version_is_made_again(
+    damage, mini_vega: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(mini_vega, tmp_path / mini_vega.name)
+    first = (folder / "model_index.json").stat().st_mtime_ns
     damage(folder)
     assert checkpoint_hash(resolve("random:mini-vega", tmp_path)) == checkpoint_hash(mini_vega)
+    assert (folder / "model_index.json").stat().st_mtime_ns > first
 
 
 def test_a_depth_of_ones_own_is_recognised(tmp_path: Path) -> None:
@@ -143,10 +148,14 @@ def test_what_is_missing_is_named(copy: Path, damage, message: str) -> None:
         resolve(str(copy), copy)
 
 
-def test_a_pipeline_of_another_kind_is_refused(copy: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"addition_embed_type": None}, "addition_embed_type None"), ({"in_channels": 9}, "9 channels in and 4 out")],
+)
+def test_a_pipeline_of_another_kind_is_refused(copy: Path, change: dict, message: str) -> None:
     config = copy / "unet" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"addition_embed_type": None}))
-    with pytest.raises(UserError, match="addition_embed_type None"):
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(UserError, match=message):
         resolve(str(copy), copy)
 
 
@@ -266,6 +275,13 @@ def test_what_the_system_refuses_is_one_line(tmp_path: Path, capsys: pytest.Capt
     for mistake in (KeyError("x"), OSError("no number"), SafetensorError("invalid header")):
         with pytest.raises(type(mistake)):
             exit_on_user_error(_raising(mistake))
+
+
+def test_what_a_killed_writer_left_is_found_whatever_its_name(tmp_path: Path) -> None:
+    (tmp_path / ".xl_[v9].0a1b2c3d.partial").mkdir()
+    (tmp_path / ".xl_v.0a1b2c3d.partial").mkdir()
+    remove_leftovers(tmp_path, "xl_[v9]")
+    assert [path.name for path in tmp_path.iterdir()] == [".xl_v.0a1b2c3d.partial"]
 
 
 def test_a_link_to_a_folder_is_replaced_and_its_folder_left_alone(tmp_path: Path) -> None:

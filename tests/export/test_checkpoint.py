@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -135,6 +136,14 @@ def test_a_checkpoint_that_changed_in_its_place_is_fused_anew(
         fused, hashes = prepare(checkpoint, file_hashes(checkpoint), "stock", [(loras[0], 1.0)], tmp_path)
         assert hashes == file_hashes(fused)
         assert (load_component(fused, "unet", torch.float32).conv_in.bias == value).all()
+
+
+def test_a_disk_too_small_for_a_fused_checkpoint_is_seen_before_it_is_made(
+    mini_vega: Path, loras: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    with pytest.raises(UserError, match=r"random-mini-vega with its LoRAs needs .* GB .*another --workdir"):
+        with_loras(mini_vega, HASH, [(loras[0], 1.0)], tmp_path)
 
 
 def test_what_was_exported_is_recorded_and_verify_sees_it_change(
