@@ -197,8 +197,13 @@ def plan(
     from distill.options import HALF
     from distill.plan import describe_plan, device_memory, plan_recipe
     from distill.recipes import find_recipe
+    from distill.sharding import check_fsdp
     from distill.sources import peek_architecture
 
+    if memory_gb is not None and not memory_gb > 0:
+        raise UserError(f"--memory-gb is {memory_gb}; it must be above 0")
+    if fsdp:
+        check_fsdp(processes, mixed_precision, optimizer)
     chosen = find_recipe(recipe, student=student)
     title, plans = plan_recipe(
         chosen,

@@ -32,7 +32,7 @@ from distill.architectures import ARCHITECTURES, Architecture, Family, find_arch
 from distill.cache import LatentCache, encode, write_shard
 from distill.checkpoints import alphas_cumprod_of
 from distill.data import Sample, ShapesSource
-from distill.errors import UserError, explaining_full_memory, quiet_libraries, unknown
+from distill.errors import UserError, explaining_full_memory, quiet_libraries, require_least, unknown
 from distill.files import write_json
 from distill.layer_map import make_layer_map
 from distill.options import HALF, TrainOptions, make_accelerator
@@ -90,6 +90,10 @@ class BenchOptions:
     gradient_checkpointing: bool = False
     optimizer: str = "adamw"
     workdir: Path = Path("out/models")
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a number out of range."""
+        require_least(1, batch=self.batch, rounds=self.rounds)
 
 
 def base_samples(family: Family, count: int) -> list[Sample]:

@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 from distill.ahead import ahead
 from distill.architectures import Family, Resolution
 from distill.data import BadSample, Sample, Source, open_source
-from distill.errors import UserError, explaining_full_memory
+from distill.errors import UserError, explaining_full_memory, require_least
 from distill.files import read_json, replacing, require_free_disk, sha256_file, sha256_json, write_json
 from distill.progress import say, track
-from distill.sources import component_weights, find_architecture_of, load_pipeline
+from distill.sources import component_weights, find_architecture_of, load_pipeline, read_config
 
 SAMPLES_PER_SHARD = 512
 FIELDS = ("latents", "prompt_embeds", "pooled_prompt_embeds", "time_ids")
@@ -37,7 +37,7 @@ MOST_BAD_SAMPLES = 0.2  # of all; more means that the data set is not what it wa
 
 def cache_key(checkpoint: Path, data: str, identity: object, seed: int) -> dict[str, Any]:
     """What the cached values depend on; `identity` tells a data set from one of the same name that has changed."""
-    return {"data": data, "identity": sha256_json(identity), "seed": seed, **frozen_hashes(checkpoint)}
+    return {"data": str(Path(data)), "identity": sha256_json(identity), "seed": seed, **frozen_hashes(checkpoint)}
 
 
 def frozen_hashes(checkpoint: Path) -> dict[str, str]:
@@ -73,10 +73,16 @@ def make_cache(
 ) -> None:
     """Encodes every sample of `data` with the checkpoint's VAE and text encoders into `out`.
 
-    Raises UserError where `out` holds a cache of something else, where more than a fifth of the samples are bad, and
-    where the disk or the GPU's memory is or becomes too small; finished shards stay, and the same call goes on after
-    them.
+    Raises UserError for a VAE without a posterior, where `out` holds a cache of something else, where more than a fifth
+    of the samples are bad, and where the disk or the GPU's memory is or becomes too small; finished shards stay, and
+    the same call goes on after them.
     """
+    require_least(1, batch=batch)
+    if read_config(checkpoint, "vae").get("_class_name") == "AutoencoderTiny":
+        raise UserError(
+            f"the VAE of {checkpoint} is an AutoencoderTiny, which has no posterior to draw latents from; give a checkpoint "
+            "with an AutoencoderKL"
+        )
     family = find_architecture_of(checkpoint).family
     source = open_source(data, family, seed)
     ranges = [range(i, min(i + SAMPLES_PER_SHARD, len(source))) for i in range(0, len(source), SAMPLES_PER_SHARD)]
@@ -159,6 +165,17 @@ def _shard(out: Path, number: int) -> Path:
     return out / f"shard-{number:06d}.safetensors"
 
 
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """Of a shard's tensors, by name. Raises UserError for a shard that is cut or not one."""
+    try:
+        with safe_open(path, "pt") as shard:
+            return {name: shard.get_slice(name).get_shape() for name in shard.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} is damaged ({error}): remove it and run the same `distill cache` command again"
+        ) from None
+
+
 def write_shard(
     pipe: Any, buckets: Mapping[Resolution, list[Sample]], skipped: list[str], path: Path, seed: int, batch: int
 ) -> None:
@@ -187,7 +204,7 @@ class LatentCache:
     depend on the number of processes."""
 
     def __init__(self, folder: Path, *, batch_size: int, seed: int) -> None:
-        """Raises UserError for a folder that is no cache, is not finished, or holds no sample."""
+        """Raises UserError for a folder that is no cache, is not finished or damaged, or holds no sample."""
         self.key = read_json(folder / "cache.json")
         self.batch_size, self.seed = batch_size, seed
         self._rows: dict[Resolution, list[tuple[Path, int]]] = defaultdict(list)
@@ -199,12 +216,10 @@ class LatentCache:
                 "`distill cache` command again"
             )
         for path in shards:
-            with safe_open(path, "pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 (not iterable itself)
-                    resolution, _, field = name.partition("/")
-                    if field == "latents":
-                        count = shard.get_slice(name).get_shape()[0]
-                        self._rows[Resolution.parse(resolution)] += [(path, i) for i in range(count)]
+            for name, shape in _shapes(path).items():
+                resolution, _, field = name.partition("/")
+                if field == "latents":
+                    self._rows[Resolution.parse(resolution)] += [(path, i) for i in range(shape[0])]
         if not self._rows:
             raise UserError(f"{folder} holds no cached sample; make it with: python -m distill cache")
         self._rows = dict(sorted(self._rows.items()))

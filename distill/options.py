@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from distill.errors import UserError
+from distill.errors import UserError, require_least
 from distill.sharding import check_no_other_fsdp
 
 PATIENCE = timedelta(hours=2)
@@ -36,12 +36,9 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         """Raises UserError for a number out of range."""
-        least = dict.fromkeys(
-            ("accumulation", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "log_every"), 1
-        )
-        for name, smallest in (least | {"validate_every": 0}).items():
-            if getattr(self, name) < smallest:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; the least is {smallest}")
+        above_zero = ("accumulation", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "log_every")
+        require_least(1, **{name: getattr(self, name) for name in above_zero})
+        require_least(0, validate_every=self.validate_every)
 
 
 def make_accelerator(options: TrainOptions, out: Path) -> Accelerator:

@@ -22,7 +22,9 @@ SHARDED_TOGETHER = (BasicTransformerBlock, ResnetBlock2D)
 def check_fsdp(processes: int, mixed_precision: str, optimizer: str) -> None:
     """Raises UserError for what FSDP cannot do here."""
     if processes < 2:
-        raise UserError("--fsdp shares a model over processes, and there is one; start it with torchrun")
+        raise UserError(
+            "--fsdp shares a model over processes, and there is one; start it with torchrun (plan: --processes)"
+        )
     if mixed_precision == "fp16":
         raise UserError(
             "--fsdp with fp16 is not supported (its loss scaling is not shared); use --mixed-precision bf16"

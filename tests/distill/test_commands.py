@@ -17,6 +17,12 @@ from distill.__main__ import main
         ("judge --model mini:sdxl --steps 0", "--steps is 0; the least is 1"),
         ("ablate --out {} --seeds 0", "--seeds is 0; the least is 1"),
         ("ablate --out {} --pictures 10", "10 pictures are not"),
+        ("cache --data shapes:9 --out {} --batch 0", "--batch is 0; the least is 1"),
+        ("bench --out {} --batch 0", "--batch is 0; the least is 1"),
+        ("bench --out {} --rounds -1", "--rounds is -1; the least is 1"),
+        ("plan --recipe mini-vega --fsdp", "--fsdp shares a model over processes, and there is one"),
+        ("plan --recipe mini-vega --fsdp --processes 2 --mixed-precision fp16", "use --mixed-precision bf16"),
+        ("plan --recipe mini-vega --memory-gb 0", "--memory-gb is 0.0; it must be above 0"),
         ("teach --out {} --start missing", "model 'missing' is neither a folder"),
     ],
 )

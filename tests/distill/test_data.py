@@ -334,11 +334,27 @@ def test_an_empty_cache_is_refused(tmp_path: Path) -> None:
         LatentCache(tmp_path, batch_size=1, seed=0)
 
 
+def test_a_cut_shard_is_named(mini_vega: Path, tmp_path: Path) -> None:
+    make_cache(mini_vega, "shapes:2", tmp_path)
+    shard = tmp_path / "shard-000000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"shard-000000.safetensors is damaged .* remove it and run the same"):
+        LatentCache(tmp_path, batch_size=1, seed=0)
+
+
+def test_a_vae_without_a_posterior_is_refused(mini_vega: Path, tmp_path: Path) -> None:
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
+    with pytest.raises(UserError, match="is an AutoencoderTiny, which has no posterior"):
+        make_cache(tmp_path, "shapes:2", tmp_path / "cache")
+
+
 def test_a_data_set_that_has_changed_is_another(mini_vega: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     for i in range(2):
         _picture(data, f"p{i}", (150, 150), "a thing")
     make_cache(mini_vega, str(data), tmp_path / "cache")
+    make_cache(mini_vega, f"{data}/", tmp_path / "cache")  # the same, spelled otherwise
     seen = [open_source(str(data), MINI_FAMILY, 0).identity]
     for change in (
         lambda: _picture(data, "a-new-first", (150, 150), "a thing"),
