@@ -108,18 +108,17 @@ def read_safetensors_header(path: Path) -> dict[str, TensorRecord]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise UserError(f"{path} is no whole safetensors file ({size} bytes): truncated? fetch it again")
+        begin = 8 + length
         try:
-            header = json.loads(file.read(length))
-        except ValueError:
+            records = {
+                key: TensorRecord(
+                    path, entry["dtype"], tuple(entry["shape"]), *(begin + offset for offset in entry["data_offsets"])
+                )
+                for key, entry in json.loads(file.read(length)).items()
+                if key != "__metadata__"
+            }
+        except (ValueError, AttributeError, KeyError, TypeError):  # no JSON, or no table of tensors
             raise UserError(f"{path} has no safetensors header: damaged or of another format") from None
-    begin = 8 + length
-    records = {
-        key: TensorRecord(
-            path, entry["dtype"], tuple(entry["shape"]), *(begin + offset for offset in entry["data_offsets"])
-        )
-        for key, entry in header.items()
-        if key != "__metadata__"
-    }
     needed = max((record.end for record in records.values()), default=begin)
     if needed != size:
         raise UserError(f"{path} holds {size} bytes where its header says {needed}: truncated? fetch it again")

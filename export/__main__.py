@@ -114,13 +114,13 @@ def verify(
     from rich.console import Console
     from rich.table import Table
 
-    from distill.files import read_json, write_json
+    from distill.files import write_json
     from distill.sources import resolve
     from export.job import library_versions
     from export.parity import BOUNDS
-    from export.verify import verify_folder
+    from export.verify import read_about, verify_folder
 
-    about = read_json(folder / "slimxl.json")
+    about = read_about(folder)
     checkpoint = resolve(model or about["source"]["name"], workdir)
     sizes = [Resolution.parse(word) for word in _words(resolutions)]
     results = verify_folder(

@@ -79,7 +79,14 @@ def cpu_session(model: Path, threads: int = 0) -> InferenceSession:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-    except (refusals.Fail, refusals.InvalidGraph, refusals.InvalidProtobuf, refusals.NotImplemented) as error:
+    except (
+        refusals.Fail,
+        refusals.InvalidArgument,
+        refusals.InvalidGraph,
+        refusals.InvalidProtobuf,
+        refusals.NoSuchFile,
+        refusals.NotImplemented,
+    ) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"ONNX Runtime refuses {model}: {reason}; export it again, or with --opset 18") from None
 

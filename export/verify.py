@@ -18,6 +18,15 @@ from export.job import require_batch, weights_hashes
 from export.parity import Parity, compare
 
 
+def read_about(folder: Path) -> dict[str, Any]:
+    """slimxl.json of an ONNX folder. Raises UserError where there is none, or a student's."""
+    path = folder / "slimxl.json"
+    about = read_json(path) if path.is_file() else {}
+    if "source" not in about:
+        raise UserError(f"{folder} is no ONNX folder that python -m export onnx has finished: {path} does not say so")
+    return about
+
+
 def verify_folder(
     folder: Path,
     checkpoint: Path,
@@ -40,7 +49,7 @@ def verify_folder(
 
     require_batch(batch)
     seed = secrets.randbits(31) if seed is None else seed
-    about = read_json(folder / "slimxl.json")
+    about = read_about(folder)
     chosen = _choose_components(folder, components)
     hashes = file_hashes(checkpoint)
     if sha256_json(hashes) != about["source"]["sha256"]:

@@ -127,8 +127,9 @@ def test_a_truncated_file_is_named(copy: Path, cut: int) -> None:
     assert str(weights) in str(error.value)
 
 
-def test_a_file_of_another_format_is_named(tmp_path: Path) -> None:
-    (tmp_path / "x.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0notjson!" + bytes(50))
+@pytest.mark.parametrize("header", [b"notjson!", b"[      ]", b'{"x":{}}', b'{"x": 1}'])
+def test_a_file_of_another_format_is_named(header: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0" + header + bytes(50))
     with pytest.raises(UserError, match="no safetensors header"):
         read_safetensors_header(tmp_path / "x.safetensors")
 

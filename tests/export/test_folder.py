@@ -161,8 +161,10 @@ def test_components_of_two_models_are_not_mixed(mini_vega: Path, tmp_path: Path)
     assert about["source_sha256"] == {file.name: sha256_file(file)}
 
 
-def test_a_graph_that_a_runtime_refuses_is_named(tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(b"no graph")
+@pytest.mark.parametrize("content", [None, b"", b"no graph"])
+def test_a_graph_that_a_runtime_refuses_is_named(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "model.onnx").write_bytes(content)
     with pytest.raises(UserError, match=r"ONNX Runtime refuses .*model\.onnx"):
         cpu_session(tmp_path / "model.onnx")
 

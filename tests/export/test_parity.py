@@ -89,6 +89,15 @@ def test_another_checkpoint_is_refused(onnx_fp32: Path, mini_sdxl: Path) -> None
         verify_folder(onnx_fp32, mini_sdxl)
 
 
+@pytest.mark.parametrize("about", [None, "{}"])
+def test_a_checkpoint_is_no_onnx_folder(about: str | None, mini_vega: Path, tmp_path: Path) -> None:
+    """Not where it has a slimxl.json either, as a student."""
+    if about:
+        (tmp_path / "slimxl.json").write_text(about)
+    with pytest.raises(UserError, match="is no ONNX folder that python -m export onnx has finished"):
+        verify_folder(tmp_path, mini_vega)
+
+
 def test_an_absent_component_is_named(onnx_fp32: Path, mini_vega: Path) -> None:
     with pytest.raises(UserError, match=r"unknown component of this folder 'unit'.*unet"):
         verify_folder(onnx_fp32, mini_vega, components=["unit"])
