@@ -7,7 +7,7 @@ weights.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,17 @@ def _tensor(value: onnx.ValueInfoProto) -> TensorInfo:
     dtype: Any = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
     shape = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
     return TensorInfo(name=value.name, dtype=dtype, shape=shape)
+
+
+def _sha256(path: Path) -> str:
+    about = path.stat()
+    return _sha256_once(path, about.st_mtime_ns, about.st_size)
+
+
+@cache
+def _sha256_once(path: Path, mtime_ns: int, size_bytes: int) -> str:
+    """As long as the file is the same: nine graphs and every engine refitted stand over one file of weights."""
+    return sha256_file(path)
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,8 @@ class OnnxComponent:
 
     def at(self, resolution: Resolution) -> OnnxComponent:
         """The component with the graph of this size."""
-        return replace(self, graph=self.static_graphs.get(str(resolution), self.graph))
+        graph = self.static_graphs.get(str(resolution), self.graph)
+        return self if graph == self.graph else replace(self, graph=graph)
 
     @property
     def files(self) -> list[Path]:
@@ -99,20 +111,20 @@ class OnnxComponent:
     def weights_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.files)
 
-    @cached_property
+    @property
     def onnx_sha256(self) -> str:
-        return sha256_file(self.model)
+        return _sha256(self.model)
 
-    @cached_property
+    @property
     def current_sha256(self) -> set[str]:
         """Of every graph of the component: an engine made from another one is out of date."""
-        return {sha256_file(self.folder / graph) for graph in {"model.onnx", *self.static_graphs.values()}}
+        return {_sha256(self.folder / graph) for graph in {"model.onnx", *self.static_graphs.values()}}
 
-    @cached_property
+    @property
     def weights_sha256(self) -> str | None:
         """None where the weights stand inside model.onnx."""
         data = self.files[1:]
-        return sha256_file(data[0]) if data else None
+        return _sha256(data[0]) if data else None
 
     def made(self, engine: Engine) -> bool:
         """Whether the engine was built from these very weights and this graph."""

@@ -99,7 +99,9 @@ def test_exact_profiles_are_exact_in_batch_too(toy_onnx_fp16: Path, guidance: st
     assert (shape.min[0], shape.max[0]) == (1, rows[1])
 
 
-def test_static_graphs_make_a_plan_each(tmp_path: Path) -> None:
+def test_static_graphs_make_a_plan_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Path] = []
+    monkeypatch.setattr("engines.onnx_folder.sha256_file", lambda path: hashed.append(path) or str(path))
     sizes = ["128x128", "160x128", "224x96"]
     folder = make_static(make_toy_onnx(tmp_path / "onnx", "fp16"), sizes, batch=2)
     jobs = plan(folder)
@@ -108,6 +110,8 @@ def test_static_graphs_make_a_plan_each(tmp_path: Path) -> None:
     ]
     assert [job.component.graph for job in jobs[:3]] == ["model.onnx", "model.160x128.onnx", "model.224x96.onnx"]
     assert len({job.component.onnx_sha256 for job in jobs[:3]}) == 3
+    assert len({job.key for job in jobs}) == len(jobs)
+    assert len(hashed) == len(set(hashed)) == 8 + 4, "graphs, and each file of weights once for all sizes"
     assert jobs[2].profiles[0].shapes["sample"].min == [2, 4, 12, 28] and jobs[2].component.fixed_rows == 2
     assert [job.component.name for job in jobs[6:]] == ["text_encoder", "text_encoder_2"]
     for change, message in [
