@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from distill.errors import exit_on_user_error
+from engines.triton_options import Serving
 
 Flavors = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
 Layouts = Literal["per-resolution", "shared", "ranged"]
@@ -169,52 +171,20 @@ def bench(
     return 0
 
 
-def triton(
-    bundle: Path,
-    out: Path,
-    flavor: Flavors | None = None,
-    gpus: str = "auto",
-    instances: int = 1,
-    decoupled: bool = False,
-    plans: bool = False,
-    warm_up: bool = True,
-    queue: int = 64,
-    execution_env: Path | None = None,
-    runtime_cache: Path | None = None,
-) -> int:
+def triton(bundle: Path, out: Path, serving: Annotated[Serving, tyro.conf.OmitArgPrefixes]) -> int:
     """Write a Triton model repository that serves the bundle.
 
     Args:
         bundle: The bundle; it is checked, and read again by the server.
         out: The model repository, a folder of its own.
-        flavor: Which engines; default: the first that run here.
-        gpus: CUDA device numbers separated by commas, `none` for the CPU, `auto` for every GPU here that runs the bundle.
-        instances: Copies of the model for each GPU.
-        decoupled: Answer with every step's number before the picture (gRPC streams only).
-        plans: Offer the bundle's tensorrt plans (layout ranged) as models of their own, too.
-        warm_up: Draw pictures of every size before the model is ready.
-        queue: How many requests may wait; more are refused. 0 is no limit, and spares waits on busy cores (SERVING.md).
-        execution_env: Virtual environment for the backend's Python (one with the NumPy it was compiled for).
-        runtime_cache: Folder for TensorRT-RTX's compiled kernels, where the bundle may not be written.
     """
     from engines.bundle import read_manifest
     from engines.reports import console
-    from engines.triton import Serving, brings_its_runtime, parse_devices, write_repository
+    from engines.triton import brings_its_runtime, write_repository
 
-    serving = Serving(
-        flavor=flavor,
-        gpus=parse_devices(gpus),
-        instances=instances,
-        decoupled=decoupled,
-        plans=plans,
-        warm_up=warm_up,
-        queue=queue,
-        execution_env=execution_env,
-        runtime_cache=runtime_cache,
-    )
     names = write_repository(bundle, out, serving)
     line = f"tritonserver --model-repository={out} --model-control-mode=none"
-    if plans and brings_its_runtime(read_manifest(bundle)):
+    if serving.plans and brings_its_runtime(read_manifest(bundle)):
         line += " --backend-config=tensorrt,version-compatible=true"
     console.print(f"{out}: {', '.join(names)}; serve with: {line} (what else is wise: engines/SERVING.md)")
     return 0
@@ -222,11 +192,8 @@ def triton(
 
 def serve(
     bundle: Path,
+    serving: Annotated[Serving, tyro.conf.OmitArgPrefixes],
     workdir: Path = Path("out/triton"),
-    flavor: Flavors | None = None,
-    gpus: str = "auto",
-    instances: int = 1,
-    decoupled: bool = False,
     address: str = "127.0.0.1",
     http_port: int = 8000,
     grpc_port: int = 8001,
@@ -237,37 +204,29 @@ def serve(
     Args:
         bundle: What to serve.
         workdir: Where the server's environment goes, and in a folder of the HTTP port's name the model and the log.
-        flavor: Which engines; default: the first that run here.
-        gpus: CUDA device numbers separated by commas, `none` for the CPU, `auto` for every GPU here that runs the bundle.
-        instances: Copies of the model for each GPU.
-        decoupled: Answer with every step's number before the picture (gRPC streams only).
         address: IPv4 number or a name that has one. Loopback unless told otherwise; there is no authentication.
         http_port: For HTTP.
         grpc_port: For gRPC.
-        allow_exposed: Let the server from PyPI listen to other machines, although whoever reaches it can crash it.
+        allow_exposed: Let a server listen to other machines that whoever reaches it can crash.
     """
     from engines import triton_server
     from engines.bundle import read_manifest
-    from engines.triton import Serving, choose_place, parse_devices, write_repository
+    from engines.triton import choose_place, parse_devices, write_repository
 
     where = triton_server.Address.resolve(address, http_port, grpc_port)
     if not allow_exposed:
         triton_server.require_unexposed(where)
     where.require_free()
-    served, devices = choose_place(read_manifest(bundle), flavor, parse_devices(gpus))
+    flavor, gpus = choose_place(read_manifest(bundle), serving.flavor, parse_devices(serving.gpus))
     environment = triton_server.find_environment(workdir / "environment")
-    serving = Serving(
-        flavor=served,
-        gpus=devices,
-        instances=instances,
-        decoupled=decoupled,
-        execution_env=environment.folder if environment else None,
-    )
+    if environment and not serving.execution_env:
+        serving = replace(serving, execution_env=environment.folder)
     folder = workdir / str(http_port)
     with triton_server.alone_in(folder):
         write_repository(bundle, folder / "models", serving)
-        on = f"GPU {', '.join(map(str, devices))}" if devices else "the CPU"
-        print(f"starting Triton with {bundle} ({served}) on {on}; a picture of every size is drawn first", flush=True)
+        on = f"GPU {', '.join(map(str, gpus))}" if gpus else "the CPU"
+        first = "a picture of every size is drawn first" if serving.warm_up else "nothing is drawn first"
+        print(f"starting Triton with {bundle} ({flavor}) on {on}; {first}", flush=True)
         return triton_server.serve(folder / "models", environment, where, folder / "log")
 
 

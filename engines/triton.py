@@ -8,15 +8,15 @@ Triton's config.pbtxt is text; it is written here from the manifest, so that sha
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 from distill.errors import UserError
 from distill.files import replacing, sha256_file
 from engines.bundle import MANIFEST, Engine, Manifest, TensorInfo, read_manifest, verify_bundle
-from engines.flavors import Flavor
+from engines.flavors import Flavor, find_flavor
 from engines.gpus import gpu_of_device
 from engines.pipeline import choose_flavor, select_engines
+from engines.triton_options import Serving
 
 MODEL = "slimxl"
 MODEL_SOURCE = Path(__file__).with_name("triton_model.py")
@@ -51,28 +51,8 @@ OUTPUTS = (
 )
 """`image` (1, images, height, width, 3); `timings_ms` is text, denoising, decoding; `batch` counts the pictures that
 the UNet drew at once; `step` counts up in decoupled mode."""
-LONGEST_QUEUE = 64
-"""Requests that wait for each model; one more is refused at once instead of waiting longer than its client does. 0 is no
-limit of number or time."""
 LONGEST_WAIT_SECONDS = 300
 """A request that has waited so long is refused; one may ask for less (Triton's request parameter `timeout`)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Serving:
-    """How a bundle is served. `gpus` are CUDA device numbers that get `instances` copies each: () is the CPU, None
-    every GPU here that runs the bundle, where the flavor runs on one. `execution_env` is the virtual environment in which
-    the backend's Python starts, where the server's own will not do; `runtime_cache` is `engines.load`'s."""
-
-    flavor: str | None = None
-    gpus: tuple[int, ...] | None = None
-    instances: int = 1
-    decoupled: bool = False
-    plans: bool = False
-    warm_up: bool = True
-    queue: int = LONGEST_QUEUE
-    execution_env: Path | None = None
-    runtime_cache: Path | None = None
 
 
 def write_repository(bundle: Path, out: Path, serving: Serving) -> list[str]:
@@ -81,12 +61,13 @@ def write_repository(bundle: Path, out: Path, serving: Serving) -> list[str]:
     Raises UserError, before anything is written, for a damaged bundle, for an `out` that holds what slimxl did not write,
     and where `plans` is asked of a bundle that has none for Triton.
     """
+    out = out.resolve()
     require_ours(out)
     manifest = read_manifest(bundle)
     faults = verify_bundle(bundle)
     if faults:
         raise UserError(faults[0])
-    flavor, gpus = choose_place(manifest, serving.flavor, serving.gpus)
+    flavor, gpus = choose_place(manifest, serving.flavor, parse_devices(serving.gpus))
     for name, number, least in (("instances", serving.instances, 1), ("queue", serving.queue, 0)):
         if number < least:
             raise UserError(f"--{name} {number} is not possible: {least} or more")
@@ -109,7 +90,14 @@ def write_repository(bundle: Path, out: Path, serving: Serving) -> list[str]:
 
 
 def require_ours(out: Path) -> None:
-    """Raises UserError for a folder that holds anything but models that slimxl wrote, since it is replaced as a whole."""
+    """Raises UserError for an `out` that cannot be replaced as a whole, and for one that holds anything but models that
+    slimxl wrote."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; pass a folder for --out")
+    if out.is_mount() or out == Path.cwd():
+        raise UserError(
+            f"{out} is a mount point or the working directory, which cannot be replaced; pass a folder inside it for --out"
+        )
     for path in sorted(out.iterdir()) if out.is_dir() else []:
         config = path / "config.pbtxt"
         if not config.is_file() or not config.read_text(encoding="utf-8", errors="replace").startswith(SIGNATURE):
@@ -160,7 +148,8 @@ def brings_its_runtime(manifest: Manifest) -> bool:
 
 
 def choose_place(manifest: Manifest, flavor: str | None, gpus: tuple[int, ...] | None) -> tuple[str, tuple[int, ...]]:
-    """The flavor that is served, and the GPUs it is served on. Raises UserError where the two do not go together."""
+    """The flavor that is served, and the GPUs it is served on: () is the CPU; None asks for every GPU here that runs the
+    bundle, where the flavor runs on one. Raises UserError where the two do not go together."""
     if flavor is None and gpus == ():
         flavor = "onnxruntime"
     device = f"cuda:{gpus[0]}" if gpus else None
@@ -188,6 +177,19 @@ def fitting_gpus(manifest: Manifest, backend: Flavor) -> tuple[int, ...]:
     return tuple(fitting)
 
 
+def served(manifest: Manifest, flavor: str, gpus: tuple[int, ...]) -> tuple[list[str], int]:
+    """The sizes and the most pictures at once that every instance draws: by the UNets that `engines.load` opens there, or by
+    all that the bundle has of the flavor where a GPU is not here. Raises UserError where one that is here runs none."""
+    devices = [f"cuda:{gpu}" for gpu in gpus]
+    if all(map(gpu_of_device, devices)):
+        loaded = [select_engines(manifest, find_flavor(flavor), device)["unet"] for device in devices or ["cpu"]]
+    else:
+        loaded = [[engine for engine in manifest.engines if engine.component == "unet" and engine.flavor == flavor]]
+    sizes = [[size for engine in engines for size in engine.resolutions] for engines in loaded]
+    common = [size for size in dict.fromkeys(sizes[0]) if all(size in others for others in sizes)]
+    return common, min(max(batch for engine in engines for batch in engine.batches) for engines in loaded)
+
+
 def quote(text: str) -> str:
     """A string of protobuf's text format."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
@@ -206,9 +208,8 @@ def model_config(bundle: Path, manifest: Manifest, flavor: str, gpus: tuple[int,
 
     Triton's batcher hands over what waits, without waiting for more; the model draws together what is alike.
     """
-    unets = [e for e in manifest.engines if e.component == "unet" and e.flavor == flavor]
-    lines = [SIGNATURE, f"name: {quote(MODEL)}", 'backend: "python"']
-    lines.append(f"max_batch_size: {max(batch for engine in unets for batch in engine.batches)}")
+    sizes, most = served(manifest, flavor, gpus)
+    lines = [SIGNATURE, f"name: {quote(MODEL)}", 'backend: "python"', f"max_batch_size: {most}"]
     for name, kind, optional in INPUTS:
         tail = " optional: true" if optional else ""
         lines.append(f"input [ {{ name: {quote(name)} data_type: {kind} dims: [ 1 ]{tail} }} ]")
@@ -219,7 +220,7 @@ def model_config(bundle: Path, manifest: Manifest, flavor: str, gpus: tuple[int,
         "manifest_sha256": sha256_file(bundle / MANIFEST),
         "source": manifest.source.name,
         "flavor": flavor,
-        "sizes": ",".join(dict.fromkeys(size for engine in unets for size in engine.resolutions)),
+        "sizes": ",".join(sizes),
         "warm_up": str(serving.warm_up).lower(),
     }
     if serving.execution_env:

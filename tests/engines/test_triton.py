@@ -15,11 +15,12 @@ import pytest
 import engines
 from distill.errors import UserError
 from engines.bundle import Engine, Manifest, read_manifest
-from engines.triton import Serving, choose_place, choose_plans, parse_devices, plan_config, quote, write_repository
+from engines.triton import choose_place, choose_plans, parse_devices, plan_config, quote, served, write_repository
+from engines.triton_options import Serving
 from engines.triton_server import Address, Environment
 from tests.engines.serving import ROOT, ask
 
-CPU = Serving(flavor="onnxruntime", gpus=())
+CPU = Serving(flavor="onnxruntime", gpus="none")
 
 
 def parse(environment: Environment, text: str) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def repository_config(bundle: Path, out: Path, serving: Serving, environment: En
 
 def test_repository(toy_bundle: Path, tmp_path: Path, environment: Environment) -> None:
     cache = tmp_path / "kernels"
-    several = Serving(flavor="onnxruntime", gpus=(), instances=2, queue=7, warm_up=False, runtime_cache=cache)
+    several = Serving(flavor="onnxruntime", gpus="none", instances=2, queue=7, warm_up=False, runtime_cache=cache)
     config = repository_config(toy_bundle, tmp_path / "repo", several, environment)
     inputs = {one["name"]: one for one in config["input"]}
     outputs = {one["name"]: one for one in config["output"]}
@@ -71,7 +72,9 @@ def test_repository(toy_bundle: Path, tmp_path: Path, environment: Environment) 
 
 
 def test_decoupled_repository(toy_bundle: Path, tmp_path: Path, environment: Environment) -> None:
-    config = repository_config(toy_bundle, tmp_path / "repo", Serving(gpus=(), decoupled=True, queue=0), environment)
+    config = repository_config(
+        toy_bundle, tmp_path / "repo", Serving(gpus="none", decoupled=True, queue=0), environment
+    )
     assert config["model_transaction_policy"] == {"decoupled": True}
     assert config["dynamic_batching"] == {}, "any limit, and Triton's batcher may sleep over a request"
 
@@ -80,7 +83,7 @@ def test_copies_on_several_gpus(
     toy_bundle: Path, tmp_path: Path, environment: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("engines.triton.choose_flavor", lambda *_: SimpleNamespace(name="tensorrt-rtx"))
-    serving = Serving(flavor="tensorrt-rtx", gpus=(0, 2), instances=3)
+    serving = Serving(flavor="tensorrt-rtx", gpus="0,2", instances=3)
     config = repository_config(toy_bundle, tmp_path / "repo", serving, environment)
     assert config["instance_group"] == [
         {"count": 3, "kind": "KIND_GPU", "gpus": [0]},
@@ -108,6 +111,23 @@ def test_where_it_is_served(toy_manifest: Manifest, monkeypatch: pytest.MonkeyPa
     fitting = set()
     with pytest.raises(UserError, match="not on cuda:2"):
         choose_place(toy_manifest, None, None)
+
+
+def test_only_what_is_loaded_is_promised(toy_manifest: Manifest) -> None:
+    """`engines.load` opens no engine whose sizes another serves."""
+    unet = next(e for e in toy_manifest.engines if e.flavor == "onnxruntime" and e.component == "unet")
+    other = unet.model_copy(update={"layout": "per-resolution", "resolutions": ["640x384"], "batches": [8]})
+    manifest = toy_manifest.model_copy(update={"engines": [*toy_manifest.engines, other]})
+    assert served(manifest, "onnxruntime", ()) == (unet.resolutions, 1)
+
+
+def test_what_cannot_be_replaced_is_refused(toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    for out, message in (("file", "is a file"), (".", "the working directory"), ("/", "a mount point")):
+        with pytest.raises(UserError, match=f"{message}.*pass a folder"):
+            write_repository(toy_bundle, Path(out), CPU)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_other_peoples_models_stay(toy_bundle: Path, tmp_path: Path) -> None:
@@ -141,7 +161,7 @@ def test_damaged_bundle_is_not_served(toy_bundle: Path, tmp_path: Path) -> None:
 )
 def test_what_cannot_be_served(toy_bundle: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        write_repository(toy_bundle, tmp_path / "repo", Serving(**{"gpus": (), **change}))
+        write_repository(toy_bundle, tmp_path / "repo", Serving(**{"gpus": "none", **change}))
     assert not (tmp_path / "repo").exists()
 
 
@@ -167,7 +187,7 @@ def test_plans_as_models_of_their_own(toy_bundle: Path, tmp_path: Path, environm
     (bundle / "manifest.json").write_text(manifest.model_copy(update={"engines": plans}).model_dump_json())
     plans = [engine for engine in plans if engine.flavor == "tensorrt"]
     assert {engine.component for engine in plans} == {"unet", "vae_decoder", "text_encoder", "text_encoder_2"}
-    serving = Serving(flavor="onnxruntime", gpus=(), plans=True)
+    serving = Serving(flavor="onnxruntime", gpus="none", plans=True)
     names = write_repository(bundle, tmp_path / "repo", serving)
     assert len(names) == 1 + len(plans)
     kinds = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "int64": "TYPE_INT64"}
@@ -268,7 +288,7 @@ def initialize(model: ModuleType, config: dict[str, Any], kind: str, device: str
 def test_an_instance_loads_onto_its_gpu_and_no_other_bundle(
     model: ModuleType, toy_bundle: Path, tmp_path: Path, environment: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = repository_config(toy_bundle, tmp_path / "repo", Serving(gpus=(), warm_up=False), environment)
+    config = repository_config(toy_bundle, tmp_path / "repo", Serving(gpus="none", warm_up=False), environment)
     opened: list[Any] = []
 
     def load(bundle: Path, flavor: str, device: str, runtime_cache: None) -> Any:

@@ -24,8 +24,9 @@ import engines
 from distill.errors import UserError
 from engines.bundle import read_manifest
 from engines.load_file import read_load
-from engines.triton import Serving, write_repository
+from engines.triton import write_repository
 from engines.triton_load import Workload, find_server, measure_load
+from engines.triton_options import Serving
 from engines.triton_server import (
     READY,
     SERVER_PACKAGES,
@@ -105,7 +106,7 @@ def start(environment: Environment, tmp_path_factory: pytest.TempPathFactory) ->
 
     def start_one(bundle: Path, **options: Any) -> Server:
         folder = tmp_path_factory.mktemp("triton")
-        serving = Serving(flavor="onnxruntime", gpus=(), execution_env=environment.folder, **options)
+        serving = Serving(flavor="onnxruntime", gpus="none", execution_env=environment.folder, **options)
         write_repository(bundle, folder / "repo", serving)
         server = Server(folder / "repo", environment, Address("127.0.0.1", free_port(), free_port()), folder / "log")
         servers.append(server)
@@ -406,7 +407,7 @@ def test_a_bundle_that_changed_after_the_repository_is_not_served(
     """Nor is the server left behind: it ends, with the reason in one line."""
     bundle = tmp_path / "bundle"
     shutil.copytree(toy_bundle, bundle)
-    write_repository(bundle, tmp_path / "repo", Serving(gpus=(), execution_env=environment.folder))
+    write_repository(bundle, tmp_path / "repo", Serving(gpus="none", execution_env=environment.folder))
     path = bundle / read_manifest(bundle).engines[0].files[0].path
     path.write_bytes(path.read_bytes()[::-1])
     server = Server(tmp_path / "repo", environment, Address("127.0.0.1", free_port(), free_port()), tmp_path / "log")
