@@ -26,8 +26,7 @@ def _between(baseline: Row, other: Row) -> Estimate | None:
     """How many times faster `other` is; None where one was refused."""
     if baseline.refused or other.refused:
         return None
-    one, two = ({sample["round"]: sample["total_ms"] for sample in row.samples} for row in (baseline, other))
-    return speedup(one, two)
+    return speedup(baseline.by_round, other.by_round)
 
 
 def over(one: Estimate, other: Estimate) -> Estimate:

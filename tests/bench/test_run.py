@@ -12,7 +12,7 @@ from conftest import fake_options
 from bench.contestants import Spec, parse_specs
 from bench.fidelity import FidelityOptions
 from bench.measure import Cell, Sample
-from bench.results import read_results
+from bench.results import read_inputs, read_results
 from bench.run import run_bench
 from bench.summary import summarise
 from bench.workload import Workload, make_workloads, parse_numbers, parse_resolutions
@@ -288,6 +288,67 @@ def test_a_results_file_of_another_kind_is_one_line(tmp_path, content, word):
         read_results(path)
     with pytest.raises(UserError, match="does not exist"):
         read_results(tmp_path / "absent.json")
+
+
+def edited(place, value):
+    """`place` is a path of keys to what is set to `value`, or taken away where that is None."""
+
+    def edit(whole):
+        *path, last = place
+        for key in path:
+            whole = whole[key]
+        if value is None:
+            del whole[last]
+        else:
+            whole[last] = value
+
+    return edit
+
+
+ROW = ("cells", 0, "rows", 1)
+
+
+@pytest.mark.parametrize(
+    ("edit", "word"),
+    [
+        (edited(("baseline",), "nobody"), "'nobody' stands 0 times among its contestants"),
+        (edited(("contestants", 1), None), "'vega' stands 0 times"),
+        (edited(("environment", "cpu"), None), "environment.cpu: Field required"),
+        (edited(("gpu", "identity"), None), "gpu.identity: Field required"),
+        (edited(("peak",), {"name": "GPU"}), "peak.tflops: Field required"),
+        (edited(("cells", 0, "workload", "resolution"), "large"), "workload.resolution"),
+        (edited((*ROW, "samples", 0, "round"), None), "samples.0.round: Field required"),
+        (edited(("contestants", 0, "cold"), {}), "cold.load_ms: Field required"),
+        (edited((*ROW, "total_ms", "value"), 4.0), "the median of vega at 1024x1024"),
+        (edited((*ROW, "total_ms", "high"), 99.0), "the median of vega"),
+        (edited((*ROW, "speedup", "value"), 9.0), "the speed-up of vega"),
+        (edited((*ROW, "samples", 0, "total_ms"), 1.0), "contradicts itself"),
+    ],
+)
+def test_a_results_file_that_was_edited_is_one_line(tmp_path, results_path, edit, word):
+    value = json.loads(results_path.read_text())
+    edit(value)
+    path = tmp_path / "edited.json"
+    path.write_text(json.dumps(value))
+    with pytest.raises(UserError, match=word) as error:
+        read_results(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    ["slimxl.bench.training/1", "slimxl.bench.acceptance/1", "slimxl.bench.session/1", "slimxl.distill.bench/1"],
+)
+def test_a_file_of_only_its_schema_is_one_line(tmp_path, schema):
+    path = tmp_path / "empty.json"
+    path.write_text(json.dumps({"schema_version": schema}))
+    with pytest.raises(UserError, match=f"does not keep to {schema}: .*: Field required"):
+        read_inputs([path])
+
+
+def test_the_committed_results_are_read():
+    for path in (Path(__file__).parents[2] / "bench" / "results").glob("*.json"):
+        read_inputs([path])
 
 
 def test_results_without_a_run_are_refused(tmp_path, results_path):
