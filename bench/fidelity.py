@@ -37,14 +37,32 @@ class FidelityOptions:
     """Low and high. MLPerf's for SDXL: 31.69 31.81."""
 
 
+NEEDS = (  # what judges nothing without what
+    ("fid_reference", "captions"),
+    ("fid_extractor", "captions"),
+    ("clip_model", "captions"),
+    ("fid_reference", "fid_extractor"),
+    ("fid_extractor", "fid_reference"),
+    ("fid_band", "fid_reference"),
+    ("clip_band", "clip_model"),
+)
+
+
 def read_captions(path: Path, count: int) -> list[str]:
     """The first `count` lines that are not empty. Raises UserError where there are none."""
     if not path.is_file():
         raise UserError(f"{path} does not exist; --captions takes a text file with one caption a line")
-    captions = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        captions = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text ({error}); one caption a line is needed") from None
     if not captions:
         raise UserError(f"{path} holds no captions; one a line is needed")
     return captions[:count]
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def read_statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -52,8 +70,10 @@ def read_statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         with np.load(path) as file:
             mu, sigma = np.asarray(file["mu"], np.float64), np.asarray(file["sigma"], np.float64)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is no .npz of reference statistics with `mu` and `sigma` ({error})") from None
+    except Exception as error:  # what a broken file raises is numpy's, zipfile's or pickle's
+        raise UserError(
+            f"{path} is no .npz of reference statistics with `mu` and `sigma` ({_first_line(error)})"
+        ) from None
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise UserError(f"{path}: mu of shape {mu.shape} and sigma of shape {sigma.shape} do not fit")
     return mu, sigma
@@ -91,8 +111,8 @@ def clip_scorer(model: str) -> Callable[[list[str], np.ndarray], np.ndarray]:
         clip = CLIPModel.from_pretrained(model).eval()
         tokenizer = CLIPTokenizer.from_pretrained(model)
         processor = CLIPImageProcessor.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"CLIP model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a broken folder raises what its readers do
+        raise UserError(f"CLIP model {model!r} cannot be loaded: {_first_line(error)}") from None
 
     def score(captions: list[str], images: np.ndarray) -> np.ndarray:
         pixels = processor(images=list(images), return_tensors="pt").pixel_values
@@ -112,10 +132,9 @@ def feature_extractor(path: Path) -> Callable[[np.ndarray], np.ndarray]:
 
     try:
         network = torch.jit.load(str(path), map_location="cpu").eval()
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"{path} is no TorchScript feature extractor: {str(error).splitlines()[0]}") from None
-
-    asked = {one.name for one in network.forward.schema.arguments} & {"return_features"}
+        asked = {one.name for one in network.forward.schema.arguments} & {"return_features"}
+    except Exception as error:
+        raise UserError(f"{path} is no TorchScript feature extractor: {_first_line(error)}") from None
 
     def extract(images: np.ndarray) -> np.ndarray:
         with torch.no_grad():
@@ -133,15 +152,29 @@ def outside_band(name: str, value: float, band: tuple[float, float] | None) -> l
 
 
 def check_references(options: FidelityOptions) -> None:
-    """Raises UserError for captions, reference statistics and networks that cannot be used, before anything is drawn."""
+    """Raises UserError for captions, reference statistics and networks that cannot be used, and for what would judge
+    nothing, before anything is drawn."""
+    for what, other in NEEDS:
+        if getattr(options, what) is not None and getattr(options, other) is None:
+            given, needed = (name.replace("_", "-") for name in (what, other))
+            raise UserError(f"--{given} judges nothing without --{needed}; give both or neither")
+    for name, band in (("fid", options.fid_band), ("clip", options.clip_band)):
+        if band is not None and not band[0] <= band[1]:
+            raise UserError(f"--{name}-band {band[0]:g} {band[1]:g}: the low end comes first")
     if options.captions is None:
         return
+    if options.caption_count < 1:
+        raise UserError(f"--caption-count {options.caption_count}: at least 1 is needed")
     read_captions(options.captions, options.caption_count)
-    if (options.fid_reference is None) != (options.fid_extractor is None):
-        raise UserError("FID needs both --fid-reference and --fid-extractor; give both or neither")
     black = np.zeros((1, 299, 299, 3), np.uint8)
     if options.fid_reference is not None and options.fid_extractor is not None:
-        check_width(feature_extractor(options.fid_extractor)(black), read_statistics(options.fid_reference))
+        extract, statistics = feature_extractor(options.fid_extractor), read_statistics(options.fid_reference)
+        try:
+            features = extract(black)
+        except Exception as error:  # the user's own network
+            told = f"{options.fid_extractor} fails on a uint8 picture {tuple(black.shape)}: {_first_line(error)}"
+            raise UserError(told) from None
+        check_width(features, statistics)
     if options.clip_model is not None:
         clip_scorer(options.clip_model)(["black"], black)
 

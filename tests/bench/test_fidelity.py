@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -102,6 +104,35 @@ def test_bad_references_are_one_line(references):
         check_references(options(references, "light", clip_model=str(references)))
     with pytest.raises(UserError, match="features"):
         fid(np.zeros((4, 3)), (np.zeros(6), np.eye(6)))
+
+
+def test_broken_files_are_one_line(references):
+    for name, content in (("empty", b""), ("zip", b"PK\x03\x04 cut"), ("text", b"\xff\xfe\x80")):
+        (references / name).write_bytes(content)
+        for what in ("fid_reference", "fid_extractor"):
+            with pytest.raises(UserError, match=name):
+                check_references(options(references, "light", **{what: references / name}))
+    np.save(references / "array.npy", np.zeros(3))
+    with pytest.raises(UserError, match="mu"):
+        check_references(options(references, "light", fid_reference=references / "array.npy"))
+    with pytest.raises(UserError, match="UTF-8"):
+        read_captions(references / "text", 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ({"clip_model": "x", "clip_band": (31.0, 32.0)}, "--clip-model judges nothing without --captions"),
+        ({"captions": Path("x"), "clip_band": (31.0, 32.0)}, "--clip-band judges nothing without --clip-model"),
+        ({"captions": Path("x"), "fid_band": (23.0, 24.0)}, "--fid-band judges nothing without --fid-reference"),
+        ({"fid_extractor": Path("x")}, "--fid-extractor judges nothing without --captions"),
+        ({"captions": Path("x"), "clip_model": "x", "clip_band": (32.0, 31.0)}, "the low end comes first"),
+        ({"captions": Path("x"), "caption_count": 0}, "at least 1"),
+    ],
+)
+def test_what_would_judge_nothing_is_refused(given, word):
+    with pytest.raises(UserError, match=word):
+        check_references(FidelityOptions(**given))
 
 
 def test_the_clip_score_is_a_cosine_times_a_hundred(references, clip_folder):
