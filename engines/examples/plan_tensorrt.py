@@ -1,6 +1,4 @@
-"""An engine of the flavors tensorrt and tensorrt-rtx with numpy and cuda-bindings: numpy arrays in, numpy arrays out.
-
-A plan takes its activation memory from the caller: hence a context that is USER_MANAGED."""
+"""An engine of the flavors tensorrt and tensorrt-rtx with numpy and cuda-bindings: numpy arrays in, numpy arrays out."""
 
 from __future__ import annotations
 
@@ -18,13 +16,14 @@ def cuda(returned: tuple) -> Any:
     return returned[1] if len(returned) > 1 else None
 
 
+def runs_here(engine: dict) -> bool:
+    built_for, gpu = engine["compute_capabilities"], cuda(cudart.cudaGetDeviceProperties(0))
+    return f"{gpu.major}.{gpu.minor}" in built_for or (gpu.major >= 8 and "ampere+" in engine["options"].values())
+
+
 class Plan:
     def __init__(self, bundle: Path, engine: dict) -> None:
-        """`engine` is one entry of the manifest's "engines"; its files have been checked."""
-        gpu = cuda(cudart.cudaGetDeviceProperties(0))
-        capability = f"{gpu.major}.{gpu.minor}"
-        if capability not in engine["compute_capabilities"]:
-            raise SystemExit(f"the plan is for {engine['compute_capabilities']}, this GPU has {capability}")
+        """`engine` is one of the manifest's, its files checked. Activation memory is the caller's: USER_MANAGED."""
         trt = import_module(engine["flavor"].replace("-", "_"))
         self.record, self.runtime = engine, trt.Runtime(trt.Logger(trt.Logger.WARNING))
         self.plan = self.runtime.deserialize_cuda_engine((bundle / engine["files"][0]["path"]).read_bytes())
@@ -38,13 +37,14 @@ class Plan:
         return self.buffers[name, size_bytes]
 
     def __call__(self, feed: dict[str, np.ndarray], size: str) -> dict[str, np.ndarray]:
-        profile = next(p for p in self.record["profiles"] if size in p["resolutions"])
-        self.context.set_optimization_profile_async(profile["index"], self.stream)
+        index = next(p["index"] for p in self.record["profiles"] if size in p["resolutions"])
+        self.context.set_optimization_profile_async(index, self.stream)
         kinds, outputs = cudart.cudaMemcpyKind, {}
         for name, value in feed.items():
             address, value = self.buffer(name, value.nbytes), np.ascontiguousarray(value)
             cuda(cudart.cudaMemcpy(address, value.ctypes.data, value.nbytes, kinds.cudaMemcpyHostToDevice))
-            self.context.set_input_shape(name, value.shape)
+            if not self.context.set_input_shape(name, value.shape):
+                raise SystemExit(f"profile {index} of the plan takes no {name} of shape {value.shape}")
             self.context.set_tensor_address(name, address)
         for tensor in self.record["outputs"]:
             array = outputs[tensor["name"]] = np.empty(self.context.get_tensor_shape(tensor["name"]), tensor["dtype"])

@@ -112,9 +112,18 @@ def test_the_same_program_reads_plans(
     arguments = (toy_bundle, "a red circle", "224x96", 4, 5.0, noise)
     latent, expected = (example.text_to_latent(*arguments, flavor) for flavor in ("tensorrt-rtx", "onnxruntime"))
     assert np.abs(latent - expected).max() < 1e-2 * np.abs(expected).max(), "fp16 against fp32"
+    manifest = json.loads((toy_bundle / "manifest.json").read_text())
+    unet = next(e for e in manifest["engines"] if (e["component"], e["flavor"]) == ("unet", "tensorrt-rtx"))
+    elsewhere = unet | {"compute_capabilities": ["8.6"], "files": [{"path": "of/another/gpu.plan", "sha256": ""}]}
+    chosen = load_example("checked_engine").open_engine(
+        toy_bundle, {"engines": [unet, elsewhere]}, "unet", "tensorrt-rtx", "224x96"
+    )
+    assert chosen[1] is unet, "the plan of the GPU at hand, not the newest of all"
     cudart.cudaGetDeviceProperties = FakeCudart((9, 0)).cudaGetDeviceProperties
-    with pytest.raises(SystemExit, match=r"the plan is for \['8.0', '8.9'\], this GPU has 9.0"):
+    with pytest.raises(SystemExit, match=r"no unet \(tensorrt-rtx\) serves 224x96 and runs here; .*'8.0', '8.9'"):
         example.text_to_latent(*arguments, "tensorrt-rtx")
+    runs_here = load_example("plan_tensorrt").runs_here
+    assert runs_here(unet | {"options": {"hardware_compatible": "ampere+"}}) and not runs_here(unet)
     monkeypatch.delitem(sys.modules, "plan_tensorrt")
 
 
