@@ -7,8 +7,11 @@ PYTHON ?= python3
 OUT ?= out
 MODEL ?=
 BUNDLE ?=
-GPUS ?= a100,rtx4090
 FLAVOR ?= tensorrt-rtx
+ifeq ($(FLAVOR),tensorrt)  # builds on the GPU at hand only
+GPUS ?= auto
+endif
+GPUS ?= a100,rtx4090
 LAYOUT ?=
 RESOLUTIONS ?= all
 BATCHES ?= 1
