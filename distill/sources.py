@@ -25,7 +25,7 @@ from distill.architectures import (
     family_of,
     find_architecture,
 )
-from distill.errors import FULL_DISK, UserError, unknown
+from distill.errors import UserError, unknown
 from distill.files import exclusive, read_json, remove_leftovers, replacing, sha256_file, sha256_json, write_json
 from distill.tensors import component_tensors, component_weights, read_safetensors_header, weights_variant
 
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 MINI_TEACHER = Path(__file__).parent / "mini" / "teacher"
 COMPONENT_FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2")
-NO_SAFETENSORS = "necessary `safetensors` weights"
-"""As diffusers says where a hub has weights in no other format than pickle."""
 CONVERSION = 1
 """Raised whenever a random, converted or fused checkpoint comes out otherwise than before: older ones are made again."""
 FORMS = "a Hugging Face id, a diffusers folder, a single .safetensors file, random:NAME or mini:sdxl"
@@ -54,13 +52,13 @@ def check_checkpoint(folder: Path) -> None:
     """Raises UserError, with what is missing, where `folder` is no whole SDXL-format diffusers pipeline."""
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} is no SDXL checkpoint: it has no model_index.json; allowed are {FORMS}")
-    _unet_family(read_config(folder, "unet"), folder)
+    unet_family(read_config(folder, "unet"), folder)
     for component in COMPONENT_FOLDERS:
         read_config(folder, component)
         component_tensors(folder / component)
 
 
-def _unet_family(config: Mapping[str, Any], model: object) -> Family:
+def unet_family(config: Mapping[str, Any], model: object) -> Family:
     """The family that a UNet's config is of. Raises UserError for that of another kind of model."""
     kind, widths = config.get("addition_embed_type"), config.get("block_out_channels", ())
     if kind != "text_time":
@@ -133,7 +131,7 @@ def find_architecture_of(folder: Path) -> Architecture:
     """The catalogue's architecture whose UNet config matches the checkpoint's; a custom one where only the depth
     differs. Raises UserError for widths of neither family."""
     config = read_config(folder, "unet")
-    return architecture_at(_unet_family(config, folder), Depth.from_config(config))
+    return architecture_at(unet_family(config, folder), Depth.from_config(config))
 
 
 def peek_architecture(source: str) -> Architecture:
@@ -196,72 +194,13 @@ def resolve(source: str, workdir: Path) -> Path:
     elif Path(source).is_dir():
         folder = Path(source)
     elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        folder = _downloaded(source)
+        from distill.hub import download_checkpoint
+
+        folder = download_checkpoint(source)
     else:
         raise UserError(f"model {source!r} is neither a folder nor a known form; allowed are {FORMS}")
     check_checkpoint(folder)
     return folder
-
-
-def _check_on_hub(repo_id: str) -> None:
-    """Raises UserError for a model of another kind before its gigabytes are fetched."""
-    from huggingface_hub import hf_hub_download, model_info
-
-    try:
-        files = [file.rfilename for file in model_info(repo_id).siblings or ()]
-    except Exception:  # the download meets it as well, and may find all in its cache
-        return
-    for needed in ("model_index.json", *(f"{component}/config.json" for component in COMPONENT_FOLDERS)):
-        if needed not in files:
-            raise UserError(f"model {repo_id!r} is no SDXL pipeline folder: it has no {needed}; allowed are {FORMS}")
-    _unet_family(read_json(Path(hf_hub_download(repo_id, "unet/config.json"))), f"model {repo_id!r}")
-
-
-def _downloaded(repo_id: str) -> Path:
-    """The fp16 weights where the hub has them apart, else the plain ones; what an interrupted call left is gone on with."""
-    from diffusers import StableDiffusionXLPipeline
-
-    def download(variant: str | None) -> Path:
-        return Path(StableDiffusionXLPipeline.download(repo_id, variant=variant, use_safetensors=True))
-
-    try:
-        _check_on_hub(repo_id)
-        try:
-            return download("fp16")
-        except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and NO_SAFETENSORS not in str(error):
-                raise  # the network went, which says nothing of the variant
-            return download(None)  # there is none in fp16, or a pickled one
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"model {repo_id!r} {why_not_had(error)}") from None
-
-
-def why_not_had(error: Exception) -> str:
-    """What is said, after its name, of a model that could not be fetched. `error` is of any kind: those of the hub, of
-    requests, httpx and xet have no base in common."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-
-    known = isinstance(error, HfHubHTTPError)
-    reason = error if known else error.__cause__ or error  # diffusers may hide the hub's behind one of the cache
-    if isinstance(reason, GatedRepoError):
-        return "is gated: accept its terms on its page and log in (hf auth login, or HF_TOKEN), or give a local folder"
-    if isinstance(reason, RepositoryNotFoundError):
-        return "is neither a local folder nor on the hub, unless it is private: check the name, or log in (HF_TOKEN)"
-    if NO_SAFETENSORS in str(reason):
-        return "has no .safetensors weights (pickled ones are not read): give a model that has"
-    if FULL_DISK.search(str(reason)):
-        return (
-            f"does not fit the disk of {constants.HF_HUB_CACHE}: free some space there, or name a folder of another "
-            "disk in HF_HOME, and run the same command again"
-        )
-    first = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
-    return (
-        f"cannot be had from the Hugging Face hub ({first}); check the network and run the same command again, which "
-        "goes on, or give a local folder"
-    )
 
 
 def _single_file(path: Path) -> Path:

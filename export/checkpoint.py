@@ -15,7 +15,8 @@ from typing import Any
 
 from distill.errors import UserError
 from distill.files import read_json, require_free_disk, sha256_file, sha256_json
-from distill.sources import COMPONENT_FOLDERS, file_hashes, load_component, make_checkpoint, read_config, why_not_had
+from distill.hub import why_not_had
+from distill.sources import COMPONENT_FOLDERS, file_hashes, load_component, make_checkpoint, read_config
 from distill.tensors import component_tensors, component_weights, read_safetensors_header
 
 VAE_SOURCES = {"fp16-fix": "madebyollin/sdxl-vae-fp16-fix", "tiny": "madebyollin/taesdxl"}
