@@ -12,7 +12,7 @@ from distill.errors import UserError
 
 @dataclass(frozen=True)
 class Change:
-    """`ratio` is after over before; `verdict` is slower, faster, same, unknown, gone, new, or broken."""
+    """`ratio` is after over before; `verdict` is slower, faster, same, unknown, gone, new, broken, or mended."""
 
     workload: str
     contestant: str
@@ -27,10 +27,11 @@ class Change:
 
 
 def verdict_on(before: Row, after: Row, tolerance: float) -> str:
-    """`slower` or `faster` only where the intervals do not touch and the medians differ by more than `tolerance`;
-    `unknown` where they differ so, and one has too few runs for an interval."""
-    if after.refused and not before.refused:
-        return "broken"
+    """`broken` or `mended` where one was refused and the other not; else `slower` or `faster` only where the intervals do
+    not touch and the medians differ by more than `tolerance`; `unknown` where they differ so, and one has too few runs
+    for an interval."""
+    if before.refused != after.refused:
+        return "broken" if after.refused else "mended"
     ratio = after.total_ms.value / before.total_ms.value
     if abs(ratio - 1) <= tolerance:
         return "same"
@@ -67,8 +68,10 @@ def compare_results(before: Results, after: Results, tolerance: float = 0.02) ->
 
 
 def compare_files(before: Path, after: Path, tolerance: float) -> int:
-    """Prints every change; 1 where one is a regression, or may be one for all that is known. Raises UserError where the
-    files do not compare."""
+    """Prints every change; 1 where one is a regression, or may be one for all that is known. Raises UserError for a
+    tolerance outside of [0, 1), and where the files do not compare."""
+    if not 0 <= tolerance < 1:
+        raise UserError(f"--tolerance {tolerance:g} is a share: at least 0 and below 1, e.g. 0.02 for 2 %")
     old, new = read_results(before), read_results(after)
     changes = compare_results(old, new, tolerance)
     if all(change.verdict in ("new", "gone") for change in changes):

@@ -95,6 +95,18 @@ def test_one_that_breaks_part_way_is_a_regression(tmp_path, results_path):
     assert compare_files(broken, results_path, 0.02) == 0
 
 
+def test_a_refused_row_is_no_base(tmp_path, results_path):
+    row = read_results(results_path).cells[0].rows[0]
+    refused = row.model_copy(update={"refused": True})
+    assert [verdict_on(refused, row, 0.02), verdict_on(row, refused, 0.02)] == ["mended", "broken"]
+
+
+@pytest.mark.parametrize("tolerance", [2.0, 1.0, -0.1, float("nan")])
+def test_a_tolerance_is_a_share(results_path, tolerance):
+    with pytest.raises(UserError, match="is a share"):
+        compare_files(results_path, results_path, tolerance)
+
+
 def test_files_with_nothing_in_common_are_a_users_mistake(tmp_path, results_path):
     def rename(value):
         for cell in value["cells"]:
