@@ -74,6 +74,10 @@ def check_options(options: RunOptions, specs: list[Spec]) -> str:
     if options.device == "cuda" and default_device() != "cuda":
         raise UserError("device cuda: torch sees no NVIDIA GPU here; leave --device away to run on the CPU")
     check_references(options.fidelity)
+    if options.out.is_dir():
+        raise UserError(
+            f"--out {options.out} is a folder; it takes the results file to write, e.g. {options.out}/run.json"
+        )
     names = [spec.name for spec in specs]
     baseline = options.baseline or names[0]
     if baseline not in names:

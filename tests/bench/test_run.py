@@ -241,12 +241,13 @@ def test_a_contestant_that_cannot_load_is_one_line(tmp_path):
         ({"scheduler": "eulr"}, "did you mean 'euler'"),
         ({"device": "tpu"}, "unknown device"),
         ({"artifacts": ["nobody=."]}, "unknown contestant"),
+        ({"out": Path()}, "is a folder"),
         ({"fidelity": FidelityOptions(captions=Path("no-such-file.txt"))}, "does not exist"),
     ],
 )
 def test_bad_input_is_said_before_anything_is_loaded(tmp_path, changes, word):
     with pytest.raises(UserError, match=word):
-        run_bench(fake_options(tmp_path / "r.json", **changes))
+        run_bench(fake_options(**({"out": tmp_path / "r.json"} | changes)))
 
 
 def test_specs_keep_colons_of_the_source():
