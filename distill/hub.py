@@ -1,58 +1,29 @@
-"""Checkpoints from the Hugging Face hub, and what is said of those that cannot be had from it."""
+"""What is said of a model that cannot be had from the Hugging Face hub."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from distill.errors import FULL_DISK, UserError
-from distill.files import read_json
-from distill.sources import COMPONENT_FOLDERS, FORMS, unet_family
 
 NO_SAFETENSORS = "necessary `safetensors` weights"
 """As diffusers says where the hub has weights in no other format than pickle."""
 
 
-def _check_on_hub(repo_id: str) -> None:
-    """Raises UserError for a model of another kind before its gigabytes are fetched."""
-    from huggingface_hub import hf_hub_download, model_info
-
+@contextmanager
+def explaining_hub(model: str) -> Iterator[None]:
+    """Whatever keeps `model` from being fetched inside is a UserError: those of the hub, of requests, httpx and xet have
+    no base in common."""
     try:
-        files = [file.rfilename for file in model_info(repo_id).siblings or ()]
-    except Exception:  # the download meets it as well, and may find all in its cache
-        return
-    for needed in ("model_index.json", *(f"{component}/config.json" for component in COMPONENT_FOLDERS)):
-        if needed not in files:
-            raise UserError(f"model {repo_id!r} is no SDXL pipeline folder: it has no {needed}; allowed are {FORMS}")
-    unet_family(read_json(Path(hf_hub_download(repo_id, "unet/config.json"))), f"model {repo_id!r}")
-
-
-def download_checkpoint(repo_id: str) -> Path:
-    """The fp16 weights where the hub has them apart, else the plain ones; what an interrupted call left is gone on with.
-
-    Raises UserError for another kind of model, and for whatever keeps one from being fetched.
-    """
-    from diffusers import StableDiffusionXLPipeline
-
-    def download(variant: str | None) -> Path:
-        return Path(StableDiffusionXLPipeline.download(repo_id, variant=variant, use_safetensors=True))
-
-    try:
-        _check_on_hub(repo_id)
-        try:
-            return download("fp16")
-        except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and NO_SAFETENSORS not in str(error):
-                raise  # the network went, which says nothing of the variant
-            return download(None)  # there is none in fp16, or a pickled one
+        yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"model {repo_id!r} {why_not_had(error)}") from None
+        raise UserError(f"{model} {_reason(error)}") from None
 
 
-def why_not_had(error: Exception) -> str:
-    """What is said, after its name, of a model that could not be fetched. `error` is of any kind: those of the hub, of
-    requests, httpx and xet have no base in common."""
+def _reason(error: Exception) -> str:
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 

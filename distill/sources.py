@@ -27,6 +27,7 @@ from distill.architectures import (
 )
 from distill.errors import UserError, unknown
 from distill.files import exclusive, read_json, remove_leftovers, replacing, sha256_file, sha256_json, write_json
+from distill.hub import NO_SAFETENSORS, explaining_hub
 from distill.tensors import component_tensors, component_weights, read_safetensors_header, weights_variant
 
 if TYPE_CHECKING:
@@ -52,13 +53,13 @@ def check_checkpoint(folder: Path) -> None:
     """Raises UserError, with what is missing, where `folder` is no whole SDXL-format diffusers pipeline."""
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} is no SDXL checkpoint: it has no model_index.json; allowed are {FORMS}")
-    unet_family(read_config(folder, "unet"), folder)
+    _unet_family(read_config(folder, "unet"), folder)
     for component in COMPONENT_FOLDERS:
         read_config(folder, component)
         component_tensors(folder / component)
 
 
-def unet_family(config: Mapping[str, Any], model: object) -> Family:
+def _unet_family(config: Mapping[str, Any], model: object) -> Family:
     """The family that a UNet's config is of. Raises UserError for that of another kind of model."""
     kind, widths = config.get("addition_embed_type"), config.get("block_out_channels", ())
     if kind != "text_time":
@@ -131,7 +132,7 @@ def find_architecture_of(folder: Path) -> Architecture:
     """The catalogue's architecture whose UNet config matches the checkpoint's; a custom one where only the depth
     differs. Raises UserError for widths of neither family."""
     config = read_config(folder, "unet")
-    return architecture_at(unet_family(config, folder), Depth.from_config(config))
+    return architecture_at(_unet_family(config, folder), Depth.from_config(config))
 
 
 def peek_architecture(source: str) -> Architecture:
@@ -194,13 +195,42 @@ def resolve(source: str, workdir: Path) -> Path:
     elif Path(source).is_dir():
         folder = Path(source)
     elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        from distill.hub import download_checkpoint
-
-        folder = download_checkpoint(source)
+        folder = _downloaded(source)
     else:
         raise UserError(f"model {source!r} is neither a folder nor a known form; allowed are {FORMS}")
     check_checkpoint(folder)
     return folder
+
+
+def _check_on_hub(repo_id: str) -> None:
+    """Raises UserError for a model of another kind before its gigabytes are fetched."""
+    from huggingface_hub import hf_hub_download, model_info
+
+    try:
+        files = [file.rfilename for file in model_info(repo_id).siblings or ()]
+    except Exception:  # the download meets it as well, and may find all in its cache
+        return
+    for needed in ("model_index.json", *(f"{component}/config.json" for component in COMPONENT_FOLDERS)):
+        if needed not in files:
+            raise UserError(f"model {repo_id!r} is no SDXL pipeline folder: it has no {needed}; allowed are {FORMS}")
+    _unet_family(read_json(Path(hf_hub_download(repo_id, "unet/config.json"))), f"model {repo_id!r}")
+
+
+def _downloaded(repo_id: str) -> Path:
+    """The fp16 weights where the hub has them apart, else the plain ones; what an interrupted call left is gone on with."""
+    from diffusers import StableDiffusionXLPipeline
+
+    def download(variant: str | None) -> Path:
+        return Path(StableDiffusionXLPipeline.download(repo_id, variant=variant, use_safetensors=True))
+
+    with explaining_hub(f"model {repo_id!r}"):
+        _check_on_hub(repo_id)
+        try:
+            return download("fp16")
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and NO_SAFETENSORS not in str(error):
+                raise  # the network went, which says nothing of the variant
+            return download(None)  # there is none in fp16, or a pickled one
 
 
 def _single_file(path: Path) -> Path:

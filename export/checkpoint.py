@@ -15,7 +15,7 @@ from typing import Any
 
 from distill.errors import UserError
 from distill.files import read_json, require_free_disk, sha256_file, sha256_json
-from distill.hub import why_not_had
+from distill.hub import explaining_hub
 from distill.sources import COMPONENT_FOLDERS, file_hashes, load_component, make_checkpoint, read_config
 from distill.tensors import component_tensors, component_weights, read_safetensors_header
 
@@ -36,10 +36,8 @@ def vae_folder(vae: str) -> Path:
         from huggingface_hub import snapshot_download
 
         patterns = ["config.json", "diffusion_pytorch_model.safetensors"]
-        try:
+        with explaining_hub(f"the VAE {vae} is {VAE_SOURCES[vae]}, which"):
             folder = Path(snapshot_download(VAE_SOURCES[vae], allow_patterns=patterns))
-        except Exception as error:
-            raise UserError(f"the VAE {vae} is {VAE_SOURCES[vae]}, which {why_not_had(error)}") from None
     if not (folder / "config.json").is_file():
         raise UserError(
             f"there is no VAE {vae!r}: allowed are stock, {', '.join(VAE_SOURCES)}, or a folder with config.json"

@@ -162,6 +162,6 @@ def test_a_full_disk_is_not_told_as_a_lost_network(
         raise error
 
     monkeypatch.setattr("diffusers.StableDiffusionXLPipeline.download", fail)
-    monkeypatch.setattr("distill.hub._check_on_hub", lambda _: None)
+    monkeypatch.setattr("distill.sources._check_on_hub", lambda _: None)
     with pytest.raises(UserError, match=f"'org/big' {told}"):
         resolve("org/big", tmp_path)
