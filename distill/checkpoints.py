@@ -7,7 +7,6 @@ wrapper, so one process, DDP and FSDP read each other's, whatever their number.
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch.distributed.checkpoint.state_dict import (
@@ -28,12 +28,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from distill.errors import UserError
-from distill.files import read_json, replacing, write_json
+from distill.files import read_json, remove_leftovers, replacing, write_json
 from distill.layer_map import LayerMap
 from distill.progress import say
 from distill.recipes import Recipe
 from distill.sources import load_pipeline, read_config
 from distill.surgery import copy_all_but_unet
+
+STATE_FORMAT = 1
+"""Stands in run.json; another number is a state that this version does not read."""
 
 
 @dataclass
@@ -105,10 +108,9 @@ def save_state(
     Raises UserError where the disk does not take it; the checkpoints before stay.
     """
     final = folder / f"{number + 1:02d}-{progress.step:07d}"
-    temporary = folder / f".{final.name}.partial"  # of its own: NFS may show a renamed folder by its old name
+    temporary = folder / f".{final.name}.state.partial"  # of its own: NFS may show a renamed folder by its old name
     if accelerator.is_main_process:
-        for left in folder.glob(".*.partial"):
-            shutil.rmtree(left)
+        remove_leftovers(folder)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
     try:
@@ -119,14 +121,18 @@ def save_state(
             write_json(temporary / "progress.json", asdict(progress))
             temporary.rename(final)
     except (OSError, dcp.CheckpointException) as error:
+        for cause, _stack in getattr(error, "failures", {}).values():
+            if isinstance(cause, KeyboardInterrupt):
+                raise cause from None
         reason = str(error).strip().splitlines()[-1]
         raise UserError(
-            f"the checkpoint of step {progress.step} cannot be written ({reason}); the one before is kept: free some space "
-            f"on the disk of {folder} and run the same command again"
+            f"the checkpoint of step {progress.step} cannot be written ({reason}); the one before is kept: see that "
+            f"the disk of {folder} has space and may be written, and run the same command again"
         ) from None
     if accelerator.is_main_process:
         for old in _states(folder)[:-keep]:
-            shutil.rmtree(old)
+            old.rename(folder / f".{old.name}.state.old")  # a kill leaves it whole or a leftover
+        remove_leftovers(folder)
     accelerator.wait_for_everyone()
 
 
@@ -136,14 +142,24 @@ def _states(folder: Path) -> list[Path]:
 
 
 def resume(accelerator: Accelerator, state: TrainingState, folder: Path, number: int, log: Path) -> Progress:
-    """Loads the newest checkpoint of stage `number`; returns how far that is and cuts the log back to it."""
+    """Loads the newest checkpoint of stage `number`; returns how far that is and cuts the log back to it.
+
+    The newest is what the first process sees: a shared disk may be slow to show it to the others. Raises UserError
+    where one of them does not see it.
+    """
     progress = Progress()
-    newest = next((path for path in reversed(_states(folder)) if path.name.startswith(f"{number + 1:02d}-")), None)
+    names: list[str | None] = [path.name for path in _states(folder) if path.name.startswith(f"{number + 1:02d}-")]
+    [newest] = broadcast_object_list(names[-1:] or [None])
     if newest:
-        progress = Progress(**read_json(newest / "progress.json"))
+        if not (folder / newest).is_dir():
+            raise UserError(
+                f"{folder / newest} is there for the first process and not for this one: --out must lie on a disk that all "
+                "processes see; if it does, run the same command again"
+            )
+        progress = Progress(**read_json(folder / newest / "progress.json"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            state.load(newest, progress.step)
+            state.load(folder / newest, progress.step)
         if accelerator.is_main_process:
             say(f"going on from stage {number + 1}, step {progress.step}")
     if accelerator.is_main_process and log.exists():

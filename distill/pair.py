@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
+from torch.distributed.tensor import DTensor
 
 from distill.architectures import Depth
 from distill.errors import UserError, unknown
@@ -27,7 +28,7 @@ from distill.step import add_noise, loss_terms
 from distill.taps import FeatureRecorder, Tap, make_taps
 
 Terms = dict[str, float]
-"""Every loss term by name, and their `total`."""
+"""Every loss term by name, their `total`, and the `gradient_norm` before clipping."""
 
 
 def make_optimizer(name: str, student: torch.nn.Module, weight_decay: float) -> torch.optim.Optimizer:
@@ -160,10 +161,11 @@ class Pair:
                 total = torch.stack(list(terms.values())).sum()
                 accelerator.backward(total)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
+                    norm = accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             for name, value in {**terms, "total": total}.items():
                 totals[name] = totals.get(name, 0) + value.detach() / parts
+        totals["gradient_norm"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
         values = accelerator.reduce(torch.stack(list(totals.values())), reduction="mean").tolist()
         return dict(zip(totals, values, strict=True))

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from distill.ahead import ahead
 from distill.architectures import Depth, find_architecture
 from distill.cache import LatentCache, seed_of
 from distill.checkpoints import (
+    STATE_FORMAT,
     Progress,
     TrainingState,
     alphas_cumprod_of,
@@ -33,7 +35,15 @@ from distill.checkpoints import (
     student_dtype,
 )
 from distill.errors import UserError, explaining_full_memory
-from distill.files import read_json, remove_leftovers, replacing, require_free_disk, sha256_json, write_json
+from distill.files import (
+    exclusive,
+    read_json,
+    remove_leftovers,
+    replacing,
+    require_free_disk,
+    sha256_json,
+    write_json,
+)
 from distill.layer_map import LayerMap, inherit_layer_map, relative_map
 from distill.options import HALF, TrainOptions, make_accelerator
 from distill.pair import Pair, Terms, load_nets
@@ -42,7 +52,14 @@ from distill.progress import say, track
 from distill.recipes import Recipe
 from distill.sharding import check_fsdp
 from distill.sigterm import noting_sigterm
-from distill.sources import check_successor, checkpoint_hash, find_architecture_of, read_config, resolve
+from distill.sources import (
+    check_successor,
+    checkpoint_hash,
+    find_architecture_of,
+    load_component,
+    read_config,
+    resolve,
+)
 from distill.step import DivergenceGuard, learning_rate
 from distill.surgery import files_but_unet, make_student_unet
 
@@ -59,15 +76,15 @@ def train(
     """Runs all stages of `recipe` on the latent cache; `out` becomes a diffusers pipeline folder of the last student.
 
     `start` is an earlier student to begin from (default: the first stage's teacher). A finished `out` is left as it
-    is; an unfinished one goes on from its last checkpoint. Raises UserError for an `out` of another recipe, layer maps
-    that are not nested, a teacher that cannot succeed the one before, a disk or GPU too small (the last checkpoint
-    stays), and a loss that is no longer finite or has diverged.
+    is; an unfinished one goes on from its last checkpoint. Raises UserError for an `out` of another recipe or that
+    another process is training into, layer maps that are not nested, a teacher that cannot succeed the one before, a
+    disk or GPU too small (the last checkpoint stays), and a loss that is no longer finite or has diverged.
     """
     options = options or TrainOptions()
     accelerator = make_accelerator(options, out)
     if options.fsdp:
         check_fsdp(accelerator.num_processes, options.mixed_precision, options.optimizer)
-    micro_batch = recipe.micro_batch(accelerator.num_processes, options.accumulation)
+    recipe.micro_batch(accelerator.num_processes, options.accumulation)  # refuses what cannot be shared
     if options.validate_every and not recipe.validation_prompts:
         raise UserError(
             "--validate-every draws the recipe's validation_prompts, and it has none: add some, or leave it out"
@@ -87,39 +104,67 @@ def train(
         "optimizer": options.optimizer,
     }
     run["key"] = sha256_json(run)
+
+    def refuse(_waiting: str) -> None:
+        raise UserError(f"another process is training into {out}; wait for its end or choose another --out")
+
+    with exclusive(out.resolve(), refuse) if accelerator.is_main_process else nullcontext():
+        _train_stages(accelerator, recipe, latents, teachers, start, out, run, options)
+    accelerator.end_training()
+
+
+def _train_stages(
+    accelerator: Accelerator,
+    recipe: Recipe,
+    latents: LatentCache,
+    teachers: dict[str, Path],
+    start: Path | None,
+    out: Path,
+    run: dict[str, Any],
+    options: TrainOptions,
+) -> None:
+    """The stages that `out` does not hold yet; `run` is what it belongs to."""
     stated = [out / name for name in ("run.json", "slimxl.json", "model_index.json") if (out / name).exists()]
     if stated and read_json(stated[0]).get("key") != run["key"]:
         raise UserError(f"{out} belongs to another recipe, teacher or cache; choose another --out or remove it")
-    if (out / "slimxl.json").exists():
-        return
     # the first process alone looks: a shared disk may go on hiding from another what that one has missed once
-    [done] = broadcast_object_list([_stages_done(recipe, out) if accelerator.is_main_process else 0])
+    [done] = broadcast_object_list([_stages_done(recipe, out) if accelerator.is_main_process else None])
+    if done is None:
+        return
+    if stated and read_json(stated[0]).get("format") != STATE_FORMAT:
+        raise UserError(f"{out} was begun by another version of slimxl: finish it with that one, or remove it")
     plans: dict[str, MemoryPlan] = {}
     if accelerator.is_main_process and done < len(recipe.stages):
         remove_leftovers(out / "stages")
+        remove_leftovers(out / "state")
         plans = _look_ahead(recipe, teachers[recipe.stages[0].teacher], out, options, accelerator)
-        write_json(out / "run.json", run)
+        write_json(out / "run.json", run | {"format": STATE_FORMAT})
     if options.tensorboard:
         accelerator.init_trackers("tensorboard")
     accelerator.wait_for_everyone()
     previous = _stage_folder(recipe, done - 1, out) if done else start
+    micro_batch = recipe.micro_batch(accelerator.num_processes, options.accumulation)
     with explaining_full_memory(_memory_advice(options, accelerator.num_processes, micro_batch, plans, out)):
         for number in range(done, len(recipe.stages)):
+            if number and accelerator.is_main_process:
+                _draw_samples(_stage_folder(recipe, number - 1, out), recipe)
             folder = teachers[recipe.stages[number].teacher]
             previous = _StageRun(accelerator, recipe, number, folder, latents, out, options).run(previous)
             gc.collect()  # accelerate's wrappers hold the student in a cycle
             torch.cuda.empty_cache()
     if accelerator.is_main_process:
-        _finish(out, _stage_folder(recipe, len(recipe.stages) - 1, out), run)
-    accelerator.end_training()
+        _finish(out, recipe, run)
 
 
 def _stage_folder(recipe: Recipe, number: int, out: Path) -> Path:
     return out / "stages" / f"{number + 1:02d}-{recipe.stages[number].name}"
 
 
-def _stages_done(recipe: Recipe, out: Path) -> int:
-    """The last one done says that all before it were: each takes the place of the one before."""
+def _stages_done(recipe: Recipe, out: Path) -> int | None:
+    """The last one done says that all before it were: each takes the place of the one before. None where `out` is the
+    finished student itself."""
+    if (out / "slimxl.json").exists():
+        return None
     numbers = range(len(recipe.stages), 0, -1)
     return next((n for n in numbers if (_stage_folder(recipe, n - 1, out) / "slimxl.json").exists()), 0)
 
@@ -176,12 +221,22 @@ def _memory_advice(
     )
 
 
-def _finish(out: Path, last: Path, run: dict[str, Any]) -> None:
+def _draw_samples(folder: Path, recipe: Recipe) -> None:
+    """What the stored student of `folder` draws, unless that is there: a run that goes on makes up for a kill."""
+    path = folder / "samples.png"
+    if recipe.validation_prompts and not path.exists():
+        student = load_component(folder, "unet", student_dtype(folder))
+        draw_validation(student, folder, recipe.validation_prompts, path)
+
+
+def _finish(out: Path, recipe: Recipe, run: dict[str, Any]) -> None:
     """Moves the last stage's pipeline up to `out`; slimxl.json comes last and says that all is there."""
+    last = _stage_folder(recipe, len(recipe.stages) - 1, out)
     about = read_json(last / "slimxl.json")
     for item in last.iterdir():
         if item.name != "slimxl.json":
             item.rename(out / item.name)
+    _draw_samples(out, recipe)
     write_json(out / "slimxl.json", about | run)
     for left in ("stages", "state"):
         shutil.rmtree(out / left, ignore_errors=True)
@@ -219,8 +274,6 @@ class _StageRun:
         student = gather_student(state)
         if student is not None and self.accelerator.is_main_process:
             save_student(student, self.teacher_folder, self.folder, self.layer_map, self.recipe, self.number)
-            if prompts := self.recipe.validation_prompts:
-                draw_validation(student, self.folder, prompts, self.folder / "samples.png")
             for old in [self.states, *self.folder.parent.iterdir()]:
                 if old != self.folder:
                     shutil.rmtree(old, ignore_errors=True)
@@ -302,11 +355,15 @@ class _StageRun:
                     accelerator.end_training()
                     raise SystemExit(128 + signal.SIGTERM)
                 if options.validate_every and done % options.validate_every == 0 and done < stage.steps:
-                    student = gather_student(state)
-                    if student is not None and accelerator.is_main_process:
-                        path = self.out / "samples" / f"{self.folder.name}-{done:07d}.png"
-                        draw_validation(student, self.teacher_folder, self.recipe.validation_prompts, path)
+                    self._draw(state, done)
+                    torch.cuda.empty_cache()  # of the picture's own nets
                     accelerator.wait_for_everyone()
+
+    def _draw(self, state: TrainingState, done: int) -> None:
+        student = gather_student(state)
+        if student is not None and self.accelerator.is_main_process:
+            path = self.out / "samples" / f"{self.folder.name}-{done:07d}.png"
+            draw_validation(student, self.teacher_folder, self.recipe.validation_prompts, path)
 
     def _any_process(self, *flags: bool) -> list[bool]:
         """Each flag true in all processes where it is in one: what follows from it is done by all or by none."""
@@ -314,9 +371,11 @@ class _StageRun:
         return self.accelerator.reduce(told, reduction="sum").bool().tolist()
 
     def _check(self, title: str, step: int, terms: Terms, guard: DivergenceGuard, previous: Path | None) -> None:
-        """Raises UserError for a loss that is not finite, or has stayed far above its median."""
-        if not math.isfinite(terms["total"]):
-            broken = [name for name, value in terms.items() if not math.isfinite(value)]
+        """Raises UserError for a loss or a gradient that is not finite, or a loss that has stayed far above its median."""
+        broken = [name for name, value in terms.items() if not math.isfinite(value)]
+        if self.accelerator.scaler and broken == ["gradient_norm"]:
+            broken = []  # a loss scale too large for fp16: the scaler leaves the step out and lowers it
+        if broken:
             fault = f"step {step} is not finite ({', '.join(broken[:4])})"
         elif step >= self.stage.losses.warmup_steps and guard.diverged(terms["total"]):
             fault = (
@@ -339,14 +398,13 @@ class _StageRun:
         )
 
     def _log(self, done: int, terms: Terms, rate: float, seconds: float) -> None:
-        total = terms.pop("total")
-        line = {"stage": f"{self.number + 1}-{self.stage.name}", "step": done, "seconds": round(seconds, 3), "lr": rate}
+        total, norm = terms.pop("total"), terms.pop("gradient_norm")
+        curves = {"lr": rate, "loss": total, "gradient_norm": norm if math.isfinite(norm) else None}
+        line = {"stage": f"{self.number + 1}-{self.stage.name}", "step": done, "seconds": round(seconds, 3)}
         with (self.out / "losses.jsonl").open("a", encoding="utf-8") as log:
-            log.write(json.dumps(line | {"loss": total, "terms": terms}) + "\n")
+            log.write(json.dumps(line | curves | {"terms": terms}) + "\n")
         if self.options.tensorboard:
-            self.accelerator.log(
-                {"loss": total, "lr": rate, **terms}, step=_global_step(self.recipe, self.number, done)
-            )
+            self.accelerator.log(curves | terms, step=_global_step(self.recipe, self.number, done))
 
 
 def _global_step(recipe: Recipe, number: int, step: int) -> int:
