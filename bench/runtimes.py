@@ -83,7 +83,7 @@ def runtime_table(all_results: list[Results]) -> list[dict[str, Any]]:
 def limit_table(all_results: list[Results]) -> list[dict[str, Any]]:
     """Each smaller model against the largest on the same runtime, in the same rounds: `speedup`, the `limit` that
     arithmetic sets at equal efficiency (the ratio of FLOPs), and the published `claim`, which is against SDXL; which of
-    the two `failed` the quality guard. A speed-up of too few runs for an interval is left to the table by size; of
+    the two `failed` the quality guard. A speed-up of too few runs for an interval is left to the table by workload; of
     runs that measured the same the one against the largest model stands, and of those the first."""
     table: dict[tuple[Any, ...], tuple[int, dict[str, Any]]] = {}
     for results in all_results:

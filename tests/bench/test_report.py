@@ -246,7 +246,7 @@ def test_every_workload_has_its_row_and_a_failure_part_way_is_told(results_path,
     write_report([tmp_path / "r.json"], tmp_path / "out")
     page, text = ((tmp_path / "out" / name).read_text() for name in ("index.html", "report.md"))
     for workload in (main["name"], "batch 2, no guidance", "6 steps"):
-        assert f'<tr><td class="load">{workload}</td>' in page and f"| {workload} | " in text
+        assert f"<tr><td>{workload}</td>" in page and f"| {workload} | " in text
     assert page.count("then failed") == 2 == text.count("then failed")
     note = page[page.index("Against these figures") :].partition("</div>")[0]
     assert "Vega failed: RuntimeError: lost" in note
