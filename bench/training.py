@@ -178,7 +178,7 @@ def measure_variant(bench: Bench, variant: Variant, peak: Peak | None, steps: in
         "mfu": flops / median.value / (peak.tflops * 1e12) if peak else None,
         "mfu_why": None if peak else "no peak is known for this device",
         "peak_memory_bytes": memory,
-        "loss_terms": len(terms) - 1,  # beside their total
+        "loss_terms": len(terms.keys() - {"total", "gradient_norm"}),
         "kernels": kernels,
     }
 
