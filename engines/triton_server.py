@@ -41,6 +41,10 @@ START_SECONDS = 1800
 """How long a server may take to load, warm up and answer."""
 DRAIN_SECONDS = 60
 """How long requests under way may take to finish after SIGTERM."""
+ANSWERED = "All models are stopped, unloading models"
+"""What Triton's log says after SIGTERM, once no request is under way (its core, server.cc)."""
+UNLOAD_SECONDS = 20
+"""How long it may then take to end. It was seen, rarely, to wait for its model until DRAIN_SECONDS were over."""
 WATCH_SECONDS = 1.0
 """How often the model's processes are looked at."""
 CLOSED_APIS = "shared-memory,model-repository,trace,logging"
@@ -232,6 +236,7 @@ class Server:
 
     def __init__(self, repository: Path, environment: Environment | None, address: Address, log: Path) -> None:
         self.address, self.log, self.stopping = address, log, False
+        self._answered: float | None = None
         line = command(repository, environment, address, secrets.token_hex(16))
         with log.open("wb") as file:
             self.process = subprocess.Popen(
@@ -270,8 +275,9 @@ class Server:
             connection.close()
 
     def wait(self) -> int:
-        """Returns the server's exit status, once it was stopped. Raises UserError where it ends by itself, and where a
-        process of the model does: Triton starts no other, answers every request with an error and stays "ready"."""
+        """Returns the server's exit status, once it was stopped: 0 also where it answered all and then did not end. Raises
+        UserError where it ends by itself, and where a process of the model does: Triton starts no other, answers every
+        request with an error and stays "ready"."""
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 status = self.process.wait(WATCH_SECONDS)
@@ -280,15 +286,34 @@ class Server:
                 raise UserError(
                     f"Triton ended by itself with status {status}: {reason(self.log)}; the whole log is {self.log}"
                 )
+            if self.stopping and self._hangs():
+                self._kill()
+                print(
+                    f"every request was answered, but Triton kept its model for {UNLOAD_SECONDS} s: killed", flush=True
+                )
+                return 0
             if not self.stopping and not all(map(_is_alive, self._models)):
                 self.stop()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(DRAIN_SECONDS)
-                self.process.kill()
+                self._kill()
                 raise UserError(
                     "a process of the model ended by itself, killed by the system for want of memory or by a crash, and "
                     f"Triton starts no other; the log is {self.log}"
                 )
+
+    def _hangs(self) -> bool:
+        """Whether the last request was answered long ago."""
+        if self._answered is None and ANSWERED in self.log.read_text(encoding="utf-8", errors="replace"):
+            self._answered = time.monotonic()
+        return self._answered is not None and time.monotonic() - self._answered > UNLOAD_SECONDS
+
+    def _kill(self) -> None:
+        """The processes of the model too: one that hangs does not notice that its server is gone."""
+        for process in [*self._models, self.process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
 
     def stop(self) -> None:
         """Refuses new requests and finishes those under way; `wait` then returns."""

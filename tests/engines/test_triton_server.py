@@ -28,11 +28,13 @@ from engines.triton import write_repository
 from engines.triton_load import Workload, find_server, measure_load
 from engines.triton_options import Serving
 from engines.triton_server import (
+    ANSWERED,
     READY,
     SERVER_PACKAGES,
     Address,
     Environment,
     Server,
+    _is_alive,
     alone_in,
     reason,
     require_unexposed,
@@ -85,19 +87,41 @@ def test_where_it_may_listen(monkeypatch: pytest.MonkeyPatch) -> None:
     require_unexposed(Address("0.0.0.0"))
 
 
-def test_a_dead_model_ends_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Triton would, the parent of this process notices nothing."""
-    script = "import signal, subprocess; subprocess.Popen(['sleep', '60']); print(flush=True); signal.pause()"
-    server = Server.__new__(Server)
-    server.stopping, server.log = False, tmp_path / "log"
-    server.process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-    assert server.process.stdout and server.process.stdout.readline()
-    monkeypatch.setattr(server, "is_ready", lambda: True)
+@pytest.fixture
+def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server and its model that do nothing, SIGTERM or not."""
+    script = "import signal, subprocess; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    script += "subprocess.Popen(['sleep', '60']); print(flush=True); signal.pause()"
+    monkeypatch.setattr("engines.triton_server.command", lambda *_: [sys.executable, "-c", script])
+    monkeypatch.setattr(Server, "is_ready", lambda self: bool(self.log.read_text()))
+    server = Server(tmp_path, None, Address(), tmp_path / "log")
     server.wait_ready()
-    psutil.Process(server.process.pid).children()[0].kill()
+    yield server
+    server.process.kill()
+
+
+def test_a_dead_model_ends_the_server(pretended: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Triton would, the parent of this process notices nothing."""
+    monkeypatch.setattr("engines.triton_server.DRAIN_SECONDS", 0.1)
+    psutil.Process(pretended.process.pid).children()[0].kill()
     with pytest.raises(UserError, match="a process of the model ended by itself"):
-        server.wait()
-    assert server.process.poll() is not None
+        pretended.wait()
+    assert pretended.process.poll() is not None
+
+
+def test_a_server_that_answered_all_and_hangs_is_ended(
+    pretended: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("engines.triton_server.WATCH_SECONDS", 0.1)
+    monkeypatch.setattr("engines.triton_server.UNLOAD_SECONDS", 0.1)
+    model = psutil.Process(pretended.process.pid).children()[0]
+    pretended.stop()
+    pretended.log.write_text("I1122 server.cc:331] All models are stopped, unloading models\n")
+    assert pretended.wait() == 0
+    assert "every request was answered, but Triton kept its model" in capsys.readouterr().out
+    ends = time.monotonic() + 10
+    while _is_alive(model):
+        assert time.monotonic() < ends
 
 
 @pytest.fixture(scope="module")
@@ -398,6 +422,7 @@ def test_serving_as_a_user_does_and_draining(environment: Environment, toy_bundl
     assert [answer.get("shape") for answer in answers] == [[1, 16, 128, 128, 3]] * 8, answers
     assert serving.wait(90) == 0
     assert "stopping: requests under way are finished" in serving.stdout.read()
+    assert ANSWERED in (tmp_path / str(address.http_port) / "log").read_text()
 
 
 @pytest.mark.slow
