@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from bench.fidelity import FidelityOptions, check_references
 from bench.workload import check_scheduler
 from distill.errors import UserError, unknown
+from distill.files import require_writable_file
 
 if TYPE_CHECKING:
     from bench.contestants import Spec
@@ -74,10 +75,7 @@ def check_options(options: RunOptions, specs: list[Spec]) -> str:
     if options.device == "cuda" and default_device() != "cuda":
         raise UserError("device cuda: torch sees no NVIDIA GPU here; leave --device away to run on the CPU")
     check_references(options.fidelity)
-    if options.out.is_dir():
-        raise UserError(
-            f"--out {options.out} is a folder; it takes the results file to write, e.g. {options.out}/run.json"
-        )
+    require_writable_file(options.out)
     names = [spec.name for spec in specs]
     baseline = options.baseline or names[0]
     if baseline not in names:

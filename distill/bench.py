@@ -33,7 +33,7 @@ from distill.cache import LatentCache, encode, write_shard
 from distill.checkpoints import alphas_cumprod_of
 from distill.data import Sample, ShapesSource
 from distill.errors import UserError, explaining_full_memory, quiet_libraries, require_least, unknown
-from distill.files import write_json
+from distill.files import require_writable_file, write_json
 from distill.layer_map import make_layer_map
 from distill.options import HALF, TrainOptions, make_accelerator
 from distill.pair import Pair, load_nets
@@ -335,8 +335,10 @@ def bench_loops(options: BenchOptions, out: Path) -> dict[str, Any]:
     """Measures every loop, writes the raw samples to `out` (JSON) and returns what it wrote: the times as soon as they
     are there, since the memory of each loop takes as long again.
 
-    Raises UserError for an unknown model, student or loop, and for a GPU whose memory is too small.
+    Raises UserError for an unknown model, student or loop, an `out` that cannot be written, and for a GPU whose memory
+    is too small.
     """
+    require_writable_file(out)
     teacher, student = architectures_of(options)
     if strange := set(options.loops) - {loop.name for loop in LOOPS}:
         raise unknown("loop", min(strange), [loop.name for loop in LOOPS])

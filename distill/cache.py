@@ -78,6 +78,7 @@ def make_cache(
     the same call goes on after them.
     """
     require_least(1, batch=batch)
+    require_least(0, seed=seed)
     if read_config(checkpoint, "vae").get("_class_name") == "AutoencoderTiny":
         raise UserError(
             f"the VAE of {checkpoint} is an AutoencoderTiny, which has no posterior to draw latents from; give a checkpoint "

@@ -51,7 +51,7 @@ def explaining_full_memory(advice: str) -> Iterator[None]:
 
 def quiet_libraries() -> None:
     """Keeps the libraries' own notices out of the user's sight, unless the environment asks for them."""
-    for library in ("DIFFUSERS", "TRANSFORMERS"):
+    for library in ("DIFFUSERS", "TRANSFORMERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -32,11 +33,13 @@ def sha256_json(value: Any) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError where the file is absent or not JSON."""
+    """Raises UserError where the file is absent, a folder or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, a JSON file is needed") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error})") from None
 
@@ -81,6 +84,7 @@ def exclusive(
     lock lies beside `path` if not told otherwise."""
     lock_file = lock_file or path.with_name(f".{path.name}.lock")
     lock_file.parent.mkdir(parents=True, exist_ok=True)
+    lock_file.touch()  # what forbids that is told; FileLock takes some of it for another process and waits
     lock = FileLock(lock_file)
     try:
         lock.acquire(timeout=0)
@@ -115,3 +119,13 @@ def require_free_disk(folder: Path, needed_bytes: int, what: str, option: str = 
             f"{what} needs {needed_bytes / 1e9:.1f} GB on the disk of {existing}, which has {free / 1e9:.1f} GB free; "
             f"free some space or choose another {option}"
         )
+
+
+def require_writable_file(path: Path) -> None:
+    """Raises UserError for an --out that is a folder, or in a place that may not be written: before hours of measuring,
+    not after."""
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder; it takes the file to write, e.g. {path / 'results.json'}")
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"--out {path} cannot be made: {place} is no folder that may be written")

@@ -70,6 +70,8 @@ def onnx(
         sizes = find_architecture_of(checkpoint).family.resolutions
     elif resolutions != "dynamic":
         sizes = tuple(Resolution.parse(word) for word in _words(resolutions))
+        if not sizes:
+            raise UserError("--resolutions names none: dynamic, all, or WxH,...")
     options = ExportOptions(
         precision=precision,
         opset=opset,
@@ -114,12 +116,14 @@ def verify(
     from rich.console import Console
     from rich.table import Table
 
-    from distill.files import write_json
+    from distill.files import require_writable_file, write_json
     from distill.sources import resolve
     from export.job import library_versions
     from export.parity import BOUNDS
     from export.verify import read_about, verify_folder
 
+    if out is not None:
+        require_writable_file(out)
     about = read_about(folder)
     checkpoint = resolve(model or about["source"]["name"], workdir)
     sizes = [Resolution.parse(word) for word in _words(resolutions)]
@@ -165,11 +169,12 @@ def bench(*, model: str, out: Path, rounds: int = 3, latency_rounds: int = 20, w
         rounds: Exports by each.
         latency_rounds: UNet calls in ONNX Runtime by each.
     """
-    from distill.files import write_json
+    from distill.files import require_writable_file, write_json
     from distill.progress import say
     from distill.sources import resolve
     from export.bench import bench_export
 
+    require_writable_file(out)
     scratch = out.parent / f"{out.stem}-exports"
     result = bench_export(resolve(model, workdir), scratch, rounds=rounds, latency_rounds=latency_rounds, progress=say)
     write_json(out, result)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.errors import UserError
+from distill.errors import UserError, require_least
 from export.components import COMPONENTS
 from export.job import library_versions, make_config
 from export.parity import cpu_session
@@ -98,8 +98,9 @@ def bench_export(
 ) -> dict[str, Any]:
     """Figures of both and their ratios (optimum / ours: above 1 is in our favour), medians over `rounds`.
 
-    Raises UserError where optimum is not installed or an export fails.
+    Raises UserError for no round, where optimum is not installed, or an export fails.
     """
+    require_least(1, rounds=rounds, latency_rounds=latency_rounds)
     if find_spec("optimum") is None or find_spec("optimum.exporters.onnx") is None:
         raise UserError("optimum is not installed: pip install 'slimxl[optimum]' (with transformers 4.57)")
     folders = {name: workdir / name for name in ("ours", "optimum")}

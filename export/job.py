@@ -61,6 +61,13 @@ class ExportOptions:
         if self.guidance not in GUIDANCE:
             raise unknown("guidance", self.guidance, GUIDANCE)
         require_batch(self.batch)
+        if not self.resolutions and (self.batch, self.guidance) != (1, "always"):
+            raise UserError(
+                "--batch and --guidance are of static graphs, an open one takes any: give --resolutions too"
+            )
+        for folder in self.reuse:
+            if not folder.is_dir():
+                raise UserError(f"--reuse {folder} is no folder")
         if self.opset not in OPSETS:
             raise UserError(
                 f"opset {self.opset} is not supported: allowed are {', '.join(map(str, sorted(OPSETS)))} (23 keeps "

@@ -23,6 +23,9 @@ from distill.__main__ import main
         ("plan --recipe mini-vega --fsdp", "--fsdp shares a model over processes, and there is one"),
         ("plan --recipe mini-vega --fsdp --processes 2 --mixed-precision fp16", "use --mixed-precision bf16"),
         ("plan --recipe mini-vega --memory-gb 0", "--memory-gb is 0.0; it must be above 0"),
+        ("cache --data shapes:9 --out {} --batch 0", "--batch is 0; the least is 1"),
+        ("cache --data shapes:9 --out {} --seed -1", "--seed is -1; the least is 0"),
+        ("bench --out {} --rounds 0", "--rounds is 0; the least is 1"),
         ("teach --out {} --start missing", "model 'missing' is neither a folder"),
     ],
 )
