@@ -7,7 +7,8 @@ __getattr__, __dir__, __all__ = _lazy.attach(
     submod_attrs={
         "options": ["RunOptions"],
         "run": ["run_bench"],
-        "results": ["Results", "read_results"],
+        "reading": ["read_results"],
+        "results": ["Results"],
         "workload": ["Workload"],
         "measure": ["Contestant", "timed_draw"],
         "pictures": ["Pictures"],

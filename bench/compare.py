@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.results import Results, Row, read_results
+from bench.reading import read_results
+from bench.results import Results, Row
 from bench.words import milliseconds
 from distill.errors import UserError
 

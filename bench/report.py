@@ -11,7 +11,8 @@ from bench import method, provenance, views, words
 from bench.peaks import PEAKS
 from bench.predict import Check, Known, check_on_measured, check_predictions, predict, published_known
 from bench.quality import MIN_LATENT_COSINE, MIN_PSNR_DB
-from bench.results import ContestantRecord, Inputs, Results, read_inputs
+from bench.reading import Inputs, read_inputs
+from bench.results import ContestantRecord, Results
 from bench.runtimes import MODELS, limit_table, model_of, runtime_table, shape_table
 from distill.errors import UserError
 from distill.files import replacing, write_json

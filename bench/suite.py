@@ -288,8 +288,8 @@ def run_suite(options: SuiteOptions) -> int:
         else:
             session.record(part, "not run", why)
     names = part_names(session.models, options.resolutions)
+    from bench.reading import read_inputs
     from bench.report import write_report
-    from bench.results import read_inputs
 
     files = []
     for path in (session.path(part) for part in names if session.path(part).exists()):

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from bench.compare import compare_files, verdict_on
-from bench.results import read_results
+from bench.reading import read_results
 from bench.stats import median_interval, ratio_interval
 from distill.errors import UserError
 

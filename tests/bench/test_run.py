@@ -12,7 +12,7 @@ from conftest import fake_options
 from bench.contestants import Spec, parse_specs
 from bench.fidelity import FidelityOptions
 from bench.measure import Cell, Sample
-from bench.results import read_inputs, read_results
+from bench.reading import read_inputs, read_results
 from bench.run import run_bench
 from bench.summary import summarise
 from bench.workload import Workload, make_workloads, parse_numbers, parse_resolutions

@@ -7,8 +7,9 @@ import pytest
 
 from bench.peaks import PEAKS
 from bench.predict import floor_ms
+from bench.reading import read_results
 from bench.report import write_report
-from bench.results import Estimate, Results, read_results
+from bench.results import Estimate, Results
 from bench.roofline import ModelConfigs, component_costs, total_flops
 from bench.runtimes import limit_table, over, runtime_table, shape_table
 from bench.workload import Workload
