@@ -108,7 +108,7 @@ def train(
     def refuse(_waiting: str) -> None:
         raise UserError(f"another process is training into {out}; wait for its end or choose another --out")
 
-    with exclusive(out.resolve(), refuse) if accelerator.is_main_process else nullcontext():
+    with exclusive(out, refuse, out / ".lock") if accelerator.is_main_process else nullcontext():
         _train_stages(accelerator, recipe, latents, teachers, start, out, run, options)
     accelerator.end_training()
 

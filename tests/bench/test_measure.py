@@ -27,13 +27,18 @@ def test_the_known_delays_come_back_exactly(virtual_time):
 
 
 def test_the_known_delays_come_back_from_the_real_clock():
-    """The least of many short runs: whatever else the machine does can only add time."""
+    """The least of as many short runs as it takes: whatever else the machine does can only add time."""
     fake = FakeContestant("fake", dict.fromkeys(STAGES, 1.0))
-    runs = [timed_draw(fake, WORKLOAD, CpuClock())[0] for _ in range(60)]
-    for stage in STAGES:
-        expected = 4.0 if stage == "denoise" else 1.0
-        assert min(run.stages_ms[stage] for run in runs) == pytest.approx(expected, rel=0.02), stage
-    assert min(run.unaccounted for run in runs) < 0.01
+    expected = {stage: 4.0 if stage == "denoise" else 1.0 for stage in STAGES}
+    least, unaccounted = dict.fromkeys(STAGES, np.inf), np.inf
+    for _ in range(2000):
+        run, _pictures = timed_draw(fake, WORKLOAD, CpuClock())
+        least = {stage: min(least[stage], run.stages_ms[stage]) for stage in STAGES}
+        unaccounted = min(unaccounted, run.unaccounted)
+        if least == pytest.approx(expected, rel=0.02) and unaccounted < 0.01:
+            break
+    assert least == pytest.approx(expected, rel=0.02)
+    assert unaccounted < 0.01
 
 
 def test_the_harness_adds_less_than_one_percent():

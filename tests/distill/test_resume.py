@@ -122,9 +122,10 @@ def test_fsdp_gives_the_loss_curve_of_one_killed_or_not(
 
 
 def test_one_run_at_a_time_in_a_folder(cache: Path, mini_vega: Path, tmp_path: Path) -> None:
-    with exclusive(tmp_path), pytest.raises(UserError, match="another process is training into"):
-        train(small_recipe(str(mini_vega)), cache=cache, out=tmp_path, workdir=tmp_path)
-    assert not any(tmp_path.iterdir())
+    out = tmp_path / "out"
+    with exclusive(out, lock_file=out / ".lock"), pytest.raises(UserError, match="another process is training into"):
+        train(small_recipe(str(mini_vega)), cache=cache, out=out, workdir=tmp_path)
+    assert [path.name for path in out.iterdir()] == [".lock"]
 
 
 def test_moments_in_8_bits_learn_alike_and_survive_a_stop(

@@ -72,8 +72,9 @@ def test_whatever_killed_makers_leave_the_next_one_makes_it_whole(mini_vega: Pat
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     seen = 0
     for wait_s in (0.0, 0.05):
+        left = set(tmp_path.glob(".random-*.partial/unet"))
         makers = [subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) for _ in range(2)]
-        while not (begun := list(tmp_path.glob(".random-*.partial/unet"))) and None in [m.poll() for m in makers]:
+        while not (begun := set(tmp_path.glob(".random-*.partial/unet")) - left) and None in [m.poll() for m in makers]:
             time.sleep(0.001)
         time.sleep(wait_s)
         seen += bool(begun)

@@ -27,10 +27,12 @@ def ask(environment: Environment, address: Address, *asks: dict[str, Any]) -> li
     return answers
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_address() -> Address:
+    """On two ports, both held until both are chosen."""
+    with socket.socket() as http, socket.socket() as grpc:
+        http.bind(("127.0.0.1", 0))
+        grpc.bind(("127.0.0.1", 0))
+        return Address("127.0.0.1", http.getsockname()[1], grpc.getsockname()[1])
 
 
 def drawing(over: str = "http", **inputs: Any) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from engines.triton_server import (
     reason,
     require_unexposed,
 )
-from tests.engines.serving import CLIENT, ROOT, ask, drawing, free_port
+from tests.engines.serving import CLIENT, ROOT, ask, drawing, free_address
 
 
 def test_a_taken_port_and_a_dead_server_are_told_in_one_line(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_a_taken_port_and_a_dead_server_are_told_in_one_line(tmp_path: Path) -> 
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port} .*--grpc-port"):
-            Address("127.0.0.1", free_port(), port).require_free()
+            Address("127.0.0.1", free_address().http_port, port).require_free()
         assert find_server(port) is None, "a tunnel's memory is not the server's"
     log = tmp_path / "log"
     log.write_text("I1 started\nE1 'failed to load 'slimxl' version 1: Internal: UserError: the bundle is gone\n")
@@ -132,7 +132,7 @@ def start(environment: Environment, tmp_path_factory: pytest.TempPathFactory) ->
         folder = tmp_path_factory.mktemp("triton")
         serving = Serving(flavor="onnxruntime", gpus="none", execution_env=environment.folder, **options)
         write_repository(bundle, folder / "repo", serving)
-        server = Server(folder / "repo", environment, Address("127.0.0.1", free_port(), free_port()), folder / "log")
+        server = Server(folder / "repo", environment, free_address(), folder / "log")
         servers.append(server)
         server.wait_ready()
         return server
@@ -399,7 +399,7 @@ def test_steps_are_told_as_they_are_done_and_a_full_queue_refuses(
 def test_serving_as_a_user_does_and_draining(environment: Environment, toy_bundle: Path, tmp_path: Path) -> None:
     """`python -m engines serve` from start to SIGTERM: requests that are under way are still answered."""
     (tmp_path / "environment").symlink_to(environment.folder)
-    address = Address("127.0.0.1", free_port(), free_port())
+    address = free_address()
     line = [sys.executable, "-m", "engines", "serve", "--bundle", str(toy_bundle), "--workdir", str(tmp_path)]
     line += ["--http-port", str(address.http_port), "--grpc-port", str(address.grpc_port)]
     serving = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
@@ -435,7 +435,7 @@ def test_a_bundle_that_changed_after_the_repository_is_not_served(
     write_repository(bundle, tmp_path / "repo", Serving(gpus="none", execution_env=environment.folder))
     path = bundle / read_manifest(bundle).engines[0].files[0].path
     path.write_bytes(path.read_bytes()[::-1])
-    server = Server(tmp_path / "repo", environment, Address("127.0.0.1", free_port(), free_port()), tmp_path / "log")
+    server = Server(tmp_path / "repo", environment, free_address(), tmp_path / "log")
     with pytest.raises(UserError, match=r"Triton did not start: .* has sha256 .* the manifest says"):
         server.wait_ready()
     assert server.process.wait(60) != 0

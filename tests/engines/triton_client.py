@@ -47,7 +47,8 @@ def picture(answer) -> dict:
 
 def draw(ask: dict) -> dict:
     library, url = (tritonclient.grpc, GRPC) if ask["over"] == "grpc" else (tritonclient.http, HTTP)
-    client = library.InferenceServerClient(url)
+    limits = {} if ask["over"] == "grpc" else {"network_timeout": 300.0}  # its minute is short for a busy machine
+    client = library.InferenceServerClient(url, **limits)
     inputs = inputs_of(ask, library)
     sys.stderr.write("sending\n")  # one write: print would write the line's end apart, among other threads
     return picture(client.infer("slimxl", inputs))
