@@ -218,7 +218,7 @@ def serve(
         triton_server.require_unexposed(where)
     where.require_free()
     flavor, gpus = choose_place(read_manifest(bundle), serving.flavor, parse_devices(serving.gpus))
-    environment = triton_server.find_environment(workdir / "environment")
+    environment = triton_server.find_environment(workdir)
     if environment and not serving.execution_env:
         serving = replace(serving, execution_env=environment.folder)
     folder = workdir / str(http_port)

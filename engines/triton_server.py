@@ -26,6 +26,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from distill.errors import UserError
+from distill.files import sha256_json
 from engines.gpus import version_tuple
 
 SERVER_PACKAGES = ("nvidia-pytriton==0.7.0", "tritonclient[http,grpc]==2.73.0", "numpy==1.26.4")
@@ -57,14 +58,18 @@ class Environment:
 
     folder: Path
 
+    @classmethod
+    def named(cls, name: str, packages: tuple[str, ...], workdir: Path) -> Environment:
+        """In a folder that Python's version and the packages name: what another Python or slimxl installed is another."""
+        return cls((workdir / f"{name}-{PYTHON}-{sha256_json(packages)[:8]}").resolve())
+
+    @property
+    def is_whole(self) -> bool:
+        return (self.folder / READY).is_file()
+
     @property
     def python(self) -> Path:
         return self.folder / "bin/python"
-
-    def holds(self, packages: tuple[str, ...]) -> bool:
-        """Whether these were installed into it, whole, for this Python."""
-        ready = self.folder / READY
-        return ready.is_file() and ready.read_text(encoding="utf-8") == _contents(packages)
 
     @property
     def packages(self) -> Path:
@@ -115,8 +120,8 @@ class Address:
                 ) from None
 
 
-def make_environment(folder: Path) -> Environment:
-    """Installs the server from PyPI. Raises UserError where pip cannot."""
+def make_environment(workdir: Path) -> Environment:
+    """Installs the server from PyPI below `workdir`. Raises UserError where pip cannot."""
 
     def copy_backend(environment: Environment) -> None:
         source = environment.packages / "pytriton/tritonserver"
@@ -129,31 +134,33 @@ def make_environment(folder: Path) -> Environment:
             f"the Triton server on PyPI is for Python 3.10 to 3.{LAST_PYTHON[1]}, this is {PYTHON}; use one of those, "
             "or put a tritonserver on the PATH (as in Triton's container)"
         )
-    return _install(folder, SERVER_PACKAGES, "the Triton server (0.4 GB, a minute or two, once)", copy_backend)
+    environment = Environment.named("environment", SERVER_PACKAGES, workdir)
+    _install(environment, SERVER_PACKAGES, "the Triton server (0.4 GB, a minute or two, once)", copy_backend)
+    return environment
 
 
 def make_client_environment(workdir: Path) -> Environment:
     """The server's where that is in `workdir`, else one with the client alone. Raises UserError where pip cannot."""
-    servers = Environment((workdir / "environment").resolve())
-    if servers.holds(SERVER_PACKAGES):
+    servers = Environment.named("environment", SERVER_PACKAGES, workdir)
+    if servers.is_whole:
         return servers
-    return _install(workdir / "client", CLIENT_PACKAGES, "Triton's client (0.15 GB, once)")
-
-
-def _contents(packages: tuple[str, ...]) -> str:
-    """What READY says."""
-    return f"{PYTHON} {' '.join(packages)}\n"
+    alone = Environment.named("client", CLIENT_PACKAGES, workdir)
+    _install(alone, CLIENT_PACKAGES, "Triton's client (0.15 GB, once)")
+    return alone
 
 
 def _install(
-    folder: Path, packages: tuple[str, ...], what: str, finish: Callable[[Environment], None] = lambda environment: None
-) -> Environment:
-    """Once, whoever else asks for it meanwhile."""
-    environment = Environment(folder.resolve())
+    environment: Environment,
+    packages: tuple[str, ...],
+    what: str,
+    finish: Callable[[Environment], None] = lambda environment: None,
+) -> None:
+    """Once, whoever else asks for it meanwhile. In place, since a virtual environment cannot be moved."""
+    folder = environment.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if environment.holds(packages):
-            return environment
+        if environment.is_whole:
+            return
         print(f"installing {what} into {folder}", flush=True)
         venv.create(folder, with_pip=True, clear=True)
         pip = [str(environment.python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages]
@@ -165,13 +172,12 @@ def _install(
                 "PATH (as in Triton's container) needs no installation"
             )
         finish(environment)
-        (folder / READY).write_text(_contents(packages), encoding="utf-8")
-    return environment
+        (folder / READY).touch()
 
 
-def find_environment(folder: Path) -> Environment | None:
-    """None where a tritonserver is on the PATH already, else the environment in `folder`, made if need be."""
-    return None if shutil.which("tritonserver") else make_environment(folder)
+def find_environment(workdir: Path) -> Environment | None:
+    """None where a tritonserver is on the PATH already, else the environment below `workdir`, made if need be."""
+    return None if shutil.which("tritonserver") else make_environment(workdir)
 
 
 @contextlib.contextmanager

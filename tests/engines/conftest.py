@@ -58,4 +58,4 @@ def mini_bundle(tmp_path_factory: pytest.TempPathFactory, mini_onnx: Path) -> Pa
 @pytest.fixture(scope="session")
 def environment() -> Environment:
     """The Triton server and its client, installed once for all runs of the tests."""
-    return make_environment(ROOT / "out/triton/environment")
+    return make_environment(ROOT / "out/triton")

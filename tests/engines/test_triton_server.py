@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ from engines.triton_server import (
     Server,
     _is_alive,
     alone_in,
+    make_client_environment,
+    make_environment,
     reason,
     require_unexposed,
 )
@@ -62,10 +65,21 @@ def test_one_serve_to_a_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_an_environment_of_another_python_is_none(environment: Environment, tmp_path: Path) -> None:
-    assert environment.holds(SERVER_PACKAGES) and not environment.holds(("numpy==2.0",))
-    (tmp_path / READY).write_text((environment.folder / READY).read_text().replace("3.", "2.", 1))
-    assert not Environment(tmp_path).holds(SERVER_PACKAGES)
+def test_what_was_installed_is_never_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another Python, or other packages, go beside it."""
+    whole = Environment.named("environment", SERVER_PACKAGES, tmp_path)
+    whole.folder.mkdir()
+    (whole.folder / READY).touch()
+    assert make_environment(tmp_path) == make_client_environment(tmp_path) == whole
+    cleared: list[Path] = []
+    monkeypatch.setattr("venv.create", lambda folder, **_: cleared.append(folder))
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="no network"))
+    for change in ({"PYTHON": "3.99"}, {"SERVER_PACKAGES": ("numpy==2.0",)}):
+        with monkeypatch.context() as changed, pytest.raises(UserError, match=r"cannot install .*no network"):
+            for name, value in change.items():
+                changed.setattr(f"engines.triton_server.{name}", value)
+            make_environment(tmp_path)
+    assert len(set(cleared)) == 2 and whole.folder not in cleared
 
 
 def test_where_it_may_listen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,7 +412,7 @@ def test_steps_are_told_as_they_are_done_and_a_full_queue_refuses(
 @pytest.mark.slow
 def test_serving_as_a_user_does_and_draining(environment: Environment, toy_bundle: Path, tmp_path: Path) -> None:
     """`python -m engines serve` from start to SIGTERM: requests that are under way are still answered."""
-    (tmp_path / "environment").symlink_to(environment.folder)
+    (tmp_path / environment.folder.name).symlink_to(environment.folder)
     address = free_address()
     line = [sys.executable, "-m", "engines", "serve", "--bundle", str(toy_bundle), "--workdir", str(tmp_path)]
     line += ["--http-port", str(address.http_port), "--grpc-port", str(address.grpc_port)]
