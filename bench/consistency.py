@@ -1,11 +1,14 @@
-"""A results file held against itself: every name is a contestant's, and every figure follows from its own samples."""
+"""A results file held against itself: every name is a contestant's, and every figure follows from its own samples.
+
+Intervals are worked out anew, so that files from before a change of their method compare with those after it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from math import isclose
 
-from bench.results import CellRecord, Estimate, Results, Row
+from bench.results import CellRecord, Results, Row
 from bench.stats import median_interval
 from bench.summary import speedup
 
@@ -25,17 +28,19 @@ def contradictions(results: Results) -> Iterator[str]:
 
 
 def _wrong_figures(cell: CellRecord, row: Row, baseline: str) -> Iterator[str]:
+    """Sets the intervals of `row` where its figures are right."""
     median = median_interval([sample["total_ms"] for sample in row.samples])
-    if not _agree(row.total_ms, median):
-        yield f"the median of {row.contestant} at {cell.name} ({row.total_ms}) is not that of its samples ({median})"
+    if not isclose(row.total_ms.value, median.value, rel_tol=1e-6):
+        yield (
+            f"the median of {row.contestant} at {cell.name} ({row.total_ms.value} ms) is not that of its samples "
+            f"({median.value} ms)"
+        )
+    row.total_ms = median
     if row.speedup is None:
         return
     base = next((one for one in cell.rows if one.contestant == baseline), None)
     found = speedup(base.by_round, row.by_round) if base else None
-    if found is None or not _agree(row.speedup, found):
-        yield f"the speed-up of {row.contestant} at {cell.name} ({row.speedup}) is not that of its samples ({found})"
-
-
-def _agree(one: Estimate, other: Estimate) -> bool:
-    pairs = ((one.value, other.value), (one.low, other.low), (one.high, other.high))
-    return all(a is b if a is None or b is None else isclose(a, b, rel_tol=1e-6) for a, b in pairs)
+    if found is None or not isclose(row.speedup.value, found.value, rel_tol=1e-6):
+        told = found.value if found else "none"
+        yield f"the speed-up of {row.contestant} at {cell.name} ({row.speedup.value}) is not that of its samples ({told})"
+    row.speedup = found

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import hashlib
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -75,12 +77,15 @@ def _reference_pictures(reference: EagerContestant, workload: Workload) -> Pictu
     import torch
 
     kept = _kept_reference(reference, workload)
-    if kept.exists():
-        with np.load(kept) as file:
-            return Pictures(file["images"], file["latents"])
+    with suppress(OSError, ValueError, KeyError, EOFError, BadZipFile), np.load(kept) as file:
+        return Pictures(file["images"], file["latents"])
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         pictures = timed_draw(reference, workload, make_clock(reference.device))[1]
-    with replacing(kept) as temporary, temporary.open("wb") as file:
+    with (
+        suppress(OSError),
+        replacing(kept) as temporary,
+        temporary.open("wb") as file,
+    ):  # drawn again where it is not kept
         np.savez(file, images=pictures.images, latents=np.asarray(pictures.latents_array()))
     return pictures
 

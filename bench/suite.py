@@ -36,8 +36,8 @@ NEEDS_S = {  # less than this and a part is not begun: what it takes on an 80 GB
     "onnxruntime": 90, "layouts": 240,
 }  # fmt: skip
 MOST_S = {"eager": 220.0, "acceptance": 50.0, "training": 110.0}
-"""At its first try, in a command of the default time (a longer one gives as much more): so the first command reaches a
-compiled model, whatever these meet with."""
+"""At its first try, while a compiled model waits for its own, in a command of the default time (a longer one gives as
+much more): so the first command reaches one, whatever these meet with."""
 
 
 @dataclass(kw_only=True)
@@ -213,10 +213,11 @@ def _stop(process: subprocess.Popen[Any]) -> None:
     process.wait()
 
 
-def _run_part(session: Session, part: str) -> None:
+def _run_part(session: Session, part: str, hold: bool = False) -> None:
+    """To its end, or until the time is over: the session's, or with `hold` the part's own share."""
     options, began = session.options, time.time()
     timeout_s = session.left_s
-    if not session.tried(part):
+    if hold:
         longer = max(1.0, options.minutes / SuiteOptions.minutes)
         timeout_s = min(timeout_s, longer * MOST_S.get(part.partition(":")[0], math.inf))
     kernels = _kernel_folder(part, session.models)
@@ -272,7 +273,8 @@ def run_suite(options: SuiteOptions) -> int:
     done."""
     session = _open_session(options)
     chosen = _chosen(options, session.models)
-    for part in sorted(chosen, key=session.tried):
+    order = sorted(chosen, key=session.tried)
+    for position, part in enumerate(order):
         if session.state(part) == "done" and session.path(part).exists():
             say(f"{part}: done earlier")
             continue
@@ -282,7 +284,9 @@ def run_suite(options: SuiteOptions) -> int:
             why = f"{max(0.0, session.left_s):.0f} s left, it needs about {needed}"
         if why is None:
             say(f"{part}: {session.left_s:.0f} s left")
-            _run_part(session, part)
+            compiled = {f"compiled:{model}" for model in session.models}
+            waiting = any(one in compiled and not session.tried(one) for one in order[position + 1 :])
+            _run_part(session, part, hold=waiting and not session.tried(part))
         elif session.tried(part):  # what it has stands
             say(f"  {part}: {session.state(part)}, not tried again: {why}")
         else:

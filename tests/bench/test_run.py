@@ -309,6 +309,15 @@ def edited(place, value):
 ROW = ("cells", 0, "rows", 1)
 
 
+def test_intervals_are_those_of_the_samples_by_whatever_method_they_were_made(tmp_path, results_path):
+    value = json.loads(results_path.read_text())
+    edited((*ROW, "total_ms", "high"), 99.0)(value)
+    edited((*ROW, "speedup", "low"), 0.5)(value)
+    path = tmp_path / "earlier.json"
+    path.write_text(json.dumps(value))
+    assert read_results(path).cells == read_results(results_path).cells
+
+
 @pytest.mark.parametrize(
     ("edit", "word"),
     [
@@ -320,10 +329,8 @@ ROW = ("cells", 0, "rows", 1)
         (edited(("cells", 0, "workload", "resolution"), "large"), "workload.resolution"),
         (edited((*ROW, "samples", 0, "round"), None), "samples.0.round: Field required"),
         (edited(("contestants", 0, "cold"), {}), "cold.load_ms: Field required"),
-        (edited((*ROW, "total_ms", "value"), 4.0), "the median of vega at 1024x1024"),
-        (edited((*ROW, "total_ms", "high"), 99.0), "the median of vega"),
+        (edited((*ROW, "total_ms", "value"), 4.0), "contradicts itself: the median of vega at 1024x1024"),
         (edited((*ROW, "speedup", "value"), 9.0), "the speed-up of vega"),
-        (edited((*ROW, "samples", 0, "total_ms"), 1.0), "contradicts itself"),
     ],
 )
 def test_a_results_file_that_was_edited_is_one_line(tmp_path, results_path, edit, word):
