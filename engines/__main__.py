@@ -180,12 +180,11 @@ def triton(bundle: Path, out: Path, serving: Annotated[Serving, tyro.conf.OmitAr
     """
     from engines.bundle import read_manifest
     from engines.reports import console
-    from engines.triton import brings_its_runtime, write_repository
+    from engines.triton import backend_flags, write_repository
 
     names = write_repository(bundle, out, serving)
-    line = f"tritonserver --model-repository={out} --model-control-mode=none"
-    if serving.plans and brings_its_runtime(read_manifest(bundle)):
-        line += " --backend-config=tensorrt,version-compatible=true"
+    flags = backend_flags(read_manifest(bundle), serving)
+    line = " ".join([f"tritonserver --model-repository={out} --model-control-mode=none", *flags])
     console.print(f"{out}: {', '.join(names)}; serve with: {line} (what else is wise: engines/SERVING.md)")
     return 0
 
@@ -211,13 +210,16 @@ def serve(
     """
     from engines import triton_server
     from engines.bundle import read_manifest
-    from engines.triton import choose_place, parse_devices, write_repository
+    from engines.triton import backend_flags, choose_place, parse_devices, write_repository
 
     where = triton_server.Address.resolve(address, http_port, grpc_port)
     if not allow_exposed:
         triton_server.require_unexposed(where)
     where.require_free()
-    flavor, gpus = choose_place(read_manifest(bundle), serving.flavor, parse_devices(serving.gpus))
+    if serving.plans:
+        triton_server.require_plans_backend()
+    manifest = read_manifest(bundle)
+    flavor, gpus = choose_place(manifest, serving.flavor, parse_devices(serving.gpus))
     environment = triton_server.find_environment(workdir)
     if environment and not serving.execution_env:
         serving = replace(serving, execution_env=environment.folder)
@@ -227,7 +229,8 @@ def serve(
         on = f"GPU {', '.join(map(str, gpus))}" if gpus else "the CPU"
         first = "a picture of every size is drawn first" if serving.warm_up else "nothing is drawn first"
         print(f"starting Triton with {bundle} ({flavor}) on {on}; {first}", flush=True)
-        return triton_server.serve(folder / "models", environment, where, folder / "log")
+        flags = backend_flags(manifest, serving)
+        return triton_server.serve(folder / "models", environment, where, folder / "log", flags)
 
 
 def load(

@@ -142,9 +142,10 @@ def choose_plans(manifest: Manifest, gpus: tuple[int, ...]) -> list[Engine]:
     return plans
 
 
-def brings_its_runtime(manifest: Manifest) -> bool:
-    """Whether the tensorrt plans are version-compatible: Triton opens such plans only where it is told to."""
-    return any(e.flavor == "tensorrt" and e.options.get("version_compatible") for e in manifest.engines)
+def backend_flags(manifest: Manifest, serving: Serving) -> list[str]:
+    """What tritonserver must be told to open the plans: those that bring their runtime along run its code."""
+    brings = any(e.flavor == "tensorrt" and e.options.get("version_compatible") for e in manifest.engines)
+    return ["--backend-config=tensorrt,version-compatible=true"] if serving.plans and brings else []
 
 
 def choose_place(manifest: Manifest, flavor: str | None, gpus: tuple[int, ...] | None) -> tuple[str, tuple[int, ...]]:
@@ -179,12 +180,15 @@ def fitting_gpus(manifest: Manifest, backend: Flavor) -> tuple[int, ...]:
 
 def served(manifest: Manifest, flavor: str, gpus: tuple[int, ...]) -> tuple[list[str], int]:
     """The sizes and the most pictures at once that every instance draws: by the UNets that `engines.load` opens there, or by
-    all that the bundle has of the flavor where a GPU is not here. Raises UserError where one that is here runs none."""
-    devices = [f"cuda:{gpu}" for gpu in gpus]
-    if all(map(gpu_of_device, devices)):
-        loaded = [select_engines(manifest, find_flavor(flavor), device)["unet"] for device in devices or ["cpu"]]
-    else:
+    all that the bundle has of the flavor where the GPUs here run none, for the server may be elsewhere. Raises UserError
+    where that has none, and where the CPU runs none."""
+    try:
+        devices = [f"cuda:{gpu}" for gpu in gpus] or ["cpu"]
+        loaded = [select_engines(manifest, find_flavor(flavor), device)["unet"] for device in devices]
+    except UserError:
         loaded = [[engine for engine in manifest.engines if engine.component == "unet" and engine.flavor == flavor]]
+        if not gpus or not loaded[0]:
+            raise
     sizes = [[size for engine in engines for size in engine.resolutions] for engines in loaded]
     common = [size for size in dict.fromkeys(sizes[0]) if all(size in others for others in sizes)]
     return common, min(max(batch for engine in engines for batch in engine.batches) for engines in loaded)

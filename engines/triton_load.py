@@ -31,7 +31,7 @@ from distill.errors import UserError
 from distill.files import write_json
 from engines.load_file import LoadBundle, LoadClient, LoadFile, LoadLevel, LoadServer, LoadWorkload, ServerMemory
 from engines.quantiles import percentiles
-from engines.triton_server import make_client_environment
+from engines.triton_server import make_client_environment, terminate_with_parent
 
 CLIENT = Path(__file__).with_name("triton_load_client.py")
 PROMPT = "a small red circle to the left of a large blue square"
@@ -177,8 +177,14 @@ def run_client(python: Path, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What the clients tell, as they tell it."""
     pipe = subprocess.PIPE
     command: list[str | Path] = [python, CLIENT]
-    # in a session of its own, so that Ctrl-C is for this process alone
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as process:
+    with subprocess.Popen(
+        command,
+        stdin=pipe,
+        stdout=pipe,
+        text=True,
+        start_new_session=True,  # so that Ctrl-C is for this process alone
+        preexec_fn=terminate_with_parent,  # noqa: PLW1509, for it calls only prctl
+    ) as process:
         assert process.stdin and process.stdout
         process.stdin.write(json.dumps(job))
         process.stdin.close()

@@ -19,7 +19,7 @@ class Serving:
     decoupled: bool = False
     """Answer with every step's number before the picture (gRPC streams only)."""
     plans: bool = False
-    """Offer the bundle's tensorrt plans (layout ranged) as models of their own, too."""
+    """Offer the bundle's tensorrt plans (layout ranged) as models of their own, too; the server on PyPI cannot."""
     warm_up: bool = True
     """Draw pictures of every size before the model is ready."""
     queue: int = 64

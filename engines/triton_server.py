@@ -18,7 +18,7 @@ import sys
 import sysconfig
 import time
 import venv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -205,9 +205,20 @@ def require_unexposed(address: Address) -> None:
         )
 
 
-def command(repository: Path, environment: Environment | None, address: Address, key: str) -> list[str]:
-    """The server's command line: what is not needed to draw answers only those who know `key`, and no other model can
-    be loaded from outside even by them."""
+def require_plans_backend() -> None:
+    """Raises UserError where the server would be the one from PyPI, which opens no tensorrt plans itself."""
+    if not shutil.which("tritonserver"):
+        raise UserError(
+            "--plans needs Triton's tensorrt backend, and the server on PyPI has none; put a tritonserver with it on the "
+            "PATH (Triton's container), or leave out --plans"
+        )
+
+
+def command(
+    repository: Path, environment: Environment | None, address: Address, key: str, flags: Sequence[str] = ()
+) -> list[str]:
+    """The server's command line, which ends in `flags`: what is not needed to draw answers only those who know `key`, and no
+    other model can be loaded from outside even by them."""
     program = str(environment.server) if environment else "tritonserver"
     backends = [f"--backend-directory={environment.backends}"] if environment else []
     return [
@@ -223,6 +234,7 @@ def command(repository: Path, environment: Environment | None, address: Address,
         f"--grpc-port={address.grpc_port}",
         "--allow-metrics=false",
         f"--exit-timeout-secs={DRAIN_SECONDS}",
+        *flags,
     ]
 
 
@@ -240,10 +252,17 @@ def variables(environment: Environment | None) -> dict[str, str]:
 class Server:
     """A tritonserver in a process of its own, which is told to drain when this one ends, however it ends."""
 
-    def __init__(self, repository: Path, environment: Environment | None, address: Address, log: Path) -> None:
+    def __init__(
+        self,
+        repository: Path,
+        environment: Environment | None,
+        address: Address,
+        log: Path,
+        flags: Sequence[str] = (),
+    ) -> None:
         self.address, self.log, self.stopping = address, log, False
         self._answered: float | None = None
-        line = command(repository, environment, address, secrets.token_hex(16))
+        line = command(repository, environment, address, secrets.token_hex(16), flags)
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 line,
@@ -251,7 +270,7 @@ class Server:
                 stdout=file,
                 stderr=file,
                 start_new_session=True,  # so that Ctrl-C reaches it once, through `stop`
-                preexec_fn=_drain_with_parent,  # noqa: PLW1509, for it calls only prctl
+                preexec_fn=terminate_with_parent,  # noqa: PLW1509, for it calls only prctl
             )
 
     def wait_ready(self) -> None:
@@ -337,7 +356,7 @@ def _is_alive(process: psutil.Process) -> bool:
 LIBC = ctypes.CDLL(None)
 
 
-def _drain_with_parent() -> None:
+def terminate_with_parent() -> None:
     """In the child: SIGTERM when the parent is gone (prctl(2), PR_SET_PDEATHSIG)."""
     LIBC.prctl(1, signal.SIGTERM)
 
@@ -352,12 +371,14 @@ def reason(log: Path) -> str:
     return lines[-1].strip() if lines else "it said nothing"
 
 
-def serve(repository: Path, environment: Environment | None, address: Address, log: Path) -> int:
+def serve(
+    repository: Path, environment: Environment | None, address: Address, log: Path, flags: Sequence[str] = ()
+) -> int:
     """Serves until Ctrl-C or SIGTERM, and then until what is under way is drawn. Returns the server's exit status.
 
     Raises UserError where the server or a process of the model ends by itself.
     """
-    server = Server(repository, environment, address, log)
+    server = Server(repository, environment, address, log, flags)
 
     def stop(number: int, frame: object) -> None:
         print(f"stopping: requests under way are finished, for {DRAIN_SECONDS} s at most", flush=True)

@@ -121,6 +121,16 @@ def test_only_what_is_loaded_is_promised(toy_manifest: Manifest) -> None:
     assert served(manifest, "onnxruntime", ()) == (unet.resolutions, 1)
 
 
+def test_a_repository_may_be_for_another_machine(toy_manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the GPU of that number here runs none of the plans, or has no TensorRT."""
+    for module in ("engines.triton", "engines.flavors.tensorrt"):
+        monkeypatch.setattr(f"{module}.gpu_of_device", lambda device: ("NVIDIA RTX 5090", "12.0"))
+    unet = next(e for e in toy_manifest.engines if e.flavor == "tensorrt-rtx" and e.component == "unet")
+    assert served(toy_manifest, "tensorrt-rtx", (0,)) == (unet.resolutions, 1)
+    with pytest.raises(UserError, match="has no tensorrt engine for unet"):
+        served(toy_manifest, "tensorrt", (0,))
+
+
 def test_what_cannot_be_replaced_is_refused(toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")

@@ -23,9 +23,9 @@ import torch
 
 import engines
 from distill.errors import UserError
-from engines.bundle import read_manifest
+from engines.bundle import Manifest, read_manifest
 from engines.load_file import read_load
-from engines.triton import write_repository
+from engines.triton import backend_flags, write_repository
 from engines.triton_load import Workload, find_server, measure_load
 from engines.triton_options import Serving
 from engines.triton_server import (
@@ -37,6 +37,7 @@ from engines.triton_server import (
     Server,
     _is_alive,
     alone_in,
+    command,
     make_client_environment,
     make_environment,
     reason,
@@ -99,6 +100,42 @@ def test_where_it_may_listen(monkeypatch: pytest.MonkeyPatch) -> None:
             require_unexposed(Address("0.0.0.0"))
     monkeypatch.setenv("NVIDIA_TRITON_SERVER_VERSION", "25.07")
     require_unexposed(Address("0.0.0.0"))
+
+
+def test_plans_need_a_server_that_opens_them(
+    toy_bundle: Path, toy_manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Told before one is installed; and one that does is told of plans that bring their runtime."""
+    from engines.__main__ import main
+
+    address = free_address()
+    ports = ["--http-port", str(address.http_port), "--grpc-port", str(address.grpc_port)]
+    line = ["engines", "serve", "--bundle", str(toy_bundle), "--workdir", str(tmp_path), "--plans", *ports]
+    monkeypatch.setattr("sys.argv", line)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert main() == 2
+    assert "--plans needs Triton's tensorrt backend" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    plan = toy_manifest.engines[0].model_copy(update={"flavor": "tensorrt", "options": {"version_compatible": True}})
+    manifest = toy_manifest.model_copy(update={"engines": [plan]})
+    told = [backend_flags(manifest, Serving(plans=plans)) for plans in (True, False)]
+    assert told == [["--backend-config=tensorrt,version-compatible=true"], []]
+    assert command(tmp_path, None, address, "key", told[0])[-1:] == told[0]
+
+
+def test_a_killed_load_test_ends_its_clients(tmp_path: Path) -> None:
+    script = tmp_path / "client.py"
+    script.write_text('import json, os, time; print(json.dumps({"pid": os.getpid()}), flush=True); time.sleep(60)')
+    code = (
+        "import sys; from pathlib import Path; from engines import triton_load; triton_load.CLIENT = Path(sys.argv[1])\n"
+        "for event in triton_load.run_client(sys.executable, {}): print(event['pid'], flush=True)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, script], stdout=subprocess.PIPE, text=True, cwd=ROOT) as load:
+        assert load.stdout
+        client = psutil.Process(int(load.stdout.readline()))
+        load.kill()
+    ends = time.monotonic() + 10
+    while _is_alive(client):
+        assert time.monotonic() < ends
 
 
 @pytest.fixture
