@@ -9,12 +9,13 @@ from typing import Any
 
 
 def open_engine(bundle: Path, manifest: dict, component: str, flavor: str, size: str) -> tuple[Any, dict]:
-    """The newest engine that serves the size here. Every file's hash is compared before the first is opened."""
+    """The newest engine with weights that serves the size here. Every file's hash is compared before the first is opened."""
     runtime = import_module(f"plan_{flavor.removesuffix('-rtx')}")
     engines = [e for e in manifest["engines"] if (e["component"], e["flavor"]) == (component, flavor)]
-    if not (engine := next((e for e in reversed(engines) if size in e["resolutions"] and runtime.runs_here(e)), None)):
-        there = [(e["resolutions"], e["compute_capabilities"]) for e in engines]
-        raise SystemExit(f"no {component} ({flavor}) serves {size} and runs here; there are {there}")
+    whole = [e for e in reversed(engines) if size in e["resolutions"] and not e["options"].get("strip")]
+    if not (engine := next(filter(runtime.runs_here, whole), None)):
+        there = [(e["resolutions"], e["compute_capabilities"], e["flavor_version"], e["options"]) for e in engines]
+        raise SystemExit(f"no {component} ({flavor}) serves {size}, has its weights and runs here; there are {there}")
     for file in engine["files"]:
         if hashlib.sha256((bundle / file["path"]).read_bytes()).hexdigest() != file["sha256"]:
             raise SystemExit(f"{file['path']} is not what the manifest says")

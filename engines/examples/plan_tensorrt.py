@@ -18,17 +18,17 @@ def cuda(returned: tuple) -> Any:
 
 def runs_here(engine: dict) -> bool:
     built_for, gpu = engine["compute_capabilities"], cuda(cudart.cudaGetDeviceProperties(0))
-    return f"{gpu.major}.{gpu.minor}" in built_for or (gpu.major >= 8 and "ampere+" in engine["options"].values())
+    fits = f"{gpu.major}.{gpu.minor}" in built_for or (gpu.major >= 8 and "ampere+" in engine["options"].values())
+    return fits and import_module(engine["flavor"].replace("-", "_")).__version__ == engine["flavor_version"]
 
 
 class Plan:
     def __init__(self, bundle: Path, engine: dict) -> None:
         """`engine` is one of the manifest's, its files checked. Activation memory is the caller's: USER_MANAGED."""
-        trt = import_module(engine["flavor"].replace("-", "_"))
-        self.record, self.runtime = engine, trt.Runtime(trt.Logger(trt.Logger.WARNING))
+        self.record, trt = engine, import_module(engine["flavor"].replace("-", "_"))
+        self.stream, self.runtime = cuda(cudart.cudaStreamCreate()), trt.Runtime(trt.Logger(trt.Logger.WARNING))
         self.plan = self.runtime.deserialize_cuda_engine((bundle / engine["files"][0]["path"]).read_bytes())
         self.context = self.plan.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        self.stream = cuda(cudart.cudaStreamCreate())
         self.buffers: dict[tuple[str, int], int] = {}
 
     def buffer(self, name: str, size_bytes: int) -> int:

@@ -215,7 +215,8 @@ class OnnxPlans:
     """A TensorRT module whose plans compute: each runs the ONNX file it was built from, from and to the addresses it
     is given. `graphs` maps a plan's bytes to its ONNX file. It has what a program without torch calls."""
 
-    def __init__(self, graphs: dict[bytes, Path], devices: FakeCudart) -> None:
+    def __init__(self, graphs: dict[bytes, Path], devices: FakeCudart, version: str) -> None:
+        self.__version__ = version
         self.Logger = type("Logger", (), {"WARNING": 2, "__init__": lambda self, level: None})
         self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
 

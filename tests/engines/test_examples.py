@@ -105,7 +105,7 @@ def test_the_same_program_reads_plans(
     bindings.runtime = cudart  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", OnnxPlans(graphs, cudart))
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", OnnxPlans(graphs, cudart, plans[0].flavor_version))
     monkeypatch.delitem(sys.modules, "plan_tensorrt", raising=False)
     noise = np.random.default_rng(1).standard_normal((1, 4, 12, 28))
     example = load_example("without_torch")
@@ -114,13 +114,14 @@ def test_the_same_program_reads_plans(
     assert np.abs(latent - expected).max() < 1e-2 * np.abs(expected).max(), "fp16 against fp32"
     manifest = json.loads((toy_bundle / "manifest.json").read_text())
     unet = next(e for e in manifest["engines"] if (e["component"], e["flavor"]) == ("unet", "tensorrt-rtx"))
-    elsewhere = unet | {"compute_capabilities": ["8.6"], "files": [{"path": "of/another/gpu.plan", "sha256": ""}]}
+    changes = ({"compute_capabilities": ["8.6"]}, {"flavor_version": "1.0"}, {"options": {"strip": True}})
+    others = [unet | change | {"files": [{"path": "not/this.plan", "sha256": ""}]} for change in changes]
     chosen = load_example("checked_engine").open_engine(
-        toy_bundle, {"engines": [unet, elsewhere]}, "unet", "tensorrt-rtx", "224x96"
+        toy_bundle, {"engines": [unet, *others]}, "unet", "tensorrt-rtx", "224x96"
     )
-    assert chosen[1] is unet, "the plan of the GPU at hand, not the newest of all"
+    assert chosen[1] is unet, "whole, of the GPU and the TensorRT at hand, not the newest of all"
     cudart.cudaGetDeviceProperties = FakeCudart((9, 0)).cudaGetDeviceProperties
-    with pytest.raises(SystemExit, match=r"no unet \(tensorrt-rtx\) serves 224x96 and runs here; .*'8.0', '8.9'"):
+    with pytest.raises(SystemExit, match=r"no unet \(tensorrt-rtx\) serves 224x96, .* and runs here; .*'8.0', '8.9'"):
         example.text_to_latent(*arguments, "tensorrt-rtx")
     runs_here = load_example("plan_tensorrt").runs_here
     assert runs_here(unet | {"options": {"hardware_compatible": "ampere+"}}) and not runs_here(unet)
