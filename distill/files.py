@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -84,7 +85,9 @@ def exclusive(
     lock lies beside `path` if not told otherwise."""
     lock_file = lock_file or path.with_name(f".{path.name}.lock")
     lock_file.parent.mkdir(parents=True, exist_ok=True)
-    lock_file.touch()  # what forbids that is told; FileLock takes some of it for another process and waits
+    place = lock_file if lock_file.exists() else lock_file.parent
+    if not os.access(place, os.W_OK):  # FileLock takes some of what forbids it for another process, and waits
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
     lock = FileLock(lock_file)
     try:
         lock.acquire(timeout=0)

@@ -108,9 +108,26 @@ def train(
     def refuse(_waiting: str) -> None:
         raise UserError(f"another process is training into {out}; wait for its end or choose another --out")
 
-    with exclusive(out, refuse, out / ".lock") if accelerator.is_main_process else nullcontext():
-        _train_stages(accelerator, recipe, latents, teachers, start, out, run, options)
+    # the first process alone says: a shared disk may go on hiding from another what that one has missed once
+    [finished] = broadcast_object_list([_is_finished(out, run["key"])])
+    if not finished:
+        with exclusive(out, refuse, out / ".lock") if accelerator.is_main_process else nullcontext():
+            _train_stages(accelerator, recipe, latents, teachers, start, out, run, options)
     accelerator.end_training()
+
+
+def _is_finished(out: Path, key: str) -> bool:
+    """Raises UserError where `out` belongs to something else, or was begun by a version whose state is not read."""
+    stated = [out / name for name in ("run.json", "slimxl.json", "model_index.json") if (out / name).exists()]
+    if not stated:
+        return False
+    about = read_json(stated[0])
+    if about.get("key") != key:
+        raise UserError(f"{out} belongs to another recipe, teacher or cache; choose another --out or remove it")
+    finished = (out / "slimxl.json").exists()
+    if not finished and about.get("format") != STATE_FORMAT:
+        raise UserError(f"{out} was begun by another version of slimxl: finish it with that one, or remove it")
+    return finished
 
 
 def _train_stages(
@@ -124,15 +141,9 @@ def _train_stages(
     options: TrainOptions,
 ) -> None:
     """The stages that `out` does not hold yet; `run` is what it belongs to."""
-    stated = [out / name for name in ("run.json", "slimxl.json", "model_index.json") if (out / name).exists()]
-    if stated and read_json(stated[0]).get("key") != run["key"]:
-        raise UserError(f"{out} belongs to another recipe, teacher or cache; choose another --out or remove it")
-    # the first process alone looks: a shared disk may go on hiding from another what that one has missed once
     [done] = broadcast_object_list([_stages_done(recipe, out) if accelerator.is_main_process else None])
     if done is None:
         return
-    if stated and read_json(stated[0]).get("format") != STATE_FORMAT:
-        raise UserError(f"{out} was begun by another version of slimxl: finish it with that one, or remove it")
     plans: dict[str, MemoryPlan] = {}
     if accelerator.is_main_process and done < len(recipe.stages):
         remove_leftovers(out / "stages")
@@ -161,8 +172,8 @@ def _stage_folder(recipe: Recipe, number: int, out: Path) -> Path:
 
 
 def _stages_done(recipe: Recipe, out: Path) -> int | None:
-    """The last one done says that all before it were: each takes the place of the one before. None where `out` is the
-    finished student itself."""
+    """The last one done says that all before it were: each takes the place of the one before. None where another run
+    has finished `out` since it was looked at."""
     if (out / "slimxl.json").exists():
         return None
     numbers = range(len(recipe.stages), 0, -1)

@@ -61,12 +61,9 @@ def test_the_student_is_not_the_teacher(finished: Path, mini_vega: Path) -> None
 
 
 def test_a_second_run_does_nothing(finished: Path, mini_vega: Path, cache: Path) -> None:
-    def times() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != ".lock"}
-
-    before = times()
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     train(small_recipe(str(mini_vega)), cache=cache, out=finished, workdir=finished, options=TrainOptions())
-    assert before and before == times()
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
 
 def test_a_folder_of_another_recipe_is_refused(finished: Path, mini_vega: Path, cache: Path) -> None:
@@ -75,11 +72,13 @@ def test_a_folder_of_another_recipe_is_refused(finished: Path, mini_vega: Path, 
 
 
 def test_a_model_that_no_training_made_is_not_written_over(cache: Path, mini_vega: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="belongs to another recipe"):
-        train(small_recipe(str(mini_vega)), cache=cache, out=mini_vega, workdir=tmp_path)
+    shutil.copytree(mini_vega, tmp_path / "foreign")
     make_student(mini_vega, find_architecture(HALF, MINI_FAMILY), "first", tmp_path / "untrained")
-    with pytest.raises(UserError, match="belongs to another recipe"):
-        train(small_recipe(str(mini_vega)), cache=cache, out=tmp_path / "untrained", workdir=tmp_path)
+    for out in (tmp_path / "foreign", tmp_path / "untrained"):
+        before = sorted(out.rglob("*"))
+        with pytest.raises(UserError, match="belongs to another recipe"):
+            train(small_recipe(str(mini_vega)), cache=cache, out=out, workdir=tmp_path)
+        assert sorted(out.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
