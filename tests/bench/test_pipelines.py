@@ -94,15 +94,15 @@ def test_every_shape_is_compiled(monkeypatch):
     net.decode = net.forward
     plain = SimpleNamespace(unet=net, vae=net, fuse_qkv_projections=lambda vae: None)
     monkeypatch.setattr(EagerContestant, "make_pipeline", lambda self: plain)
-    for name in ("recompile_limit", "fail_on_recompile_limit_hit"):
-        monkeypatch.setattr(torch._dynamo.config, name, getattr(torch._dynamo.config, name))
-    pipe = CompiledContestant("x", "somewhere", backend=count).make_pipeline()
-    for side in range(8, 20):
-        pipe.unet(torch.zeros(1, 4, side, side))
-    assert len(graphs) == 12
-    torch._dynamo.config.recompile_limit = 12
-    with pytest.raises(Exception, match="recompile_limit"):
-        pipe.unet(torch.zeros(1, 4, 20, 20))
+    config = torch._dynamo.config
+    with config.patch(recompile_limit=config.recompile_limit, fail_on_recompile_limit_hit=False):  # as it was, after
+        pipe = CompiledContestant("x", "somewhere", backend=count).make_pipeline()
+        for side in range(8, 20):
+            pipe.unet(torch.zeros(1, 4, side, side))
+        assert len(graphs) == 12
+        config.recompile_limit = 12
+        with pytest.raises(Exception, match="recompile_limit"):
+            pipe.unet(torch.zeros(1, 4, 20, 20))
 
 
 def test_seed_scheduler_and_guidance_reach_the_pipeline(eager):
