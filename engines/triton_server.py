@@ -61,7 +61,7 @@ class Environment:
     @classmethod
     def named(cls, name: str, packages: tuple[str, ...], workdir: Path) -> Environment:
         """In a folder that Python's version and the packages name: what another Python or slimxl installed is another."""
-        return cls((workdir / f"{name}-{PYTHON}-{sha256_json(packages)[:8]}").resolve())
+        return cls((workdir / f"{name}-{PYTHON}-{sha256_json(packages)[:8]}").absolute())
 
     @property
     def is_whole(self) -> bool:
