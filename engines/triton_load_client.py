@@ -76,7 +76,11 @@ class Level:
         self._lock = threading.Lock()
 
     def run(self) -> None:
-        clients = [triton.InferenceServerClient(self.job["server"]) for _ in range(self.concurrency)]
+        with contextlib.ExitStack() as connections:  # closed before Python ends: gRPC can hang where it is closed then
+            clients = (triton.InferenceServerClient(self.job["server"]) for _ in range(self.concurrency))
+            self._load([connections.enter_context(client) for client in clients])
+
+    def _load(self, clients: list[Any]) -> None:
         for client in clients:
             with contextlib.suppress(InferenceServerException):  # a server that is gone fails the requests
                 client.is_server_ready()  # connects, outside of what is timed
@@ -96,8 +100,6 @@ class Level:
             failures=len(self.errors),
             first_error=self.errors[0] if self.errors else None,
         )
-        for client in clients:
-            client.close()
 
     def _ask_until(self, client: Any, pace: Pace, ends: float) -> None:
         outputs = [triton.InferRequestedOutput(name) for name in ("png", "batch")]
@@ -127,13 +129,13 @@ class Level:
 
 def main() -> int:
     job = json.load(sys.stdin)
-    client = triton.InferenceServerClient(job["server"])
-    try:
-        server = client.get_server_metadata(as_json=True)
-        config = client.get_model_config(MODEL, as_json=True)["config"]
-    except InferenceServerException as error:
-        tell(error=error.message())
-        return 0
+    with triton.InferenceServerClient(job["server"]) as client:
+        try:
+            server = client.get_server_metadata(as_json=True)
+            config = client.get_model_config(MODEL, as_json=True)["config"]
+        except InferenceServerException as error:
+            tell(error=error.message())
+            return 0
     parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
     instances = [
         f"{group['kind']} {','.join(map(str, group.get('gpus', [])))}".strip()

@@ -1,7 +1,8 @@
 """Asks a running Triton, from the server's own environment: python triton_client.py HTTP_PORT GRPC_PORT < asks.json
 
 Each ask is {"do": NAME, ...} with the NAME of a function below; all are asked at once, and their answers or errors are
-written as one JSON list.
+written as one JSON list. Every client is closed when its ask is done: one that an error keeps alive is closed by the
+interpreter's end, where gRPC's threads can stop it for good.
 """
 
 import concurrent.futures
@@ -48,31 +49,31 @@ def picture(answer) -> dict:
 def draw(ask: dict) -> dict:
     library, url = (tritonclient.grpc, GRPC) if ask["over"] == "grpc" else (tritonclient.http, HTTP)
     limits = {} if ask["over"] == "grpc" else {"network_timeout": 300.0}  # its minute is short for a busy machine
-    client = library.InferenceServerClient(url, **limits)
-    inputs = inputs_of(ask, library)
-    sys.stderr.write("sending\n")  # one write: print would write the line's end apart, among other threads
-    return picture(client.infer("slimxl", inputs))
+    with library.InferenceServerClient(url, **limits) as client:
+        inputs = inputs_of(ask, library)
+        sys.stderr.write("sending\n")  # one write: print would write the line's end apart, among other threads
+        return picture(client.infer("slimxl", inputs))
 
 
 def stream(ask: dict) -> dict:
     """Decoupled: the steps that were told before the picture, and the picture."""
-    client, answers = tritonclient.grpc.InferenceServerClient(GRPC), Queue()
-    client.start_stream(lambda result, error: answers.put((result, error)))
-    client.async_stream_infer("slimxl", inputs_of(ask, tritonclient.grpc), request_id="one")
+    answers: Queue = Queue()
     steps = []
-    while True:
-        result, error = answers.get(timeout=120)
-        if error is not None:
-            client.stop_stream()
-            raise error
-        if result.as_numpy("image") is not None:
-            client.stop_stream()
-            return picture(result) | {"steps": steps, "step": int(result.as_numpy("step")[0, 0])}
-        steps.append(int(result.as_numpy("step")[0, 0]))
+    with tritonclient.grpc.InferenceServerClient(GRPC) as client:
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        client.async_stream_infer("slimxl", inputs_of(ask, tritonclient.grpc), request_id="one")
+        while True:
+            result, error = answers.get(timeout=120)
+            if error is not None:
+                raise error
+            if result.as_numpy("image") is not None:
+                return picture(result) | {"steps": steps, "step": int(result.as_numpy("step")[0, 0])}
+            steps.append(int(result.as_numpy("step")[0, 0]))
 
 
 def statistics(ask: dict) -> dict:
-    return tritonclient.grpc.InferenceServerClient(GRPC).get_inference_statistics("slimxl", as_json=True)
+    with tritonclient.grpc.InferenceServerClient(GRPC) as client:
+        return client.get_inference_statistics("slimxl", as_json=True)
 
 
 def fetch(ask: dict) -> dict:
@@ -87,7 +88,8 @@ def fetch(ask: dict) -> dict:
 
 def grpc_call(ask: dict) -> dict:
     """Any method of the gRPC client."""
-    return {"text": str(getattr(tritonclient.grpc.InferenceServerClient(GRPC), ask["method"])(*ask["arguments"]))}
+    with tritonclient.grpc.InferenceServerClient(GRPC) as client:
+        return {"text": str(getattr(client, ask["method"])(*ask["arguments"]))}
 
 
 def parse_config(ask: dict) -> dict:
