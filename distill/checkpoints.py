@@ -39,6 +39,11 @@ STATE_FORMAT = 1
 """Stands in run.json; another number is a state that this version does not read."""
 
 
+def stage_folder(recipe: Recipe, number: int, out: Path) -> Path:
+    """Where the student of stage `number`, from 0, is kept until the last one is."""
+    return out / "stages" / f"{number + 1:02d}-{recipe.stages[number].name}"
+
+
 @dataclass
 class TrainingState:
     """All that a stage goes on from, beside its step: nothing else in a run has a history."""
@@ -105,7 +110,7 @@ def save_state(
 ) -> None:
     """Writes `folder/STAGE-STEP` whole or not at all, then removes all but the newest `keep`.
 
-    Raises UserError where the disk does not take it; the checkpoints before stay.
+    Raises UserError where the disk does not take it, and torch.OutOfMemoryError; the checkpoints before stay.
     """
     final = folder / f"{number + 1:02d}-{progress.step:07d}"
     temporary = folder / f".{final.name}.state.partial"  # of its own: NFS may show a renamed folder by its old name
@@ -121,12 +126,8 @@ def save_state(
             write_json(temporary / "progress.json", asdict(progress))
             temporary.rename(final)
     except (OSError, dcp.CheckpointException) as error:
-        for cause, _stack in getattr(error, "failures", {}).values():
-            if isinstance(cause, KeyboardInterrupt):
-                raise cause from None
-        reason = str(error).strip().splitlines()[-1]
         raise UserError(
-            f"the checkpoint of step {progress.step} cannot be written ({reason}); the one before is kept: see that "
+            f"the checkpoint of step {progress.step} cannot be written ({_reason(error)}); the one before is kept: see that "
             f"the disk of {folder} has space and may be written, and run the same command again"
         ) from None
     if accelerator.is_main_process:
@@ -134,6 +135,15 @@ def save_state(
             old.rename(folder / f".{old.name}.state.old")  # a kill leaves it whole or a leftover
         remove_leftovers(folder)
     accelerator.wait_for_everyone()
+
+
+def _reason(error: BaseException) -> str:
+    """What a save or a load failed of, in any process, in a few words. Raises what says nothing of the checkpoint."""
+    causes = [cause for cause, _stack in getattr(error, "failures", {}).values()] or [error]
+    for cause in causes:
+        if isinstance(cause, KeyboardInterrupt | torch.OutOfMemoryError):
+            raise cause from None
+    return (str(causes[0]).strip() or type(causes[0]).__name__).splitlines()[0].split(". ")[0]
 
 
 def _states(folder: Path) -> list[Path]:
@@ -145,7 +155,7 @@ def resume(accelerator: Accelerator, state: TrainingState, folder: Path, number:
     """Loads the newest checkpoint of stage `number`; returns how far that is and cuts the log back to it.
 
     The newest is what the first process sees: a shared disk may be slow to show it to the others. Raises UserError
-    where one of them does not see it.
+    where one of them does not see it, or where it is damaged.
     """
     progress = Progress()
     names: list[str | None] = [path.name for path in _states(folder) if path.name.startswith(f"{number + 1:02d}-")]
@@ -157,9 +167,15 @@ def resume(accelerator: Accelerator, state: TrainingState, folder: Path, number:
                 "processes see; if it does, run the same command again"
             )
         progress = Progress(**read_json(folder / newest / "progress.json"))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state.load(folder / newest, progress.step)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                state.load(folder / newest, progress.step)
+        except dcp.CheckpointException as error:
+            raise UserError(
+                f"the checkpoint {folder / newest} cannot be read ({_reason(error)}); remove that folder and run the same "
+                "command again: it goes on from the one before"
+            ) from None
         if accelerator.is_main_process:
             say(f"going on from stage {number + 1}, step {progress.step}")
     if accelerator.is_main_process and log.exists():

@@ -59,20 +59,54 @@ def test_a_kill_while_an_old_checkpoint_is_removed_leaves_nothing_for_long(
 
 
 @pytest.mark.parametrize(
-    ("cause", "error"), [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "No space left on device"), UserError)]
+    ("cause", "error", "told"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "CUDA out of memory"),
+        (
+            OSError(28, "No space left on device"),
+            UserError,
+            r"cannot be written \(\[Errno 28\] No space left on device\)",
+        ),
+    ],
 )
-def test_ctrl_c_in_a_checkpoint_is_no_full_disk(
-    tmp_path: Path, cause: BaseException, error: type[BaseException]
+def test_neither_ctrl_c_nor_a_full_gpu_in_a_checkpoint_is_a_full_disk(
+    tmp_path: Path, cause: BaseException, error: type[BaseException], told: str
 ) -> None:
-    """torch wraps both in one exception."""
+    """torch wraps all three in one exception."""
 
     class Broken(State):
         def save(self, folder: Path) -> None:
             raise dcp.CheckpointException("save", {0: (cause, None)})  # type: ignore[dict-item]
 
-    with pytest.raises(error):
+    with pytest.raises(error, match=told):
         _save(tmp_path, 1, Broken)
     assert _resume(tmp_path) == ("", 0)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(tmp_path: Path) -> None:
+    def state() -> TrainingState:
+        net: Any = torch.nn.Linear(64, 64)
+        return TrainingState(net, torch.optim.AdamW(net.parameters()))
+
+    def go_on() -> Progress:
+        return resume(ALONE, state(), tmp_path, 0, tmp_path / "losses.jsonl")
+
+    for step in (1, 2):
+        save_state(ALONE, state(), tmp_path, 0, Progress(step=step), keep=2)
+    newest = tmp_path / "01-0000002"
+    for name in ("__0_0.distcp", ".metadata", "progress.json"):
+        whole = (newest / name).read_bytes()
+        for damage in (b"", whole[: len(whole) // 2], b"x" * len(whole)):
+            (newest / name).write_bytes(damage)
+            with pytest.raises(
+                UserError, match=r"01-0000002.* (cannot be read \(.*\); remove that folder|is not valid JSON)"
+            ):
+                go_on()
+        (newest / name).write_bytes(whole)
+    assert go_on().step == 2
+    shutil.rmtree(newest)
+    assert go_on().step == 1
 
 
 def test_all_processes_go_on_from_what_the_first_one_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

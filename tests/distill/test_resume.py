@@ -154,8 +154,8 @@ def test_moments_in_8_bits_learn_alike_and_survive_a_stop(
 def test_a_run_that_diverges_stops_and_keeps_its_last_good_state(
     cache: Path, mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distill.trainer.DivergenceGuard", lambda: DivergenceGuard(factor=5, patience=2))
-    monkeypatch.setattr("distill.trainer.learning_rate", lambda _stage, step: 1e-5 if step < 3 else 0.5)
+    monkeypatch.setattr("distill.stage.DivergenceGuard", lambda: DivergenceGuard(factor=5, patience=2))
+    monkeypatch.setattr("distill.stage.learning_rate", lambda _stage, step: 1e-5 if step < 3 else 0.5)
     recipe = short_recipe(mini_vega, steps=12, losses=LossWeights(output=0.0, feature=0.0))
     recipe = replace(recipe, max_grad_norm=1e9)
     with pytest.raises(UserError, match=r"has diverged: over 5 times its median .* the last good state is in"):
@@ -198,7 +198,7 @@ def _stopped_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return learning_rate(stage, now)
 
-    monkeypatch.setattr("distill.trainer.learning_rate", rate)
+    monkeypatch.setattr("distill.stage.learning_rate", rate)
 
 
 def test_sigterm_ends_the_step_and_keeps_it(
@@ -243,9 +243,9 @@ def test_a_checkpoint_is_written_by_the_clock_too_and_waits_for_a_good_step(
             return False
 
     saved = []
-    monkeypatch.setattr("distill.trainer.DivergenceGuard", Guard)
-    monkeypatch.setattr("distill.trainer.save_state", lambda *a, **_keep: saved.append(a[4].step))
-    monkeypatch.setattr("distill.trainer.time", SimpleNamespace(monotonic=itertools.count(0, 200).__next__))
+    monkeypatch.setattr("distill.stage.DivergenceGuard", Guard)
+    monkeypatch.setattr("distill.stage.save_state", lambda *a, **_keep: saved.append(a[4].step))
+    monkeypatch.setattr("distill.stage.time", SimpleNamespace(monotonic=itertools.count(0, 200).__next__))
     recipe = short_recipe(mini_vega, steps=12, losses=LossWeights(output=0.0, feature=0.0))
     options = TrainOptions(checkpoint_every=3, log_every=100)
     train(recipe, cache=cache, out=tmp_path, workdir=tmp_path, options=options)

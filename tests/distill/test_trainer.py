@@ -115,7 +115,7 @@ def test_gradient_checkpointing_and_accumulation_change_no_loss(
             for module, seen in ((self.student, micro_batches), (self.student.up_blocks[0].resnets[0], resnet_batches)):
                 module.register_forward_pre_hook(lambda _module, inputs, seen=seen: seen.append(len(inputs[0])))
 
-    monkeypatch.setattr("distill.trainer.Pair", Watched)
+    monkeypatch.setattr("distill.stage.Pair", Watched)
     options = TrainOptions(log_every=1, gradient_checkpointing=True, accumulation=2)
     train(short_recipe(mini_vega), cache=cache, out=tmp_path / "out", workdir=tmp_path, options=options)
     assert curve(tmp_path / "out") == pytest.approx(short, rel=1e-4)
@@ -158,7 +158,7 @@ def test_pictures_at_fixed_seeds_and_curves_along_the_way(
         drawing.append(weakref.ref(student))
         return student
 
-    monkeypatch.setattr("distill.trainer.gather_student", gathered)
+    monkeypatch.setattr("distill.stage.gather_student", gathered)
     recipe = replace(short_recipe(mini_vega, learning_rate=0.0), validation_prompts=("a small red ring at the top",))
     options = TrainOptions(validate_every=1, tensorboard=True, log_every=1)
     train(recipe, cache=cache, out=tmp_path / "out", workdir=tmp_path, options=options)
