@@ -14,8 +14,9 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -26,7 +27,15 @@ from distill.ahead import ahead
 from distill.architectures import Family, Resolution
 from distill.data import BadSample, Sample, Source, open_source
 from distill.errors import UserError, explaining_full_memory, require_least
-from distill.files import read_json, replacing, require_free_disk, sha256_file, sha256_json, write_json
+from distill.files import (
+    read_json,
+    remove_leftovers,
+    replacing,
+    require_free_disk,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
 from distill.progress import say, track
 from distill.sources import component_weights, find_architecture_of, load_pipeline, read_config
 
@@ -94,10 +103,12 @@ def make_cache(
             f"{out} is a cache of other data (or of the same before it was changed) or another VAE or text encoder; "
             "choose another --out or remove it"
         )
-    missing = [i for i in range(len(ranges)) if not _shard(out, i).exists()]
+    missing = [i for i in range(len(ranges)) if not _is_whole(_shard(out, i))]
     todo = [i for i in missing if i % processes == rank]
     if not missing and rank == 0:
         say(f"{out} is finished, nothing is to do")
+    for path in filter(Path.exists, (_shard(out, i) for i in todo)):
+        say(f"{path} is damaged and is made again")
     if not todo:
         return
     samples = sum(len(ranges[i]) for i in missing)
@@ -111,12 +122,12 @@ def make_cache(
         pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     reader = _Reader(source)
-    shards = ahead(lambda number: reader.read(ranges[number]), todo)
-    for number, (buckets, skipped) in zip(track(todo, f"caching {samples} samples", unit="shard"), shards, strict=True):
-        for left in out.glob(f".{_shard(out, number).name}.*.partial"):  # of a killed run
-            left.unlink()
-        with explaining_full_memory(advice):
-            write_shard(pipe, buckets, skipped, _shard(out, number), seed, batch)
+    progress = track(todo, f"caching {samples} samples", unit="shard")
+    with closing(ahead(lambda number: reader.read(ranges[number]), todo)) as shards, reader:
+        for number, (buckets, skipped) in zip(progress, shards, strict=True):
+            remove_leftovers(out, _shard(out, number).name)
+            with explaining_full_memory(advice):
+                write_shard(pipe, buckets, skipped, _shard(out, number), seed, batch)
     if reader.bad:
         say(
             f"skipped {len(reader.bad)} of {reader.seen} samples; each shard names its own: {'; '.join(reader.bad[:3])}"
@@ -124,27 +135,32 @@ def make_cache(
 
 
 class _Reader:
-    """Decodes samples on all cores, keeps count of the bad ones, and gives up where they are too many."""
+    """Decodes samples on all cores, keeps count of the bad ones, and gives up where they are too many. Left as a
+    context manager, it decodes none that has not begun."""
 
     def __init__(self, source: Source) -> None:
         self.source, self.seen = source, 0
         self.bad: list[str] = []
+        self.pool = ThreadPoolExecutor()  # decoders let go of the interpreter
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
 
     def read(self, indices: range) -> tuple[dict[Resolution, list[Sample]], list[str]]:
         """Samples by resolution, in order, and what was skipped and why. Raises UserError for too many bad ones."""
         buckets: dict[Resolution, list[Sample]] = defaultdict(list)
         before = len(self.bad)
-        with ThreadPoolExecutor() as pool:  # decoders let go of the interpreter
-            for sample in pool.map(self._read_one, indices):
-                self.seen += 1
-                if isinstance(sample, Sample):
-                    buckets[sample.resolution].append(sample)
-                else:
-                    self.bad.append(str(sample))
-                if len(self.bad) > MOST_BAD_SAMPLES * max(self.seen, min(50, len(self.source))):
-                    raise UserError(
-                        f"{len(self.bad)} of the first {self.seen} samples are bad: {'; '.join(self.bad[:3])}"
-                    )
+        for sample in self.pool.map(self._read_one, indices):
+            self.seen += 1
+            if isinstance(sample, Sample):
+                buckets[sample.resolution].append(sample)
+            else:
+                self.bad.append(str(sample))
+            if len(self.bad) > MOST_BAD_SAMPLES * max(self.seen, min(50, len(self.source))):
+                raise UserError(f"{len(self.bad)} of the first {self.seen} samples are bad: {'; '.join(self.bad[:3])}")
         return buckets, self.bad[before:]
 
     def _read_one(self, index: int) -> Sample | BadSample:
@@ -173,8 +189,17 @@ def _shapes(path: Path) -> dict[str, list[int]]:
             return {name: shard.get_slice(name).get_shape() for name in shard.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(
-            f"{path} is damaged ({error}): remove it and run the same `distill cache` command again"
+            f"{path} is damaged ({error}): run the same `distill cache` command again, which makes it anew"
         ) from None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a shard is there, as long as its header says."""
+    try:
+        _shapes(path)
+    except (FileNotFoundError, UserError):
+        return False
+    return True
 
 
 def write_shard(

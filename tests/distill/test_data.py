@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from io import BytesIO
 from pathlib import Path
@@ -23,7 +24,16 @@ from safetensors.torch import save_file
 
 from distill.architectures import ARCHITECTURES, MINI_FAMILY, SDXL_FAMILY, Resolution
 from distill.cache import FIELDS, LatentCache, encode, make_cache
-from distill.data import BadSample, PictureSource, Row, fit_to_bucket, in_eight_bits, nearest_bucket, open_source
+from distill.data import (
+    BadSample,
+    PictureSource,
+    Row,
+    Sample,
+    fit_to_bucket,
+    in_eight_bits,
+    nearest_bucket,
+    open_source,
+)
 from distill.errors import UserError
 from distill.sources import load_component
 
@@ -334,12 +344,35 @@ def test_an_empty_cache_is_refused(tmp_path: Path) -> None:
         LatentCache(tmp_path, batch_size=1, seed=0)
 
 
-def test_a_cut_shard_is_named(mini_vega: Path, tmp_path: Path) -> None:
+def test_a_cut_shard_is_named_and_made_again(mini_vega: Path, tmp_path: Path, capsys) -> None:
     make_cache(mini_vega, "shapes:2", tmp_path)
     shard = tmp_path / "shard-000000.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"shard-000000.safetensors is damaged .* remove it and run the same"):
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=r"shard-000000.safetensors is damaged .* run the same `distill cache` command"):
         LatentCache(tmp_path, batch_size=1, seed=0)
+    make_cache(mini_vega, "shapes:2", tmp_path)
+    assert shard.read_bytes() == whole
+    assert "shard-000000.safetensors is damaged and is made again" in capsys.readouterr().out
+
+
+def test_a_cache_that_fails_leaves_no_thread_reading(mini_vega: Path, tmp_path: Path, monkeypatch) -> None:
+    read, before = [], set(threading.enumerate())
+
+    def slow(_source: object, index: int) -> Sample:
+        read.append(index)
+        time.sleep(0.01)
+        return Sample(
+            str(index), np.zeros((128, 128, 3), np.uint8), "a", Resolution(128, 128), (128, 128), (0, 0), False
+        )
+
+    monkeypatch.setattr("distill.cache.SAMPLES_PER_SHARD", 200)
+    monkeypatch.setattr("distill.data.ShapesSource.read", slow)
+    monkeypatch.setattr("distill.cache.write_shard", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make_cache(mini_vega, "shapes:400", tmp_path)
+    assert not {thread for thread in threading.enumerate() if "ThreadPool" in thread.name} - before
+    assert len(read) < 300  # of the second shard, those that had begun
 
 
 def test_a_vae_without_a_posterior_is_refused(mini_vega: Path, tmp_path: Path) -> None:
