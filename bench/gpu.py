@@ -179,4 +179,5 @@ def energy_per_image(gpu: Gpu, draw: Callable[[], int], seconds: float = 10.0) -
         "j_per_image": (after - before) / images,
         "mean_power_w": (after - before) / elapsed_s,
         "seconds": elapsed_s,
+        "images": images,
     }

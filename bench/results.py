@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from bench.measure import Sample
 from distill.files import write_json
 
 SCHEMA = "slimxl.bench.results/1"
@@ -54,12 +55,7 @@ class Row(Record):
     warmups: int
     unsettled: float | None = None
     first_ms: list[float] = []
-    samples: list[dict[str, Any]]
-
-    @property
-    def by_round(self) -> dict[int, float]:
-        """Each round's total."""
-        return {sample["round"]: sample["total_ms"] for sample in self.samples}
+    samples: list[Sample]
 
 
 class CellRecord(Record):

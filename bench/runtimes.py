@@ -26,7 +26,7 @@ def _between(baseline: Row, other: Row) -> Estimate | None:
     """How many times faster `other` is; None where one was refused."""
     if baseline.refused or other.refused:
         return None
-    return speedup(baseline.by_round, other.by_round)
+    return speedup(baseline.samples, other.samples)
 
 
 def over(one: Estimate, other: Estimate) -> Estimate:

@@ -57,6 +57,7 @@ class Load(BaseModel):
 class OneSample(BaseModel):
     round: int
     total_ms: Positive
+    steps_ms: Annotated[list[float], Field(min_length=1)]
 
 
 class Percentiles(BaseModel):
@@ -88,7 +89,9 @@ class Memory(BaseModel):
 
 class Energy(BaseModel):
     j_per_image: float
-    seconds: float
+    mean_power_w: float
+    seconds: Positive
+    images: Count
 
 
 class NoEnergy(BaseModel):

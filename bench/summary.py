@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from statistics import median
 from typing import Any
 
@@ -47,17 +46,27 @@ def stage_medians(samples: list[Sample]) -> dict[str, float]:
     return {name: total * share / whole for name, share in shares.items()}
 
 
-def speedup(baseline: dict[int, float], other: dict[int, float]) -> Estimate | None:
-    """How many times faster `other` is; both map a round to its milliseconds. None without a round that both
-    finished."""
-    rounds = [number for number in other if number in baseline]
+def speedup(baseline: list[Sample], other: list[Sample]) -> Estimate | None:
+    """How many times faster `other` is, round by round. None without a round that both finished."""
+    before, after = ({sample.round: sample.total_ms for sample in samples} for samples in (baseline, other))
+    rounds = [number for number in after if number in before]
     if not rounds:
         return None
-    return stats.ratio_interval([baseline[one] for one in rounds], [other[one] for one in rounds])
+    return stats.ratio_interval([before[one] for one in rounds], [after[one] for one in rounds])
 
 
-def _by_round(samples: list[Sample]) -> dict[int, float]:
-    return {sample.round: sample.total_ms for sample in samples}
+def figures(samples: list[Sample], batch: int) -> dict[str, Any]:
+    """What of a row follows from its samples alone; a file is held against the same when it is read."""
+    totals = [sample.total_ms for sample in samples]
+    total = stats.median_interval(totals)
+    return {
+        "total_ms": total,
+        "stages_ms": stage_medians(samples),
+        "step_ms": median(median(sample.steps_ms) for sample in samples),
+        "images_per_s": 1e3 * batch / total.value,
+        "cv": stats.spread(totals),
+        "percentiles_ms": percentiles(totals),
+    }
 
 
 def make_row(
@@ -73,39 +82,32 @@ def make_row(
     faults: dict[str, Any],
 ) -> Row:
     """`faults` holds what the machine and the pictures showed: see `stats.diagnose`."""
-    totals = [sample.total_ms for sample in samples]
-    total = stats.median_interval(totals)
-    step_ms = median(median(sample.steps_ms) for sample in samples)
+    found = figures(samples, workload.batch)
     queues = [sample.queue_ms for sample in samples if sample.queue_ms is not None]
     if costs:  # a scheduler of higher order calls the UNet more often than it has steps
         costs = costs | {"unet": (len(samples[0].steps_ms), costs["unet"][1])}
     floor_ms = total_floor_ms(costs, peak.tflops, peak.terabytes_per_s) if costs and peak else None
     diagnosis = stats.diagnose(
-        totals,
+        [sample.total_ms for sample in samples],
         unaccounted=max(sample.unaccounted for sample in samples),
         queue_ms=median(queues) if queues else None,
-        step_ms=step_ms,
+        step_ms=found["step_ms"],
         floor_ms=floor_ms,
         **faults,
     )
     refused = stats.is_refused(diagnosis)
     return Row(
         contestant=name,
-        total_ms=total,
-        stages_ms=stage_medians(samples),
-        step_ms=step_ms,
-        images_per_s=1e3 * workload.batch / total.value,
-        cv=stats.spread(totals),
-        percentiles_ms=percentiles(totals),
-        speedup=None if refused else speedup(_by_round(baseline), _by_round(samples)),
+        **found,
+        speedup=None if refused else speedup(baseline, samples),
         floor_ms=floor_ms,
-        mfu=mfu(costs, total.value, peak.tflops) if costs and peak else None,
+        mfu=mfu(costs, found["total_ms"].value, peak.tflops) if costs and peak else None,
         diagnosis=diagnosis,
         refused=refused,
         warmups=warmups,
         unsettled=faults.get("unsettled"),
         first_ms=first_ms,
-        samples=[asdict(sample) for sample in samples],
+        samples=samples,
     )
 
 

@@ -3,8 +3,9 @@ import json
 import pytest
 
 from bench.compare import compare_files, verdict_on
+from bench.measure import Sample
 from bench.reading import read_results
-from bench.stats import median_interval, ratio_interval
+from bench.summary import figures, speedup
 from distill.errors import UserError
 
 
@@ -20,14 +21,15 @@ def scale(factor, rounds=None):
 
     def change(value):
         for cell in value["cells"]:
-            totals = {}
+            kept = {}
             for row in cell["rows"]:
                 name, row["samples"] = row["contestant"], row["samples"][:rounds]
                 for sample in row["samples"]:
                     sample["total_ms"] *= factor if name == "vega" else 1
-                totals[name] = [sample["total_ms"] for sample in row["samples"]]
-                row["total_ms"] = median_interval(totals[name]).model_dump()
-                row["speedup"] = ratio_interval(totals["teacher"], totals[name]).model_dump()
+                kept[name] = [Sample(**sample) for sample in row["samples"]]
+                found = figures(kept[name], batch=1)
+                row |= found | {"total_ms": found["total_ms"].model_dump()}
+                row["speedup"] = speedup(kept["teacher"], kept[name]).model_dump()
 
     return change
 

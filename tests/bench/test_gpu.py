@@ -64,7 +64,7 @@ def test_energy_comes_from_the_counter_over_the_whole_time():
     gpu = fake_gpu(nvmlDeviceGetTotalEnergyConsumption=lambda _: next(joules) * 1e3)
     found = energy_per_image(gpu, lambda: drawn.append(3) or 3, seconds=0.0001)
     assert found["j_per_image"] == pytest.approx(300 / sum(drawn))
-    assert found["mean_power_w"] > 0
+    assert found["mean_power_w"] > 0 and found["images"] == sum(drawn)
 
 
 def test_without_a_gpu_everything_is_none_and_says_why():

@@ -230,6 +230,8 @@ def test_a_main_batch_is_not_told_as_one_picture(results_path, tmp_path):
         assert "draws a picture in" in text and "4 pictures" not in text
     for cell in value["cells"]:
         cell["workload"]["batch"] = 4
+        for row in cell["rows"]:
+            row["images_per_s"] *= 4
     page, text = told(value)
     for one in (page, text):
         assert "draws 4 pictures in" in one and "4 pictures at " in one and "draws a picture" not in one
@@ -240,12 +242,12 @@ def test_every_workload_has_its_row_and_a_failure_part_way_is_told(results_path,
     value = json.loads(results_path.read_text())
     main, other = value["cells"][:2]
     main["failures"] = {"vega": "RuntimeError: lost"}
-    load = other["workload"] | {"resolution": main["workload"]["resolution"], "batch": 2, "guidance_scale": 1.0}
-    other |= {"workload": load, "name": "1024x1024, 3 steps, batch 2, no guidance", "failures": {"vega": "MemoryError"}}
+    load = other["workload"] | {"resolution": main["workload"]["resolution"], "guidance_scale": 1.0}
+    other |= {"workload": load, "name": "1024x1024, 3 steps, batch 1, no guidance", "failures": {"vega": "MemoryError"}}
     (tmp_path / "r.json").write_text(json.dumps(value))
     write_report([tmp_path / "r.json"], tmp_path / "out")
     page, text = ((tmp_path / "out" / name).read_text() for name in ("index.html", "report.md"))
-    for workload in (main["name"], "batch 2, no guidance", "6 steps"):
+    for workload in (main["name"], "no guidance", "6 steps"):
         assert f"<tr><td>{workload}</td>" in page and f"| {workload} | " in text
     assert page.count("then failed") == 2 == text.count("then failed")
     note = page[page.index("Against these figures") :].partition("</div>")[0]

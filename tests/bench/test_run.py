@@ -307,12 +307,14 @@ def edited(place, value):
 
 
 ROW = ("cells", 0, "rows", 1)
+ENERGY = {"j_per_image": 5.0, "mean_power_w": 300.0, "seconds": 10.0, "images": 6}
 
 
-def test_intervals_are_those_of_the_samples_by_whatever_method_they_were_made(tmp_path, results_path):
+def test_intervals_and_stages_are_those_of_the_samples_by_whatever_method_they_were_made(tmp_path, results_path):
     value = json.loads(results_path.read_text())
     edited((*ROW, "total_ms", "high"), 99.0)(value)
     edited((*ROW, "speedup", "low"), 0.5)(value)
+    edited((*ROW, "stages_ms", "denoise"), 0.5)(value)
     path = tmp_path / "earlier.json"
     path.write_text(json.dumps(value))
     assert read_results(path).cells == read_results(results_path).cells
@@ -329,8 +331,14 @@ def test_intervals_are_those_of_the_samples_by_whatever_method_they_were_made(tm
         (edited(("cells", 0, "workload", "resolution"), "large"), "workload.resolution"),
         (edited((*ROW, "samples", 0, "round"), None), "samples.0.round: Field required"),
         (edited(("contestants", 0, "cold"), {}), "cold.load_ms: Field required"),
-        (edited((*ROW, "total_ms", "value"), 4.0), "contradicts itself: the median of vega at 1024x1024"),
-        (edited((*ROW, "speedup", "value"), 9.0), "the speed-up of vega"),
+        (edited((*ROW, "total_ms", "value"), 4.0), "contradicts itself: total_ms of vega at 1024x1024"),
+        (edited((*ROW, "speedup", "value"), 9.0), "speedup of vega"),
+        (edited((*ROW, "percentiles_ms", "p90"), 5.0), "percentiles_ms of vega"),
+        (edited((*ROW, "images_per_s"), 500.0), "images_per_s of vega"),
+        (edited((*ROW, "step_ms"), 0.5), "step_ms of vega"),
+        (edited((*ROW, "cv"), 0.5), "cv of vega"),
+        (edited(("contestants", 1, "energy"), ENERGY), "j_per_image of vega is 5.0, and by its own .* 500.0"),
+        (edited((*ROW, "samples", 0, "steps_ms"), []), "samples.0.steps_ms: List should have at least 1 item"),
     ],
 )
 def test_a_results_file_that_was_edited_is_one_line(tmp_path, results_path, edit, word):

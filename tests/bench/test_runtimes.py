@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 
+from bench.measure import Sample
 from bench.peaks import PEAKS
 from bench.predict import floor_ms
 from bench.reading import read_results
@@ -12,6 +13,7 @@ from bench.report import write_report
 from bench.results import Estimate, Results
 from bench.roofline import ModelConfigs, component_costs, total_flops
 from bench.runtimes import limit_table, over, runtime_table, shape_table
+from bench.summary import figures
 from bench.workload import Workload
 from distill.architectures import ARCHITECTURES, Resolution
 
@@ -46,7 +48,7 @@ def gpu_results(template, contestants, sizes=SIZES[:1], part="x"):
         made |= {"parameters": parameters, "costs": costs, "configs": configs, "costs_why": None}
         quality = {"passed": True, "words": [], "psnr_db": 41.2, "latent_cosine": 0.9991, "identical": False}
         made |= {"quality": quality, "cold": {"load_ms": 4200.0, "first_image_ms": 9100.0}}
-        made |= {"energy": {"j_per_image": 512.3, "mean_power_w": 300.0, "seconds": 10.0}}
+        made |= {"energy": {"j_per_image": 500.0, "mean_power_w": 300.0, "seconds": 10.0, "images": 6}}
         memory = {"device_added_bytes": 4_500_000_000, "allocator_peak_bytes": None, "rss_added_bytes": 10_000_000}
         value["contestants"].append(record | made | {"memory": memory | {"why": None}})
     for index, size in enumerate(sizes):
@@ -54,15 +56,13 @@ def gpu_results(template, contestants, sizes=SIZES[:1], part="x"):
         for name, (_, _, _, totals) in contestants.items():
             row = dict(cell["rows"][0]) | {"contestant": name, "mfu": 0.44, "speedup": None, "diagnosis": []}
             middle = sorted(totals)[len(totals) // 2]
-            row |= {"total_ms": {"value": middle, "low": min(totals), "high": max(totals)}, "step_ms": middle / 32}
-            row |= {"stages_ms": {"denoise": 0.94 * middle, "vae_decode": 0.06 * middle}, "refused": False}
             row["floor_ms"] = floor_ms("a100-sxm", name.split()[0], 30, Resolution.parse(size))
-            row |= {"first_ms": [middle + 900 * index, middle + 5], "cv": 0.01}
-            row["samples"] = [
-                {"total_ms": total, "stages_ms": {}, "steps_ms": [], "queue_ms": 9.0, "started_s": 0.0, "round": number}
+            row["first_ms"] = [middle + 900 * index, middle + 5]
+            samples = [
+                Sample(total, {"denoise": 0.94 * total, "vae_decode": 0.06 * total}, [total / 32], 9.0, round=number)
                 for number, total in enumerate(totals)
             ]
-            rows.append(row)
+            rows.append(row | figures(samples, batch=1) | {"samples": samples})
         load = cell["workload"] | {"resolution": size, "steps": 30, "guidance_scale": 5.0}
         named = f"{size}, 30 steps, batch 1, guidance 5"
         value["cells"].append(cell | {"workload": load, "name": named, "rows": rows, "failures": {}})
