@@ -7,6 +7,7 @@ two, the bundle's manifest still names only files that are there, and the same c
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -93,6 +94,8 @@ def build_bundle(
     `replace` permits engines of another checkpoint to be dropped from the bundle. Raises UserError for bad input, too
     little memory or disk, and a build that failed.
     """
+    if memory_gb is not None and not 0 < memory_gb < math.inf:
+        raise UserError(f"--memory-gb is {memory_gb}; it must be above 0 and finite")
     out = Path(out)
     folder = read_onnx_folder(Path(onnx))
     jobs = plan_builds(
@@ -112,7 +115,7 @@ def build_bundle(
         shutil.rmtree(out / PARTIAL, ignore_errors=True)
         kept = {engine.key: engine for engine in manifest.engines if is_intact(out, engine.files)}
         todo = [job for job in jobs if job.key not in kept]
-        budget = int(memory_gb * 1e9) if memory_gb else available_memory_bytes()
+        budget = available_memory_bytes() if memory_gb is None else int(memory_gb * 1e9)
         require_memory(todo, budget)
         require_free_disk(out, sum(job.disk_bytes for job in todo if job.flavor != "onnxruntime"), "the bundle")
         with BuildProgress([job.cost_seconds for job in todo]) as progress:

@@ -11,14 +11,17 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from distill.errors import UserError, unknown
 from distill.files import write_json
-from engines.build import build_bundle
+from engines.build import available_memory_bytes, build_bundle, require_memory
 from engines.bundle import LAYOUTS, Engine, Layout
+from engines.onnx_folder import read_onnx_folder
+from engines.plan import plan_builds
 from engines.reports import console, size, wide_console
 
 BASELINE = "per-resolution"
@@ -90,19 +93,15 @@ def compare_layouts(
             raise unknown("layout", layout, LAYOUTS)
         if (out / layout).exists():
             raise UserError(f"{out / layout} is there already, and is not touched: remove it, or choose another --out")
+    asked: dict[str, Any] = {"gpus": gpus, "flavor": flavor, "resolutions": resolutions, "components": list(components)}
+    folder, memory = read_onnx_folder(onnx), available_memory_bytes()
+    for layout in layouts:  # what cannot be built is refused before the first is
+        require_memory(plan_builds(folder, layout=layout, **asked), memory)
     costs: list[LayoutCost] = []
     for layout in layouts:
         console.print(f"layout {layout}")
         try:
-            manifest = build_bundle(
-                onnx,
-                out / layout,
-                gpus=gpus,
-                flavor=flavor,
-                layout=layout,
-                resolutions=resolutions,
-                components=list(components),
-            )
+            manifest = build_bundle(onnx, out / layout, layout=layout, **asked)
         finally:
             if not keep:
                 shutil.rmtree(out / layout, ignore_errors=True)

@@ -232,6 +232,8 @@ def test_the_tensorrt_flavor_asks_for_nothing_that_tensorrt_lacks(
         ({"resolutions": "big"}, "not of the form WIDTHxHEIGHT"),
         ({"components": ["unet3"]}, "no component 'unet3'"),
         ({"batches": [0]}, "batch 0 is not possible"),
+        ({"memory_gb": 0.0}, r"--memory-gb is 0\.0; it must be above 0"),
+        ({"memory_gb": float("nan")}, "--memory-gb is nan"),
         ({"memory_gb": 0.1}, "needs about .* GB of memory .* 0.1 GB may be used"),
     ],
 )

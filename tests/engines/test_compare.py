@@ -9,6 +9,7 @@ import pytest
 
 from distill.errors import UserError
 from engines.compare import LayoutCost, compare_layouts, ratios, with_baselines
+from tests.engines.toys import make_static, make_toy_onnx
 
 
 def cost(layout: str, seconds: float, disk: int, component: str = "unet") -> LayoutCost:
@@ -53,3 +54,10 @@ def test_what_cannot_be_compared_is_refused_and_nothing_is_removed(tmp_path: Pat
     with pytest.raises(UserError, match=message):
         compare_layouts(tmp_path / "onnx", tmp_path, gpus=["a100"], **asked)
     assert (tmp_path / "shared" / "thesis.txt").exists()
+
+
+def test_what_one_layout_cannot_build_is_told_before_the_first_is_built(tmp_path: Path) -> None:
+    static = make_static(make_toy_onnx(tmp_path / "onnx", "fp16"), ["128x128", "224x96"], batch=2)
+    with pytest.raises(UserError, match="a static graph for each resolution, layout shared needs one graph for all"):
+        compare_layouts(static, tmp_path / "out", gpus=["a100"])
+    assert not (tmp_path / "out").exists()
