@@ -16,9 +16,9 @@ LAYOUT ?=
 RESOLUTIONS ?= all
 BATCHES ?= 1
 PRECISION ?= fp16
-ADDRESS ?= 127.0.0.1
-CONCURRENCY ?= 1,2,4,8
-MINUTES ?= 1
+ADDRESS ?=
+CONCURRENCY ?=
+MINUTES ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -93,10 +93,10 @@ bench-gpu: $(READY)  ## everything a GPU can be measured for, within minutes, in
 
 serve: $(READY)  ## BUNDLE inside a Triton server, on its GPUs or the CPU; loopback only, unless ADDRESS says otherwise
 	@test -n "$(BUNDLE)" || { echo "error: BUNDLE is not set; e.g. BUNDLE=out/bundles/mini-vega" >&2; exit 2; }
-	$(BIN)/python -m engines serve --bundle $(BUNDLE) --address $(ADDRESS)
+	$(BIN)/python -m engines serve --bundle $(BUNDLE) $(if $(ADDRESS),--address $(ADDRESS))
 
-load: $(READY)  ## images/s and latencies of the running server at CONCURRENCY clients, into OUT/load.json
-	$(BIN)/python -m engines load --concurrency $(CONCURRENCY) --minutes $(MINUTES) --out $(OUT)/load.json
+load: $(READY)  ## images/s and latencies of the running server (CONCURRENCY, MINUTES), into OUT/load.json
+	$(BIN)/python -m engines load $(if $(CONCURRENCY),--concurrency $(CONCURRENCY)) $(if $(MINUTES),--minutes $(MINUTES)) --out $(OUT)/load.json
 
 test: $(VENV)/.training  ## lint, types and every test, the full-size ones too
 	$(BIN)/ruff check .

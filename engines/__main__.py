@@ -11,11 +11,12 @@ from typing import Annotated, Literal
 import tyro
 
 from distill.errors import exit_on_user_error
-from engines.triton_options import Serving
+from engines.triton_options import Serving, Workload
 
 Flavors = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
 Layouts = Literal["per-resolution", "shared", "ranged"]
-Bundle = Annotated[Path, tyro.conf.Positional]
+Bundle = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BUNDLE", help="The bundle's folder.")]
+Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[FOLDER]", help="Where to look.")]
 
 
 def _names(text: str) -> list[str]:
@@ -43,20 +44,20 @@ def build(
 
     Args:
         onnx: ONNX folder left by `python -m export onnx`.
-        out: The bundle, made or added to.
-        gpus: Names separated by commas (a100, rtx4090, ...), `auto` for the one at hand, `rtx` for one portable plan.
+        out: The bundle's folder, made or added to.
+        gpus: For TensorRT: names as in a100,rtx4090 or `auto` (the one at hand), `rtx` (one portable plan).
         flavor: tensorrt (built on the GPU that runs it), tensorrt-rtx (also with no GPU), onnxruntime.
-        layout: Default: shared for tensorrt, ranged for tensorrt-rtx.
-        resolutions: `all`, or sizes such as 1024x1024,1152x896.
-        batches: Numbers of images at once, separated by commas.
+        layout: A plan for each size, or one with a profile for each, or for all. None: shared for tensorrt, else ranged.
+        resolutions: `all` of the model's, or some of them, e.g. 1024x1024,1152x896.
+        batches: Numbers of images at once, 1 or more, separated by commas.
         guidance: What exact profiles of the UNet are for: with it, without it (LCM, Turbo), or either.
-        components: Only these, separated by commas (vae_encoder is built only when named).
-        memory_gb: Memory a build may use; default: what is free.
+        components: Only these of unet,vae_decoder,vae_encoder,text_encoder,text_encoder_2. Empty: all but vae_encoder.
+        memory_gb: GB (10^9 bytes) of memory that a build may use, above 0. None: what is free.
         replace: Drop engines of another checkpoint from the bundle.
         refit: Plans whose weights can be exchanged (needs a GPU).
-        strip: Plans without weights, refitted at load (needs a GPU).
+        strip: Plans without weights, which are given at load (needs a GPU).
         version_compatible: Plans for newer TensorRT versions too (tensorrt only).
-        hardware_compatible: Plans for other GPUs too (tensorrt only).
+        hardware_compatible: Plans for all GPUs of the same compute capability, or from Ampere on (tensorrt only).
     """
     from engines.build import build_bundle
     from engines.plan import plan_options
@@ -90,21 +91,25 @@ def parse_counts(option: str, text: str) -> list[int]:
 
 
 def verify(bundle: Bundle) -> int:
-    """Check every file of a bundle against its manifest."""
+    """Check every file of a bundle against its manifest; exit code 2 on a fault."""
     from engines.reports import print_verification
 
     return print_verification(bundle)
 
 
 def inspect(bundle: Bundle, json: bool = False) -> int:
-    """Show a bundle's engines with their profiles, inputs and outputs."""
+    """Show a bundle's engines with their profiles, inputs and outputs.
+
+    Args:
+        json: The whole manifest as JSON instead.
+    """
     from engines.reports import print_inspection
 
     return print_inspection(bundle, json)
 
 
-def list_(folder: Annotated[Path, tyro.conf.Positional] = Path("out")) -> int:
-    """List the bundles below a folder, or the engines of one bundle."""
+def list_(folder: Folder = Path("out")) -> int:
+    """List the bundles in a folder and up to two levels below it."""
     from engines.reports import print_list
 
     return print_list(folder)
@@ -118,15 +123,14 @@ def prune(
     keep_newest: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """Remove engines that match none of what is to be kept, and files that no manifest names.
+    """Remove engines that are not kept, and files that the manifest does not name.
 
     Args:
-        bundle: The bundle.
-        keep_gpus: What serves one of these, separated by commas (a100, rtx4090, ...).
-        keep_flavors: Of these flavors, separated by commas.
-        keep_resolutions: What serves one of these sizes, separated by commas.
-        keep_newest: Of engines that differ only in the version that built them, the newest.
-        dry_run: Say what would be removed.
+        keep_gpus: Only what serves one of these, separated by commas (a100, rtx4090, ...). Empty: all.
+        keep_flavors: Only these, separated by commas, of tensorrt, tensorrt-rtx, onnxruntime. Empty: all.
+        keep_resolutions: Only what serves one of these sizes, e.g. 1024x1024,1152x896. Empty: all.
+        keep_newest: Of engines that differ only in the version that built them, only the newest.
+        dry_run: Only say what would be removed.
     """
     from engines.prune import prune_bundle
 
@@ -144,16 +148,16 @@ def bench(
     resolutions: str = "all",
     keep: bool = False,
 ) -> int:
-    """Build every layout and compare time, memory and disk, as ratios to one static plan for each resolution.
+    """Build every layout and compare time, memory and disk with those of static plans.
 
     Args:
         onnx: ONNX folder left by `python -m export onnx`.
         out: Where layouts.json goes, and the bundles while they are compared; none may be there already.
-        gpus: As for build.
-        flavor: As for build.
-        layouts: Some of per-resolution, shared, ranged.
-        components: Which ones.
-        resolutions: As for build.
+        gpus: Names separated by commas, as for build.
+        flavor: tensorrt (on the GPU at hand) or tensorrt-rtx; onnxruntime has one layout only.
+        layouts: Those to compare, separated by commas.
+        components: Those to build, separated by commas, as for build.
+        resolutions: `all` of the model's, or some of them, e.g. 1024x1024,1152x896.
         keep: Keep the bundles.
     """
     from engines.compare import compare_layouts
@@ -175,7 +179,7 @@ def triton(bundle: Path, out: Path, serving: Annotated[Serving, tyro.conf.OmitAr
     """Write a Triton model repository that serves the bundle.
 
     Args:
-        bundle: The bundle; it is checked, and read again by the server.
+        bundle: The bundle's folder; it is checked, and read again by the server.
         out: The model repository, a folder of its own.
     """
     from engines.bundle import read_manifest
@@ -198,19 +202,21 @@ def serve(
     grpc_port: int = 8001,
     allow_exposed: bool = False,
 ) -> int:
-    """Serve a bundle by Triton, on this machine, until Ctrl-C or SIGTERM; installs the server if there is none.
+    """Serve a bundle by Triton on this machine, until Ctrl-C or SIGTERM.
+
+    Takes the tritonserver on the PATH, or installs one into the workdir.
 
     Args:
-        bundle: What to serve.
+        bundle: The bundle's folder.
         workdir: Where the server's environment goes, and in a folder of the HTTP port's name the model and the log.
-        address: IPv4 number or a name that has one. Loopback unless told otherwise; there is no authentication.
-        http_port: For HTTP.
-        grpc_port: For gRPC.
+        address: To listen on: IPv4 number, or a name that has one. There is no authentication.
+        http_port: TCP port for HTTP.
+        grpc_port: TCP port for gRPC.
         allow_exposed: Let a server listen to other machines that whoever reaches it can crash.
     """
     from engines import triton_server
     from engines.bundle import read_manifest
-    from engines.triton import backend_flags, choose_place, parse_devices, write_repository
+    from engines.triton import backend_flags, choose_place, parse_devices, require_runs_here, write_repository
 
     where = triton_server.Address.resolve(address, http_port, grpc_port)
     if not allow_exposed:
@@ -220,6 +226,7 @@ def serve(
         triton_server.require_plans_backend()
     manifest = read_manifest(bundle)
     flavor, gpus = choose_place(manifest, serving.flavor, parse_devices(serving.gpus))
+    require_runs_here(manifest, flavor, gpus)
     environment = triton_server.find_environment(workdir)
     if environment and not serving.execution_env:
         serving = replace(serving, execution_env=environment.folder)
@@ -235,33 +242,25 @@ def serve(
 
 def load(
     out: Path,
+    workload: Annotated[Workload, tyro.conf.OmitArgPrefixes],
     server: str = "127.0.0.1:8001",
-    concurrency: str = "1,2,4",
-    minutes: float = 0.5,
+    concurrency: str = "1,2,4,8",
+    minutes: float = 1.0,
     rate: float | None = None,
-    size: str | None = None,
-    steps: int = 25,
-    guidance: float = 5.0,
-    images: int = 1,
     workdir: Path = Path("out/triton"),
 ) -> int:
-    """Measure a running server: pictures a second and latencies at each number of clients at once.
+    """Measure a running server: pictures a second, and latencies in milliseconds.
 
     Args:
-        out: The JSON file with every latency.
-        server: Its gRPC address.
-        concurrency: Numbers of clients that each have one request under way, separated by commas, in this order.
-        minutes: For each of them.
-        rate: At most so many requests a second, all clients together; for a soak that leaves the machine room.
-        size: Of the pictures, e.g. 1024x1024; default: the first that is served.
-        steps: Denoising steps.
-        guidance: Guidance scale.
-        images: Pictures for each request.
-        workdir: Where tritonclient's environment is, or goes.
+        out: The JSON file to write, with every latency.
+        server: HOST:PORT of its gRPC endpoint.
+        concurrency: Numbers of clients, separated by commas, taken in turn; each client has one request under way.
+        minutes: For each of these numbers, above 0.
+        rate: At most so many requests a second, all clients together, above 0. None: no bound.
+        workdir: Where the environment of Triton's client is, or goes.
     """
-    from engines.triton_load import Workload, measure_load
+    from engines.triton_load import measure_load
 
-    workload = Workload(size=size, steps=steps, guidance=guidance, images=images)
     levels = parse_counts("--concurrency", concurrency)
     return measure_load(out, server, workload, levels, minutes * 60, rate, workdir)
 

@@ -68,9 +68,6 @@ def write_repository(bundle: Path, out: Path, serving: Serving) -> list[str]:
     if faults:
         raise UserError(faults[0])
     flavor, gpus = choose_place(manifest, serving.flavor, parse_devices(serving.gpus))
-    for name, number, least in (("instances", serving.instances, 1), ("queue", serving.queue, 0)):
-        if number < least:
-            raise UserError(f"--{name} {number} is not possible: {least} or more")
     plans = choose_plans(manifest, gpus or (0,)) if serving.plans else []
     names = []
     with replacing(out) as folder:
@@ -162,6 +159,18 @@ def choose_place(manifest: Manifest, flavor: str | None, gpus: tuple[int, ...] |
     return backend.name, gpus
 
 
+def require_runs_here(manifest: Manifest, flavor: str, gpus: tuple[int, ...]) -> None:
+    """Raises UserError where the bundle has no engines for one of these GPUs, or for the CPU: Triton would say so once it
+    loads the model."""
+    for device in devices_of(gpus):
+        select_engines(manifest, find_flavor(flavor), device)
+
+
+def devices_of(gpus: tuple[int, ...]) -> list[str]:
+    """As torch names them."""
+    return [f"cuda:{gpu}" for gpu in gpus] or ["cpu"]
+
+
 def fitting_gpus(manifest: Manifest, backend: Flavor) -> tuple[int, ...]:
     """Those of this machine that run the bundle's engines. Raises UserError, with a reason, where there are only others."""
     import torch
@@ -183,8 +192,7 @@ def served(manifest: Manifest, flavor: str, gpus: tuple[int, ...]) -> tuple[list
     all that the bundle has of the flavor where the GPUs here run none, for the server may be elsewhere. Raises UserError
     where that has none, and where the CPU runs none."""
     try:
-        devices = [f"cuda:{gpu}" for gpu in gpus] or ["cpu"]
-        loaded = [select_engines(manifest, find_flavor(flavor), device)["unet"] for device in devices]
+        loaded = [select_engines(manifest, find_flavor(flavor), device)["unet"] for device in devices_of(gpus)]
     except UserError:
         loaded = [[engine for engine in manifest.engines if engine.component == "unet" and engine.flavor == flavor]]
         if not gpus or not loaded[0]:

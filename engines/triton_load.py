@@ -13,13 +13,13 @@ import math
 import os
 import platform
 import shlex
+import socket
 import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,10 @@ import psutil
 
 from distill.architectures import Resolution
 from distill.errors import UserError
-from distill.files import write_json
+from distill.files import require_writable_file, write_json
 from engines.load_file import LoadBundle, LoadClient, LoadFile, LoadLevel, LoadServer, LoadWorkload, ServerMemory
 from engines.quantiles import percentiles
+from engines.triton_options import Workload
 from engines.triton_server import make_client_environment, terminate_with_parent
 
 CLIENT = Path(__file__).with_name("triton_load_client.py")
@@ -39,27 +40,18 @@ SAMPLE_SECONDS = 1.0
 """How often the server's memory is read."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """What every request asks for; seeds count up, and each prompt ends with a word of its own. `size` is None for the first
-    that the server offers."""
-
-    size: str | None = None
-    steps: int = 25
-    guidance: float = 5.0
-    images: int = 1
-
-    def request(self) -> dict[str, Any]:
-        """The inputs by name. Raises UserError for a size that is none."""
-        resolution = Resolution.parse(self.size) if self.size else None
-        return {
-            "prompt": PROMPT,
-            "width": resolution.width if resolution else None,
-            "height": resolution.height if resolution else None,
-            "steps": self.steps,
-            "guidance": self.guidance,
-            "images": self.images,
-        }
+def make_request(workload: Workload) -> dict[str, Any]:
+    """The inputs by name; seeds count up, and the clients end each prompt with a word of its own. Raises UserError for a
+    size that is none."""
+    resolution = Resolution.parse(workload.size) if workload.size else None
+    return {
+        "prompt": PROMPT,
+        "width": resolution.width if resolution else None,
+        "height": resolution.height if resolution else None,
+        "steps": workload.steps,
+        "guidance": workload.guidance,
+        "images": workload.images,
+    }
 
 
 class MemoryWatch:
@@ -112,6 +104,16 @@ def find_server(port: int) -> psutil.Process | None:
     return None
 
 
+def require_listening(host: str, port: int) -> None:
+    """Raises UserError where nothing takes a connection: before the clients are installed."""
+    try:
+        socket.create_connection((host, port), timeout=10).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise UserError(
+            f"nothing listens at {host}:{port} ({error}); start a server with: python -m engines serve --bundle BUNDLE"
+        ) from None
+
+
 def measure_load(
     out: Path,
     server: str,
@@ -124,8 +126,8 @@ def measure_load(
     """Loads the server at each concurrency for `seconds`, writes `out`, and returns 1 where a request failed. Ctrl-C ends it
     with 130 and what was measured.
 
-    Raises UserError where no server answers, for a server that is not slimxl's, and, once what was measured is written,
-    where the clients ended before they were done.
+    Raises UserError for an `out` that cannot be written, where no server answers, for a server that is not slimxl's, and,
+    once what was measured is written, where the clients ended before they were done.
     """
     host, _, port = server.rpartition(":")
     if not host or not port.isdecimal():
@@ -134,17 +136,20 @@ def measure_load(
         raise UserError("--minutes and --rate must be above 0 and finite")
     job = {
         "server": server,
-        "request": workload.request(),
+        "request": make_request(workload),
         "concurrency": concurrency,
         "seconds": seconds,
         "rate": rate,
     }
+    require_writable_file(out)
+    host = host.strip("[]")
+    require_listening(host, int(port))
     about: dict[str, Any] = {}
     levels: list[LoadLevel] = []
     stopped = False
     python = make_client_environment(workdir).python
     try:
-        with MemoryWatch(host.strip("[]"), int(port)) as memory:
+        with MemoryWatch(host, int(port)) as memory:
             begin = 0.0
             for event in run_client(python, job):
                 if "error" in event:

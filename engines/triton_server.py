@@ -97,7 +97,7 @@ class Address:
         """Raises UserError for a name that has no IPv4 number."""
         try:
             found = socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise UserError(
                 f"--address {name!r} has no IPv4 number ({error}), and Triton listens on no other; pass one, e.g. 127.0.0.1"
             ) from None

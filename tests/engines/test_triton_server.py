@@ -26,8 +26,8 @@ from distill.errors import UserError
 from engines.bundle import Manifest, read_manifest
 from engines.load_file import read_load
 from engines.triton import backend_flags, write_repository
-from engines.triton_load import Workload, find_server, measure_load
-from engines.triton_options import Serving
+from engines.triton_load import find_server, make_request, measure_load
+from engines.triton_options import Serving, Workload
 from engines.triton_server import (
     ANSWERED,
     READY,
@@ -102,24 +102,44 @@ def test_where_it_may_listen(monkeypatch: pytest.MonkeyPatch) -> None:
     require_unexposed(Address("0.0.0.0"))
 
 
-def test_plans_need_a_server_that_opens_them(
-    toy_bundle: Path, toy_manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--plans"], "--plans needs Triton's tensorrt backend"),
+        (["--flavor", "tensorrt-rtx", "--gpus", "0,1"], "capability 8.0, 8.9 (a100, rtx4090), this GPU is NVIDIA H100"),
+        (["--queue", "-1"], "--queue is -1"),
+        (["--address", "a..b"], "--address 'a..b' has no IPv4 number"),
+    ],
+)
+def test_bad_serve(
+    words: list[str],
+    message: str,
+    toy_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Told before one is installed; and one that does is told of plans that bring their runtime."""
+    """Told before a server is installed."""
     from engines.__main__ import main
 
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("engines.flavors.tensorrt.driver_at_hand", lambda: None)
+    gpus = {"cuda:0": ("NVIDIA RTX 4090", "8.9"), "cuda:1": ("NVIDIA H100", "9.0")}
+    monkeypatch.setattr("engines.flavors.tensorrt.gpu_of_device", gpus.get)
     address = free_address()
     ports = ["--http-port", str(address.http_port), "--grpc-port", str(address.grpc_port)]
-    line = ["engines", "serve", "--bundle", str(toy_bundle), "--workdir", str(tmp_path), "--plans", *ports]
+    line = ["engines", "serve", "--bundle", str(toy_bundle), "--workdir", str(tmp_path), *ports, *words]
     monkeypatch.setattr("sys.argv", line)
-    monkeypatch.setattr("shutil.which", lambda name: None)
     assert main() == 2
-    assert "--plans needs Triton's tensorrt backend" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_server_is_told_of_plans_that_bring_their_runtime(toy_manifest: Manifest, tmp_path: Path) -> None:
     plan = toy_manifest.engines[0].model_copy(update={"flavor": "tensorrt", "options": {"version_compatible": True}})
     manifest = toy_manifest.model_copy(update={"engines": [plan]})
     told = [backend_flags(manifest, Serving(plans=plans)) for plans in (True, False)]
     assert told == [["--backend-config=tensorrt,version-compatible=true"], []]
-    assert command(tmp_path, None, address, "key", told[0])[-1:] == told[0]
+    assert command(tmp_path, None, Address(), "key", told[0])[-1:] == told[0]
 
 
 def test_a_killed_load_test_ends_its_clients(tmp_path: Path) -> None:
@@ -340,7 +360,9 @@ def test_nothing_but_drawing_is_open(server: Server, environment: Environment) -
 
 
 @pytest.mark.slow
-def test_load_is_measured(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_is_measured(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from engines.__main__ import main
 
     def load(*words: str) -> int:
@@ -348,6 +370,8 @@ def test_load_is_measured(server: Server, tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr("sys.argv", ["engines", "load", *out, *words])
         return main()
 
+    assert load("--server", f"127.0.0.1:{server.address.http_port}") == 2
+    assert "no slimxl model answers" in capsys.readouterr().err, "not gRPC's port"
     where = ["--server", f"127.0.0.1:{server.address.grpc_port}", "--steps", "1"]
     assert load(*where, "--concurrency", "1,3", "--minutes", "0.04", "--size", "160x96") == 0
     result = read_load(tmp_path / "load.json")
@@ -380,23 +404,25 @@ def test_load_is_measured(server: Server, tmp_path: Path, monkeypatch: pytest.Mo
         (["--concurrency", "²"], "--concurrency '²' is not a list"),
         (["--rate", "0"], "--minutes and --rate must be above 0"),
         (["--minutes", "nan"], "--minutes and --rate must be above 0"),
-        (["--server", "127.0.0.1:1"], "no slimxl model answers at 127.0.0.1:1"),
+        (["--server", "127.0.0.1:1"], "nothing listens at 127.0.0.1:1"),
+        (["--server", "a..b:1"], "nothing listens at a..b:1"),
+        (["--out", "."], "--out . is a folder"),
     ],
 )
 def test_bad_load(
     words: list[str],
     message: str,
     tmp_path: Path,
-    environment: Environment,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Told before anything is installed or measured."""
     from engines.__main__ import main
 
-    rest = ["--out", str(tmp_path / "x.json"), "--workdir", str(environment.folder.parent)]
+    rest = ["--out", str(tmp_path / "x.json"), "--workdir", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["engines", "load", *rest, *words])
     assert main() == 2
-    assert message in capsys.readouterr().err and not (tmp_path / "x.json").exists()
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_what_was_measured_is_written_when_the_clients_end(
@@ -406,13 +432,19 @@ def test_what_was_measured_is_written_when_the_clients_end(
     told = {"bundle": "b", "manifest_sha256": "0" * 64, "source": "toy", "flavor": "onnxruntime"}
     about = {"server": {"name": "triton", "version": "2"}, "parameters": told, "instances": [], "max_batch_size": 2}
     level = {"seconds": 2.0, "latencies_ms": [1.0, 2.0, 3.0], "batches": [2, 2, 1], "failures": 0, "first_error": None}
-    request = Workload(size="128x128").request()
+    request = make_request(Workload(size="128x128"))
     events = [about, {"request": request}, {"started": 1}, {"finished": 1} | level, {"started": 2}]
     monkeypatch.setattr("engines.triton_load.run_client", lambda python, job: iter(events))
     monkeypatch.setattr("engines.triton_load.make_client_environment", Environment)
     out = tmp_path / "load.json"
+
+    def measure() -> int:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            server = f"127.0.0.1:{listening.getsockname()[1]}"
+            return measure_load(out, server, Workload(), [1, 2], 1.0, None, tmp_path)
+
     with pytest.raises(UserError, match="the clients ended after 1 of 2 levels"):
-        measure_load(out, "somewhere.invalid:1", Workload(), [1, 2], 1.0, None, tmp_path)
+        measure()
     (written,) = read_load(out).levels
     assert written.requests == 3 and written.mean_batch == pytest.approx(1.5)
 
@@ -422,7 +454,7 @@ def test_what_was_measured_is_written_when_the_clients_end(
 
     monkeypatch.setattr("engines.triton_load.run_client", stopped)
     out.unlink()
-    assert measure_load(out, "somewhere.invalid:1", Workload(), [1, 2], 1.0, None, tmp_path) == 130
+    assert measure() == 130
     assert len(read_load(out).levels) == 1 and "stopped after 1 of 2 levels" in capsys.readouterr().err
 
 
