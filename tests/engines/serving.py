@@ -1,4 +1,4 @@
-"""What the tests of serving share: Triton's own client at work, and free ports."""
+"""What the tests of serving share: Triton's own client at work, a repository's config as it reads it, and free ports."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from engines.triton import write_repository
+from engines.triton_options import Serving
 from engines.triton_server import Address, Environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,3 +39,15 @@ def free_address() -> Address:
 
 def drawing(over: str = "http", **inputs: Any) -> dict[str, Any]:
     return {"do": "draw", "over": over, "inputs": {"prompt": "a red circle", "steps": 2, "seed": 5} | inputs}
+
+
+def parse(environment: Environment, text: str) -> dict[str, Any]:
+    """config.pbtxt as Triton reads it; fields that are 0 or false are absent."""
+    (config,) = ask(environment, Address(), {"do": "parse_config", "text": text})
+    assert "error" not in config, config
+    return config
+
+
+def repository_config(bundle: Path, out: Path, serving: Serving, environment: Environment) -> dict[str, Any]:
+    assert write_repository(bundle, out, serving) == ["slimxl"]
+    return parse(environment, (out / "slimxl/config.pbtxt").read_text())
