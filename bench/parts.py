@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,8 +17,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from bench.results import ACCEPTANCE_SCHEMA, TRAINING_SCHEMA
 from distill.errors import UserError, exit_on_user_error
@@ -174,8 +173,7 @@ def published(job: Job) -> list[str]:
             "--workdir", job.workdir, "--rounds", "6", *small, "--loops", *PUBLISHED_LOOPS,
         )  # fmt: skip
     except UserError as error:
-        times = Path(job.out)
-        if not times.exists() or times.stat().st_mtime < job.began:  # those of an earlier try are not this one's
+        if not Path(job.out).exists():
             raise
         return [f"not all of the memory is measured: {error}"]
     return []
@@ -200,25 +198,19 @@ def _command(job: Job, *arguments: str, hide_gpus: bool = False, keep_s: float =
     finds no time."""
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": "-1"} if hide_gpus else {})
     command, pipe = [sys.executable, "-m", *arguments], subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, process_group=0) as process:
         try:
             out, errors = process.communicate(timeout=max(1.0, job.left_s() - keep_s))
         except subprocess.TimeoutExpired:
-            _kill_tree(process.pid)
             raise UserError(f"{' '.join(arguments[:2])} found no time to end") from None
+        finally:  # a builder left alone would go on beside what is measured next
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
         lines = (errors.strip() or out.strip()).splitlines()
         raise UserError(
             f"{' '.join(arguments[:2])}: {lines[-1].removeprefix('error: ') if lines else process.returncode}"
         )
-
-
-def _kill_tree(pid: int) -> None:
-    """With what it has started: a builder left alone would go on beside what is measured next."""
-    root = psutil.Process(pid)
-    for process in [root, *root.children(recursive=True)]:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
 
 
 def _checkpoint(job: Job, model: str) -> Path:

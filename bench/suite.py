@@ -21,8 +21,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from bench.parts import FUNCTIONS, LAYOUTS, PARTIAL, Job, as_argument
 from bench.results import SESSION_SCHEMA
+from bench.retry import set_aside, settle
 from distill.architectures import find_architecture
 from distill.errors import UserError, unknown
 from distill.files import read_json, write_json
@@ -165,6 +168,8 @@ def _open_session(options: SuiteOptions) -> Session:
                 "another --out, or remove it"
             )
         session.records = {one["part"]: one for one in earlier["parts"]}
+        for part in session.records:  # that was tried again by a command that was killed
+            settle(session.path(part))
     return session
 
 
@@ -210,6 +215,10 @@ def _stop(process: subprocess.Popen[Any]) -> None:
     """The part, where it still runs, and whatever of its own it has left behind: compilers, builders, memory on the GPU."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    for pid in psutil.pids():  # the commands of other rooms have groups of their own within the part's session
+        with suppress(ProcessLookupError, PermissionError):
+            if os.getsid(pid) == process.pid:
+                os.killpg(os.getpgid(pid), signal.SIGKILL)
     process.wait()
 
 
@@ -238,6 +247,7 @@ def _run_part(session: Session, part: str, hold: bool = False) -> None:
     )
     options.workdir.mkdir(parents=True, exist_ok=True)
     log = options.workdir / f"{part.replace(':', '-')}.log"
+    set_aside(session.path(part))
     if not again:  # compilation is timed from nothing
         shutil.rmtree(options.workdir / kernels, ignore_errors=True)
     with log.open("wb") as errors:
@@ -255,17 +265,25 @@ def _run_part(session: Session, part: str, hold: bool = False) -> None:
             code = None
         finally:
             _stop(process)
+            stands = settle(session.path(part))
     seconds = round(time.time() - began, 1)
+    state, why, said = _outcome(code, seconds, log.read_text(errors="replace").strip().splitlines())
+    if stands:  # and so does what is recorded of it
+        say(f"  {part}: {state}: {why}; what it had before is more, and stands")
+    else:
+        session.record(part, state, why, seconds, said)
+
+
+def _outcome(code: int | None, seconds: float, said: list[str]) -> tuple[str, str | None, list[str] | None]:
+    """(state, why, the last lines said) by a part's exit code, None where it was stopped."""
     if code == 0:
-        return session.record(part, "done", seconds=seconds)
-    said = log.read_text(errors="replace").strip().splitlines()
+        return "done", None, None
     if code == PARTIAL:
-        return session.record(part, "partial", said[-1], seconds=seconds)
+        return "partial", said[-1], None
     if code is None:
-        return session.record(part, "stopped", f"not done after {seconds:.0f} s", seconds=seconds, log=said[-20:])
+        return "stopped", f"not done after {seconds:.0f} s", said[-20:]
     why = said[-1].removeprefix("error: ") if said and code > 0 else None
-    why = why or (f"ended by signal {-code}" if code < 0 else f"exit code {code}")
-    return session.record(part, "failed", why, seconds=seconds, log=said[-20:])
+    return "failed", why or (f"ended by signal {-code}" if code < 0 else f"exit code {code}"), said[-20:]
 
 
 def run_suite(options: SuiteOptions) -> int:
