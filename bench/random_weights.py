@@ -22,20 +22,15 @@ def random_pipeline(name: str, device: str, dtype: torch.dtype) -> Any:
     The VAE says that it is safe in fp16, as the fixed one of the published figures does: weights of this scale are.
     """
     import torch
-    from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    from diffusers import StableDiffusionXLPipeline
 
     from distill.assemble import tokenizers_and_scheduler
+    from distill.networks import make_network
 
     architecture = find_architecture(name)
     family = architecture.family
+    configs = architecture.configs | {"vae": family.vae | {"force_upcast": False}}
     torch.manual_seed(SEED)
-    makers: dict[str, Any] = {
-        "unet": lambda: UNet2DConditionModel(**architecture.unet_config),
-        "vae": lambda: AutoencoderKL(**family.vae | {"force_upcast": False}),
-        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**family.text_encoder)),
-        "text_encoder_2": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**family.text_encoder_2)),
-    }
     with torch.device(device):
-        networks = {component: make().to(dtype).eval() for component, make in makers.items()}
+        networks = {part: make_network(part, config).to(dtype).eval() for part, config in configs.items()}
     return StableDiffusionXLPipeline(**networks, **tokenizers_and_scheduler(family), add_watermarker=False)

@@ -79,17 +79,11 @@ class ModelConfigs:
 def _module(component: str, config_json: str) -> Any:
     """The component on the meta device."""
     import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    config = json.loads(config_json)
+    from distill.networks import make_network
+
     with torch.device("meta"):
-        if component == "unet":
-            return UNet2DConditionModel.from_config(config).eval()
-        if component == "vae_decoder":
-            return AutoencoderKL.from_config(config).eval()
-        kind = CLIPTextModel if component == "text_encoder" else CLIPTextModelWithProjection
-        return kind(CLIPTextConfig(**config)).eval()
+        return make_network("vae" if component == "vae_decoder" else component, json.loads(config_json)).eval()
 
 
 def _inputs(component: str, config: dict[str, Any], tokens: int, height: int, width: int, batch: int) -> dict[str, Any]:

@@ -148,9 +148,20 @@ class Architecture:
             "reverse_transformer_layers_per_block": [list(block) or 1 for block in depth.up],
         }
 
+    @property
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """The config of each network, under the name of its folder in a checkpoint."""
+        family = self.family
+        return {
+            "unet": self.unet_config,
+            "vae": family.vae,
+            "text_encoder": family.text_encoder,
+            "text_encoder_2": family.text_encoder_2,
+        }
 
-def _resolutions(*sizes: tuple[int, int]) -> tuple[Resolution, ...]:
-    return tuple(Resolution(*size) for size in sizes)
+
+def _resolutions(sizes: str) -> tuple[Resolution, ...]:
+    return tuple(map(Resolution.parse, sizes.split()))
 
 
 def _clip(hidden_act: str, width: int, inner: int, layers: int, heads: int, words: dict[str, int]) -> dict[str, Any]:
@@ -214,17 +225,7 @@ SDXL_FAMILY = Family(
     },
     text_encoder=_clip("quick_gelu", 768, 3072, 12, 12, _CLIP_WORDS),
     text_encoder_2=_clip("gelu", 1280, 5120, 32, 20, _CLIP_WORDS),
-    resolutions=_resolutions(
-        (1024, 1024),
-        (1152, 896),
-        (896, 1152),
-        (1216, 832),
-        (832, 1216),
-        (1344, 768),
-        (768, 1344),
-        (1536, 640),
-        (640, 1536),
-    ),
+    resolutions=_resolutions("1024x1024 1152x896 896x1152 1216x832 832x1216 1344x768 768x1344 1536x640 640x1536"),
 )
 
 # Narrow, not shallow: the same blocks in the same order. Few groups keep several channels in each normalised one.
@@ -250,9 +251,7 @@ MINI_FAMILY = Family(
     },
     text_encoder=_clip("quick_gelu", 64, 128, 3, 2, _MINI_WORDS),
     text_encoder_2=_clip("gelu", 64, 128, 3, 2, _MINI_WORDS),
-    resolutions=_resolutions(
-        (128, 128), (160, 128), (128, 160), (160, 96), (96, 160), (192, 96), (96, 192), (224, 96), (96, 224)
-    ),
+    resolutions=_resolutions("128x128 160x128 128x160 160x96 96x160 192x96 96x192 224x96 96x224"),
 )
 
 FAMILIES = {family.name: family for family in (SDXL_FAMILY, MINI_FAMILY)}

@@ -13,19 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from distill.architectures import SDXL_FAMILY, Architecture, Family
 from distill.files import require_free_disk
+from distill.networks import NETWORKS, make_network
 from distill.tensors import MadeTensor, WritableTensor, write_safetensors
 
 if TYPE_CHECKING:
     import torch
 
-CLASSES = {
+BESIDE_NETWORKS = {
     "scheduler": ("diffusers", "EulerDiscreteScheduler"),
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
     "tokenizer": ("transformers", "CLIPTokenizer"),
     "tokenizer_2": ("transformers", "CLIPTokenizer"),
-    "unet": ("diffusers", "UNet2DConditionModel"),
-    "vae": ("diffusers", "AutoencoderKL"),
 }
 SCHEDULER = {
     "beta_start": 0.00085,
@@ -40,17 +37,9 @@ SCHEDULER = {
 def meta_components(architecture: Architecture) -> dict[str, Any]:
     """The four networks of an architecture without memory for their weights."""
     import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    family = architecture.family
     with torch.device("meta"):
-        return {
-            "unet": UNet2DConditionModel(**architecture.unet_config),
-            "vae": AutoencoderKL(**family.vae),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**family.text_encoder)),
-            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**family.text_encoder_2)),
-        }
+        return {component: make_network(component, config) for component, config in architecture.configs.items()}
 
 
 def component_shapes(component: str, module: Any) -> dict[str, tuple[int, ...]]:
@@ -76,14 +65,14 @@ def assemble(
     size = sum(tensor.nbytes for component in tensors.values() for tensor in component.values())
     require_free_disk(folder.parent, size, f"a checkpoint of {architecture.name}", "--workdir")
     for component, module in meta_components(architecture).items():
-        is_diffusers = CLASSES[component][0] == "diffusers"
+        is_diffusers = NETWORKS[component][0] == "diffusers"
         (module.save_config if is_diffusers else module.config.save_pretrained)(folder / component)
         stem = "diffusion_pytorch_model" if is_diffusers else "model"
         write_safetensors(folder / component / f"{stem}.safetensors", tensors[component])
     for name, part in tokenizers_and_scheduler(architecture.family, **scheduler).items():
         part.save_pretrained(folder / name)
-    index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True} | CLASSES
-    (folder / "model_index.json").write_text(json.dumps(index, indent=1))
+    index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+    (folder / "model_index.json").write_text(json.dumps(index | BESIDE_NETWORKS | NETWORKS, indent=1, sort_keys=True))
 
 
 def tokenizers_and_scheduler(family: Family, **scheduler: Any) -> dict[str, Any]:

@@ -28,13 +28,14 @@ from distill.architectures import (
 from distill.errors import UserError, unknown
 from distill.files import exclusive, read_json, remove_leftovers, replacing, sha256_file, sha256_json, write_json
 from distill.hub import NO_SAFETENSORS, explaining_hub
+from distill.networks import NETWORKS, network_class
 from distill.tensors import component_tensors, component_weights, read_safetensors_header, weights_variant
 
 if TYPE_CHECKING:
     import torch
 
 MINI_TEACHER = Path(__file__).parent / "mini" / "teacher"
-COMPONENT_FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2")
+COMPONENT_FOLDERS = tuple(NETWORKS)
 CONVERSION = 1
 """Raised whenever a random, converted or fused checkpoint comes out otherwise than before: older ones are made again."""
 FORMS = "a Hugging Face id, a diffusers folder, a single .safetensors file, random:NAME or mini:sdxl"
@@ -155,17 +156,9 @@ def peek_architecture(source: str) -> Architecture:
 
 def load_component(folder: Path, component: str, dtype: torch.dtype) -> Any:
     """One network of a checkpoint folder in eval mode: `unet`, `vae`, `text_encoder` or `text_encoder_2`."""
-    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    classes: dict[str, Any] = {
-        "unet": UNet2DConditionModel,
-        "vae": AutoencoderTiny if read_config(folder, "vae").get("_class_name") == "AutoencoderTiny" else AutoencoderKL,
-        "text_encoder": CLIPTextModel,
-        "text_encoder_2": CLIPTextModelWithProjection,
-    }
+    kind = network_class(component, read_config(folder, component))
     variant = weights_variant(component_weights(folder / component)[0]) or None
-    return classes[component].from_pretrained(folder / component, torch_dtype=dtype, variant=variant).eval()
+    return kind.from_pretrained(folder / component, torch_dtype=dtype, variant=variant).eval()
 
 
 def load_pipeline(folder: Path, dtype: torch.dtype, without: Collection[str] = ()) -> Any:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from diffusers.training_utils import EMAModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from distill.architectures import ARCHITECTURES, MINI_FAMILY, Resolution
 from distill.assemble import tokenizers_and_scheduler
+from distill.networks import make_network
 from distill.progress import say
 from distill.teach_vae import draw_pictures, to_tensor
 
@@ -36,13 +36,11 @@ def _latent_pool(
 
 def make_mini_pipeline(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
     """An SDXL pipeline of the mini family with untrained UNet and text encoders around `vae`."""
-    family = MINI_FAMILY
+    configs = ARCHITECTURES["mini-sdxl"].configs
     return StableDiffusionXLPipeline(
         vae=vae,
-        text_encoder=CLIPTextModel(CLIPTextConfig(**family.text_encoder)),
-        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**family.text_encoder_2)),
-        unet=UNet2DConditionModel(**ARCHITECTURES["mini-sdxl"].unet_config),
-        **tokenizers_and_scheduler(family),
+        **{name: make_network(name, configs[name]) for name in ("text_encoder", "text_encoder_2", "unet")},
+        **tokenizers_and_scheduler(MINI_FAMILY),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +16,7 @@ from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from distill.errors import UserError
+from distill.networks import make_network
 from distill.sources import component_tensors, read_config
 from distill.tensors import TensorRecord
 
@@ -33,20 +33,9 @@ def _modern(key: str) -> str:
 def on_meta(folder: Path, component: str) -> nn.Module:
     """The network of a checkpoint folder without weights; its buffers, which no file holds, are real."""
     from accelerate import init_empty_weights
-    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    config = read_config(folder, component)
     with init_empty_weights(include_buffers=False):
-        if component == "unet":
-            network: Any = UNet2DConditionModel.from_config(config)
-        elif component == "vae":
-            tiny = config.get("_class_name") == "AutoencoderTiny"
-            network = (AutoencoderTiny if tiny else AutoencoderKL).from_config(config)
-        else:
-            kind = CLIPTextModel if component == "text_encoder" else CLIPTextModelWithProjection
-            network = kind(CLIPTextConfig.from_dict(config))
-    return network.eval()
+        return make_network(component, read_config(folder, component)).eval()
 
 
 def load_shapes(folder: Path, component: str, dtype: torch.dtype) -> nn.Module:
