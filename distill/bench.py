@@ -1,8 +1,6 @@
 """The training loop beside the published one: samples per second and peak memory, on the same model and machine.
 
-The published trainers run the VAE and both text encoders in every step and keep raw
-sub-block features from hooks on student and teacher; that loop is made again here on today's libraries, by its
-description. Loading and resizing pictures is left out on both sides, since it runs beside the device.
+Loading and resizing pictures is left out on both sides, since it runs beside the device.
 
 All loops share one teacher and student and take their steps in turn, so what slows the machine slows all;
 a ratio is the median of the per-round ratios. Peak memory is of each loop alone in a process of its own.
@@ -25,8 +23,6 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
-from torch.nn import functional
 
 from distill.architectures import ARCHITECTURES, Architecture, Family, find_architecture
 from distill.cache import LatentCache, encode, write_shard
@@ -38,10 +34,10 @@ from distill.layer_map import make_layer_map
 from distill.options import HALF, TrainOptions, make_accelerator
 from distill.pair import Pair, load_nets
 from distill.progress import say, track
+from distill.published import published_steps
 from distill.recipes import Level, LossWeights, Recipe
 from distill.sources import find_architecture_of, load_pipeline, resolve
 from distill.surgery import make_student_unet
-from distill.taps import Tap, make_taps
 
 SCHEMA = "slimxl.distill.bench/1"
 WARMUP_ROUNDS = 2
@@ -125,12 +121,12 @@ class Workshop:
             compile=any(loop.compiled for loop in loops),
         )
         self.accelerator = make_accelerator(settings, folder)
-        device, self.half = self.accelerator.device, HALF[options.mixed_precision]
+        half = HALF[options.mixed_precision]
         self.samples = base_samples(teacher.family, options.batch)
         self.resolution = self.samples[0].resolution
-        self.pipe = load_pipeline(checkpoint, self.half, without=("unet",))
+        self.pipe = load_pipeline(checkpoint, half, without=("unet",))
         self.pipe.vae.float()
-        self.pipe.to(device)
+        self.pipe.to(self.accelerator.device)
         shard = folder / "shard-000000.safetensors"
         write_shard(self.pipe, {self.resolution: self.samples}, [], shard, seed=0, batch=4)
         write_json(folder / "cache.json", {"shards": 1})
@@ -140,16 +136,13 @@ class Workshop:
         make_student_unet(checkpoint, student, "first", folder / "unet")
         self.pair = Pair(
             self.accelerator,
-            *load_nets(checkpoint, folder / "unet", self.half),
+            *load_nets(checkpoint, folder / "unet", half),
             make_layer_map("first", teacher.depth, student.depth),
             alphas_cumprod_of(checkpoint),
             Recipe(name="bench", stages=(), batch_size=options.batch),
             settings,
         )
-        self.sub_blocks = make_taps("sub-block", teacher.depth, student.depth, self.pair.layer_map)
-        self.scheduler = DDPMScheduler.from_pretrained(checkpoint, subfolder="scheduler")
-        self.optimizer = self.pair.optimizer.optimizer  # the published loop steps it without accelerate's wrapper
-        for group in self.optimizer.param_groups:
+        for group in self.pair.optimizer.param_groups:  # for the published loop, which sets none
             group["lr"] = LEARNING_RATE
         self.number = 0
 
@@ -162,8 +155,8 @@ class Workshop:
     @contextmanager
     def _stepping(self, loop: Loop) -> Iterator[Callable[[], float]]:
         if loop.published:
-            with raw_hooks(self.pair.student, self.pair.teacher, self.sub_blocks) as features:
-                yield lambda: self._published_step(*features)
+            with published_steps(self.pair, self.pipe, self.samples) as step:
+                yield step
             return
         losses = LossWeights(level=loop.features) if loop.features else LossWeights(feature=0.0)
         batches = self.cache if loop.cache else Encoding(self.pipe, self.samples)
@@ -175,72 +168,6 @@ class Workshop:
                 return take_step(noised, learning_rate=LEARNING_RATE)["total"]
 
             yield step
-
-    def _published_step(self, of_student: dict[str, torch.Tensor], of_teacher: dict[str, torch.Tensor]) -> float:
-        device, half, teacher = self.accelerator.device, self.half, self.pair.teacher
-        pixels = torch.from_numpy(np.stack([sample.image for sample in self.samples])).permute(0, 3, 1, 2)
-        with torch.no_grad():
-            posterior = self.pipe.vae.encode(pixels.to(device).float() / 127.5 - 1).latent_dist
-            latents = (posterior.sample() * self.pipe.vae.config.scaling_factor).to(half)
-            states, pooled = [], None
-            for tokenizer, encoder in (
-                (self.pipe.tokenizer, self.pipe.text_encoder),
-                (self.pipe.tokenizer_2, self.pipe.text_encoder_2),
-            ):
-                captions = [sample.caption for sample in self.samples]
-                length = tokenizer.model_max_length
-                tokens = tokenizer(
-                    captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-                )
-                encoded = encoder(tokens.input_ids.to(device), output_hidden_states=True)
-                states.append(encoded.hidden_states[-2])
-                pooled = encoded[0]
-        noise = torch.randn_like(latents)
-        timesteps = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(latents),), device=device)
-        noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        time_ids = torch.tensor([sample.time_ids for sample in self.samples], device=device)
-        inputs = {
-            "encoder_hidden_states": torch.cat(states, dim=-1),
-            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids},
-        }
-        with self.accelerator.autocast():
-            noise_pred = self.pair.model(noisy, timesteps, **inputs).sample
-        with torch.no_grad():
-            teacher_pred = teacher(noisy, timesteps, **inputs).sample
-        loss = functional.mse_loss(noise_pred.float(), noise.float())
-        loss = loss + 0.5 * functional.mse_loss(noise_pred.float(), teacher_pred.float())
-        pairs = ((of_student[tap.student], of_teacher[tap.teacher]) for tap in self.sub_blocks)
-        loss = loss + 0.5 * sum(functional.mse_loss(ours, theirs) for ours, theirs in pairs)
-        self.accelerator.backward(loss)
-        if scaler := self.accelerator.scaler:
-            scaler.step(self.optimizer)
-            scaler.update()
-        else:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        return self.accelerator.gather(loss.detach().repeat(len(latents))).mean().item()
-
-
-@contextmanager
-def raw_hooks(student: Any, teacher: Any, taps: Sequence[Tap]) -> Iterator[tuple[dict, dict]]:
-    """Hooks that keep every output until the next step overwrites it, as the published script's do."""
-    features: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})
-
-    def keep(kept: dict[str, torch.Tensor], path: str) -> Any:
-        def hook(_module: Any, _inputs: Any, output: Any) -> None:
-            kept[path] = output if isinstance(output, torch.Tensor) else output[0]
-
-        return hook
-
-    paths = {student: [tap.student for tap in taps], teacher: [tap.teacher for tap in taps]}
-    handles = [
-        net.get_submodule(path).register_forward_hook(keep(kept, path))
-        for (net, of_net), kept in zip(paths.items(), features, strict=True)
-        for path in of_net
-    ]
-    yield features
-    for handle in handles:
-        handle.remove()
 
 
 def architectures_of(options: BenchOptions) -> tuple[Architecture, Architecture]:

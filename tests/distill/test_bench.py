@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,10 +106,10 @@ def test_the_gpu_suite_asks_for_loops_that_there_are() -> None:
 def test_a_full_gpu_is_one_line_here_and_from_a_loops_own_process(
     mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_self: Workshop, *_features: object) -> float:
+    def full() -> float:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.20 GiB free. More.")
 
-    monkeypatch.setattr(Workshop, "_published_step", full)
+    monkeypatch.setattr("distill.bench.published_steps", lambda *_: nullcontext(full))
     options = BenchOptions(model=str(mini_vega), student=HALF, batch=2, rounds=1)
     with pytest.raises(
         UserError, match=r"2\.00 GiB\..*'published' was at its turn; take --batch below 2 or --gradient"
