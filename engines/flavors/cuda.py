@@ -35,6 +35,12 @@ class CudaDevice:
     def empty(self, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
+    def free_bytes(self) -> int:
+        """What the driver can still hand out, once torch has given back what it keeps in reserve: TensorRT allocates
+        from the driver, not from torch."""
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info(self.device)[0])
+
     def current(self) -> AbstractContextManager[None]:
         """CUDA's current device inside: TensorRT has no other way of being told one, and each thread starts with 0."""
         return torch.cuda.device(self.device)

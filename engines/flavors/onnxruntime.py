@@ -4,6 +4,7 @@ resolution."""
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from engines.gpus import gpu_of_device
 
 if TYPE_CHECKING:
     import torch
+
+FULL_GPU = re.compile("out of memory|Failed to allocate memory")
+"""In CUDA's words and in those of ONNX Runtime's allocator; it has no type of error for it."""
 
 
 def import_onnxruntime() -> Any:
@@ -138,6 +142,10 @@ class OnnxRuntimeFlavor:
         try:
             return OnnxRuntimeEngine(paths[0], [tensor.name for tensor in engine.outputs], shared)
         except Exception as error:  # ONNX Runtime's exceptions share no base class of its own
+            if FULL_GPU.search(str(error)):
+                import torch
+
+                raise torch.OutOfMemoryError(f"{engine.files[0].path}: {error}") from error
             raise UserError(f"ONNX Runtime cannot open {engine.files[0].path} ({error}); {mend}") from error
 
 

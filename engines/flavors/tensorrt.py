@@ -8,6 +8,7 @@ an fp16 ONNX file. Running a plan is `tensorrt_runtime.py`.
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -30,7 +31,7 @@ def import_tensorrt(flavor: str) -> Any:
     except ImportError as error:
         raise UserError(
             f"flavor {flavor} needs the Python package {flavor}, which cannot be imported ({error}); "
-            f"pip install {flavor}"
+            f"{sys.executable} -m pip install {flavor}"
         ) from None
 
 
@@ -136,10 +137,13 @@ class TensorRTFlavor:
             )
         title, capability = found
         if not engine.serves(capability):
+            wanted: dict[str, Any] = {"gpus": ["auto"]}
+            if capability not in (self.targets or ()):
+                wanted["flavor"] = "tensorrt"  # which is for every GPU that it is built on
             raise UserError(
                 f"the {engine.component} plan is for compute capability {', '.join(engine.compute_capabilities)} "
                 f"({', '.join(engine.gpus)}), this GPU is {title} with {capability}; "
-                f"rebuild with: {rebuild_command(Path('BUNDLE'), engine.model_copy(update={'gpus': ['auto']}))}"
+                f"rebuild with: {rebuild_command(Path('BUNDLE'), engine.model_copy(update=wanted))}"
             )
 
     def cuda_major(self) -> int | None:

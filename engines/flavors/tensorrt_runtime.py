@@ -105,7 +105,8 @@ class TensorRTEngine:
     def __init__(
         self, engine: Engine, plan: bytes, arena: Arena, mend: str, weights: OnnxComponent | None = None
     ) -> None:
-        """Raises UserError where the plan does not fit this machine, by its header first and then by the whole."""
+        """Raises UserError where the plan does not fit this machine, by its header first and then by the whole, and
+        torch.OutOfMemoryError where the GPU has no room for it."""
         # CPython frees attributes in the order they were set: contexts go before the settings and the cache that they
         # use, which TensorRT-RTX does not keep alive for them
         self._contexts: dict[tuple[int, Shapes], _Context] = {}
@@ -133,6 +134,10 @@ class TensorRTEngine:
             runtime.engine_host_code_allowed = True  # such a plan brings its runtime along; its hash was compared
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
+            if (free := self._arena.device.free_bytes()) < len(plan):
+                raise torch.OutOfMemoryError(
+                    f"{path} takes {_gb(len(plan))} of the GPU's memory, of which {_gb(free)} are free"
+                )
             why = f" ({doubt})" if doubt else ""
             raise UserError(f"{flavor} refused {path}{why}; its own message stands above; {mend}")
         return engine
@@ -165,11 +170,16 @@ class TensorRTEngine:
         self._config.dynamic_shapes_kernel_specialization_strategy = getattr(strategies, strategy.upper())
 
     def make_context(self) -> Any:
-        """An execution context that brings no activation memory of its own."""
-        if self._config is not None:
-            return self._plan.create_execution_context(self._config)
+        """An execution context that brings no activation memory of its own. Raises torch.OutOfMemoryError where TensorRT
+        gives none."""
         strategy = self._arena.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        return self._plan.create_execution_context(strategy)
+        context = self._plan.create_execution_context(strategy if self._config is None else self._config)
+        if context is None:
+            raise torch.OutOfMemoryError(
+                f"{self.record.flavor} gave {self.record.component} no execution context with "
+                f"{_gb(self._arena.device.free_bytes())} of the GPU's memory free; its own message stands above"
+            )
+        return context
 
     def _activation_bytes(self) -> int:
         """The most that any size of the bundle needs. A range reaches wider than its sizes, so it is asked for each."""
@@ -247,10 +257,15 @@ def _check_header(arena: Arena, plan: bytes, engine: Engine, mend: str) -> str:
     found = [name.lower().replace("_", " ") for name, kind in kinds.items() if reasons & int(kind)]
     if found == ["unsupported cc"]:
         return "unsupported cc"
-    mends = {"old cuda driver": "update the NVIDIA driver", "insufficient gpu memory": "free memory of this GPU"}
-    if len(found) == 1:
-        mend = mends.get(found[0], mend)
+    if found == ["insufficient gpu memory"]:
+        raise torch.OutOfMemoryError(f"{engine.files[0].path} finds too little memory free on this GPU")
+    if found == ["old cuda driver"]:
+        mend = "update the NVIDIA driver"
     raise UserError(f"{engine.files[0].path} cannot run here: {', '.join(found) or 'not a plan'}; {mend}")
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
 
 
 def _largest_shapes(profile: Profile, resolution: str) -> list[tuple[str, tuple[int, ...]]]:

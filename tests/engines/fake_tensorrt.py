@@ -30,6 +30,7 @@ class FakeDevice:
 
     def __init__(self) -> None:
         self.captures = 0
+        self.free = 1 << 30
         self.fails_to_capture = False
         self.synchronized = 0
         self.ordered_depth = 0
@@ -41,6 +42,9 @@ class FakeDevice:
             yield
         finally:
             FakeDevice.current_depth -= 1
+
+    def free_bytes(self) -> int:
+        return self.free
 
     def empty(self, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
@@ -132,14 +136,17 @@ class FakePlan:
         self.scale = 2.0
         self.contexts: list[FakeContext] = []
         self.lets_go = False  # do not keep the contexts alive
+        self.is_full = False  # no memory for another context
         self.configs: list[Any] = []
 
     def create_runtime_config(self) -> FakeConfig:
         self.configs.append(FakeConfig())
         return self.configs[-1]
 
-    def create_execution_context(self, how: Any) -> FakeContext:
+    def create_execution_context(self, how: Any) -> FakeContext | None:
         require_current()
+        if self.is_full:
+            return None
         context = FakeContext(self)
         context.specialization = getattr(how, "dynamic_shapes_kernel_specialization_strategy", "")
         self.contexts.append(weakref.proxy(context) if self.lets_go else context)

@@ -286,7 +286,12 @@ def test_no_two_plans_that_serve_the_same_are_loaded(toy_manifest: Manifest, mon
             "driver",
             "made for CUDA 13, driver 550.54 runs CUDA 12 at most; update the NVIDIA driver",
         ),
-        (("NVIDIA H100", "9.0"), None, r"for compute capability 8.0, 8.9 .* this GPU is NVIDIA H100 with 9.0"),
+        (
+            ("NVIDIA H100", "9.0"),
+            None,
+            r"8.0, 8.9 .* this GPU is NVIDIA H100 with 9.0; .* --flavor tensorrt --.* --gpus auto",
+        ),
+        (("NVIDIA RTX 5090", "12.0"), None, r"this GPU is NVIDIA RTX 5090 with 12.0; .*tensorrt-rtx --.* --gpus auto"),
         (("NVIDIA A100", "8.0"), "1.2.3.4", "built by tensorrt-rtx 1.2.3.4, installed is"),
         (("NVIDIA A100", "8.0"), None, None),
         (("NVIDIA L40S", "8.9"), None, None),

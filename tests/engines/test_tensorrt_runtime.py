@@ -165,8 +165,27 @@ def test_rtx_settings_follow_the_layout(
 def test_header_is_judged_before_the_plan_is_deserialised(toy_manifest: Manifest, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot run here: version mismatch, old cuda driver; mend it"):
         make(toy_manifest, tmp_path, "tensorrt-rtx", header_reasons=5)
-    with pytest.raises(UserError, match="cannot run here: insufficient gpu memory; free memory of this GPU"):
+    with pytest.raises(UserError, match="cannot run here: old cuda driver; update the NVIDIA driver"):
+        make(toy_manifest, tmp_path, "tensorrt-rtx", header_reasons=4)
+
+
+def test_a_full_gpu_is_an_out_of_memory_error_as_torch_has_it(
+    toy_manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the header, by the whole plan, and by a context for another size; a plan that is refused with room left is not."""
+    with pytest.raises(torch.OutOfMemoryError, match="finds too little memory free"):
         make(toy_manifest, tmp_path, "tensorrt-rtx", header_reasons=8)
+    with pytest.raises(UserError, match="its own message stands above; mend it"):
+        make(toy_manifest, tmp_path, refuses=True)
+    loaded, trt, _, engine = make(toy_manifest, tmp_path)
+    trt.plan.is_full = True
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"gave unet no execution context with 1\.1 GB of the GPU's memory"
+    ):
+        loaded.run({"sample": sample("128x128")}, engine.profiles[0])
+    monkeypatch.setattr(FakeDevice, "free_bytes", lambda self: len(b"plan") - 1)
+    with pytest.raises(torch.OutOfMemoryError, match=r"takes 0\.0 GB of the GPU's memory, of which 0\.0 GB are free"):
+        make(toy_manifest, tmp_path, refuses=True)
 
 
 def test_a_doubtful_gpu_is_decided_by_deserialising(toy_manifest: Manifest, tmp_path: Path) -> None:
