@@ -14,7 +14,7 @@ from bench.suite import SuiteOptions
 from distill.errors import exit_on_user_error
 
 
-def run(options: Annotated[RunOptions, tyro.conf.OmitArgPrefixes]) -> int:
+def run(options: Annotated[RunOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]) -> int:
     """Measure contestants on this machine and write one results file."""
     from bench.run import run_bench
 
@@ -26,8 +26,8 @@ def report(results: list[Path], out: Path, title: str = "slimxl latency report")
     """Make one self-contained page, its Markdown and its JSON from one or more results files.
 
     Args:
-        results: Results files; the first is the main one, the others are further machines or runs.
-        out: Folder to write index.html, report.md and report.json into.
+        results: Results files, the main one first; what `bench gpu`, `distill bench` and `engines load` write may join.
+        out: Folder to write index.html, report.md and report.json into; it is made where it is absent.
         title: Title of the page.
     """
     from bench.report import write_report
@@ -42,14 +42,14 @@ def compare(before: tyro.conf.Positional[Path], after: tyro.conf.Positional[Path
     Args:
         before: The older results file.
         after: The newer results file.
-        tolerance: Change that counts as none even where the intervals are narrower.
+        tolerance: Share of the median, below 1: a change up to it counts as none, however narrow the intervals.
     """
     from bench.compare import compare_files
 
     return compare_files(before, after, tolerance)
 
 
-def gpu(options: Annotated[SuiteOptions, tyro.conf.OmitArgPrefixes]) -> int:
+def gpu(options: Annotated[SuiteOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]) -> int:
     """Everything one session on a GPU can measure, within minutes, as JSON and a report."""
     from bench.suite import run_suite
 

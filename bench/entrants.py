@@ -10,7 +10,7 @@ from typing import Any
 
 from bench.contestants import Spec
 from bench.gpu import Gpu
-from bench.inventory import kind_of
+from bench.inventory import describe
 from bench.measure import cold_start
 from bench.roofline import Costs, ModelConfigs, component_costs
 from bench.workload import PROMPTS, Workload
@@ -30,14 +30,18 @@ class Entrant:
     memory: dict[str, Any] = field(default_factory=dict)
     kernels: dict[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        """Raises UserError for a folder that is damaged."""
+        self.artifacts = [describe(folder) for folder in self.folders]
+
     @property
     def name(self) -> str:
         return self.spec.name
 
     def checkpoint(self) -> str | None:
         """Where this contestant's weights come from, as a source that every room knows; None where nobody said."""
-        for folder in self.folders:
-            if kind_of(folder) == "checkpoint":
+        for folder, artifact in zip(self.folders, self.artifacts, strict=True):
+            if artifact["kind"] == "checkpoint":
                 return str(folder)
         return self.spec.source if self.spec.kind in ("eager", "compiled") else None
 
@@ -59,9 +63,11 @@ def find_configs(entrant: Entrant) -> None:
     """Raises UserError for a source that cannot be had."""
     from distill.sources import resolve
 
+    contestant = entrant.contestant
     if entrant.spec.kind == "fake":
         entrant.why_no_costs = "a fake contestant computes nothing"
         return
+    contestant.check()
     source = entrant.checkpoint()
     if source is None:
         entrant.why_no_costs = "no checkpoint among its artifacts, so its FLOPs are not known"
@@ -70,7 +76,8 @@ def find_configs(entrant: Entrant) -> None:
     if kind == "random":
         entrant.configs = ModelConfigs.of_architecture(find_architecture(name))
     else:
-        entrant.configs = ModelConfigs.of_folder(resolve(source, entrant.contestant.workdir))
+        is_own = source == contestant.source
+        entrant.configs = ModelConfigs.of_folder(contestant.folder if is_own else resolve(source, contestant.workdir))
 
 
 def family_prompts(family: Family, count: int) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.errors import UserError
+from distill.errors import UserError, require_least
 
 
 @dataclass(kw_only=True)
@@ -23,8 +23,9 @@ class FidelityOptions:
     """FID and CLIP score are taken where captions are given; without a band a value is told, but judged by nobody."""
 
     captions: Path | None = None
-    """Text file, one caption a line: FID and CLIP score over its first `caption-count` lines."""
+    """Text file, one caption a line: FID and CLIP score over its first --caption-count lines. Neither if not given."""
     caption_count: int = 200
+    """Captions to draw, one picture each, from the first on."""
     fid_reference: Path | None = None
     """.npz with mu and sigma of the reference pictures' features."""
     fid_extractor: Path | None = None
@@ -163,8 +164,7 @@ def check_references(options: FidelityOptions) -> None:
             raise UserError(f"--{name}-band {band[0]:g} {band[1]:g}: the low end comes first")
     if options.captions is None:
         return
-    if options.caption_count < 1:
-        raise UserError(f"--caption-count {options.caption_count}: at least 1 is needed")
+    require_least(1, caption_count=options.caption_count)
     read_captions(options.captions, options.caption_count)
     black = np.zeros((1, 299, 299, 3), np.uint8)
     if options.fid_reference is not None and options.fid_extractor is not None:

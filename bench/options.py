@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.fidelity import FidelityOptions, check_references
+from bench.pipelines import WORKDIR
 from bench.workload import check_scheduler
-from distill.errors import UserError, unknown
+from distill.errors import UserError, require_least, unknown
 from distill.files import require_writable_file
 
 if TYPE_CHECKING:
@@ -20,53 +21,70 @@ class RunOptions:
     """Measures contestants on the machine at hand and writes one results file."""
 
     contestants: list[str]
-    """NAME=KIND[@OPTION]:SOURCE, kinds eager, compiled, optimum, bundle, fake."""
+    """NAME=KIND[@OPTION]:SOURCE, one or more; KIND[@OPTION]:SOURCE is one of
+    eager@fp16:MODEL (diffusers; fp32, bf16 or fp16, any MODEL that distill takes),
+    compiled@fp16:MODEL (with torch.compile),
+    bundle@FLAVOR:FOLDER (a slimxl bundle; +LAYOUT and +no-graphs may follow FLAVOR),
+    optimum:FOLDER (an ONNX folder),
+    fake:denoise=10,vae_decode=25 (waits so many milliseconds)."""
     out: Path
-    """The results file to write."""
+    """The results file to write, .json."""
     artifacts: list[str] = field(default_factory=list)
-    """NAME=FOLDER: checkpoint, ONNX and bundle folders of a contestant: its sizes, losses, hashes, fp32 reference."""
+    """NAME=FOLDER, any number: a contestant's checkpoint, ONNX and bundle, for sizes, losses, hashes, fp32 reference."""
     baseline: str | None = None
     """The contestant that speed-ups are told against; the first one if not given."""
     resolutions: str = "first"
-    """`all`, `first`, or WIDTHxHEIGHT,...; the first is the main one."""
+    """`all` or `first` of the model family's, or WIDTHxHEIGHT,...; the first is the main one."""
     steps: str = "30"
-    """Step counts, comma-separated; the first is the main one."""
+    """Denoising steps of a picture, comma-separated; the first is the main one."""
     batches: str = "1"
+    """Pictures drawn by one call, comma-separated; the first is the main one."""
     guidance: str = "5"
-    """Guidance scales, comma-separated; 1 means no guidance."""
+    """Guidance scales, comma-separated; the first is the main one, 1 and below mean no guidance."""
     scheduler: str = "default"
     """default (the checkpoint's own), euler, euler-a, ddim, dpm++, unipc, lcm, or a scheduler class of diffusers."""
     seed: int = 0
+    """Of the noise that the timed pictures begin with, the same for all contestants."""
     seconds: float = 60.0
-    """Time for the timed rounds of all cells together; every cell gets at least `min-rounds`."""
+    """Time for the timed rounds of all workloads together; each gets at least --min-rounds whatever that takes."""
     min_rounds: int = 6
+    """Timed calls of each contestant at each workload, at the least; below 6 a median has no interval."""
     max_rounds: int = 100
+    """And at the most."""
     max_warmup: int = 3
+    """Calls before them that are not timed, at the most; fewer once two in a row agree within 5 %."""
     pictures: int = 9
     """Pictures each contestant draws, the same prompts and seeds for all; 0 for none."""
     picture_steps: int = 20
+    """Denoising steps of those pictures."""
     energy_seconds: float = 10.0
+    """Seconds each contestant draws while the GPU's energy counter is read; 0 reads none."""
     kernels: bool = False
     """Say by kernel family where the denoise loop's time goes, by torch's profiler, after the timed rounds."""
     load_seconds: float | None = None
-    """Contestants that would not be loaded by then, taking as long as the one before, are left out, and said so."""
+    """Seconds to load in: who would not be there by then, taking as long as the one before, is left out. None: no limit."""
     reference: bool = True
-    """Compare each contestant with its checkpoint in fp32 (needs a checkpoint among its artifacts)."""
+    """Compare each contestant with its checkpoint in fp32 (for bundle and optimum: one among its --artifacts)."""
     fidelity: FidelityOptions = field(default_factory=FidelityOptions)
     device: str | None = None
     """cpu or cuda; the GPU if there is one."""
-    workdir: Path = Path("out/sources")
+    workdir: Path = WORKDIR
+    """Folder for checkpoints that have to be made or converted, and for the fp32 reference pictures."""
 
 
 def check_options(options: RunOptions, specs: list[Spec]) -> str:
     """Raises UserError for what can be known to be wrong before anything is loaded; returns the baseline's name."""
-    if options.min_rounds < 1 or options.max_rounds < options.min_rounds:
-        raise UserError(
-            f"rounds from {options.min_rounds} to {options.max_rounds}: at least 1 is needed, and the most must not be "
-            "below the least"
-        )
-    if options.max_warmup < 1:
-        raise UserError(f"--max-warmup {options.max_warmup}: at least 1 is needed")
+    require_least(1, min_rounds=options.min_rounds, max_warmup=options.max_warmup, picture_steps=options.picture_steps)
+    require_least(
+        0,
+        seed=options.seed,
+        seconds=options.seconds,
+        pictures=options.pictures,
+        energy_seconds=options.energy_seconds,
+        load_seconds=options.load_seconds or 0,
+    )
+    if options.max_rounds < options.min_rounds:
+        raise UserError(f"--max-rounds {options.max_rounds} is below --min-rounds {options.min_rounds}")
     check_scheduler(options.scheduler)
     if options.device not in (None, "cpu", "cuda"):
         raise unknown("device", str(options.device), ("cpu", "cuda"))

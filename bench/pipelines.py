@@ -6,7 +6,7 @@ tokenizers, `encode_prompt`, the progress bar, the end of each step, and the ima
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bench.measure import Mark
 from bench.pictures import Pictures
 from bench.workload import SCHEDULERS, Workload
+from distill.architectures import find_architecture
 from distill.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from engines.bundle import Layout
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+WORKDIR = Path("out/models")
+"""For what has to be made: the folder of distill and export, so that a random model lies on the disk once."""
 
 
 def _dtype(precision: str) -> torch.dtype:
@@ -77,7 +80,11 @@ class PipelineContestant:
     device: str = "cpu"
     precision: str = "fp32"
     runtime: str = "diffusers eager"
-    workdir: Path = field(default_factory=lambda: Path("out/sources"))
+    workdir: Path = WORKDIR
+
+    def check(self) -> None:
+        """Raises UserError, before anything is loaded, for a source that cannot be had or is of no use here."""
+        raise NotImplementedError
 
     def make_pipeline(self) -> Any:
         raise NotImplementedError
@@ -143,6 +150,10 @@ class EagerContestant(PipelineContestant):
     `random:NAME` is made on the device itself, never written to disk.
     """
 
+    def check(self) -> None:
+        kind, _, name = self.source.partition(":")
+        _ = find_architecture(name) if kind == "random" else self.folder
+
     def make_pipeline(self) -> Any:
         from bench.random_weights import random_pipeline
         from distill.sources import load_pipeline
@@ -187,18 +198,22 @@ class OptimumContestant(PipelineContestant):
 
     runtime: str = "optimum ONNX Runtime"
 
-    def make_pipeline(self) -> Any:
+    def check(self) -> None:
+        if not (Path(self.source) / "unet" / "model.onnx").is_file():
+            raise UserError(
+                f"{self.source} is no ONNX folder (no unet/model.onnx): make one with python -m export onnx"
+            )
         try:
-            from optimum.onnxruntime import ORTStableDiffusionXLPipeline
+            import optimum.onnxruntime  # noqa: F401
         except ImportError as error:
             raise UserError(
                 f"contestant {self.name!r} needs the optional package optimum-onnx ({error}); "
                 "install it with: pip install 'slimxl[optimum]'"
             ) from None
-        if not (Path(self.source) / "unet" / "model.onnx").is_file():
-            raise UserError(
-                f"{self.source} is no ONNX folder (no unet/model.onnx): make one with python -m export onnx"
-            )
+
+    def make_pipeline(self) -> Any:
+        from optimum.onnxruntime import ORTStableDiffusionXLPipeline
+
         provider = "CUDAExecutionProvider" if self.device.startswith("cuda") else "CPUExecutionProvider"
         return ORTStableDiffusionXLPipeline.from_pretrained(self.source, provider=provider)
 
@@ -212,6 +227,13 @@ class BundleContestant(PipelineContestant):
     flavor: str | None = None
     layout: Layout | None = None
     cuda_graphs: bool = True
+
+    def check(self) -> None:
+        from engines.bundle import read_manifest
+        from engines.pipeline import choose_flavor, select_engines
+
+        manifest = read_manifest(Path(self.source))
+        select_engines(manifest, choose_flavor(manifest, self.flavor, self.device), self.device, self.layout)
 
     def make_pipeline(self) -> Any:
         import engines

@@ -15,7 +15,7 @@ from bench.contestants import default_device, make_contestant, parse_specs
 from bench.entrants import Entrant, family_prompts, find_configs, find_family, import_quietly, load_entrant
 from bench.examine import draw_pictures, energy_of, kernels_of, quality_of
 from bench.gpu import Gpu, device_ranges, throttled_meanwhile
-from bench.inventory import describe, parse_artifacts
+from bench.inventory import parse_artifacts
 from bench.measure import Cell, Rounds, measure_cells
 from bench.options import RunOptions, check_options
 from bench.peaks import Peak, find_peak
@@ -143,7 +143,7 @@ def _contestant_record(
         kernels=entrant.kernels,
         quality=quality,
         follows=shares(seen) | {"count": len(seen)} if seen else None,
-        artifacts=[describe(folder) for folder in entrant.folders],
+        artifacts=entrant.artifacts,
         configs=asdict(entrant.configs) if entrant.configs is not None else None,
         engines=getattr(entrant.contestant, "engines", None),
     )

@@ -27,7 +27,7 @@ from bench.parts import FUNCTIONS, LAYOUTS, PARTIAL, Job, as_argument
 from bench.results import SESSION_SCHEMA
 from bench.retry import set_aside, settle
 from distill.architectures import find_architecture
-from distill.errors import UserError, unknown
+from distill.errors import UserError, require_least, unknown
 from distill.files import read_json, write_json
 from distill.progress import say
 
@@ -51,18 +51,20 @@ class SuiteOptions:
     out: Path = Path("bench/results")
     """Folder for the JSON files and the report."""
     workdir: Path = Path("out/gpu")
-    """Folder for checkpoints, ONNX, bundles and logs."""
+    """Folder for checkpoints, ONNX, bundles, compiled kernels and logs."""
     models: str = "sdxl,ssd-1b,vega"
-    """Architectures, comma-separated, the baseline first."""
+    """Architectures of one family, comma-separated, the largest first: it is the baseline, and the teacher."""
     resolutions: str = "1024x1024,1536x640,640x1536"
-    """The first is where everything is measured, the others are for diffusers as it comes."""
+    """WIDTHxHEIGHT, comma-separated: every part draws the first, and some the others too."""
     steps: int = 30
+    """Denoising steps of a picture."""
     minutes: float = 8.5
-    """The whole command ends within this time; what does not fit is left for the next."""
+    """The whole command ends within this time; what does not fit is left for the next. 0 makes the report alone."""
     device: str = "cuda"
-    """cpu tries the suite out, with the mini models."""
+    """cuda; or cpu, to try the suite out with --models mini-ssd-1b,mini-vega --resolutions 128x128 --steps 2."""
     parts: str = ""
-    """Only these, comma-separated; all of them if not given."""
+    """Only these, comma-separated; all of them if not given. A name (compiled:vega, eager:batch) or a whole kind: eager,
+    acceptance, training, compiled, published, tensorrt, tensorrt-rtx, onnxruntime, layouts."""
 
 
 @dataclass
@@ -137,12 +139,14 @@ def _chosen(options: SuiteOptions, models: list[str]) -> list[str]:
 
 
 def _open_session(options: SuiteOptions) -> Session:
-    """Raises UserError for an unknown model, where there is no GPU and none was waived, and for results of a session
-    with other settings."""
+    """Raises UserError for a number out of range, an unknown model, where there is no GPU and none was waived, and for
+    results of a session with other settings."""
     from bench.contestants import default_device
     from bench.gpu import Gpu
     from bench.workload import parse_resolutions
 
+    require_least(1, steps=options.steps)
+    require_least(0, minutes=options.minutes)
     models = [name for name in options.models.split(",") if name]
     families = {find_architecture(name).family.name: find_architecture(name).family for name in models}
     if len(families) != 1:

@@ -6,6 +6,7 @@ and the prompts are part of it too, so that two contestants can be asked for the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from distill.architectures import Family, Resolution
@@ -85,7 +86,7 @@ def parse_resolutions(text: str, family: Family) -> list[Resolution]:
         raise UserError(f"resolutions {text!r}: give all, first, or a comma-separated list of WIDTHxHEIGHT")
     multiple = family.size_multiple
     for one in resolutions:
-        if one.width % multiple or one.height % multiple:
+        if any(side == 0 or side % multiple for side in (one.width, one.height)):
             near = Resolution(*(max(multiple, round(side / multiple) * multiple) for side in (one.width, one.height)))
             raise UserError(
                 f"resolution {one}: both sides must be multiples of {multiple} in the {family.name} family; "
@@ -108,9 +109,12 @@ def parse_numbers(text: str, what: str) -> list[int]:
 def parse_scales(text: str) -> list[float]:
     """A comma-separated list of guidance scales. Raises UserError."""
     try:
-        return [float(part) for part in text.split(",")]
+        scales = [float(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"guidance {text!r} is not a comma-separated list of numbers, e.g. 5,1") from None
+    if not all(0 <= scale < math.inf for scale in scales):
+        raise UserError(f"guidance {text!r}: every scale must be a number of at least 0, e.g. 5,1")
+    return scales
 
 
 def make_workloads(

@@ -127,7 +127,7 @@ def test_broken_files_are_one_line(references):
         ({"captions": Path("x"), "fid_band": (23.0, 24.0)}, "--fid-band judges nothing without --fid-reference"),
         ({"fid_extractor": Path("x")}, "--fid-extractor judges nothing without --captions"),
         ({"captions": Path("x"), "clip_model": "x", "clip_band": (32.0, 31.0)}, "the low end comes first"),
-        ({"captions": Path("x"), "caption_count": 0}, "at least 1"),
+        ({"captions": Path("x"), "caption_count": 0}, "--caption-count is 0; the least is 1"),
     ],
 )
 def test_what_would_judge_nothing_is_refused(given, word):

@@ -125,7 +125,7 @@ def test_seed_scheduler_and_guidance_reach_the_pipeline(eager):
 
 def test_a_folder_that_is_no_onnx_folder_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"unet/model\.onnx"):
-        OptimumContestant("x", str(tmp_path)).load()
+        OptimumContestant("x", str(tmp_path)).check()
 
 
 def test_kinds_become_contestants():

@@ -158,7 +158,7 @@ def test_no_contestant_begins_to_load_too_late(tmp_path, virtual_time, monkeypat
     from bench.fake import FakeContestant
 
     monkeypatch.setattr(FakeContestant, "load", lambda self: None)
-    results = run_bench(fake_options(tmp_path / "r.json", load_seconds=-1.0))
+    results = run_bench(fake_options(tmp_path / "r.json", load_seconds=1e-9))
     assert [record.name for record in results.contestants] == ["teacher"]
     assert "vega was not loaded" in results.notes[0]
 
@@ -214,12 +214,15 @@ def test_fid_and_clip_outside_their_bands_fail_the_guard(tmp_path, clip_folder, 
     assert f"CLIP score {clip:.2f} is below the band" in judged["words"][1]
 
 
-def test_a_contestant_that_cannot_load_is_one_line(tmp_path):
-    folder = tmp_path / "empty"
+def test_damaged_artifacts_are_told_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.delattr("bench.run._load_all")
+    folder = tmp_path / "folder"
     folder.mkdir()
     with pytest.raises(UserError, match="neither a checkpoint"):
         run_bench(fake_options(tmp_path / "r.json", artifacts=[f"vega={folder}"]))
-    assert not (tmp_path / "r.json").exists()
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="schema version None"):
+        run_bench(fake_options(tmp_path / "r.json", artifacts=[f"vega={folder}"]))
 
 
 @pytest.mark.parametrize(
@@ -231,10 +234,19 @@ def test_a_contestant_that_cannot_load_is_one_line(tmp_path):
         ({"contestants": ["a=warp:x"]}, "unknown kind"),
         ({"contestants": ["a=eager@int3:x"]}, "unknown precision"),
         ({"baseline": "nobody"}, "unknown baseline"),
-        ({"max_rounds": 0, "min_rounds": 0}, "at least 1"),
+        ({"contestants": ["a=eager:random:vgea"]}, "did you mean 'vega'"),
+        ({"contestants": ["a=optimum:no-such-folder"]}, "no-such-folder is no ONNX folder"),
+        ({"contestants": ["a=bundle:no-such-folder"]}, "no-such-folder is not a bundle"),
+        ({"max_rounds": 0, "min_rounds": 0}, "--min-rounds is 0"),
+        ({"max_rounds": 3}, "--max-rounds 3 is below --min-rounds 6"),
+        ({"seconds": -1.0}, "--seconds is -1.0; the least is 0"),
+        ({"energy_seconds": float("nan")}, "--energy-seconds is nan"),
+        ({"picture_steps": 0}, "--picture-steps is 0"),
         ({"steps": "0"}, "at least 1"),
         ({"steps": "many"}, "whole numbers"),
         ({"guidance": "strong"}, "guidance"),
+        ({"guidance": "5,-1"}, "at least 0"),
+        ({"resolutions": "0x64"}, "the nearest is 32x64"),
         ({"resolutions": "1000"}, "WIDTHxHEIGHT"),
         ({"resolutions": ","}, "resolutions ','"),
         ({"resolutions": "1000x1000"}, "multiples of 32"),
@@ -245,7 +257,8 @@ def test_a_contestant_that_cannot_load_is_one_line(tmp_path):
         ({"fidelity": FidelityOptions(captions=Path("no-such-file.txt"))}, "does not exist"),
     ],
 )
-def test_bad_input_is_said_before_anything_is_loaded(tmp_path, changes, word):
+def test_bad_input_is_said_before_anything_is_loaded(tmp_path, monkeypatch, changes, word):
+    monkeypatch.delattr("bench.run._load_all")
     with pytest.raises(UserError, match=word):
         run_bench(fake_options(**({"out": tmp_path / "r.json"} | changes)))
 

@@ -53,6 +53,8 @@ def pretend(monkeypatch, tmp_path, code):
         ({"device": "tpu"}, "unknown device"),
         ({"device": "cuda"}, "--device cpu"),
         ({"resolutions": "big"}, "WIDTHxHEIGHT"),
+        ({"steps": 0}, "--steps is 0; the least is 1"),
+        ({"minutes": -1.0}, "--minutes is -1.0; the least is 0"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, changes, word):
