@@ -50,7 +50,7 @@ def test_some_tensorrt_is_for_this_gpu() -> None:
     """Else the tests below are none."""
     assert FLAVORS, (
         f"no TensorRT module that is installed targets {gpu_at_hand()}; TensorRT itself does: "
-        "pip install -c constraints.txt -e '.[gpu]'"
+        f"{sys.executable} -m pip install -c constraints.txt -e '.[gpu]'"
     )
 
 
