@@ -66,7 +66,7 @@ def build(
     build_bundle(
         onnx,
         out,
-        gpus=_names(gpus),
+        gpus=_names(gpus.lower()),
         flavor=flavor,
         layout=layout,
         resolutions=resolutions,
@@ -134,7 +134,7 @@ def prune(
     """
     from engines.prune import prune_bundle
 
-    gpus, flavors, resolutions = map(_names, (keep_gpus, keep_flavors, keep_resolutions))
+    gpus, flavors, resolutions = map(_names, (keep_gpus.lower(), keep_flavors, keep_resolutions))
     return prune_bundle(bundle, gpus, flavors, resolutions, keep_newest, dry_run)
 
 
@@ -165,7 +165,7 @@ def bench(
     compare_layouts(
         onnx,
         out,
-        gpus=_names(gpus),
+        gpus=_names(gpus.lower()),
         flavor=flavor,
         layouts=_names(layouts),  # type: ignore[arg-type]
         components=_names(components),

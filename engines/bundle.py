@@ -251,7 +251,10 @@ def locate(bundle: Path, record: FileRecord, mend: str) -> Path:
     root = Path(bundle).resolve()
     path = root / record.path
     if not path.resolve().is_relative_to(root):
-        raise UserError(f"{record.path} leads out of the bundle {bundle} (a link to {path.resolve()}); {mend}")
+        raise UserError(
+            f"{record.path} leads out of the bundle {bundle} (a link to {path.resolve()}); copy the bundle with its links "
+            f"followed (cp -rL), or {mend}"
+        )
     if not path.is_file():
         raise UserError(f"{record.path} is missing from {bundle}; {mend}")
     size = path.stat().st_size

@@ -85,7 +85,7 @@ class EngineComponent:
         if not found:
             raise UserError(
                 f"resolution {resolution} is not in the bundle's {self.name}: it has {', '.join(self.resolutions)}; "
-                f"ask for one of them, or add it with python -m engines build --resolutions {resolution}"
+                "ask for one of them; a size that the model has is added by building into the same bundle with --resolutions"
             )
         enough = [choice for choice in found if choice[2] >= rows]
 

@@ -26,8 +26,9 @@ def make_handler(bundle: str) -> type[BaseHTTPRequestHandler]:
     sizes = pipeline.unet.component.resolutions
 
     def draw(prompt: str, width: int, height: int, steps: int = 25, guidance: float = 5.0, seed: int = 0) -> bytes:
-        if not isinstance(prompt, str) or not 1 <= steps <= 100 or f"{width}x{height}" not in sizes:
-            raise UserError(f"allowed are one prompt, 1 to 100 steps and the sizes {', '.join(sizes)}")
+        numbers = 1 <= steps <= 100 and 0 <= guidance <= 50 and 0 <= seed < 2**63
+        if not isinstance(prompt, str) or not numbers or f"{width}x{height}" not in sizes:
+            raise UserError(f"allowed: a prompt, 1-100 steps, guidance 0-50, a seed from 0, sizes {', '.join(sizes)}")
         generator = torch.Generator().manual_seed(seed)  # on the CPU: the same picture on every device
         options = {"width": width, "height": height, "num_inference_steps": steps, "guidance_scale": guidance}
         with turn:
@@ -38,7 +39,7 @@ def make_handler(bundle: str) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             try:
-                if not 0 < (length := int(self.headers["Content-Length"])) <= 4096:
+                if not 0 < (length := int(self.headers["Content-Length"] or 0)) <= 4096:
                     raise UserError(f"the request has {length} bytes, allowed are 1 to 4096")
                 status, kind, body = 200, "image/png", draw(**json.loads(self.rfile.read(length)))
             except (UserError, ValueError, TypeError) as error:

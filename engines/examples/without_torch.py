@@ -1,6 +1,8 @@
 """Text to latent from a bundle with numpy, tokenizers and a runtime alone: a plan and the manifest are enough.
 
-python engines/examples/without_torch.py BUNDLE "a red circle" 128x128 latent.npy [onnxruntime|tensorrt-rtx|tensorrt]
+usage: python engines/examples/without_torch.py BUNDLE "a red circle" 128x128 latent.npy [onnxruntime|tensorrt-rtx|tensorrt]
+
+The flavors of TensorRT take their own package and cuda-bindings.
 """
 
 from __future__ import annotations
@@ -47,7 +49,12 @@ def text_to_latent(bundle: Path, text: str, size: str, steps: int, guidance: flo
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (5, 6):
+        raise SystemExit(__doc__)
     folder, prompt, wanted, out, chosen = [*sys.argv[1:5], *sys.argv[5:6], "onnxruntime"][:5]
     columns, rows = (int(side) // 8 for side in wanted.split("x"))
     start = np.random.default_rng(0).standard_normal((1, 4, rows, columns))
-    np.save(out, text_to_latent(Path(folder), prompt, wanted, 8, 5.0, start, chosen))
+    try:
+        np.save(out, text_to_latent(Path(folder), prompt, wanted, 8, 5.0, start, chosen))
+    except ImportError as error:
+        raise SystemExit(f"flavor {chosen}: {error}") from None

@@ -132,8 +132,8 @@ class TensorRTFlavor:
         if found is None:
             raise UserError(
                 f"{self.name} engines need an NVIDIA GPU of compute capability "
-                f"{' or '.join(engine.compute_capabilities)}, found no GPU or no driver; on this machine use an "
-                "onnxruntime engine: add --flavor onnxruntime to the build"
+                f"{' or '.join(engine.compute_capabilities)}, found no GPU or no driver; for this machine build "
+                "onnxruntime engines: python -m engines build --flavor onnxruntime, or make engines FLAVOR=onnxruntime"
             )
         title, capability = found
         if not engine.serves(capability):

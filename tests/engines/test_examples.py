@@ -59,8 +59,10 @@ def test_service_draws_what_the_pipeline_draws_and_answers_bad_requests(toy_bund
     expected = pipeline("a red circle", width=224, height=96, num_inference_steps=2, generator=generator).images[0]
     assert np.array_equal(np.asarray(picture), np.asarray(expected))
     for body, message in [
-        (json.dumps(request | {"width": 999}).encode(), "and the sizes 128x128"),
-        (json.dumps(request | {"steps": 0}).encode(), "1 to 100 steps"),
+        (json.dumps(request | {"width": 999}).encode(), "sizes 128x128"),
+        (json.dumps(request | {"steps": 0}).encode(), "1-100 steps"),
+        (json.dumps(request | {"guidance": float("nan")}).encode(), "guidance 0-50"),
+        (json.dumps(request | {"seed": -1}).encode(), "a seed from 0"),
         (b"x" * 5000, "5000 bytes"),
         (b"{", "Expecting"),
         (json.dumps({"width": 128}).encode(), "missing"),
@@ -158,5 +160,7 @@ def test_without_torch_really_is(toy_bundle: Path, tmp_path: Path) -> None:
     script, out = str(EXAMPLES / "without_torch.py"), tmp_path / "latent.npy"
     arguments = [script, str(toy_bundle), "a red circle", "160x96", str(out)]
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, timeout=120)
+    done = subprocess.run([sys.executable, *arguments[:3]], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1 and "usage: python engines/examples/without_torch.py BUNDLE" in done.stderr
     latent = np.load(out)
     assert latent.shape == (1, 4, 12, 20) and np.isfinite(latent).all()
