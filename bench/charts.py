@@ -69,6 +69,11 @@ def number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
+def tick(value: float) -> str:
+    """In full: ticks stand at even distances, which rounding to three digits would belie."""
+    return number(value) if abs(value) >= 1000 else f"{value:g}"
+
+
 class _Scale:
     def __init__(self, axis: Axis, values: list[float], start: float, end: float) -> None:
         self._log = axis.log
@@ -105,8 +110,8 @@ def line_chart(series: list[Series], x: Axis, y: Axis, title: str) -> Markup:
     for value in y_ticks:
         at = to_y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{at + 3.5:.1f}" text-anchor="end">{number(value)}</text>')
-    x_ticks = x.ticks or [(value, number(value)) for value in nice_ticks(to_x.low, to_x.high, 5)]
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{at + 3.5:.1f}" text-anchor="end">{tick(value)}</text>')
+    x_ticks = x.ticks or [(value, tick(value)) for value in nice_ticks(to_x.low, to_x.high, 5)]
     for value, text in x_ticks:
         at = to_x(value)
         parts.append(
@@ -155,9 +160,7 @@ def dot_whiskers(rows: list[tuple[str, int, float, float | None, float | None]],
     for value in nice_ticks(0, top, 4):
         x = at(value)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="6" y2="{height - 22}"/>')
-        parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{height - 8}" text-anchor="middle">{number(value)}{unit}</text>'
-        )
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{height - 8}" text-anchor="middle">{tick(value)}{unit}</text>')
     if top > 1:
         parts.append(f'<line class="grid one" x1="{at(1):.1f}" x2="{at(1):.1f}" y1="6" y2="{height - 22}"/>')
     for index, (label, colour, value, low, high) in enumerate(rows):

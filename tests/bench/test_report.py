@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from bench.charts import Axis, Series, dot_whiskers, line_chart, log_ticks, nice_ticks, number
+from bench.charts import Axis, Series, dot_whiskers, line_chart, log_ticks, nice_ticks, number, tick
 from bench.measure import Sample
 from bench.predict import floor_ms
 from bench.quality import png_base64
@@ -254,6 +254,14 @@ def test_every_workload_has_its_row_and_a_failure_part_way_is_told(results_path,
     assert "Vega failed: RuntimeError: lost" in note
 
 
+def test_what_has_nothing_to_show_is_left_out(results_path, tmp_path):
+    """Fakes have no parameters, a CPU no energy counter, eight runs no percentile."""
+    write_report([results_path], tmp_path / "out")
+    page = (tmp_path / "out" / "index.html").read_text()
+    for absent in ('<section id="sizes">', "energy an image", "memory added, device", "p90 / p99", "(MFU)"):
+        assert absent not in page, absent
+
+
 def test_a_refused_row_is_struck_through(results_path, tmp_path):
     value = json.loads(results_path.read_text())
     value["cells"][0]["rows"][1] |= {"refused": True, "speedup": None, "diagnosis": ["refused: faster than the floor"]}
@@ -422,6 +430,7 @@ def test_ticks_are_round_and_within_the_range():
     assert nice_ticks(0.2, 1.1, 4) == [0.25, 0.5, 0.75, 1.0]
     assert log_ticks(0.03, 30) == [0.1, 1.0, 10.0]
     assert [number(value) for value in (0, 12_000, 0.0123, 345.6)] == ["0", "12k", "0.0123", "346"]
+    assert [tick(value) for value in nice_ticks(15.3, 16.4, 5)] == ["15.5", "15.75", "16", "16.25"]
 
 
 def test_a_speed_up_is_seen_against_one():
