@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.fidelity import FidelityOptions, check_references
-from bench.pipelines import WORKDIR
 from bench.workload import check_scheduler
 from distill.errors import UserError, require_least, unknown
 from distill.files import require_writable_file
+from distill.sources import WORKDIR
 
 if TYPE_CHECKING:
     from bench.contestants import Spec

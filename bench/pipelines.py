@@ -16,6 +16,7 @@ from bench.pictures import Pictures
 from bench.workload import SCHEDULERS, Workload
 from distill.architectures import find_architecture
 from distill.errors import UserError
+from distill.sources import WORKDIR
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from engines.bundle import Layout
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-WORKDIR = Path("out/models")
-"""For what has to be made: the folder of distill and export, so that a random model lies on the disk once."""
 
 
 def _dtype(precision: str) -> torch.dtype:

@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 import tyro
 
 from distill.errors import UserError, exit_on_user_error
+from distill.sources import WORKDIR
 
 app = tyro.extras.SubcommandApp()
-WORKDIR = Path("out/models")
 Precision = Literal["no", "fp16", "bf16"]
 
 

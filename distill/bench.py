@@ -36,7 +36,7 @@ from distill.pair import Pair, load_nets
 from distill.progress import say, track
 from distill.published import published_steps
 from distill.recipes import Level, LossWeights, Recipe
-from distill.sources import find_architecture_of, load_pipeline, resolve
+from distill.sources import WORKDIR, find_architecture_of, load_pipeline, resolve
 from distill.surgery import make_student_unet
 
 SCHEMA = "slimxl.distill.bench/1"
@@ -85,7 +85,7 @@ class BenchOptions:
     mixed_precision: str = "no"
     gradient_checkpointing: bool = False
     optimizer: str = "adamw"
-    workdir: Path = Path("out/models")
+    workdir: Path = WORKDIR
 
     def __post_init__(self) -> None:
         """Raises UserError for a number out of range."""

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     import torch
 
 MINI_TEACHER = Path(__file__).parent / "mini" / "teacher"
+WORKDIR = Path("out/models")
+"""Where every room keeps what `resolve` has to make, if not told otherwise: once."""
 COMPONENT_FOLDERS = tuple(NETWORKS)
 CONVERSION = 1
 """Raised whenever a random, converted or fused checkpoint comes out otherwise than before: older ones are made again."""

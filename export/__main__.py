@@ -10,9 +10,9 @@ import tyro
 
 from distill.architectures import Resolution
 from distill.errors import UserError, exit_on_user_error
+from distill.sources import WORKDIR
 
 app = tyro.extras.SubcommandApp()
-WORKDIR = Path("out/models")
 
 
 def _words(text: str) -> tuple[str, ...]:

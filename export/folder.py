@@ -28,7 +28,7 @@ from distill.files import (
     sha256_json,
     write_json,
 )
-from distill.sources import file_hashes, find_architecture_of, read_config
+from distill.sources import WORKDIR, file_hashes, find_architecture_of, read_config
 from distill.tensors import component_tensors
 from export.checkpoint import VAE_SOURCES, prepare
 from export.components import COMPONENTS, FLOAT_DTYPES, vae_scale_factor
@@ -102,7 +102,7 @@ def export_checkpoint(
     *,
     options: ExportOptions | None = None,
     source_name: str | None = None,
-    workdir: Path = Path("out/models"),
+    workdir: Path = WORKDIR,
     progress: Callable[[str], None] = print,
 ) -> None:
     """Writes the ONNX folder `out` of the diffusers folder `checkpoint`. Components that are up to date are kept.

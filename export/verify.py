@@ -11,7 +11,7 @@ from typing import Any
 from distill.architectures import Resolution
 from distill.errors import UserError, unknown
 from distill.files import read_json, sha256_file, sha256_json
-from distill.sources import file_hashes, load_component
+from distill.sources import WORKDIR, file_hashes, load_component
 from export.checkpoint import prepare
 from export.components import COMPONENTS
 from export.job import require_batch, weights_hashes
@@ -35,7 +35,7 @@ def verify_folder(
     sizes: Sequence[Resolution] = (),
     batch: int = 2,
     seed: int | None = None,
-    workdir: Path = Path("out/models"),
+    workdir: Path = WORKDIR,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, list[Parity]]:
     """Compares every component of an ONNX folder with its checkpoint, in `sizes` or every resolution of slimxl.json.
