@@ -49,6 +49,7 @@ def _features(level: Level) -> LossWeights:
     return LossWeights(output=1.0, feature=0.2, level=level, normalize=True)
 
 
+HELD_OUT_BATCH = 20
 _TASK = LossWeights(output=0.0, feature=0.0)
 VARIANTS = {
     "from-scratch": Variant(losses=_TASK, from_scratch=True),
@@ -88,14 +89,14 @@ def make_recipe(name: str, variant: Variant, *, teacher: str, student: str, step
 
 
 @torch.no_grad()
-def held_out_loss(checkpoint: Path, cache: Path, *, batch_size: int = 20) -> float:
-    """Mean square error of noise_pred over a cache, `batch_size` samples of each resolution at a time; noise and
+def held_out_loss(checkpoint: Path, cache: Path) -> float:
+    """Mean square error of noise_pred over a cache, HELD_OUT_BATCH samples of one resolution at a time; noise and
     timesteps are always the same."""
-    latents = LatentCache(cache, batch_size=batch_size, seed=0)
+    latents = LatentCache(cache, batch_size=HELD_OUT_BATCH, seed=0)
     unet = load_component(checkpoint, "unet", torch.float32)
     alphas_cumprod = alphas_cumprod_of(checkpoint)
     errors = []
-    for step in range(len(latents) // batch_size):
+    for step in range(len(latents) // HELD_OUT_BATCH):
         batch = add_noise(latents.batch(step), alphas_cumprod, seed=("held out", step), caption_dropout=0.0)
         errors.append((predict(unet, batch) - batch["noise"]).square().mean().item())
     return mean(errors)
@@ -155,7 +156,8 @@ def run_ablation(
     Raises UserError for an unknown variant, a number out of range, or a cache of something else.
     """
     check_pictures(pictures, picture_steps)
-    require_least(1, seeds=seeds, steps=steps, samples=samples, held_out=held_out, jobs=jobs)
+    require_least(1, seeds=seeds, steps=steps, samples=samples, jobs=jobs)
+    require_least(HELD_OUT_BATCH, held_out=held_out)
     for name in variants:
         if name not in VARIANTS:
             raise unknown("variant", name, VARIANTS)
@@ -186,13 +188,16 @@ def run_ablation(
     todo = [pair for pair in wanted if pair not in done]
     started = time.monotonic()
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=quiet_libraries) as pool:
+    pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=quiet_libraries)
+    try:
         running = [pool.submit(_run, name, seed, settings) for name, seed in todo]
         for number, future in enumerate(as_completed(running), 1):
             result = future.result()
             done[result["variant"], result["seed"]] = result
             left = (time.monotonic() - started) / number * (len(todo) - number)
             say(f"{number}/{len(todo)} {_in_words(result)}; {left / 60:.0f} min left")
+    finally:
+        pool.shutdown(cancel_futures=True)  # where one has failed, no other begins
     reference = _reference(teacher, out, pictures, picture_steps)
     report = {
         "settings": _matters(settings),

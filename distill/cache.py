@@ -231,6 +231,10 @@ class LatentCache:
 
     def __init__(self, folder: Path, *, batch_size: int, seed: int) -> None:
         """Raises UserError for a folder that is no cache, is not finished or damaged, or holds no sample."""
+        if not (folder / "cache.json").is_file():
+            raise UserError(
+                f"{folder} is no latent cache: it has no cache.json; make one with: python -m distill cache"
+            )
         self.key = read_json(folder / "cache.json")
         self.batch_size, self.seed = batch_size, seed
         self._rows: dict[Resolution, list[tuple[Path, int]]] = defaultdict(list)

@@ -230,8 +230,9 @@ def plan_recipe(
         )
         for name, checkpointing in (("plain", False), ("gradient checkpointing", True))
     }
+    gpus = "one GPU" if processes == 1 else f"each of {processes} GPUs"
     title = (
-        f"memory plan for each of {processes} GPUs, {recipe.name}, stage {stage.name}: {micro_batch} pictures of "
+        f"memory plan for {gpus} at its peak, {recipe.name}, stage {stage.name}: {micro_batch} pictures of "
         f"{resolution} at once, {str(half).removeprefix('torch.')}"
     )
     return title, plans

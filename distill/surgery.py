@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.architectures import Architecture, Depth
+from distill.architectures import Architecture, Depth, family_of
 from distill.errors import UserError
 from distill.files import read_json, replacing, require_free_disk, write_json
 from distill.layer_map import LayerMap, make_layer_map
@@ -110,6 +110,11 @@ def make_student_unet(
     """
     records = component_tensors(teacher / "unet")
     config = read_config(teacher, "unet")
+    if family_of(config["block_out_channels"]) is not student.family:
+        raise UserError(
+            f"{student.name} is of the family {student.family.name}, the teacher {teacher} is not: give a student of its "
+            "family, or a depth"
+        )
     kept = {key: value for key, value in config.items() if not key.startswith("_")}
     merged = {"_class_name": "UNet2DConditionModel", **kept, **student.unet_config}
     full_map = make_layer_map(layer_map, Depth.from_config(config), student.depth)

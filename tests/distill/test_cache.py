@@ -124,7 +124,7 @@ def test_a_cache_is_held_against_the_teacher(mini_vega: Path, cache: Path, tmp_p
 
 
 def test_an_empty_cache_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match=r"it has no cache\.json; make one with"):
         LatentCache(tmp_path, batch_size=1, seed=0)
 
 
