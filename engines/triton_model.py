@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
+import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -110,6 +112,9 @@ class TritonPythonModel:
         self.pipeline = engines.load(bundle, parameters["flavor"], device=self.device, runtime_cache=cache)
         self.pipeline.set_progress_bar_config(disable=True)
         self.sizes = self.pipeline.unet.component.resolutions
+        pixels = max(math.prod(map(int, size.split("x"))) for size in self.sizes)
+        self.largest_bytes = int(LIMITS["images"][1]) * pixels * 3 * 2
+        """Of one answer: its pictures as they are, and as PNGs, which hardly ever are larger."""
         self.step_done: torch.cuda.Event | None = None
         if parameters["warm_up"] == "true":
             self.warm_up(config["max_batch_size"])
@@ -128,18 +133,31 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> list[Any] | None:
         """Each request is answered as soon as its own batch is drawn, whatever else came with it; the last batch by being
         returned. A client that hears of its picture before this ends, and at once asks for the next one, may find no
-        instance waiting, and Triton's batcher then sleeps for half a second (its core, dynamic_batch_scheduler.cc)."""
+        instance waiting, and Triton's batcher then sleeps for half a second (its core, dynamic_batch_scheduler.cc).
+
+        Where the shared memory may not hold the answers, all are returned: if one then does not fit, Triton fails them
+        all, and crashes where it has answered some of them already (it deletes their response factories twice)."""
+        early = self.decoupled or has_room(len(requests) * self.largest_bytes)
+        returned: list[Any] = [None] * len(requests)
+
+        def hand_over(batch: list[tuple[dict[str, Any], Any]], responses: list[Any], send: bool) -> None:
+            if send:
+                deliver(batch, responses, self.decoupled)
+            else:
+                for (values, _), response in zip(batch, responses, strict=True):
+                    returned[values["position"]] = response
+
         groups: dict[tuple[Any, ...], list[tuple[dict[str, Any], Any]]] = {}
         for position, request in enumerate(requests):
             sender, name = request.get_response_sender(), read_name(request)
+            about = {"request": name, "position": position}
             try:
-                values = read_request(request, self.sizes) | {"outputs": request.requested_output_names()}
+                values = read_request(request, self.sizes) | about | {"outputs": request.requested_output_names()}
             except Exception as error:  # whatever is wrong with a request concerns no other
                 message = str(error) if isinstance(error, UserError) else f"the request cannot be read: {error!r}"
                 pb_utils.Logger.log_info(f"request {name} refused: {message}")
-                deliver([({"request": name}, sender)], [failure(message, pb_utils.TritonError.INVALID_ARG)])
+                hand_over([(about, sender)], [failure(message, pb_utils.TritonError.INVALID_ARG)], early)
                 continue
-            values |= {"request": name, "position": position}
             groups.setdefault(tuple(values[name] for name in ALIKE), []).append((values, sender))
         batches = []
         for group in groups.values():
@@ -147,14 +165,8 @@ class TritonPythonModel:
                 count = self.most_together([values for values, _ in group])
                 batches.append(group[:count])
                 del group[:count]
-        returned: list[Any] = [None] * len(requests)
         for batch in batches:
-            responses = self.answer(batch)
-            if batch is batches[-1] and not self.decoupled:
-                for (values, _), response in zip(batch, responses, strict=True):
-                    returned[values["position"]] = response
-            else:
-                deliver(batch, responses)
+            hand_over(batch, self.answer(batch), self.decoupled or (early and batch is not batches[-1]))
         return None if self.decoupled else returned
 
     def ranges(self, values: dict[str, Any]) -> list[tuple[float, float]]:
@@ -188,7 +200,7 @@ class TritonPythonModel:
             pb_utils.Logger.log_error(f"request {names}: drawing failed: {error!r}")
             failures = [failure(f"drawing failed: {error}", pb_utils.TritonError.INTERNAL) for _ in batch]
             if not self.is_device_sound():
-                deliver(batch, failures)
+                deliver(batch, failures, self.decoupled)
                 pb_utils.Logger.log_error(
                     f"{self.device} answers no more: this process ends, since it cannot draw again"
                 )
@@ -292,21 +304,27 @@ class TritonPythonModel:
         del self.pipeline
 
 
-def deliver(batch: list[tuple[dict[str, Any], Any]], responses: list[Any]) -> None:
-    """Ends each request with its response, or with an error where that cannot be handed over: the pictures go through
-    shared memory, which may be full."""
+def has_room(size_bytes: int) -> bool:
+    """Whether answers of this size fit into the shared memory that takes them to Triton."""
+    return shutil.disk_usage("/dev/shm").free > size_bytes
+
+
+def deliver(batch: list[tuple[dict[str, Any], Any]], responses: list[Any], decoupled: bool) -> None:
+    """Ends each request with its response; in decoupled mode with an error where the shared memory is too full for it.
+    Nothing can follow what was sent as final, even where that failed, so there the end is told apart."""
     for (values, sender), response in zip(batch, responses, strict=True):
-        name = values["request"]
         try:
-            sender.send(response, flags=FINAL)
-        except Exception as error:  # the other requests of the batch are still to be answered
-            pb_utils.Logger.log_error(f"request {name}: the answer could not be sent: {error!r}")
+            if not decoupled:
+                sender.send(response, flags=FINAL)
+                continue
             try:
-                sender.send(
-                    failure(f"the answer could not be sent: {error}", pb_utils.TritonError.INTERNAL), flags=FINAL
-                )
-            except Exception as again:
-                pb_utils.Logger.log_error(f"request {name}: nor could that be told: {again!r}")
+                sender.send(response)
+            except Exception as error:
+                pb_utils.Logger.log_error(f"request {values['request']}: the answer could not be sent: {error!r}")
+                sender.send(failure(f"the answer could not be sent: {error}", pb_utils.TritonError.INTERNAL))
+            sender.send(flags=FINAL)
+        except Exception as error:  # the other requests of the batch are still to be answered
+            pb_utils.Logger.log_error(f"request {values['request']} could not be answered: {error!r}")
 
 
 def forget_words(tokenizer: Any) -> None:

@@ -98,26 +98,32 @@ def test_how_many_are_drawn_together(
 
 
 class Sender:
-    """A client that waits, or cancelled; one whose pictures do not go through shared memory fails at the first try."""
+    """A client that waits, or cancelled; one whose pictures do not go through shared memory fails at the first try. What was
+    sent as final is the last, even where that failed (Triton's response_sender.cc)."""
 
     def __init__(self, cancelled: bool = False, fails: bool = False) -> None:
-        self.cancelled, self.fails = cancelled, fails
+        self.cancelled, self.fails, self.closed = cancelled, fails, False
         self.sent: list[Any] = []
 
     def is_cancelled(self) -> bool:
         return self.cancelled
 
-    def send(self, response: Any, flags: int) -> None:
+    def send(self, response: Any = None, flags: int = 0) -> None:
+        assert not self.closed
+        self.closed = flags == 1
         if self.fails:
             self.fails = False
             raise RuntimeError("no space in /dev/shm")
-        self.sent.append(response)
+        if response is not None:
+            self.sent.append(response)
 
 
+@pytest.mark.parametrize("room", [True, False])
 def test_a_request_that_cannot_be_read_leaves_the_others(
-    model: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], room: bool
 ) -> None:
-    """Neither its inputs nor its id, which over HTTP may be any bytes."""
+    """Neither its inputs nor its id, which over HTTP may be any bytes. Without room for all answers none is sent before the
+    others are returned."""
 
     def request(name: bytes, sender: Sender) -> Any:
         return SimpleNamespace(
@@ -130,16 +136,22 @@ def test_a_request_that_cannot_be_read_leaves_the_others(
     def read_request(request: Any, sizes: list[str]) -> dict[str, Any]:
         if request.name == b"torn":
             raise EOFError("half an input")
-        return model.DEFAULTS | {"width": 128, "height": 128}
+        return model.DEFAULTS | {"width": 128, "height": 128, "steps": len(request.name)}
 
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=4 * 100 + room))
     monkeypatch.setattr(model, "read_request", read_request)
     instance = model.TritonPythonModel()
-    instance.sizes, instance.decoupled = ["128x128"], False
+    instance.sizes, instance.decoupled, instance.largest_bytes = ["128x128"], False, 100
     instance.most_together = len
     instance.answer = lambda batch: [values["request"] for values, _ in batch]
-    requests = [request(name, Sender()) for name in (b"\xff", b"torn", b"good")]
-    assert instance.execute(requests) == ["'?'", None, "'good'"]
-    (refusal,) = requests[1].get_response_sender().sent
+    requests = [request(name, Sender()) for name in (b"early", b"\xff", b"torn", b"g")]
+    returned = instance.execute(requests)
+    sent = [one.get_response_sender().sent for one in requests]
+    if room:
+        assert returned == [None, "'?'", None, "'g'"] and sent[0] == ["'early'"] and not sent[1] and not sent[3]
+    else:
+        assert [*returned[:2], returned[3]] == ["'early'", "'?'", "'g'"] and not any(sent)
+    refusal = sent[2][0] if room else returned[2]
     assert refusal.error.code == "invalid" and "half an input" in refusal.error.message
     assert "request 'torn' refused" in capsys.readouterr().out
 
@@ -148,11 +160,10 @@ def test_one_answer_that_cannot_be_sent_leaves_the_others(
     model: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     senders = [Sender(), Sender(fails=True), Sender()]
-    model.deliver(
-        [({"request": f"'{n}'"}, sender) for n, sender in enumerate(senders)], [f"picture {n}" for n in range(3)]
-    )
+    batch = [({"request": f"'{n}'"}, sender) for n, sender in enumerate(senders)]
+    model.deliver(batch, [f"picture {n}" for n in range(3)], decoupled=True)
     assert senders[0].sent == ["picture 0"] and senders[2].sent == ["picture 2"]
-    assert "no space in /dev/shm" in senders[1].sent[0].error.message
+    assert "no space in /dev/shm" in senders[1].sent[0].error.message and all(sender.closed for sender in senders)
     assert "request '1': the answer could not be sent" in capsys.readouterr().out
 
 
@@ -166,7 +177,7 @@ def test_a_process_that_lost_its_gpu_ends(model: ModuleType, monkeypatch: pytest
     monkeypatch.setattr("os._exit", ended.append)
     monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
     instance = model.TritonPythonModel()
-    instance.device, instance.draw = "cuda:0", fail
+    instance.device, instance.draw, instance.decoupled = "cuda:0", fail, False
     (response,) = instance.answer([({"request": "''"}, sender := Sender())])
     assert response.error.code == "internal" and not sender.sent and not ended
     monkeypatch.setattr("torch.cuda.synchronize", fail)
