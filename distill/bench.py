@@ -15,6 +15,8 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +30,7 @@ from distill.architectures import ARCHITECTURES, Architecture, Family, find_arch
 from distill.cache import LatentCache, encode, write_shard
 from distill.checkpoints import alphas_cumprod_of
 from distill.data import Sample, ShapesSource
-from distill.errors import UserError, explaining_full_memory, quiet_libraries, require_least, unknown
+from distill.errors import explaining_full_memory, quiet_libraries, require_least, unknown
 from distill.files import require_writable_file, write_json
 from distill.layer_map import make_layer_map
 from distill.options import HALF, TrainOptions, make_accelerator
@@ -177,25 +179,20 @@ def architectures_of(options: BenchOptions) -> tuple[Architecture, Architecture]
     return teacher, find_architecture(options.student, teacher.family) if options.student else default
 
 
-def _peak_memory(options: BenchOptions, loop: Loop, send: Any) -> None:
-    """Runs in a process of its own: the most memory (GPU: allocated; CPU, Linux: resident) in two steps of `loop`."""
-    quiet_libraries()
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            with explaining_full_memory(_memory_advice(options, loop)):
-                workshop = Workshop(options, [loop], Path(folder))
-                on_gpu = workshop.accelerator.device.type == "cuda"
-                if on_gpu:
-                    torch.cuda.empty_cache()
-                    torch.cuda.reset_peak_memory_stats()
-                else:
-                    _begin_peak_of_resident_set()
-                with workshop.stepping(loop) as step:
-                    step()
-                    step()
-                send.send(torch.cuda.max_memory_allocated() if on_gpu else _peak_resident_bytes())
-        except UserError as error:
-            send.send(error)
+def _peak_memory(options: BenchOptions, loop: Loop) -> int:
+    """The most memory (GPU: allocated; CPU, Linux: resident) in two steps of `loop`, of the process as a whole."""
+    with tempfile.TemporaryDirectory() as folder, explaining_full_memory(_memory_advice(options, loop)):
+        workshop = Workshop(options, [loop], Path(folder))
+        on_gpu = workshop.accelerator.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            _begin_peak_of_resident_set()
+        with workshop.stepping(loop) as step:
+            step()
+            step()
+        return torch.cuda.max_memory_allocated() if on_gpu else _peak_resident_bytes()
 
 
 def _memory_advice(options: BenchOptions, loop: Loop) -> str:
@@ -215,24 +212,16 @@ def _peak_resident_bytes() -> int:
 
 
 def peak_memory(options: BenchOptions, loop: Loop) -> int | None:
-    """None where the process ended without an answer. It is a fresh one: neither CUDA nor threads survive a fork.
+    """None where the process was killed. It is a fresh one: neither CUDA nor threads survive a fork.
 
     Raises UserError where the GPU's memory is too small for the loop.
     """
-    context = multiprocessing.get_context("spawn")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_peak_memory, args=(options, loop, send))
-    process.start()
-    send.close()
+    spawn = multiprocessing.get_context("spawn")
     try:
-        answer = receive.recv()
-    except EOFError:
+        with ProcessPoolExecutor(1, mp_context=spawn, initializer=quiet_libraries) as pool:
+            return pool.submit(_peak_memory, options, loop).result()
+    except BrokenProcessPool:
         return None
-    finally:
-        process.join()
-    if isinstance(answer, UserError):
-        raise answer
-    return answer
 
 
 def time_loops(options: BenchOptions, loops: Sequence[Loop]) -> tuple[Workshop, dict[str, list[tuple[float, float]]]]:
