@@ -14,15 +14,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bench.peaks import Peak
 from bench.workload import Workload
-from distill.architectures import ARCHITECTURES, MINI_FAMILY, Architecture, family_of
+from distill.architectures import ARCHITECTURES, MINI_FAMILY, Architecture, Resolution, family_of
 from distill.files import read_json
-
-if TYPE_CHECKING:
-    import torch
+from export.components import COMPONENTS as EXPORTED
+from export.components import vae_scale_factor
 
 MATRIX_SIDE = 1024
 COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder")
@@ -76,45 +75,15 @@ class ModelConfigs:
 
 
 @lru_cache(maxsize=32)
-def _module(component: str, config_json: str) -> Any:
-    """The component on the meta device."""
+def _network(component: str, config_json: str) -> Any:
+    """The component on the meta device, called with its tensors in the order of `export.components`."""
     import torch
 
     from distill.networks import make_network
+    from export.wrappers import wrap
 
     with torch.device("meta"):
-        return make_network("vae" if component == "vae_decoder" else component, json.loads(config_json)).eval()
-
-
-def _inputs(component: str, config: dict[str, Any], tokens: int, height: int, width: int, batch: int) -> dict[str, Any]:
-    """Meta tensors for one call; `height` and `width` in latent pixels, `batch` the component's own."""
-    import torch
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    if component == "unet":
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        return {
-            "sample": empty(batch, config["in_channels"], height, width),
-            "timestep": empty(1),
-            "encoder_hidden_states": empty(batch, tokens, config["cross_attention_dim"]),
-            "added_cond_kwargs": {
-                "text_embeds": empty(batch, pooled),
-                "time_ids": empty(batch, 6),
-            },
-        }
-    if component == "vae_decoder":
-        return {"z": empty(batch, config["latent_channels"], height, width)}
-    ids = empty(batch, tokens, dtype=torch.long)
-    return {"input_ids": ids, "output_hidden_states": True}
-
-
-def _numbers(value: Any) -> int:
-    """How many numbers a nest of tensors holds."""
-    if isinstance(value, dict):
-        return sum(map(_numbers, value.values()))
-    return value.numel() if hasattr(value, "numel") else 0
+        return wrap(component, make_network(EXPORTED[component].source, json.loads(config_json)))
 
 
 @cache
@@ -123,21 +92,22 @@ def count_cost(component: str, config_json: str, tokens: int, height: int, width
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    module, config = _module(component, config_json), json.loads(config_json)
-    inputs = _inputs(component, config, tokens, height, width, batch)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        if component == "vae_decoder":
-            output = module.decode(inputs["z"], return_dict=False)[0]
-        elif component == "unet":
-            output = module(**inputs, return_dict=False)[0]
-        else:
-            output = module(**inputs).hidden_states[-2]
-    parts = [module.decoder, module.post_quant_conv] if component == "vae_decoder" else [module]
-    parameters = sum(parameter.numel() for part in parts if part is not None for parameter in part.parameters())
+    network, config, about = _network(component, config_json), json.loads(config_json), EXPORTED[component]
+    pixels = vae_scale_factor(config) if component == "vae_decoder" else 1  # of the size given below, a latent pixel
+    sizes = {"text_length": tokens, "vae_scale_factor": 1}
+    specs = about.inputs(config | sizes, Resolution(width * pixels, height * pixels), batch, "fp32")
+    inputs = [torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta") for spec in specs]
+    with FlopCounterMode(display=False) as counter:
+        output = network(*inputs)[-1]  # of a text encoder the penultimate hidden states, which are all that SDXL reads
+    parameters = sum(
+        value.numel()
+        for name, value in network.named_parameters()
+        if not name.partition(".")[2].startswith(about.unused)
+    )
     read = parameters
     if component.startswith("text_encoder"):  # of the embedding table only the rows of the tokens are read
         read -= config["hidden_size"] * max(0, config["vocab_size"] - tokens)
-    moved = 2.0 * (read + _numbers(inputs) + output.numel())
+    moved = 2.0 * (read + sum(one.numel() for one in (*inputs, output)))
     return Cost(parameters, float(counter.get_total_flops()), moved)
 
 
@@ -157,8 +127,8 @@ def _flops_polynomial(component: str, config_json: str, tokens: int, unit: int) 
 def component_costs(configs: ModelConfigs, workload: Workload) -> Costs:
     """For each component (calls per image call, cost of one). Without a negative prompt each text encoder runs once,
     since an SDXL checkpoint takes zeros for the empty prompt (`force_zeros_for_empty_prompt`)."""
-    scale = 2 ** (len(configs.parsed("vae")["block_out_channels"]) - 1)
-    unit = 2 ** (len(configs.parsed("unet")["block_out_channels"]) - 1)
+    scale = vae_scale_factor(configs.parsed("vae"))
+    unit = EXPORTED["unet"].size_multiple(configs.parsed("unet"))
     tokens = configs.parsed("text_encoder")["max_position_embeddings"]
     pixels = (workload.resolution.height // scale) * (workload.resolution.width // scale)
     costs = {}

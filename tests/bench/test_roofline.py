@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -44,6 +45,17 @@ def test_the_polynomial_gives_what_counting_gives(resolution):
     for component, config, batch in (("unet", configs.unet, 2), ("vae_decoder", configs.vae, 1)):
         counted = count_cost(component, config, 32, height, width, batch)
         assert costs[component][1].flops == pytest.approx(counted.flops, rel=1e-9)
+
+
+def test_a_tiny_vae_is_counted_too():
+    from diffusers import AutoencoderTiny
+
+    narrow = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+    vae = json.dumps(dict(narrow.config) | {"_class_name": "AutoencoderTiny"})
+    costs = component_costs(replace(architecture_configs("mini-vega"), vae=vae), SQUARE)
+    counted = count_cost("vae_decoder", vae, 32, 16, 16, 1)
+    assert counted.parameters == sum(one.numel() for one in narrow.decoder.parameters())
+    assert costs["vae_decoder"][1].flops == pytest.approx(64 * counted.flops)
 
 
 def test_guidance_and_batch_double_the_unet():
