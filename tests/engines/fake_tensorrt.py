@@ -9,10 +9,10 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,37 +25,33 @@ class FakeDevice:
 
     title = "Fake-GPU_1.0"
     stream_handle = 7
-
-    current_depth = 0  # CUDA's current device is one for all of a thread
+    depth: ClassVar = {"current": 0, "ordered": 0}  # CUDA's current device and stream are one for all of a thread
 
     def __init__(self) -> None:
         self.captures = 0
         self.free = 1 << 30
         self.fails_to_capture = False
         self.synchronized = 0
-        self.ordered_depth = 0
 
     @contextmanager
-    def current(self) -> Iterator[None]:
-        FakeDevice.current_depth += 1
+    def _inside(self, what: str) -> Iterator[None]:
+        self.depth[what] += 1
         try:
             yield
         finally:
-            FakeDevice.current_depth -= 1
+            self.depth[what] -= 1
+
+    def current(self) -> AbstractContextManager[None]:
+        return self._inside("current")
+
+    def ordered(self) -> AbstractContextManager[None]:
+        return self._inside("ordered")
 
     def free_bytes(self) -> int:
         return self.free
 
     def empty(self, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
-
-    @contextmanager
-    def ordered(self) -> Iterator[None]:
-        self.ordered_depth += 1
-        try:
-            yield
-        finally:
-            self.ordered_depth -= 1
 
     def synchronize(self) -> None:
         self.synchronized += 1
@@ -69,7 +65,7 @@ class FakeDevice:
 
 
 def require_current() -> None:
-    assert FakeDevice.current_depth, "called while another GPU is CUDA's current device"
+    assert FakeDevice.depth["current"], "called while another GPU is CUDA's current device"
 
 
 class FakeContext:
@@ -106,7 +102,9 @@ class FakeContext:
 
     def execute_async_v3(self, stream: int) -> bool:
         require_current()
-        assert stream == FakeDevice.stream_handle
+        assert stream == FakeDevice.stream_handle and FakeDevice.depth["ordered"], (
+            "beside what the caller's stream does"
+        )
         assert self.memory[1] >= self.update_device_memory_size_for_shapes(), "activation memory too small"
         self.enqueued += 1
         count = int(np.prod(self.shapes["sample"]))
@@ -182,14 +180,18 @@ class FakeRefitter:
         return True
 
 
-class FakeTensorRT:
+class FakeModule:
+    """What every use of a TensorRT module begins with."""
+
+    Logger = type("Logger", (), {"WARNING": 2, "__init__": lambda self, level: None})
+    ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
+
+
+class FakeTensorRT(FakeModule):
     """The module. `plan` is what every deserialisation gives."""
 
     def __init__(self, profiles: int = 1, header_reasons: int = 0, refuses: bool = False) -> None:
         self.plan, self.refuses = FakePlan(profiles), refuses
-        self.deserialised: list[bytes] = []
-        self.Logger = type("Logger", (), {"WARNING": 2, "__init__": lambda self, level: None})
-        self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
         self.CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole", DISABLED="disabled")
         self.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager", LAZY="lazy", NONE="none")
         self.EngineValidity = SimpleNamespace(INVALID="invalid", VALID="valid")
@@ -203,7 +205,6 @@ class FakeTensorRT:
 
         def deserialise(plan: bytes) -> FakePlan | None:
             require_current()
-            self.deserialised.append(plan)
             return None if self.refuses else self.plan
 
         verdict = ("invalid" if self.header_reasons else "valid", self.header_reasons)
@@ -218,14 +219,12 @@ class FakeTensorRT:
         )
 
 
-class OnnxPlans:
+class OnnxPlans(FakeModule):
     """A TensorRT module whose plans compute: each runs the ONNX file it was built from, from and to the addresses it
     is given. `graphs` maps a plan's bytes to its ONNX file. It has what a program without torch calls."""
 
     def __init__(self, graphs: dict[bytes, Path], devices: FakeCudart, version: str) -> None:
         self.__version__ = version
-        self.Logger = type("Logger", (), {"WARNING": 2, "__init__": lambda self, level: None})
-        self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
 
         def deserialise(plan: bytes) -> Any:
             return SimpleNamespace(create_execution_context=lambda how: OnnxContext(graphs[plan], devices, how))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,7 @@ from engines.bundle import Manifest, read_manifest, rebuild_command, unnamed_fil
 from tests.engines.toys import make_static, make_toy_onnx
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+UNET_AT_TWO_SIZES: dict[str, Any] = {"resolutions": "128x128,224x96", "components": ["unet"]}
 
 
 def _command(*arguments: str | Path) -> list[str]:
@@ -165,15 +167,7 @@ def test_the_command_that_is_named_mends(tmp_path: Path, toy_onnx: Path) -> None
 
 @pytest.mark.parametrize("layout, plans, profiles", [("shared", 1, 2), ("ranged", 1, 1), ("per-resolution", 2, 1)])
 def test_layouts(tmp_path: Path, toy_onnx_fp16: Path, layout: str, plans: int, profiles: int) -> None:
-    manifest = build_bundle(
-        toy_onnx_fp16,
-        tmp_path / "bundle",
-        gpus=["rtx4090"],
-        flavor="tensorrt-rtx",
-        layout=layout,  # type: ignore[arg-type]
-        resolutions="128x128,224x96",
-        components=["unet"],
-    )
+    manifest = build_bundle(toy_onnx_fp16, tmp_path / "bundle", gpus=["rtx4090"], layout=layout, **UNET_AT_TWO_SIZES)
     assert len(manifest.engines) == plans
     assert all(len(engine.profiles) == profiles for engine in manifest.engines)
     sizes = [size for engine in manifest.engines for size in engine.resolutions]
@@ -200,15 +194,8 @@ def test_the_tensorrt_flavor_asks_for_nothing_that_tensorrt_lacks(
     monkeypatch.setattr("engines.gpus.gpu_at_hand", lambda: ("NVIDIA A100", "8.0"))
     try:
         for layout in ("shared", "ranged"):
-            manifest = build_bundle(
-                toy_onnx_fp16,
-                tmp_path / "bundle",
-                gpus=["auto"],
-                flavor="tensorrt",
-                layout=layout,  # type: ignore[arg-type]
-                resolutions="128x128,224x96",
-                components=["unet"],
-            )
+            asked = {"gpus": ["auto"], "flavor": "tensorrt", "layout": layout} | UNET_AT_TWO_SIZES
+            manifest = build_bundle(toy_onnx_fp16, tmp_path / "bundle", **asked)
     finally:
         sys.modules.pop("tensorrt", None)
     assert {(engine.layout, engine.flavor_version) for engine in manifest.engines} == {
