@@ -7,14 +7,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from bench.charts import Axis, Series, dot_whiskers, line_chart, log_ticks, nice_ticks, number, tick
-from bench.measure import Sample
 from bench.predict import floor_ms
 from bench.quality import png_base64
 from bench.report import measured_latencies, runtime_class, write_report
-from bench.results import ACCEPTANCE_SCHEMA, SESSION_SCHEMA, TRAINING_SCHEMA, Estimate, Results
-from bench.summary import stage_medians
-from bench.words import count, interval, milliseconds, signed_percent, size, times
+from bench.results import ACCEPTANCE_SCHEMA, SESSION_SCHEMA, TRAINING_SCHEMA, Results
+from bench.words import milliseconds
 from distill.architectures import ARCHITECTURES, Resolution
 from distill.errors import UserError
 
@@ -411,55 +408,3 @@ def test_what_calibrates_is_sound_and_counted_once(results_path):
 def test_no_results_is_a_users_mistake(tmp_path):
     with pytest.raises(UserError, match="no results files"):
         write_report([], tmp_path)
-
-
-def test_numbers_are_written_one_way():
-    assert [milliseconds(value) for value in (0.123, 12.34, 1234.5, 54_321.0, None)] == [
-        "0.12 ms", "12.3 ms", "1,234 ms", "54.3 s", "–",
-    ]  # fmt: skip
-    assert [size(value) for value in (900, 1_500, 2_000_000, 5.182e9)] == ["900 B", "1.5 kB", "2 MB", "5.18 GB"]
-    assert [count(value) for value in (745_225_604, 2_567_463_684, 13.52e12)] == ["745 M", "2.57 B", "13.5 T"]
-    assert times(1.996) == "2.00×" and signed_percent(-0.001) == "0 %" and signed_percent(0.217) == "+22 %"
-    assert interval(Estimate(value=5.0)) == "too few runs"
-    assert interval(Estimate(value=2.0, low=1.9, high=2.1), "x") == "1.90–2.10×"
-    assert interval(Estimate(value=132_594.6, low=131_043.0, high=134_326.0)) == "131.0–134.3 s"
-
-
-def test_ticks_are_round_and_within_the_range():
-    assert nice_ticks(0, 103) == [0, 50, 100]
-    assert nice_ticks(0.2, 1.1, 4) == [0.25, 0.5, 0.75, 1.0]
-    assert log_ticks(0.03, 30) == [0.1, 1.0, 10.0]
-    assert [number(value) for value in (0, 12_000, 0.0123, 345.6)] == ["0", "12k", "0.0123", "346"]
-    assert [tick(value) for value in nice_ticks(15.3, 16.4, 5)] == ["15.5", "15.75", "16", "16.25"]
-
-
-def test_a_speed_up_is_seen_against_one():
-    for most in (1.2, 3.0, 9.0):
-        chart = dot_whiskers([("Vega", 1, most, None, None)], "×", "speed-up")
-        assert chart.count('class="grid one"') == 1
-
-
-def test_stages_sum_to_the_total_and_hide_nothing():
-    """Shares are not stretched over what the marks leave out: up to 1 % of it is allowed, the rest is told."""
-
-    def samples(unexplained):
-        totals = (100.0, 120.0, 90.0)
-        return [
-            Sample(total, {"denoise": 0.8 * total, "vae_decode": (0.2 - unexplained) * total}, []) for total in totals
-        ]
-
-    for share in (0.0, 0.008, -0.008):
-        stages = stage_medians(samples(share))
-        assert "unexplained" not in stages
-        assert sum(stages.values()) == pytest.approx(100.0, rel=0.01)
-    stages = stage_medians(samples(0.1))
-    assert stages["unexplained"] == pytest.approx(10.0) and stages["denoise"] == pytest.approx(80.0)
-    assert sum(stages.values()) == pytest.approx(100.0)
-
-
-def test_a_chart_draws_every_point_and_escapes_its_labels():
-    series = Series("<x>", 1, [(1.0, 10.0, 9.0, 11.0), (2.0, 20.0, 19.0, 21.0)])
-    chart = line_chart([series], Axis("step"), Axis("ms", zero=True), "a & b")
-    assert chart.count("<circle") == 2 and chart.count('class="whisker') == 2
-    assert "&lt;x&gt;" in chart and "<x>" not in chart and "a &amp; b" in chart
-    assert line_chart([Series("empty", 0, [])], Axis("x"), Axis("y"), "none") == ""

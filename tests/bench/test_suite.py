@@ -1,16 +1,14 @@
 import json
-import multiprocessing
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from bench import parts, suite
-from bench.contestants import Spec, make_contestant
 from bench.suite import SuiteOptions, part_names, run_suite
 from distill.errors import UserError
 
@@ -77,95 +75,6 @@ def test_parts_are_chosen_by_name_or_by_kind(tmp_path):
     assert chosen == ["eager", "training:mini-ssd-1b", "training:mini-vega"]
 
 
-def made_job(tmp_path, part, **changes):
-    values = {"command": [], "out": str(tmp_path / "x.json"), "workdir": str(tmp_path), "models": ["sdxl", "vega"]}
-    values |= {
-        "resolutions": "1024x1024,1536x640",
-        "steps": 30,
-        "device": "cuda",
-        "seconds": 500.0,
-        "began": time.time(),
-    }
-    return parts.Job(part=part, **(values | changes))
-
-
-@pytest.fixture
-def told(monkeypatch):
-    """What a part asks of the other rooms and of `bench run`: (commands with whether GPUs were hidden, specs, changes)."""
-    commands, runs = [], []
-    monkeypatch.setattr(parts, "_checkpoint", lambda job, model: Path(job.workdir, f"{model}-{job.precision}"))
-
-    def command(job, *arguments, hide_gpus=False, keep_s=0.0):
-        commands.append((arguments, hide_gpus))
-        if "shared" in arguments and job.models == ["without shared"]:
-            raise UserError("no memory")
-        if arguments[0] == "engines":
-            bundle = Path(arguments[arguments.index("--out") + 1])
-            bundle.mkdir(exist_ok=True)
-            (bundle / "manifest.json").touch()
-
-    monkeypatch.setattr(parts, "_command", command)
-    monkeypatch.setattr(parts.Job, "bench", lambda job, specs, **changes: runs.append((specs, changes)))
-    return commands, runs
-
-
-def test_layouts_are_built_each_and_run_side_by_side(tmp_path, monkeypatch, told):
-    monkeypatch.setattr("engines.gpus.gpu_at_hand", lambda: ("NVIDIA GeForce RTX 4090", "8.9"))
-    parts.layouts(made_job(tmp_path, "layouts:tensorrt-rtx"))
-    commands, [(specs, changes)] = told
-    builds = [
-        (part[part.index("--layout") + 1], part[part.index("--gpus") + 1], hidden) for part, hidden in commands[1:]
-    ]
-    on_the_spot = [(layout, "auto", False) for layout in ("ranged", "shared", "per-resolution")]
-    assert builds == [*on_the_spot, ("ranged", "rtx4090", True)]
-    contestants = [make_contestant(Spec.parse(spec), "cuda") for spec in specs]
-    ways = [(one.flavor, one.layout, one.cuda_graphs) for one in contestants]
-    assert ways[:3] == [("tensorrt-rtx", layout, True) for layout, _, _ in on_the_spot]
-    assert ways[3:] == [("tensorrt-rtx", "ranged", True), ("tensorrt-rtx", "ranged", False)]
-    assert contestants[3].source != contestants[0].source == contestants[4].source
-    assert changes["resolutions"] == "1024x1024,1536x640" and len(changes["artifacts"]) == 5
-
-
-def test_a_layout_that_cannot_be_built_leaves_the_others_their_turn(tmp_path, monkeypatch, told):
-    monkeypatch.setattr("engines.gpus.gpu_at_hand", lambda: None)
-    with pytest.raises(UserError, match="shared: no memory"):
-        parts.layouts(made_job(tmp_path, "layouts:tensorrt", models=["without shared"]))
-    [(specs, _)] = told[1]
-    options = [Spec.parse(spec).option for spec in specs]
-    assert options == ["tensorrt+ranged", "tensorrt+per-resolution", "tensorrt+ranged+no-graphs"]
-
-
-def test_the_last_model_of_a_flavor_runs_beside_those_before(tmp_path, told):
-    for model in ("vega", "sdxl"):
-        parts.flavor(made_job(tmp_path, f"tensorrt:{model}"))
-    names = [[spec.partition("=")[0] for spec in specs] for specs, _ in told[1]]
-    assert names == [["vega eager", "vega tensorrt"], ["sdxl eager", "sdxl tensorrt", "vega tensorrt"]]
-
-
-def test_what_follows_the_colon_changes_the_run(tmp_path, told):
-    for part in ("eager", "eager:bf16", "compiled:1536x640"):
-        job = made_job(tmp_path, part)
-        parts.FUNCTIONS[part.partition(":")[0]](job)
-    (eager, plain), (halves, _), (compiled, _) = told[1]
-    assert eager[0] == "sdxl=eager@fp16:random:sdxl" and plain["resolutions"] == "1024x1024,1536x640"
-    assert halves[0] == "sdxl=eager@bf16:random:sdxl"
-    assert compiled[0] == "vega compiled=compiled@fp16:random:vega" and job.first_resolution == "1536x640"
-
-
-def test_the_published_loop_is_partial_where_its_times_are_there(tmp_path, monkeypatch, told):
-    job = made_job(tmp_path, "published:vega")
-    assert parts.published(job) == []
-
-    def no_time(*_arguments):
-        raise UserError("distill bench found no time to end")
-
-    monkeypatch.setattr(parts, "_command", no_time)
-    with pytest.raises(UserError, match="no time"):
-        parts.published(job)
-    Path(job.out).touch()
-    assert "found no time to end" in parts.published(job)[0]
-
-
 def test_a_part_without_a_row_does_not_cost_the_others_their_report(tmp_path, monkeypatch, capsys):
     pretend(
         monkeypatch,
@@ -179,16 +88,6 @@ pathlib.Path(job["out"]).write_text(json.dumps(empty))
     monkeypatch.setattr(suite, "NEEDS_S", dict.fromkeys(suite.NEEDS_S, 0))
     assert run_suite(options(tmp_path, parts="eager,acceptance")) == 0
     assert "left out of the report" in capsys.readouterr().out
-
-
-def test_the_largest_model_compiles_last_and_runs_beside_all(tmp_path, told):
-    for model in ("vega", "sdxl"):
-        parts.compiled(made_job(tmp_path, f"compiled:{model}"))
-    names = [[spec.partition("=")[0] for spec in specs] for specs, _ in told[1]]
-    assert names == [["vega eager", "vega compiled"], ["vega compiled", "sdxl eager", "sdxl compiled"]]
-    assert told[1][-1][1]["baseline"] == "sdxl compiled"
-    folders = {suite._kernel_folder(f"compiled:{one}", ["sdxl", "vega"]) for one in ("sdxl", "vega", "bf16")}
-    assert folders == {"kernels-compiled", "kernels-compiled-bf16"}
 
 
 def test_the_first_command_reaches_a_compiled_model():
@@ -232,42 +131,6 @@ def test_a_first_try_is_held_while_a_compiled_model_waits(tmp_path, monkeypatch)
     assert [part for part, hold in held.items() if hold] == ["eager", "training:mini-vega", "compiled:mini-vega"]
     run_suite(options(tmp_path / "alone", parts="eager"))
     assert held["eager"] is False
-
-
-def test_a_target_that_takes_its_process_down_leaves_the_others(tmp_path, monkeypatch):
-    from bench import acceptance
-
-    (tmp_path / "crashes_at_import.py").write_text("import os\nos.abort()\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    asked = [("absent", "no"), ("plugin", "crashes_at_import"), ("provider", "CUDAExecutionProvider")]
-    monkeypatch.setattr(acceptance, "targets", lambda: asked)
-    rows = acceptance.measure_acceptance(lambda _rows: None)
-    assert [row["target"] for row in rows] == ["tensorrt-rtx", "crashes_at_import", "CUDAExecutionProvider"]
-    assert "took its process down (exit code -6)" in rows[1]["messages"][0]
-
-
-def test_a_target_that_does_not_answer_leaves_the_others(tmp_path, monkeypatch):
-    from bench import acceptance
-
-    (tmp_path / "hangs_at_import.py").write_text("import time\ntime.sleep(600)\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(acceptance, "targets", lambda: [("plugin", "hangs_at_import"), ("absent", "no")])
-    monkeypatch.setattr(acceptance, "ANSWER_S", 0.5)
-    rows = acceptance.measure_acceptance(lambda _rows: monkeypatch.setattr(acceptance, "ANSWER_S", 60.0))
-    assert [row["messages"] for row in rows] == [["did not answer in 0.5 s"], ["no"]]
-    assert not multiprocessing.active_children()
-
-
-def test_a_gpu_provider_is_asked_with_the_libraries_that_torch_brings(tmp_path, monkeypatch):
-    from bench import acceptance
-
-    tells = "import sys\ndef get_ep_name(): raise RuntimeError('torch' in sys.modules)\n"
-    (tmp_path / "tells.py").write_text(tells)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(acceptance, "targets", lambda: [("plugin", "tells")])
-    monkeypatch.setattr(acceptance, "ANSWER_S", 300.0)  # however busy the machine
-    [row] = acceptance.measure_acceptance(lambda _rows: None)
-    assert row["messages"] == ["RuntimeError: True"]
 
 
 def test_what_does_not_fit_or_is_not_there_is_listed_with_its_reason(tmp_path, monkeypatch):
@@ -382,17 +245,6 @@ if number < 4: sys.exit("no GPU")
     assert not list(path.parent.glob("*.earlier"))
 
 
-def test_a_part_that_ran_out_of_time_says_what_it_left_out(tmp_path, monkeypatch, capsys):
-    from bench import training
-
-    monkeypatch.setattr("sys.argv", ["parts", parts.as_argument(made_job(tmp_path, "training:vega"))])
-    rows = [{"title": "with", "failed": None, "samples_per_s": 1.0, "mfu": None}]
-    rows += [{"title": "without", "failed": f"{training.NO_TIME}: 3 s left"}]
-    monkeypatch.setattr(training, "measure_training", lambda *_, on_row, **__: [on_row(row) for row in rows])
-    assert parts.main() == parts.PARTIAL
-    assert capsys.readouterr().err.strip() == "without: not run: 3 s left"
-
-
 LEAVES_A_CHILD = """
 import pathlib, subprocess, sys
 place = pathlib.Path(sys.argv[-1]).with_name("child")
@@ -431,9 +283,9 @@ def test_a_part_that_ends_leaves_nothing_running(tmp_path, monkeypatch, end, sta
 def test_a_command_out_of_time_takes_what_it_has_started_with_it(tmp_path, monkeypatch):
     (tmp_path / "leaves_a_child.py").write_text(f"{LEAVES_A_CHILD}\nimport time; time.sleep(600)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(parts.Job, "left_s", lambda job: wait_for(lambda: has_a_child(tmp_path)) or 0.0)
+    job = SimpleNamespace(left_s=lambda: wait_for(lambda: has_a_child(tmp_path)) or 0.0)
     with pytest.raises(UserError, match="found no time to end"):
-        parts._command(made_job(tmp_path, "layouts:tensorrt"), "leaves_a_child", str(tmp_path / "x"))
+        parts._command(job, "leaves_a_child", str(tmp_path / "x"))
     wait_for(lambda: child_is_gone(tmp_path))
 
 
