@@ -286,4 +286,4 @@ def parse_devices(text: str) -> tuple[int, ...] | None:
         raise UserError(
             f"--gpus {text!r} is not a list of CUDA device numbers, e.g. 0,1; auto and none are allowed too"
         )
-    return tuple(int(part) for part in parts)
+    return tuple(dict.fromkeys(map(int, parts)))

@@ -42,8 +42,8 @@ START_SECONDS = 1800
 """How long a server may take to load, warm up and answer."""
 DRAIN_SECONDS = 60
 """How long requests under way may take to finish after SIGTERM."""
-ANSWERED = "All models are stopped, unloading models"
-"""What Triton's log says after SIGTERM, once no request is under way (its core, server.cc)."""
+ANSWERED = re.compile(r"^\S+ \S+ \S+ server\.cc:\d+\] .?All models are stopped", re.MULTILINE)
+"""What Triton's log says after SIGTERM, once no request is under way: its core says so, not a request by its name."""
 UNLOAD_SECONDS = 20
 """How long it may then take to end. It was seen, rarely, to wait for its model until DRAIN_SECONDS were over."""
 WATCH_SECONDS = 1.0
@@ -329,7 +329,7 @@ class Server:
 
     def _hangs(self) -> bool:
         """Whether the last request was answered long ago."""
-        if self._answered is None and ANSWERED in self.log.read_text(encoding="utf-8", errors="replace"):
+        if self._answered is None and ANSWERED.search(self.log.read_text(encoding="utf-8", errors="replace")):
             self._answered = time.monotonic()
         return self._answered is not None and time.monotonic() - self._answered > UNLOAD_SECONDS
 
@@ -387,14 +387,14 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     server.wait_ready()
-    if server.stopping:
-        return server.process.wait()
-    print(
-        f"ready: HTTP http://{address.host}:{address.http_port}/v2/models/slimxl, gRPC {address.host}:{address.grpc_port}"
-        f"\nmeasure it with: python -m engines load --server {address.host}:{address.grpc_port} --out out/load.json"
-        "\nCtrl-C or SIGTERM stops it",
-        flush=True,
-    )
-    if not address.is_loopback:
-        print(f"listening on {address.host}: whoever reaches it can draw, there is no authentication", flush=True)
+    if not server.stopping:
+        grpc = f"{address.host}:{address.grpc_port}"
+        print(
+            f"ready: HTTP http://{address.host}:{address.http_port}/v2/models/slimxl, gRPC {grpc}"
+            f"\nmeasure it with: python -m engines load --server {grpc} --out out/load.json"
+            "\nCtrl-C or SIGTERM stops it",
+            flush=True,
+        )
+        if not address.is_loopback:
+            print(f"listening on {address.host}: whoever reaches it can draw, there is no authentication", flush=True)
     return server.wait()

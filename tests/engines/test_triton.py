@@ -161,7 +161,7 @@ def test_what_cannot_be_served(toy_bundle: Path, tmp_path: Path, change: dict[st
 
 
 def test_devices() -> None:
-    assert parse_devices("none") == () and parse_devices("auto") is None and parse_devices("0, 3") == (0, 3)
+    assert parse_devices("none") == () and parse_devices("auto") is None and parse_devices("0, 3,0") == (0, 3)
     for text in ("rtx4090", "", "-1", "²"):
         with pytest.raises(UserError, match="not a list of CUDA device numbers"):
             parse_devices(text)
