@@ -203,18 +203,21 @@ def _with_pipeline_files(manifest: Manifest, folder: OnnxFolder, out: Path) -> M
     return Manifest(source=manifest.source, engines=manifest.engines, files=list(records.values()))
 
 
-def remove_strays(out: Path, manifest: Manifest, also: Sequence[Engine] = ()) -> list[Path]:
+def remove_strays(out: Path, manifest: Manifest, also: Sequence[Engine] = (), dry_run: bool = False) -> list[Path]:
     """Deletes files that the manifest does not name, below the folders of its components, of the engines in `also`,
-    and of the tokenizers and scheduler; returns them."""
+    and of the tokenizers and scheduler; returns them. A dry run deletes nothing."""
     named = {out / record.path for record in manifest.all_files}
     removed = []
     for folder in sorted({engine.component for engine in [*manifest.engines, *also]} | set(PIPELINE_PARTS)):
         for path in sorted((out / folder).rglob("*"), reverse=True):
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
-            elif path.is_file() and path not in named:
-                path.unlink()
+            if path.is_file() and path not in named:
                 removed.append(path)
+                if not dry_run:
+                    path.unlink()
+            elif path.is_dir() and not dry_run and not any(path.iterdir()):
+                path.rmdir()
+    if dry_run:
+        return removed
     for path in out.glob(f".{MANIFEST}.*.partial"):  # of a writer that was killed
         path.unlink()
     shutil.rmtree(out / PARTIAL, ignore_errors=True)

@@ -61,17 +61,16 @@ def prune_bundle(
         dropped = [engine for engine in manifest.engines if engine not in kept]
         if dropped and not kept:
             raise UserError(f"prune would leave no engine in {bundle}; delete the folder if that is what you want")
+        word = "would remove" if dry_run else "removed"
         for engine in dropped:
-            word = "would remove" if dry_run else "removed"
             console.print(f"{word} {engine.files[0].path} ({size(engine.size_bytes)})")
         freed = sum(engine.size_bytes for engine in dropped)
+        lean = Manifest(source=manifest.source, engines=kept, files=manifest.files)
         if not dry_run:
-            lean = Manifest(source=manifest.source, engines=kept, files=manifest.files)
             write_manifest(bundle, lean)
-            strays = remove_strays(bundle, manifest.model_copy(update={"engines": kept}), also=dropped)
-            named = {file.path for engine in dropped for file in engine.files}
-            for path in strays:
-                if path.relative_to(bundle).as_posix() not in named:
-                    console.print(f"removed {path.relative_to(bundle)}, which no manifest names")
+        named = {file.path for engine in dropped for file in engine.files}
+        for path in remove_strays(bundle, lean, also=dropped, dry_run=dry_run):
+            if path.relative_to(bundle).as_posix() not in named:
+                console.print(f"{word} {path.relative_to(bundle)}, which no manifest names")
         console.print(f"{bundle}: {len(kept)} engine(s) kept, {size(freed)} freed")
     return 0

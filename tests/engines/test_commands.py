@@ -57,10 +57,13 @@ def test_prune(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     stray = bundle / "unet" / "old.plan"
     stray.write_bytes(b"old")
     assert run(monkeypatch, "prune", bundle, "--keep-flavors", "onnxruntime", "--dry-run") == 0
-    assert "would remove" in capsys.readouterr().out and stray.exists()
+    printed = capsys.readouterr().out
+    assert printed.count("would remove") == 5 and "would remove unet/old.plan, which no manifest names" in printed
+    assert stray.exists()
     assert len(read_manifest(bundle).engines) == 8
     assert run(monkeypatch, "prune", bundle, "--keep-flavors", "onnxruntime") == 0
-    assert "4 engine(s) kept" in capsys.readouterr().out
+    assert "4 engine(s) kept" in (done := capsys.readouterr().out)
+    assert done.replace("removed", "would remove") == printed, "a dry run tells it all"
     assert read_manifest(bundle).flavors == ["onnxruntime"] and verify_bundle(bundle) == []
     assert not list(bundle.rglob("*.plan"))
 
