@@ -7,19 +7,23 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from distill.errors import UserError, exit_on_user_error
+from distill.options import Accumulation, BenchOptions, Fsdp, Optimizer, Precision, TrainOptions, Workdir
 from distill.sources import WORKDIR
 
 app = tyro.extras.SubcommandApp()
-Precision = Literal["no", "fp16", "bf16"]
 
 
 @app.command
-def catalogue(*depths: str, json_output: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+def catalogue(
+    *,
+    depths: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = (),
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
     """List every architecture with its parameters, transformer blocks and TFLOP per UNet call (batch 2, base size).
 
     Args:
@@ -47,12 +51,11 @@ def catalogue(*depths: str, json_output: Annotated[bool, tyro.conf.arg(name="jso
 
 
 @app.command
-def fetch(*, model: str, workdir: Path = WORKDIR) -> None:
+def fetch(*, model: str, workdir: Workdir = WORKDIR) -> None:
     """Print the local diffusers folder of a model, making, converting or downloading it first.
 
     Args:
         model: A Hugging Face id, a diffusers folder, a .safetensors file, random:NAME or mini:sdxl.
-        workdir: Where what has to be made is kept.
     """
     from distill.sources import resolve
 
@@ -60,13 +63,13 @@ def fetch(*, model: str, workdir: Path = WORKDIR) -> None:
 
 
 @app.command
-def surgery(*, model: str, student: str, layer_map: str = "first", out: Path, workdir: Path = WORKDIR) -> None:
+def surgery(*, model: str, student: str, layer_map: str = "first", out: Path, workdir: Workdir = WORKDIR) -> None:
     """Make a student by copying chosen transformer blocks of a teacher, untrained, as a whole pipeline folder.
 
     Args:
-        model: The teacher.
+        model: The teacher, as `fetch` takes it.
         student: An architecture of the catalogue, or a depth pattern of your own.
-        layer_map: first, spread, similarity, or a JSON file of indices, as importance.json has them.
+        layer_map: Which teacher blocks it keeps: first, spread, similarity, or a JSON file (importance.json).
         out: The folder to write; its surgery.json says where each tensor came from and which are unused.
     """
     from distill.architectures import find_architecture
@@ -82,14 +85,15 @@ def surgery(*, model: str, student: str, layer_map: str = "first", out: Path, wo
 
 @app.command
 def cache(
-    *, data: str, model: str = "mini:sdxl", out: Path, seed: int = 0, batch: int = 4, workdir: Path = WORKDIR
+    *, data: str, model: str = "mini:sdxl", out: Path, seed: int = 0, batch: int = 4, workdir: Workdir = WORKDIR
 ) -> None:
     """Precompute VAE latents and text embeddings of a data set. Under torchrun the processes share the shards.
 
     Args:
         data: shapes:N, a folder of pictures with captions, WebDataset SHARDS.tar, or hf:ORG/NAME.
-        model: The checkpoint whose VAE and text encoders are used.
+        model: The checkpoint whose VAE and text encoders are used, as `fetch` takes it.
         out: The cache folder; an unfinished one there is continued.
+        seed: Of crops, flips, the draws of the VAE, and the pictures of shapes:N.
         batch: Pictures encoded at once; at 1024x1024 each takes some GB of GPU memory.
     """
     from distill.cache import make_cache
@@ -105,8 +109,8 @@ def recipe(name: tyro.conf.Positional[str], /, *, student: str | None = None, la
 
     Args:
         name: ssd-1b, vega, mini-ssd-1b, mini-vega, or the slimxl.json of a finished student.
-        student: Another student by the same road: an architecture or a depth pattern.
-        layer_map: first, spread, similarity, or a JSON file.
+        student: Another student by the same road: an architecture or a depth pattern; if not given, the recipe's own.
+        layer_map: first, spread, similarity, or a JSON file (importance.json); if not given, the recipe's own.
     """
     from distill.recipes import find_recipe
 
@@ -122,18 +126,8 @@ def train(
     student: str | None = None,
     layer_map: str | None = None,
     start: Path | None = None,
-    workdir: Path = WORKDIR,
-    mixed_precision: Precision = "no",
-    optimizer: Literal["adamw", "adamw-8bit"] = "adamw",
-    accumulation: int = 1,
-    gradient_checkpointing: bool = False,
-    compile: bool = False,
-    fsdp: bool = False,
-    tensorboard: bool = False,
-    checkpoint_every: int = 500,
-    checkpoint_minutes: int = 30,
-    keep_checkpoints: int = 2,
-    validate_every: int = 0,
+    workdir: Workdir = WORKDIR,
+    options: Annotated[TrainOptions, tyro.conf.arg(name="")],
 ) -> None:
     """Distil a student by a recipe. Start it with torchrun for many GPUs or nodes. First it tells its memory plan.
 
@@ -141,33 +135,14 @@ def train(
         recipe: ssd-1b, vega, mini-ssd-1b, mini-vega, or a .json file that `distill recipe` has begun.
         cache: A latent cache made by `distill cache` with the teacher's VAE and text encoders.
         out: Becomes a diffusers pipeline folder; an unfinished run there is continued.
-        student: Another student by the same road: an architecture or a depth pattern, e.g. -/2,2/4,4:0:4,4,10/2,1,1/-
-        layer_map: Which teacher blocks it keeps: first, spread, similarity, or a JSON file (importance.json).
+        student: Another student by the same road: an architecture or a depth pattern; if not given, the recipe's own.
+        layer_map: Which teacher blocks it keeps: first, spread, similarity, or a JSON file (importance.json); if not
+            given, as the recipe says.
         start: A finished student to begin from instead of the teacher.
-        optimizer: The second holds its moments in 8 bits (package bitsandbytes).
-        accumulation: Micro-batches per optimiser step and process.
-        fsdp: Share weights, moments and gradients over the processes instead of copying them (DDP).
-        checkpoint_every: Steps between checkpoints.
-        checkpoint_minutes: And the longest time between them.
-        validate_every: Steps between pictures at fixed seeds, in OUT/samples; 0 draws them only after each stage.
     """
-    from distill.options import TrainOptions
     from distill.recipes import find_recipe
     from distill.trainer import train
 
-    options = TrainOptions(
-        mixed_precision=mixed_precision,
-        optimizer=optimizer,
-        accumulation=accumulation,
-        gradient_checkpointing=gradient_checkpointing,
-        compile=compile,
-        fsdp=fsdp,
-        tensorboard=tensorboard,
-        checkpoint_every=checkpoint_every,
-        checkpoint_minutes=checkpoint_minutes,
-        keep_checkpoints=keep_checkpoints,
-        validate_every=validate_every,
-    )
     if start is not None and not (start / "slimxl.json").is_file():
         raise UserError(f"--start {start} is no student made by `distill train`: it has no slimxl.json")
     chosen = find_recipe(recipe, student=student, layer_map=layer_map)
@@ -180,21 +155,21 @@ def plan(
     recipe: str,
     student: str | None = None,
     processes: int = 1,
-    accumulation: int = 1,
+    accumulation: Accumulation = 1,
     mixed_precision: Precision = "bf16",
-    optimizer: Literal["adamw", "adamw-8bit"] = "adamw",
-    fsdp: bool = False,
+    optimizer: Optimizer = "adamw",
+    fsdp: Fsdp = False,
     memory_gb: float | None = None,
 ) -> None:
     """Tell what a training needs of each GPU's memory, with and without gradient checkpointing; nothing is loaded.
 
     Args:
         recipe: ssd-1b, vega, mini-ssd-1b, mini-vega, or a .json file.
-        student: Another student by the same road: an architecture or a depth pattern.
+        student: Another student by the same road: an architecture or a depth pattern; if not given, the recipe's own.
         processes: GPUs that share the batch.
-        memory_gb: The GPU's memory in units of 1e9 bytes; default: the device at hand.
+        memory_gb: The GPU's memory in units of 1e9 bytes; if not given, that of the device at hand.
     """
-    from distill.options import HALF
+    from distill.accelerator import HALF
     from distill.plan import describe_plan, device_memory, plan_recipe
     from distill.recipes import find_recipe
     from distill.sharding import check_fsdp
@@ -219,49 +194,21 @@ def plan(
 
 
 @app.command
-def bench(
-    *,
-    out: Path,
-    model: str = "mini:sdxl",
-    student: str | None = None,
-    batch: int = 8,
-    rounds: int = 12,
-    loops: tuple[str, ...] = (),
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no",
-    gradient_checkpointing: bool = False,
-    optimizer: Literal["adamw", "adamw-8bit"] = "adamw",
-    workdir: Path = WORKDIR,
-) -> None:
+def bench(*, out: Path, options: Annotated[BenchOptions, tyro.conf.arg(name="")]) -> None:
     """Measure the training step beside the published loop, with and without the cache, at each feature level.
 
     Args:
         out: The JSON file for the raw samples.
-        model: The teacher; random:sdxl has the true size and needs no download.
-        student: An architecture or a depth pattern; by default SSD-1B's depth.
-        batch: Samples a step.
-        rounds: Steps of each loop, taken in turn.
-        loops: Some of the loops, by name; by default all.
     """
-    from distill.bench import LOOPS, BenchOptions, bench_loops, describe
+    from distill.bench import bench_loops, describe
 
-    options = BenchOptions(
-        model=model,
-        student=student,
-        batch=batch,
-        rounds=rounds,
-        loops=loops or tuple(loop.name for loop in LOOPS),
-        mixed_precision=mixed_precision,
-        gradient_checkpointing=gradient_checkpointing,
-        optimizer=optimizer,
-        workdir=workdir,
-    )
     print("\n".join(describe(bench_loops(options, out))))
 
 
 @app.command
 def ablate(
     *,
-    variants: tuple[str, ...] = (),
+    variants: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: all)")] = (),
     teacher: str = "mini:sdxl",
     student: str = "mini-vega",
     seeds: int = 3,
@@ -273,16 +220,20 @@ def ablate(
     jobs: int = 2,
     out: Path = Path("out/ablation"),
     results: Path = Path("distill/results"),
-    workdir: Path = WORKDIR,
+    workdir: Workdir = WORKDIR,
 ) -> None:
     """Compare losses, starts and roads on the mini family; what is finished is kept.
 
     Args:
-        variants: from-scratch, task, output, block, sub-block, layer, self-attention, layer-progressive; default: all.
+        variants: Only these: from-scratch, task, output, block, sub-block, layer, self-attention, layer-progressive.
+        teacher: A mini checkpoint, as `fetch` takes it.
+        student: A mini architecture or a depth pattern.
+        seeds: Runs of each variant, with the seeds 0, 1, ...
         steps: Optimiser steps of every run.
         samples: Captioned pictures to train on.
-        held_out: And to measure the loss on, 20 of each resolution.
+        held_out: And to measure the loss on, by 20 of one resolution: 180 are 20 of each.
         pictures: Pictures by which each student is judged, over the nine resolutions.
+        picture_steps: Denoising steps of each.
         jobs: Runs at once.
         out: Where runs and caches are kept.
         results: Where ablation.json, .md and .svg go.
@@ -308,12 +259,19 @@ def ablate(
 
 @app.command
 def importance(
-    *, model: str, cache: Path, student: str, out: Path, samples: int = 8, timesteps: int = 5, workdir: Path = WORKDIR
+    *,
+    model: str,
+    cache: Path,
+    student: str,
+    out: Path,
+    samples: int = 8,
+    timesteps: int = 5,
+    workdir: Workdir = WORKDIR,
 ) -> None:
     """Rank a model's transformer blocks by what leaving each out changes; propose a layer map for a student.
 
     Args:
-        model: The teacher.
+        model: The teacher, as `fetch` takes it.
         cache: A latent cache of its VAE and text encoders.
         student: The wanted architecture or depth pattern.
         out: A folder for importance.json and importance.svg.
@@ -345,9 +303,10 @@ def teach(
         start: A mini pipeline folder to teach further instead of a new one; its VAE's encoder stays as it is.
         vae_steps: Optimiser steps of the VAE on crops.
         vae_whole_steps: And on whole pictures.
-        minutes: Training time of the UNet and text encoders.
+        minutes: Training time of the UNet and text encoders; 0 leaves them as they are.
         learning_rate: Of the UNet and text encoders, at its highest.
         decoder_steps: Optimiser steps of the VAE's decoder alone, last.
+        seed: Of the first weights, the pictures and the noise.
     """
     from distill.teach import teach_mini
 
@@ -365,12 +324,12 @@ def teach(
 
 
 @app.command
-def judge(*, model: str, count: int = 90, steps: int = 25, workdir: Path = WORKDIR) -> None:
+def judge(*, model: str, count: int = 90, steps: int = 25, workdir: Workdir = WORKDIR) -> None:
     """How often a mini model's pictures of unseen captions show what they say, read exactly from the pixels (JSON).
 
     Args:
-        model: A mini checkpoint.
-        count: Pictures, as many of each of the nine resolutions.
+        model: A mini checkpoint, as `fetch` takes it.
+        count: Pictures in all, as many of each of the nine resolutions.
         steps: Denoising steps.
     """
     import torch

@@ -26,19 +26,20 @@ import diffusers
 import numpy as np
 import torch
 
+from distill.accelerator import HALF, make_accelerator
 from distill.architectures import ARCHITECTURES, Architecture, Family, find_architecture
 from distill.cache import LatentCache, encode, write_shard
 from distill.checkpoints import alphas_cumprod_of
 from distill.data import Sample, ShapesSource
-from distill.errors import explaining_full_memory, quiet_libraries, require_least, unknown
+from distill.errors import explaining_full_memory, quiet_libraries, unknown
 from distill.files import require_writable_file, write_json
 from distill.layer_map import make_layer_map
-from distill.options import HALF, TrainOptions, make_accelerator
+from distill.options import BenchOptions, TrainOptions
 from distill.pair import Pair, load_nets
 from distill.progress import say, track
 from distill.published import published_steps
 from distill.recipes import Level, LossWeights, Recipe
-from distill.sources import WORKDIR, find_architecture_of, load_pipeline, resolve
+from distill.sources import find_architecture_of, load_pipeline, resolve
 from distill.surgery import make_student_unet
 
 SCHEMA = "slimxl.distill.bench/1"
@@ -73,25 +74,6 @@ RATIOS = (  # how many times faster the second is
     ("published", "sub-block, no cache"),
     *((level, "output only") for level in ("block", "sub-block", "layer", "self-attention")),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchOptions:
-    """`batch` samples a step, all of the model's base resolution; `loops` by name."""
-
-    model: str = "mini:sdxl"
-    student: str | None = None
-    batch: int = 8
-    rounds: int = 12
-    loops: tuple[str, ...] = tuple(loop.name for loop in LOOPS)
-    mixed_precision: str = "no"
-    gradient_checkpointing: bool = False
-    optimizer: str = "adamw"
-    workdir: Path = WORKDIR
-
-    def __post_init__(self) -> None:
-        """Raises UserError for a number out of range."""
-        require_least(1, batch=self.batch, rounds=self.rounds)
 
 
 def base_samples(family: Family, count: int) -> list[Sample]:
@@ -258,7 +240,7 @@ def bench_loops(options: BenchOptions, out: Path) -> dict[str, Any]:
     teacher, student = architectures_of(options)
     if strange := set(options.loops) - {loop.name for loop in LOOPS}:
         raise unknown("loop", min(strange), [loop.name for loop in LOOPS])
-    loops = [loop for loop in LOOPS if loop.name in options.loops]
+    loops = [loop for loop in LOOPS if not options.loops or loop.name in options.loops]
     say(f"{teacher.name} into {student.name}, batch {options.batch}")
     workshop, taken = time_loops(options, loops)
     device, resolution = workshop.accelerator.device, workshop.resolution

@@ -1,38 +1,61 @@
-"""How a recipe is run on the machine at hand: what can be chosen, and accelerate set up accordingly."""
+"""What can be chosen of how a recipe is run on the machine at hand, and of how its step is measured."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
+from typing import Annotated, Literal
 
-import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from tyro.conf import arg
 
-from distill.errors import UserError, require_least
-from distill.sharding import check_no_other_fsdp
+from distill.errors import require_least
+from distill.sources import WORKDIR
 
-PATIENCE = timedelta(hours=2)
-"""How long processes wait for one that downloads a teacher, saves a student or draws; NCCL's own ten minutes are few."""
-HALF = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Precision = Annotated[
+    Literal["no", "fp16", "bf16"],
+    arg(
+        help="The teacher's weights and the student's arithmetic; the student's own weights stay in fp32. no is fp32 "
+        "throughout, fp16 needs a GPU."
+    ),
+]
+Optimizer = Annotated[
+    Literal["adamw", "adamw-8bit"], arg(help="adamw-8bit keeps its moments in 8 bits (package bitsandbytes).")
+]
+Accumulation = Annotated[
+    int, arg(help="Micro-batches per optimiser step and process; the more, the less memory a step takes.")
+]
+GradientCheckpointing = Annotated[
+    bool, arg(help="Recompute the student's activations in the backward pass: less memory, more work.")
+]
+Fsdp = Annotated[
+    bool, arg(help="Share weights, moments and gradients over the processes instead of copying them (DDP).")
+]
+Workdir = Annotated[Path, arg(help="Where a model that has to be made or converted is kept.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """How to run a recipe on this machine. Only `mixed_precision` and `optimizer` change what is learned."""
 
-    mixed_precision: str = "no"
-    optimizer: str = "adamw"
-    accumulation: int = 1
-    gradient_checkpointing: bool = False
+    mixed_precision: Precision = "no"
+    optimizer: Optimizer = "adamw"
+    accumulation: Accumulation = 1
+    gradient_checkpointing: GradientCheckpointing = False
     compile: bool = False
-    fsdp: bool = False
+    """Compile each transformer block of both nets by torch.compile."""
+    fsdp: Fsdp = False
     tensorboard: bool = False
+    """Write the losses as curves too, into OUT/tensorboard (package tensorboard)."""
     checkpoint_every: int = 500
+    """Steps between checkpoints."""
     checkpoint_minutes: int = 30
+    """Minutes between checkpoints, at the most."""
     keep_checkpoints: int = 2
+    """How many of the newest stay, in OUT/state."""
     validate_every: int = 0
+    """Steps between pictures at fixed seeds, in OUT/samples; 0 draws them only after each stage."""
     log_every: int = 10
+    """Steps between lines of OUT/losses.jsonl."""
 
     def __post_init__(self) -> None:
         """Raises UserError for a number out of range."""
@@ -41,25 +64,26 @@ class TrainOptions:
         require_least(0, validate_every=self.validate_every)
 
 
-def make_accelerator(options: TrainOptions, out: Path) -> Accelerator:
-    """Raises UserError for fp16 without a GPU, for a missing package, and for FSDP asked of accelerate's launcher."""
-    check_no_other_fsdp()
-    if options.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("--mixed-precision fp16 needs a GPU, and there is none here; use bf16 or no")
-    if options.tensorboard:
-        try:
-            import tensorboard  # noqa: F401
-        except ImportError:
-            raise UserError("--tensorboard needs the package tensorboard: pip install 'slimxl[training]'") from None
-    return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else each process of a GPU-less torchrun thinks it is alone
-        mixed_precision=options.mixed_precision,
-        gradient_accumulation_steps=options.accumulation,
-        step_scheduler_with_optimizer=False,
-        log_with="tensorboard" if options.tensorboard else None,
-        project_dir=out,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of them
-            InitProcessGroupKwargs(timeout=PATIENCE),
-        ],
-    )
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """What the training loops are timed on, all at the model's base resolution."""
+
+    model: str = "mini:sdxl"
+    """The teacher, as `distill fetch` takes it; random:sdxl has the true size and needs no download."""
+    student: str | None = None
+    """An architecture of the catalogue or a depth pattern; if not given, SSD-1B's depth."""
+    batch: int = 8
+    """Samples a step."""
+    rounds: int = 12
+    """Timed steps of each loop, taken in turn."""
+    loops: Annotated[tuple[str, ...], arg(help_behavior_hint="(default: all)")] = ()
+    """Only these: published, block, sub-block, layer, self-attention, "output only", "sub-block, no cache",
+    "sub-block, compiled"."""
+    mixed_precision: Precision = "no"
+    gradient_checkpointing: GradientCheckpointing = False
+    optimizer: Optimizer = "adamw"
+    workdir: Workdir = WORKDIR
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a number out of range."""
+        require_least(1, batch=self.batch, rounds=self.rounds)

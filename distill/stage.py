@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 
+from distill.accelerator import HALF
 from distill.ahead import ahead
 from distill.architectures import Depth, find_architecture
 from distill.cache import LatentCache, seed_of
@@ -32,7 +33,7 @@ from distill.checkpoints import (
 from distill.errors import UserError
 from distill.files import read_json, replacing
 from distill.layer_map import LayerMap, inherit_layer_map, relative_map
-from distill.options import HALF, TrainOptions
+from distill.options import TrainOptions
 from distill.pair import Pair, Terms, load_nets
 from distill.progress import say, track
 from distill.recipes import Recipe

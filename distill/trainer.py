@@ -12,11 +12,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from distill.accelerator import HALF, make_accelerator
 from distill.cache import LatentCache
 from distill.checkpoints import STATE_FORMAT, draw_validation, stage_folder, student_dtype
 from distill.errors import UserError, explaining_full_memory
 from distill.files import exclusive, read_json, remove_leftovers, require_free_disk, sha256_json, write_json
-from distill.options import HALF, TrainOptions, make_accelerator
+from distill.options import TrainOptions
 from distill.plan import MemoryPlan, describe_plan, device_memory, plan_recipe
 from distill.progress import say
 from distill.recipes import Recipe

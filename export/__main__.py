@@ -10,9 +10,11 @@ import tyro
 
 from distill.architectures import Resolution
 from distill.errors import UserError, exit_on_user_error
+from distill.options import Workdir
 from distill.sources import WORKDIR
 
 app = tyro.extras.SubcommandApp()
+Paths = Annotated[tuple[Path, ...], tyro.conf.arg(help_behavior_hint="(default: none)")]
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -33,11 +35,11 @@ def onnx(
     guidance: Literal["always", "never"] = "always",
     vae: str = "stock",
     vae_precision: Literal["auto", "fp16", "fp32"] = "auto",
-    lora: tuple[Path, ...] = (),
-    lora_scale: tuple[float, ...] = (),
-    reuse: tuple[Path, ...] = (),
+    lora: Paths = (),
+    lora_scale: Annotated[tuple[float, ...], tyro.conf.arg(help_behavior_hint="(default: 1 for each)")] = (),
+    reuse: Paths = (),
     check: bool = True,
-    workdir: Path = WORKDIR,
+    workdir: Workdir = WORKDIR,
 ) -> None:
     """Export a checkpoint. What is up to date is kept.
 
@@ -53,7 +55,7 @@ def onnx(
         vae: stock, fp16-fix, tiny, or a folder with a VAE.
         vae_precision: auto is fp32 for the stock VAE and for one that says force_upcast, else as the rest.
         lora: LoRA files to fuse, in order.
-        lora_scale: One for each LoRA; 1 where absent.
+        lora_scale: One for each LoRA, in the same order; those left out are 1.
         reuse: Other ONNX folders to take equal components from.
         check: Compare with torch before a component gets its name.
     """
@@ -98,15 +100,15 @@ def verify(
     batch: int = 2,
     seed: int | None = None,
     out: Path | None = None,
-    workdir: Path = WORKDIR,
+    workdir: Workdir = WORKDIR,
 ) -> int:
     """Run every component in ONNX Runtime and in torch on random inputs, in every resolution; exit code 1 on a failure.
 
     Args:
         folder: The ONNX folder.
         model: The checkpoint, where it is no longer found under the name it was exported from.
-        components: Only these, separated by commas.
-        resolutions: Only at these WxH,...; a graph with open dimensions takes others than the family's too.
+        components: Only these, separated by commas; all if not given.
+        resolutions: Only at these WxH,...; all if not given. A graph with open dimensions takes any others too.
         batch: Rows of every component; a static graph takes what it takes.
         seed: Of the inputs; drawn afresh where not given, and reported.
         out: A JSON file to write: every comparison, its bounds, the versions.
@@ -160,11 +162,11 @@ def verify(
 
 
 @app.command
-def bench(*, model: str, out: Path, rounds: int = 3, latency_rounds: int = 20, workdir: Path = WORKDIR) -> None:
+def bench(*, model: str, out: Path, rounds: int = 3, latency_rounds: int = 20, workdir: Workdir = WORKDIR) -> None:
     """Export with this and with `optimum-cli export onnx`, in turn, and compare time, memory, graphs and latency.
 
     Args:
-        model: The checkpoint.
+        model: The checkpoint, as `onnx` takes it.
         out: A JSON file to write; the exports themselves stay beside it.
         rounds: Exports by each.
         latency_rounds: UNet calls in ONNX Runtime by each.

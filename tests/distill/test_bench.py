@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from bench.parts import PUBLISHED_LOOPS
-from distill.bench import LOOPS, BenchOptions, Loop, Workshop, _peak_memory, bench_loops, describe, peak_memory, ratio
+from distill.bench import LOOPS, Loop, Workshop, _peak_memory, bench_loops, describe, peak_memory, ratio
 from distill.errors import UserError
+from distill.options import BenchOptions
 
 HALF = "-/1,1/1,1:0:1,1,1/1,1,1/-"
 
