@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -251,6 +252,19 @@ def measure_rounds(
         on_round(index)
 
 
+@contextmanager
+def settled_heap() -> Iterator[None]:
+    """What is loaded by now (millions of objects, with torch and diffusers) is looked through once, not by the collector
+    of every round."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@settled_heap()
 def measure_cells(
     contestants: list[Contestant],
     workloads: list[Workload],
