@@ -76,6 +76,8 @@ def train(
     if not finished:
         with exclusive(out, refuse, out / ".lock") if accelerator.is_main_process else nullcontext():
             _train_stages(accelerator, recipe, latents, teachers, start, out, run, options)
+    elif accelerator.is_main_process:
+        say(f"{out} is finished, nothing is to do")
     accelerator.end_training()
 
 
@@ -86,7 +88,10 @@ def _is_finished(out: Path, key: str) -> bool:
         return False
     about = read_json(stated[0])
     if about.get("key") != key:
-        raise UserError(f"{out} belongs to another recipe, teacher or cache; choose another --out or remove it")
+        raise UserError(
+            f"{out} belongs to another recipe, teacher, --start, cache, --mixed-precision or --optimizer; choose another "
+            "--out or remove it"
+        )
     finished = (out / "slimxl.json").exists()
     if not finished and about.get("format") != STATE_FORMAT:
         raise UserError(f"{out} was begun by another version of slimxl: finish it with that one, or remove it")
@@ -210,3 +215,4 @@ def _finish(out: Path, recipe: Recipe, run: dict[str, Any]) -> None:
     write_json(out / "slimxl.json", about | run)
     for left in ("stages", "state"):
         shutil.rmtree(out / left, ignore_errors=True)
+    say(f"the student is in {out}")

@@ -60,9 +60,10 @@ def test_the_student_is_not_the_teacher(finished: Path, mini_vega: Path) -> None
     assert read_config(finished, "unet")["transformer_layers_per_block"] == [1, [1, 1], [1, 1]]
 
 
-def test_a_second_run_does_nothing(finished: Path, mini_vega: Path, cache: Path) -> None:
+def test_a_second_run_does_nothing_and_says_so(finished: Path, mini_vega: Path, cache: Path, capsys) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     train(small_recipe(str(mini_vega)), cache=cache, out=finished, workdir=finished, options=TrainOptions())
+    assert capsys.readouterr().out == f"{finished} is finished, nothing is to do\n"
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
 
