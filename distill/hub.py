@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +11,7 @@ from distill.errors import FULL_DISK, UserError
 
 NO_SAFETENSORS = "necessary `safetensors` weights"
 """As diffusers says where the hub has weights in no other format than pickle."""
+NETWORK = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
 
 
 @contextmanager
@@ -21,6 +24,13 @@ def explaining_hub(model: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(f"{model} {_reason(error)}") from None
+
+
+def _root(error: BaseException) -> BaseException:
+    """What lies under the errors that clients lay over one another."""
+    while under := error.__cause__ or error.__context__:
+        error = under
+    return error
 
 
 def _reason(error: Exception) -> str:
@@ -40,8 +50,12 @@ def _reason(error: Exception) -> str:
             f"does not fit the disk of {constants.HF_HUB_CACHE}: free some space there, or name a folder of another "
             "disk in HF_HOME, and run the same command again"
         )
-    first = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
+    root = _root(reason)
+    if isinstance(root, NETWORK) and root.strerror:
+        why = root.strerror
+    else:
+        why = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
     return (
-        f"cannot be had from the Hugging Face hub ({first}); check the network and run the same command again, which "
+        f"cannot be had from the Hugging Face hub ({why}); check the network and run the same command again, which "
         "goes on, or give a local folder"
     )
