@@ -45,7 +45,7 @@ DRAIN_SECONDS = 60
 ANSWERED = re.compile(r"^\S+ \S+ \S+ server\.cc:\d+\] .?All models are stopped", re.MULTILINE)
 """What Triton's log says after SIGTERM, once no request is under way: its core says so, not a request by its name."""
 UNLOAD_SECONDS = 20
-"""How long it may then take to end. It was seen, rarely, to wait for its model until DRAIN_SECONDS were over."""
+"""How long it may then take to end. Where an answer found the shared memory full, it waits until DRAIN_SECONDS are over."""
 WATCH_SECONDS = 1.0
 """How often the model's processes are looked at."""
 CLOSED_APIS = "shared-memory,model-repository,trace,logging"

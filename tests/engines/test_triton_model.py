@@ -185,6 +185,15 @@ def test_a_process_that_lost_its_gpu_ends(model: ModuleType, monkeypatch: pytest
     assert sender.sent[0].error.code == "internal" and ended == [1]
 
 
+def test_what_was_left_for_the_exit_is_done(model: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the process that Triton's backend ends: nothing is taken down in it."""
+    done: list[Any] = []
+    monkeypatch.setattr("atexit._run_exitfuncs", lambda: done.append("kernels"))
+    monkeypatch.setattr("os._exit", done.append)
+    model.TritonPythonModel().finalize()
+    assert done == ["kernels", 0]
+
+
 def test_what_nobody_waits_for_is_not_drawn(model: ModuleType, toy_bundle: Path) -> None:
     """All of a batch must be cancelled; and no prompt stays in a tokenizer's memory."""
     instance = model.TritonPythonModel()
