@@ -16,9 +16,15 @@ from distill.errors import exit_on_user_error
 
 def run(options: Annotated[RunOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]) -> int:
     """Measure contestants on this machine and write one results file."""
-    from bench.run import run_bench
+    from bench.run import run_bench, unfinished
 
-    run_bench(options)
+    try:
+        run_bench(options)
+    except KeyboardInterrupt:
+        kept = unfinished(options.out)
+        told = f"what was measured so far is in {kept}" if kept.exists() else "nothing was measured yet"
+        print(f"stopped; {told}; the same command begins anew", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -76,11 +76,10 @@ class Job:
 
     def bench(self, contestants: list[str], **changes: Any) -> list[str]:
         """One `bench run` into `out`. No contestant begins to load that would not be there once a third of the time is
-        gone: the largest is loaded last, and compiles as long as all before it. Returns what was left out for want of
-        time."""
+        gone: the largest is loaded last, and compiles as long as all before it. Returns what was left out."""
         from bench.options import RunOptions
         from bench.results import write_results
-        from bench.run import NOT_LOADED, run_bench
+        from bench.run import LEFT_OUT, run_bench
 
         values: dict[str, Any] = {
             "contestants": contestants,
@@ -100,8 +99,8 @@ class Job:
             "device": self.device,
             "workdir": Path(self.workdir),
         }
-        results = run_bench(RunOptions(**(values | changes)))
-        left_out = [note for note in results.notes if NOT_LOADED in note]
+        results = run_bench(RunOptions(**(values | changes)), meanwhile=Path(self.out))
+        left_out = [note for note in results.notes if LEFT_OUT.search(note)]
         if self.again and any("=compiled" in one for one in contestants):
             note = "what was compiled before was kept: a compiled cold start is not from nothing"
             write_results(Path(self.out), results.model_copy(update={"notes": [*results.notes, note]}))

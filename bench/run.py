@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -28,7 +30,8 @@ from distill.shapes import shares
 
 STOPPED = "the run was stopped before this"
 FAILED = {"passed": False, "words": ["it failed in the timed rounds"], "fidelity": None}
-NOT_LOADED = "was not loaded"
+LEFT_OUT = re.compile(r" (was not loaded|did not load): ")
+"""How a note says that a contestant was left out, for want of time or because it failed."""
 
 
 def _load_all(
@@ -46,7 +49,7 @@ def _load_all(
         now = time.monotonic()
         last_s, last = now - last, now
         if loaded and seconds is not None and now + last_s - begin > seconds:
-            notes.append(f"{entrant.name} {NOT_LOADED}: too little was left of the {seconds:.0f} s for loading")
+            notes.append(f"{entrant.name} was not loaded: too little was left of the {seconds:.0f} s for loading")
             say(f"  {notes[-1]}")
             continue
         try:
@@ -149,12 +152,20 @@ def _contestant_record(
     )
 
 
-def run_bench(options: RunOptions) -> Results:
-    """Raises UserError for bad input before anything is loaded. Writes `options.out` after each visit to a workload,
-    again when energy, guard and pictures are done, and returns what it wrote."""
+def unfinished(out: Path) -> Path:
+    """Where a run keeps what it has until it is done: an earlier file of the name stays until then."""
+    return out.with_name(f"{out.stem}.unfinished.json")
+
+
+def run_bench(options: RunOptions, meanwhile: Path | None = None) -> Results:
+    """Raises UserError for bad input before anything is loaded. Writes `meanwhile`, a results file too, after each visit to
+    a workload and again as energy, guard and pictures are done; at the end that becomes `options.out`. Returns what it
+    wrote."""
     begin = time.monotonic()
     specs = parse_specs(options.contestants)
     baseline = check_options(options, specs)
+    meanwhile = meanwhile or unfinished(options.out)
+    meanwhile.unlink(missing_ok=True)
     folders = parse_artifacts(options.artifacts, [spec.name for spec in specs])
     device = options.device or default_device()
     entrants = [Entrant(spec, make_contestant(spec, device), folders[spec.name]) for spec in specs]
@@ -209,7 +220,7 @@ def run_bench(options: RunOptions) -> Results:
             pictures=pictures,
             notes=notes,
         )
-        write_results(options.out, results)
+        write_results(meanwhile, results)
         return results
 
     names = [entrant.name for entrant in entrants]
@@ -238,5 +249,6 @@ def run_bench(options: RunOptions) -> Results:
     if options.pictures:
         say(f"pictures: {options.pictures} prompts, the same seeds for all")
     results = save(quality, energy, draw_pictures(drawing, main, family, options, notes))
+    meanwhile.replace(options.out)
     say(f"wrote {options.out} after {results.seconds:.0f} s")
     return results

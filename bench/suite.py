@@ -157,7 +157,7 @@ def _open_session(options: SuiteOptions) -> Session:
         raise unknown("device", options.device, ("cuda", "cpu"))
     if options.device == "cuda" and default_device() != "cuda":
         raise UserError(
-            "torch sees no NVIDIA GPU here; to try the suite out: --device cpu --models mini-sdxl,mini-vega "
+            f"torch sees no NVIDIA GPU here{_driver()}; to try the suite out: --device cpu --models mini-sdxl,mini-vega "
             "--resolutions 128x128 --steps 2"
         )
     name = str(Gpu().identity()["name"] if options.device == "cuda" else "cpu")
@@ -177,14 +177,31 @@ def _open_session(options: SuiteOptions) -> Session:
     return session
 
 
+def _driver() -> str:
+    """What may be why torch sees none: a driver that is older than the CUDA it was made for."""
+    import torch
+
+    from engines.gpus import driver_at_hand
+
+    found = driver_at_hand()
+    made_for = f", torch {torch.__version__} is made for CUDA {torch.version.cuda or 'none'}"
+    return f" (driver {found[0]} runs CUDA {found[1]} at most{made_for})" if found else ""
+
+
 def _absent(part: str, device: str) -> str | None:
     """Why this machine cannot run a part whatever the time, where that can be told without trying."""
     kind = part.removeprefix("layouts:").partition(":")[0]
     module = MODULES.get(kind)
     if module is None:
         return None
-    if importlib.util.find_spec(module) is None:
-        return f"the Python package {module} is not installed"
+    needed = (
+        module,
+        "onnx_ir",
+        "onnxscript",
+        *(["polygraphy"] if kind.startswith("tensorrt") else []),
+    )  # built, exported
+    if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
+        return f"the Python package {absent[0]} is not installed"
     if kind == "onnxruntime" and device == "cuda":
         import onnxruntime
 

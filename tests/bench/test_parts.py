@@ -1,5 +1,6 @@
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -117,3 +118,16 @@ def test_a_part_that_ran_out_of_time_says_what_it_left_out(tmp_path, monkeypatch
     monkeypatch.setattr(training, "measure_training", lambda *_, on_row, **__: [on_row(row) for row in rows])
     assert parts.main() == parts.PARTIAL
     assert capsys.readouterr().err.strip() == "without: not run: 3 s left"
+
+
+def test_a_part_whose_contestant_does_not_load_is_partial(tmp_path, monkeypatch, capsys):
+    """Where a GPU is full or a compiler is missing: the same command tries it again."""
+    notes = [
+        "b was not loaded: too little was left",
+        "c did not load: OutOfMemoryError: full",
+        "the baseline did not load",
+    ]
+    monkeypatch.setattr("bench.run.run_bench", lambda options, meanwhile: SimpleNamespace(notes=notes))
+    monkeypatch.setattr("sys.argv", ["parts", parts.as_argument(made_job(tmp_path, "eager"))])
+    assert parts.main() == parts.PARTIAL
+    assert capsys.readouterr().err.strip() == "; ".join(notes[:2])

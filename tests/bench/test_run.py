@@ -1,3 +1,4 @@
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -66,9 +67,26 @@ def test_what_was_timed_is_kept_where_the_rest_is_cut_short(tmp_path, monkeypatc
     monkeypatch.setattr("bench.run.quality_of", killed)
     with pytest.raises(KeyboardInterrupt):
         run_bench(fake_options(tmp_path / "r.json"))
-    results = read_results(tmp_path / "r.json")
+    results = read_results(tmp_path / "r.unfinished.json")
     assert len(results.cells[0].rows[0].samples) == 8
     assert results.contestants[0].quality["words"] == ["the run was stopped before this"]
+
+
+def test_a_finished_file_outlives_a_run_that_is_stopped(tmp_path, monkeypatch, virtual_time, capsys):
+    from bench.__main__ import main
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    line = ["bench", "run", "--contestants", "a=fake:denoise=1", "--out", str(tmp_path / "r.json"), "--seconds", "0"]
+    monkeypatch.setattr("sys.argv", line)
+    assert main() == 0 and [path.name for path in tmp_path.iterdir()] == ["r.json"]
+    finished = (tmp_path / "r.json").read_bytes()
+    for what, told in (("_load_all", "nothing was measured yet"), ("quality_of", "is in .*r.unfinished.json; .* anew")):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"bench.run.{what}", stopped)
+            assert main() == 130 and re.search(told, capsys.readouterr().err)
+        assert (tmp_path / "r.json").read_bytes() == finished
 
 
 def test_one_that_raises_after_the_timed_rounds_costs_only_its_own(tmp_path, monkeypatch, virtual_time):
@@ -135,7 +153,7 @@ def test_a_run_killed_between_two_workloads_keeps_the_first(tmp_path, monkeypatc
     monkeypatch.setattr(run, "measure_cells", killed)
     with pytest.raises(KeyboardInterrupt):
         run_bench(fake_options(tmp_path / "r.json"))
-    (cell,) = read_results(tmp_path / "r.json").cells
+    (cell,) = read_results(tmp_path / "r.unfinished.json").cells
     assert [len(row.samples) for row in cell.rows] == [4, 4]
 
 
