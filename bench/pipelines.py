@@ -207,7 +207,7 @@ class OptimumContestant(PipelineContestant):
         except ImportError as error:
             raise UserError(
                 f"contestant {self.name!r} needs the optional package optimum-onnx ({error}); "
-                "install it with: pip install 'slimxl[optimum]'"
+                "install it with: pip install optimum-onnx 'transformers<4.58'"
             ) from None
 
     def make_pipeline(self) -> Any:

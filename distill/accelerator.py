@@ -26,7 +26,7 @@ def make_accelerator(options: TrainOptions, out: Path) -> Accelerator:
         try:
             import tensorboard  # noqa: F401
         except ImportError:
-            raise UserError("--tensorboard needs the package tensorboard: pip install 'slimxl[training]'") from None
+            raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # else each process of a GPU-less torchrun thinks it is alone
         mixed_precision=options.mixed_precision,

@@ -102,7 +102,7 @@ def bench_export(
     """
     require_least(1, rounds=rounds, latency_rounds=latency_rounds)
     if find_spec("optimum") is None or find_spec("optimum.exporters.onnx") is None:
-        raise UserError("optimum is not installed: pip install 'slimxl[optimum]' (with transformers 4.57)")
+        raise UserError("optimum is not installed: pip install optimum-onnx 'transformers<4.58'")
     folders = {name: workdir / name for name in ("ours", "optimum")}
     model = str(checkpoint)
     commands = {
