@@ -41,9 +41,7 @@ def make_optimizer(name: str, student: torch.nn.Module, weight_decay: float) -> 
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
-        raise UserError(
-            "--optimizer adamw-8bit needs the package bitsandbytes: pip install bitsandbytes"
-        ) from None
+        raise UserError("--optimizer adamw-8bit needs the package bitsandbytes: pip install bitsandbytes") from None
     return AdamW8bit(student.parameters(), weight_decay=weight_decay)
 
 
