@@ -116,7 +116,8 @@ class Address:
                     probe.bind((self.host, port))
             except (OSError, OverflowError) as error:
                 raise UserError(
-                    f"cannot listen on {self.host}:{port} ({error}); choose another with --{name}-port"
+                    f"cannot listen on {self.host}:{port} ({error}); choose another with --{name}-port, or wait up to "
+                    f"{DRAIN_SECONDS} s for a server that was just killed with its requests under way"
                 ) from None
 
 
