@@ -18,12 +18,16 @@ def run(options: Annotated[RunOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(
     """Measure contestants on this machine and write one results file."""
     from bench.run import run_bench, unfinished
 
+    kept = unfinished(options.out)
+    before = kept.stat() if kept.exists() else None
     try:
         run_bench(options)
-    except KeyboardInterrupt:
-        kept = unfinished(options.out)
-        told = f"what was measured so far is in {kept}" if kept.exists() else "nothing was measured yet"
-        print(f"stopped; {told}; the same command begins anew", file=sys.stderr)
+    except BaseException as error:
+        if kept.exists() and kept.stat() != before:
+            print(f"what was measured so far is in {kept}", file=sys.stderr)
+        if not isinstance(error, KeyboardInterrupt):
+            raise
+        print("stopped; the same command begins anew", file=sys.stderr)
         return 130
     return 0
 

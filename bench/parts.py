@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from bench.results import ACCEPTANCE_SCHEMA, TRAINING_SCHEMA
@@ -100,7 +101,7 @@ class Job:
             "workdir": Path(self.workdir),
         }
         results = run_bench(RunOptions(**(values | changes)), meanwhile=Path(self.out))
-        left_out = [note for note in results.notes if LEFT_OUT.search(note)]
+        left_out = [shorten(note, 300, placeholder=" …") for note in results.notes if LEFT_OUT.search(note)]
         if self.again and any("=compiled" in one for one in contestants):
             note = "what was compiled before was kept: a compiled cold start is not from nothing"
             write_results(Path(self.out), results.model_copy(update={"notes": [*results.notes, note]}))

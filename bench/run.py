@@ -165,7 +165,6 @@ def run_bench(options: RunOptions, meanwhile: Path | None = None) -> Results:
     specs = parse_specs(options.contestants)
     baseline = check_options(options, specs)
     meanwhile = meanwhile or unfinished(options.out)
-    meanwhile.unlink(missing_ok=True)
     folders = parse_artifacts(options.artifacts, [spec.name for spec in specs])
     device = options.device or default_device()
     entrants = [Entrant(spec, make_contestant(spec, device), folders[spec.name]) for spec in specs]

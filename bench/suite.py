@@ -172,8 +172,8 @@ def _open_session(options: SuiteOptions) -> Session:
                 "another --out, or remove it"
             )
         session.records = {one["part"]: one for one in earlier["parts"]}
-        for part in session.records:  # that was tried again by a command that was killed
-            settle(session.path(part))
+    for part in part_names(models, options.resolutions):  # that was tried again by a command that was killed
+        settle(session.path(part))
     return session
 
 
@@ -286,7 +286,7 @@ def _run_part(session: Session, part: str, hold: bool = False) -> None:
             code = None
         finally:
             _stop(process)
-            stands = settle(session.path(part))
+            stands = settle(session.path(part), done=code == 0)
     seconds = round(time.time() - began, 1)
     state, why, said = _outcome(code, seconds, log.read_text(errors="replace").strip().splitlines())
     if stands:  # and so does what is recorded of it

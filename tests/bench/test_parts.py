@@ -124,10 +124,10 @@ def test_a_part_whose_contestant_does_not_load_is_partial(tmp_path, monkeypatch,
     """Where a GPU is full or a compiler is missing: the same command tries it again."""
     notes = [
         "b was not loaded: too little was left",
-        "c did not load: OutOfMemoryError: full",
+        "c did not load: OutOfMemoryError:\nfull",
         "the baseline did not load",
     ]
     monkeypatch.setattr("bench.run.run_bench", lambda options, meanwhile: SimpleNamespace(notes=notes))
     monkeypatch.setattr("sys.argv", ["parts", parts.as_argument(made_job(tmp_path, "eager"))])
     assert parts.main() == parts.PARTIAL
-    assert capsys.readouterr().err.strip() == "; ".join(notes[:2])
+    assert capsys.readouterr().err.strip() == f"{notes[0]}; c did not load: OutOfMemoryError: full"
