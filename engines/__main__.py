@@ -226,7 +226,8 @@ def serve(
         triton_server.require_plans_backend()
     manifest = read_manifest(bundle)
     flavor, gpus = choose_place(manifest, serving.flavor, parse_devices(serving.gpus))
-    require_runs_here(manifest, flavor, gpus)
+    if not serving.execution_env:  # which may hold another TensorRT than this Python
+        require_runs_here(manifest, flavor, gpus)
     environment = triton_server.find_environment(workdir)
     if environment and not serving.execution_env:
         serving = replace(serving, execution_env=environment.folder)

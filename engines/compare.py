@@ -96,7 +96,10 @@ def compare_layouts(
     asked: dict[str, Any] = {"gpus": gpus, "flavor": flavor, "resolutions": resolutions, "components": list(components)}
     folder, memory = read_onnx_folder(onnx), available_memory_bytes()
     for layout in layouts:  # what cannot be built is refused before the first is
-        require_memory(plan_builds(folder, layout=layout, **asked), memory)
+        try:
+            require_memory(plan_builds(folder, layout=layout, **asked), memory)
+        except UserError as error:
+            raise UserError(f"layout {layout}, which --layouts may leave out: {error}") from None
     costs: list[LayoutCost] = []
     for layout in layouts:
         console.print(f"layout {layout}")

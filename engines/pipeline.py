@@ -163,7 +163,8 @@ def load(
     `cuda_graphs`, `specialization` and `runtime_cache` (a folder, by default inside the bundle) concern TensorRT only;
     `weights` is an ONNX folder of the same architecture whose weights replace those of plans built with --refit or
     --strip. Everything is verified before it is opened: the manifest, then driver, GPU and version, then each file's
-    hash. Raises UserError with what was found, what is needed and the command that mends it.
+    hash. Raises UserError with what was found, what is needed and the command that mends it, and torch.OutOfMemoryError
+    where the GPU has no room for it.
     """
     import diffusers
     import torch

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import io
 import json
-import math
 import os
 import shutil
 import sys
@@ -113,9 +112,7 @@ class TritonPythonModel:
         self.pipeline = engines.load(bundle, parameters["flavor"], device=self.device, runtime_cache=cache)
         self.pipeline.set_progress_bar_config(disable=True)
         self.sizes = self.pipeline.unet.component.resolutions
-        pixels = max(math.prod(map(int, size.split("x"))) for size in self.sizes)
-        self.largest_bytes = int(LIMITS["images"][1]) * pixels * 3 * 2
-        """Of one answer: its pictures as they are, and as PNGs, which hardly ever are larger."""
+        self.instances = sum(group["count"] * max(1, len(group.get("gpus", []))) for group in config["instance_group"])
         self.step_done: torch.cuda.Event | None = None
         if parameters["warm_up"] == "true":
             self.warm_up(config["max_batch_size"])
@@ -138,7 +135,6 @@ class TritonPythonModel:
 
         Where the shared memory may not hold the answers, all are returned: if one then does not fit, Triton fails them
         all, and crashes where it has answered some of them already (it deletes their response factories twice)."""
-        early = self.decoupled or has_room(len(requests) * self.largest_bytes)
         returned: list[Any] = [None] * len(requests)
 
         def hand_over(batch: list[tuple[dict[str, Any], Any]], responses: list[Any], send: bool) -> None:
@@ -149,6 +145,7 @@ class TritonPythonModel:
                     returned[values["position"]] = response
 
         groups: dict[tuple[Any, ...], list[tuple[dict[str, Any], Any]]] = {}
+        refused, answer_bytes = [], 0
         for position, request in enumerate(requests):
             sender, name = request.get_response_sender(), read_name(request)
             about = {"request": name, "position": position}
@@ -157,9 +154,14 @@ class TritonPythonModel:
             except Exception as error:  # whatever is wrong with a request concerns no other
                 message = str(error) if isinstance(error, UserError) else f"the request cannot be read: {error!r}"
                 pb_utils.Logger.log_info(f"request {name} refused: {message}")
-                hand_over([(about, sender)], [failure(message, pb_utils.TritonError.INVALID_ARG)], early)
+                refused.append(((about, sender), failure(message, pb_utils.TritonError.INVALID_ARG)))
                 continue
             groups.setdefault(tuple(values[name] for name in ALIKE), []).append((values, sender))
+            forms = {"image", "png"}.intersection(values["outputs"])  # a PNG is hardly ever larger than its pixels
+            answer_bytes += values["images"] * values["width"] * values["height"] * 3 * len(forms)
+        early = self.decoupled or has_room(answer_bytes * self.instances)  # the others may be answering too
+        for asked, refusal in refused:
+            hand_over([asked], [refusal], early)
         batches = []
         for group in groups.values():
             while group:

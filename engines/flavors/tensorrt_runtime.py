@@ -132,9 +132,9 @@ class TensorRTEngine:
         runtime, flavor, path = self._arena.runtime, self.record.flavor, self.record.files[0].path
         if self.record.options.get("version_compatible"):
             runtime.engine_host_code_allowed = True  # such a plan brings its runtime along; its hash was compared
-        engine = runtime.deserialize_cuda_engine(plan)
+        engine, free = self._insist(lambda: runtime.deserialize_cuda_engine(plan))
         if engine is None:
-            if (free := self._arena.device.free_bytes()) < len(plan):
+            if free < len(plan):
                 raise torch.OutOfMemoryError(
                     f"{path} takes {_gb(len(plan))} of the GPU's memory, of which {_gb(free)} are free"
                 )
@@ -173,13 +173,22 @@ class TensorRTEngine:
         """An execution context that brings no activation memory of its own. Raises torch.OutOfMemoryError where TensorRT
         gives none."""
         strategy = self._arena.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = self._plan.create_execution_context(strategy if self._config is None else self._config)
+        how = strategy if self._config is None else self._config
+        context, free = self._insist(lambda: self._plan.create_execution_context(how))
         if context is None:
             raise torch.OutOfMemoryError(
-                f"{self.record.flavor} gave {self.record.component} no execution context with "
-                f"{_gb(self._arena.device.free_bytes())} of the GPU's memory free; its own message stands above"
+                f"{self.record.flavor} gave {self.record.component} no execution context with {_gb(free)} of the GPU's "
+                "memory free; its own message stands above"
             )
         return context
+
+    def _insist(self, make: Callable[[], Any]) -> tuple[Any, int]:
+        """What TensorRT makes, and what the GPU then has free. It tries a second time where torch held memory in reserve."""
+        made = make()
+        if made is not None:
+            return made, 0
+        free = self._arena.device.free_bytes()
+        return make(), free
 
     def _activation_bytes(self) -> int:
         """The most that any size of the bundle needs. A range reaches wider than its sizes, so it is asked for each."""

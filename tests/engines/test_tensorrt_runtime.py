@@ -177,7 +177,16 @@ def test_a_full_gpu_is_an_out_of_memory_error_as_torch_has_it(
         make(toy_manifest, tmp_path, "tensorrt-rtx", header_reasons=8)
     with pytest.raises(UserError, match="its own message stands above; mend it"):
         make(toy_manifest, tmp_path, refuses=True)
-    loaded, trt, _, engine = make(toy_manifest, tmp_path)
+    loaded, trt, arena, engine = make(toy_manifest, tmp_path)
+    trt.plan.is_full = True
+
+    def give_back() -> int:
+        trt.plan.is_full = False
+        return 1 << 30
+
+    with monkeypatch.context() as patch:  # what torch held in reserve was enough
+        patch.setattr(arena.device, "free_bytes", give_back)
+        loaded.run({"sample": sample("96x224")}, engine.profiles[0])
     trt.plan.is_full = True
     with pytest.raises(
         torch.OutOfMemoryError, match=r"gave unet no execution context with 1\.1 GB of the GPU's memory"

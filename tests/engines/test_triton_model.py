@@ -138,10 +138,11 @@ def test_a_request_that_cannot_be_read_leaves_the_others(
             raise EOFError("half an input")
         return model.DEFAULTS | {"width": 128, "height": 128, "steps": len(request.name)}
 
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=4 * 100 + room))
+    three_pngs = 3 * 128 * 128 * 3
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2 * three_pngs + room))
     monkeypatch.setattr(model, "read_request", read_request)
     instance = model.TritonPythonModel()
-    instance.sizes, instance.decoupled, instance.largest_bytes = ["128x128"], False, 100
+    instance.sizes, instance.decoupled, instance.instances = ["128x128"], False, 2
     instance.most_together = len
     instance.answer = lambda batch: [values["request"] for values, _ in batch]
     requests = [request(name, Sender()) for name in (b"early", b"\xff", b"torn", b"g")]

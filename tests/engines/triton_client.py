@@ -61,12 +61,15 @@ def stream(ask: dict) -> dict:
     steps = []
     with tritonclient.grpc.InferenceServerClient(GRPC) as client:
         client.start_stream(lambda result, error: answers.put((result, error)))
-        client.async_stream_infer("slimxl", inputs_of(ask, tritonclient.grpc), request_id="one")
+        inputs = inputs_of(ask, tritonclient.grpc)
+        client.async_stream_infer("slimxl", inputs, request_id="one", enable_empty_final_response=True)
         while True:
             result, error = answers.get(timeout=120)
             if error is not None:
                 raise error
             if result.as_numpy("image") is not None:
+                end, error = answers.get(timeout=120)
+                assert end.get_response().parameters["triton_final_response"].bool_param, (end, error)
                 return picture(result) | {"steps": steps, "step": int(result.as_numpy("step")[0, 0])}
             steps.append(int(result.as_numpy("step")[0, 0]))
 
