@@ -191,14 +191,15 @@ def test_serving_as_a_user_does_and_draining(environment: Environment, toy_bundl
     pipe = subprocess.PIPE
     client = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=paths)
     assert client.stdin and client.stdout and client.stderr
-    client.stdin.write(json.dumps([drawing(steps=50, images=16)] * 8))
+    client.stdin.write(json.dumps([drawing(steps=50, images=16)] * 16))
     client.stdin.close()
-    assert [client.stderr.readline() for _ in range(8)] == ["sending\n"] * 8
-    time.sleep(0.5)
+    assert [client.stderr.readline() for _ in range(16)] == ["sending\n"] * 16
+    time.sleep(2)  # all have arrived; to draw them takes longer
+    assert client.poll() is None, "nothing was under way"
     serving.send_signal(signal.SIGTERM)
     answers = json.loads(client.stdout.read())
     client.wait(60)
-    assert [answer.get("shape") for answer in answers] == [[1, 16, 128, 128, 3]] * 8, answers
+    assert [answer.get("shape") for answer in answers] == [[1, 16, 128, 128, 3]] * 16, answers
     assert serving.wait(90) == 0
     assert "stopping: requests under way are finished" in serving.stdout.read()
     assert ANSWERED.search((tmp_path / str(address.http_port) / "log").read_text())
