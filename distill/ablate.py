@@ -12,9 +12,10 @@ import multiprocessing
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -188,16 +189,18 @@ def run_ablation(
     todo = [pair for pair in wanted if pair not in done]
     started = time.monotonic()
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=quiet_libraries)
-    try:
-        running = [pool.submit(_run, name, seed, settings) for name, seed in todo]
-        for number, future in enumerate(as_completed(running), 1):
-            result = future.result()
-            done[result["variant"], result["seed"]] = result
-            left = (time.monotonic() - started) / number * (len(todo) - number)
-            say(f"{number}/{len(todo)} {_in_words(result)}; {left / 60:.0f} min left")
-    finally:
-        pool.shutdown(cancel_futures=True)  # where one has failed, no other begins
+    waiting, earlier = iter(todo), len(done)
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=quiet_libraries) as pool:
+        running = {pool.submit(_run, *pair, settings) for pair in islice(waiting, jobs)}
+        while running:  # no more than run at once: where one has failed, no other begins
+            ended, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                result = future.result()
+                done[result["variant"], result["seed"]] = result
+                number = len(done) - earlier
+                left = (time.monotonic() - started) / number * (len(todo) - number)
+                say(f"{number}/{len(todo)} {_in_words(result)}; {left / 60:.0f} min left")
+            running |= {pool.submit(_run, *pair, settings) for pair in islice(waiting, len(ended))}
     reference = _reference(teacher, out, pictures, picture_steps)
     report = {
         "settings": _matters(settings),

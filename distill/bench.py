@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from distill.architectures import ARCHITECTURES, Architecture, Family, find_arch
 from distill.cache import LatentCache, encode, write_shard
 from distill.checkpoints import alphas_cumprod_of
 from distill.data import Sample, ShapesSource
-from distill.errors import explaining_full_memory, quiet_libraries, unknown
+from distill.errors import UserError, explaining_full_memory, quiet_libraries, unknown
 from distill.files import require_writable_file, write_json
 from distill.layer_map import make_layer_map
 from distill.options import BenchOptions, TrainOptions
@@ -194,7 +193,7 @@ def _peak_resident_bytes() -> int:
 
 
 def peak_memory(options: BenchOptions, loop: Loop) -> int | None:
-    """None where the process was killed. It is a fresh one: neither CUDA nor threads survive a fork.
+    """None where it could not be measured, in a fresh process: neither CUDA nor threads survive a fork.
 
     Raises UserError where the GPU's memory is too small for the loop.
     """
@@ -202,7 +201,10 @@ def peak_memory(options: BenchOptions, loop: Loop) -> int | None:
     try:
         with ProcessPoolExecutor(1, mp_context=spawn, initializer=quiet_libraries) as pool:
             return pool.submit(_peak_memory, options, loop).result()
-    except BrokenProcessPool:
+    except UserError:
+        raise
+    except Exception as error:  # whatever broke or killed that process, the other loops have their turn
+        say(f"the memory of {loop.name!r} was not measured: {error}")
         return None
 
 

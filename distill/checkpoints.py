@@ -7,6 +7,7 @@ wrapper, so one process, DDP and FSDP read each other's, whatever their number.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -143,7 +144,8 @@ def _reason(error: BaseException) -> str:
     for cause in causes:
         if isinstance(cause, KeyboardInterrupt | torch.OutOfMemoryError):
             raise cause from None
-    return (str(causes[0]).strip() or type(causes[0]).__name__).splitlines()[0].split(". ")[0]
+    words = str(causes[0]).strip() or type(causes[0]).__name__
+    return re.sub(r"^\[enforce fail [^]]*\] *\. *", "", words).splitlines()[0].split(". ")[0]
 
 
 def _states(folder: Path) -> list[Path]:
@@ -173,8 +175,8 @@ def resume(accelerator: Accelerator, state: TrainingState, folder: Path, number:
                 state.load(folder / newest, progress.step)
         except dcp.CheckpointException as error:
             raise UserError(
-                f"the checkpoint {folder / newest} cannot be read ({_reason(error)}); remove that folder and run the same "
-                "command again: it goes on from the one before"
+                f"the checkpoint {folder / newest} cannot be read ({_reason(error)}); run the same command again, and if it "
+                "says the same, remove that folder: it goes on from the one before, or begins the stage anew"
             ) from None
         if accelerator.is_main_process:
             say(f"going on from stage {number + 1}, step {progress.step}")

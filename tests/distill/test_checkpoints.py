@@ -64,6 +64,11 @@ def test_a_kill_while_an_old_checkpoint_is_removed_leaves_nothing_for_long(
         (KeyboardInterrupt(), KeyboardInterrupt, ""),
         (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "CUDA out of memory"),
         (
+            RuntimeError("[enforce fail at a.cc:6] . unexpected pos 8 vs 2"),
+            UserError,
+            r"written \(unexpected pos 8 vs 2\)",
+        ),
+        (
             OSError(28, "No space left on device"),
             UserError,
             r"cannot be written \(\[Errno 28\] No space left on device\)",
@@ -73,7 +78,7 @@ def test_a_kill_while_an_old_checkpoint_is_removed_leaves_nothing_for_long(
 def test_neither_ctrl_c_nor_a_full_gpu_in_a_checkpoint_is_a_full_disk(
     tmp_path: Path, cause: BaseException, error: type[BaseException], told: str
 ) -> None:
-    """torch wraps all three in one exception."""
+    """torch wraps them all in one exception."""
 
     class Broken(State):
         def save(self, folder: Path) -> None:
@@ -100,7 +105,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(tmp_path: Path)
         for damage in (b"", whole[: len(whole) // 2], b"x" * len(whole)):
             (newest / name).write_bytes(damage)
             with pytest.raises(
-                UserError, match=r"01-0000002.* (cannot be read \(.*\); remove that folder|is not valid JSON)"
+                UserError,
+                match=r"01-0000002.* (cannot be read \(.*\); run the same command .* remove that folder|is not valid JSON)",
             ):
                 go_on()
         (newest / name).write_bytes(whole)
