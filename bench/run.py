@@ -154,7 +154,7 @@ def _contestant_record(
 
 def unfinished(out: Path) -> Path:
     """Where a run keeps what it has until it is done: an earlier file of the name stays until then."""
-    return out.with_name(f"{out.stem}.unfinished.json")
+    return out.parent / f"{out.stem}.unfinished.json"
 
 
 def run_bench(options: RunOptions, meanwhile: Path | None = None) -> Results:

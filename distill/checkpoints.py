@@ -144,8 +144,8 @@ def _reason(error: BaseException) -> str:
     for cause in causes:
         if isinstance(cause, KeyboardInterrupt | torch.OutOfMemoryError):
             raise cause from None
-    words = str(causes[0]).strip() or type(causes[0]).__name__
-    return re.sub(r"^\[enforce fail [^]]*\] *\. *", "", words).splitlines()[0].split(". ")[0]
+    words = re.sub(r"^\[enforce fail [^]]*\][ .]*", "", str(causes[0]).strip()) or type(causes[0]).__name__
+    return words.splitlines()[0].split(". ")[0]
 
 
 def _states(folder: Path) -> list[Path]:

@@ -90,6 +90,8 @@ def test_a_finished_file_outlives_a_run_that_is_stopped(tmp_path, monkeypatch, v
         assert "stopped; the same command begins anew" in told and ("r.unfinished.json" in told) is kept
         assert (tmp_path / "r.json").read_bytes() == finished
     assert read_results(tmp_path / "r.unfinished.json").cells, "what began anew and measured nothing took nothing away"
+    monkeypatch.setattr("sys.argv", [*line[:4], "--out", "."])
+    assert main() == 2 and "--out . is a folder" in capsys.readouterr().err
 
 
 def test_one_that_raises_after_the_timed_rounds_costs_only_its_own(tmp_path, monkeypatch, virtual_time):
