@@ -11,7 +11,7 @@ import tyro
 
 from bench.options import RunOptions
 from bench.suite import SuiteOptions
-from distill.errors import exit_on_user_error
+from distill.common.errors import exit_on_user_error
 
 
 def run(options: Annotated[RunOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]) -> int:
@@ -40,7 +40,7 @@ def report(results: list[Path], out: Path, title: str = "slimxl latency report")
         out: Folder to write index.html, report.md and report.json into; it is made where it is absent.
         title: Title of the page.
     """
-    from bench.report import write_report
+    from bench.report.report import write_report
 
     write_report(results, out, title)
     return 0

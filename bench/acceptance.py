@@ -32,7 +32,7 @@ def _expected() -> np.ndarray:
 
 
 def _cosine(found: np.ndarray) -> float:
-    from bench.quality import cosine
+    from bench.quality.quality import cosine
 
     return cosine(found.astype(np.float32), _expected())
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.reading import read_results
+from bench.report.words import milliseconds
 from bench.results import Results, Row
-from bench.words import milliseconds
-from distill.errors import UserError
+from distill.common.errors import UserError
 
 
 @dataclass(frozen=True)

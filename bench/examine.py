@@ -12,28 +12,28 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from bench.entrants import Entrant, family_prompts
-from bench.fidelity import measure_fidelity
-from bench.gpu import Gpu, energy_per_image
-from bench.host import cpu_identity
-from bench.measure import make_clock, timed_draw
+from bench.contestants.entrants import Entrant, family_prompts
+from bench.measure.gpu import Gpu, energy_per_image
+from bench.measure.host import cpu_identity
+from bench.measure.measure import make_clock, timed_draw
+from bench.measure.pictures import Pictures
+from bench.measure.workload import Workload
 from bench.options import RunOptions
-from bench.pictures import Pictures
-from bench.quality import Quality, follows_caption, guard, png_base64
+from bench.quality.fidelity import measure_fidelity
+from bench.quality.quality import Quality, follows_caption, guard, png_base64
 from bench.results import CellRecord, PictureRecord
-from bench.workload import Workload
-from distill.architectures import Family
-from distill.errors import UserError
-from distill.files import replacing
-from distill.progress import say
+from distill.common.errors import UserError
+from distill.common.files import replacing
+from distill.common.progress import say
+from distill.models.architectures import Family
 
 if TYPE_CHECKING:
-    from bench.pipelines import EagerContestant
+    from bench.contestants.pipelines import EagerContestant
 
 
 def kernels_of(entrant: Entrant, main: Workload, cell: CellRecord) -> dict[str, Any]:
     """Milliseconds by kernel family in the denoise loop of `main`, whose rows `cell` holds; or why there are none."""
-    from bench.kernels import profile_denoise
+    from bench.measure.kernels import profile_denoise
 
     if entrant.contestant.device == "cpu" and entrant.spec.kind not in ("eager", "compiled"):
         return {"families_ms": None, "why": "on a CPU torch's profiler sees torch's own operators alone"}
@@ -49,7 +49,7 @@ def _references(entrants: list[Entrant], workload: Workload, device: str) -> dic
     contestants with the same weights share a picture, and so do runs on the same device."""
     import torch
 
-    from bench.pipelines import EagerContestant
+    from bench.contestants.pipelines import EagerContestant
 
     drawn: dict[str | None, Pictures | str] = {None: "no fp32 reference: no checkpoint among its artifacts"}
     threads = torch.get_num_threads()

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.fidelity import FidelityOptions, check_references
-from bench.workload import check_scheduler
-from distill.errors import UserError, require_least, unknown
-from distill.files import require_writable_file
-from distill.sources import WORKDIR
+from bench.measure.workload import check_scheduler
+from bench.quality.fidelity import FidelityOptions, check_references
+from distill.common.errors import UserError, require_least, unknown
+from distill.common.files import require_writable_file
+from distill.models.sources import WORKDIR
 
 if TYPE_CHECKING:
-    from bench.contestants import Spec
+    from bench.contestants.contestants import Spec
 
 
 @dataclass(kw_only=True)
@@ -88,7 +88,7 @@ def check_options(options: RunOptions, specs: list[Spec]) -> str:
     check_scheduler(options.scheduler)
     if options.device not in (None, "cpu", "cuda"):
         raise unknown("device", str(options.device), ("cpu", "cuda"))
-    from bench.contestants import default_device
+    from bench.contestants.contestants import default_device
 
     if options.device == "cuda" and default_device() != "cuda":
         raise UserError("device cuda: torch sees no NVIDIA GPU here; leave --device away to run on the CPU")

@@ -20,8 +20,8 @@ from textwrap import shorten
 from typing import Any
 
 from bench.results import ACCEPTANCE_SCHEMA, TRAINING_SCHEMA
-from distill.errors import UserError, exit_on_user_error
-from distill.files import write_json
+from distill.common.errors import UserError, exit_on_user_error
+from distill.common.files import write_json
 
 LAYOUTS = {  # the flavor's default first
     "tensorrt-rtx": ("ranged", "shared", "per-resolution"),
@@ -127,9 +127,9 @@ def compiled(job: Job) -> list[str]:
 
 def training(job: Job) -> list[str]:
     """The distillation step of the first model into one other."""
-    from bench.gpu import Gpu
-    from bench.host import describe_host
-    from bench.peaks import find_peak
+    from bench.floor.peaks import find_peak
+    from bench.measure.gpu import Gpu
+    from bench.measure.host import describe_host
     from bench.training import NO_TIME, VARIANTS, measure_training
 
     identity = Gpu().identity() if job.on_gpu else {"name": None}
@@ -182,7 +182,7 @@ def published(job: Job) -> list[str]:
 def acceptance(job: Job) -> None:
     """Whether TensorRT-RTX and ONNX Runtime's GPU providers take this GPU, in their own words."""
     from bench.acceptance import measure_acceptance
-    from bench.gpu import Gpu
+    from bench.measure.gpu import Gpu
 
     name = Gpu().identity()["name"]
 
@@ -217,8 +217,8 @@ def _checkpoint(job: Job, model: str) -> Path:
     """The random model as a folder, for the rooms that take one."""
     import torch
 
-    from bench.random_weights import random_pipeline
-    from distill.files import replacing
+    from bench.contestants.random_weights import random_pipeline
+    from distill.common.files import replacing
 
     folder = Path(job.workdir) / f"{model}-{job.precision}"
     if not folder.exists():

@@ -18,9 +18,9 @@ from bench.results import (
     TRAINING_SCHEMA,
     Results,
 )
-from distill.errors import UserError
-from distill.files import read_json
-from engines.load_file import LOAD_SCHEMA, LoadFile, read_load
+from distill.common.errors import UserError
+from distill.common.files import read_json
+from engines.serving.load_file import LOAD_SCHEMA, LoadFile, read_load
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 

@@ -7,14 +7,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from bench.measure import Sample
-from distill.files import write_json
+from bench.measure.measure import Sample
+from distill.common.files import write_json
 
 SCHEMA = "slimxl.bench.results/1"
 TRAINING_SCHEMA = "slimxl.bench.training/1"
 ACCEPTANCE_SCHEMA = "slimxl.bench.acceptance/1"
 SESSION_SCHEMA = "slimxl.bench.session/1"
-LOOPS_SCHEMA = "slimxl.distill.bench/1"  # distill.bench.SCHEMA: a report needs none of what trains
+LOOPS_SCHEMA = "slimxl.distill.bench/1"  # distill.studies.bench.SCHEMA: a report needs none of what trains
 
 
 class Record(BaseModel):

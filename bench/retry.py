@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distill.errors import UserError
-from distill.files import read_json
+from distill.common.errors import UserError
+from distill.common.files import read_json
 
 
 def _earlier(path: Path) -> Path:

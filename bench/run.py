@@ -13,20 +13,20 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.contestants import default_device, make_contestant, parse_specs
-from bench.entrants import Entrant, family_prompts, find_configs, find_family, import_quietly, load_entrant
+from bench.contestants.contestants import default_device, make_contestant, parse_specs
+from bench.contestants.entrants import Entrant, family_prompts, find_configs, find_family, import_quietly, load_entrant
+from bench.contestants.inventory import parse_artifacts
 from bench.examine import draw_pictures, energy_of, kernels_of, quality_of
-from bench.gpu import Gpu, device_ranges, throttled_meanwhile
-from bench.inventory import parse_artifacts
-from bench.measure import Cell, Rounds, measure_cells
+from bench.floor.peaks import Peak, find_peak
+from bench.measure.gpu import Gpu, device_ranges, throttled_meanwhile
+from bench.measure.measure import Cell, Rounds, measure_cells
+from bench.measure.workload import Workload, make_workloads, parse_numbers, parse_resolutions, parse_scales
 from bench.options import RunOptions, check_options
-from bench.peaks import Peak, find_peak
 from bench.results import CellRecord, ContestantRecord, PictureRecord, Results, write_results
 from bench.summary import summarise
-from bench.workload import Workload, make_workloads, parse_numbers, parse_resolutions, parse_scales
-from distill.errors import UserError
-from distill.progress import say
-from distill.shapes import shares
+from distill.common.errors import UserError
+from distill.common.progress import say
+from distill.data.shapes import shares
 
 STOPPED = "the run was stopped before this"
 FAILED = {"passed": False, "words": ["it failed in the timed rounds"], "fidelity": None}
@@ -78,7 +78,7 @@ def _measure(
     keep: Callable[[list[CellRecord]], None],
 ) -> None:
     """The timed rounds. `keep` is given the records of all cells met so far, after each visit to one."""
-    from bench.host import OtherLoad
+    from bench.measure.host import OtherLoad
 
     rounds = Rounds(options.min_rounds, options.max_rounds, options.max_warmup)
     throttled: dict[str, set[str]] = {workload.name: set() for workload in workloads}
@@ -183,9 +183,9 @@ def run_bench(options: RunOptions, meanwhile: Path | None = None) -> Results:
     )
     main = workloads[0]
 
-    from bench.host import describe_host
-    from bench.roofline import measure_cpu_peak
-    from engines.worker import peak_rss_bytes
+    from bench.floor.roofline import measure_cpu_peak
+    from bench.measure.host import describe_host
+    from engines.building.worker import peak_rss_bytes
 
     gpu = Gpu(device)
     identity = gpu.identity()

@@ -26,10 +26,10 @@ import psutil
 from bench.parts import FUNCTIONS, LAYOUTS, PARTIAL, Job, as_argument
 from bench.results import SESSION_SCHEMA
 from bench.retry import set_aside, settle
-from distill.architectures import find_architecture
-from distill.errors import UserError, require_least, unknown
-from distill.files import read_json, write_json
-from distill.progress import say
+from distill.common.errors import UserError, require_least, unknown
+from distill.common.files import read_json, write_json
+from distill.common.progress import say
+from distill.models.architectures import find_architecture
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx", "onnxruntime": "onnxruntime"}
 REPORT_S = 25.0  # kept back for the report
@@ -141,9 +141,9 @@ def _chosen(options: SuiteOptions, models: list[str]) -> list[str]:
 def _open_session(options: SuiteOptions) -> Session:
     """Raises UserError for a number out of range, an unknown model, where there is no GPU and none was waived, and for
     results of a session with other settings."""
-    from bench.contestants import default_device
-    from bench.gpu import Gpu
-    from bench.workload import parse_resolutions
+    from bench.contestants.contestants import default_device
+    from bench.measure.gpu import Gpu
+    from bench.measure.workload import parse_resolutions
 
     require_least(1, steps=options.steps)
     require_least(0, minutes=options.minutes)
@@ -332,7 +332,7 @@ def run_suite(options: SuiteOptions) -> int:
             session.record(part, "not run", why)
     names = part_names(session.models, options.resolutions)
     from bench.reading import read_inputs
-    from bench.report import write_report
+    from bench.report.report import write_report
 
     files = []
     for path in (session.path(part) for part in names if session.path(part).exists()):

@@ -6,12 +6,12 @@ from statistics import median
 from typing import Any
 
 from bench import stats
-from bench.measure import STAGES, Cell, Sample
-from bench.peaks import Peak
+from bench.floor.peaks import Peak
+from bench.floor.roofline import Costs, mfu, total_floor_ms
+from bench.measure.measure import STAGES, Cell, Sample
+from bench.measure.workload import Workload
 from bench.results import CellRecord, Estimate, Row
-from bench.roofline import Costs, mfu, total_floor_ms
-from bench.workload import Workload
-from engines.quantiles import percentiles
+from engines.serving.quantiles import percentiles
 
 
 def workload_record(workload: Workload) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """How fast a distillation step is at full size: the trainer's own step, on random weights and random pictures.
 
-The step is `distill.pair`'s, so a change of the trainer's shows here; clipping and the one wait for the loss values are
-timed too, reading the cache and the moving average are not. Rows differ in one thing each: which features are compared,
-whether latents and text come from the cache or are encoded in every step (as the published scripts do), recomputation,
-compilation.
+The step is the trainer's own (`distill.training.pair`), so a change there shows here; clipping and the one wait for
+the loss values are timed too, reading the cache and the moving average are not. Rows differ in one thing each: which
+features are compared, whether latents and text come from the cache or are encoded in every step (as the published
+scripts do), recomputation, compilation.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bench.kernels import by_family, kernel_times
-from bench.peaks import Peak
-from bench.roofline import architecture_configs, component_costs
+from bench.floor.peaks import Peak
+from bench.floor.roofline import architecture_configs, component_costs
+from bench.measure.kernels import by_family, kernel_times
+from bench.measure.workload import Workload
 from bench.stats import median_interval
-from bench.workload import Workload
-from distill.architectures import Resolution, find_architecture
-from distill.recipes import Level
+from distill.models.architectures import Resolution, find_architecture
+from distill.training.recipes import Level
 
 WARMUP = 2
 NO_TIME = "not run"
@@ -73,10 +73,10 @@ class Bench:
         from accelerate import Accelerator
         from diffusers import DDPMScheduler, UNet2DConditionModel
 
-        from distill.layer_map import make_layer_map
-        from distill.options import TrainOptions
-        from distill.pair import Pair
-        from distill.recipes import Recipe
+        from distill.models.layer_map import make_layer_map
+        from distill.training.options import TrainOptions
+        from distill.training.pair import Pair
+        from distill.training.recipes import Recipe
 
         self.teacher_spec, self.student_spec = find_architecture(teacher), find_architecture(student)
         self.family, self.batch, self.device = self.teacher_spec.family, batch, device
@@ -100,7 +100,7 @@ class Bench:
     @contextmanager
     def stepping(self, variant: Variant) -> Iterator[Callable[[int], dict[str, float]]]:
         """A function that takes one step by its number and returns the loss terms."""
-        from distill.recipes import LossWeights
+        from distill.training.recipes import LossWeights
 
         losses = LossWeights(level=variant.features) if variant.features else LossWeights(feature=0.0)
         student = self.pair.student
@@ -116,7 +116,7 @@ class Bench:
         """Batches as the latent cache gives them: FIELDS on the CPU, in fp32."""
         import torch
 
-        from distill.cache import FIELDS
+        from distill.data.cache import FIELDS
 
         family, side = self.family, self.family.vae_scale_factor
         shapes = (
@@ -133,8 +133,8 @@ class Bench:
         """VAE and text encoders at work in every step, in bf16."""
         import torch
 
-        from bench.random_weights import random_pipeline
-        from distill.bench import Encoding, base_samples
+        from bench.contestants.random_weights import random_pipeline
+        from distill.studies.bench import Encoding, base_samples
 
         pipe = random_pipeline(self.student_spec.name, self.device, torch.bfloat16)
         pipe.unet = None

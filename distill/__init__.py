@@ -5,14 +5,14 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "architectures": ["ARCHITECTURES", "Architecture", "Depth", "Family", "Resolution", "find_architecture"],
-        "cache": ["LatentCache", "make_cache"],
-        "errors": ["UserError"],
-        "layer_map": ["make_layer_map"],
-        "options": ["TrainOptions"],
-        "recipes": ["RECIPES", "LossWeights", "Recipe", "Stage", "find_recipe"],
-        "sources": ["checkpoint_hash", "load_component", "load_pipeline", "resolve"],
-        "surgery": ["make_student_unet"],
-        "trainer": ["train"],
+        "models.architectures": ["ARCHITECTURES", "Architecture", "Depth", "Family", "Resolution", "find_architecture"],
+        "data.cache": ["LatentCache", "make_cache"],
+        "common.errors": ["UserError"],
+        "models.layer_map": ["make_layer_map"],
+        "training.options": ["TrainOptions"],
+        "training.recipes": ["RECIPES", "LossWeights", "Recipe", "Stage", "find_recipe"],
+        "models.sources": ["checkpoint_hash", "load_component", "load_pipeline", "resolve"],
+        "models.surgery": ["make_student_unet"],
+        "training.trainer": ["train"],
     },
 )

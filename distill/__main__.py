@@ -11,9 +11,9 @@ from typing import Annotated
 
 import tyro
 
-from distill.errors import UserError, exit_on_user_error
-from distill.options import Accumulation, BenchOptions, Fsdp, Optimizer, Precision, TrainOptions, Workdir
-from distill.sources import WORKDIR
+from distill.common.errors import UserError, exit_on_user_error
+from distill.models.sources import WORKDIR
+from distill.training.options import Accumulation, BenchOptions, Fsdp, Optimizer, Precision, TrainOptions, Workdir
 
 app = tyro.extras.SubcommandApp()
 
@@ -33,8 +33,8 @@ def catalogue(
     from rich.console import Console
     from rich.table import Table
 
-    from distill.architectures import ARCHITECTURES, find_architecture
-    from distill.catalogue import catalogue_row
+    from distill.models.architectures import ARCHITECTURES, find_architecture
+    from distill.models.catalogue import catalogue_row
 
     rows = [catalogue_row(a) for a in [*ARCHITECTURES.values(), *map(find_architecture, depths)]]
     if json_output:
@@ -57,7 +57,7 @@ def fetch(*, model: str, workdir: Workdir = WORKDIR) -> None:
     Args:
         model: A Hugging Face id, a diffusers folder, a .safetensors file, random:NAME or mini:sdxl.
     """
-    from distill.sources import resolve
+    from distill.models.sources import resolve
 
     print(resolve(model, workdir))
 
@@ -72,10 +72,10 @@ def surgery(*, model: str, student: str, layer_map: str = "first", out: Path, wo
         layer_map: Which teacher blocks it keeps: first, spread, similarity, or a JSON file (importance.json).
         out: The folder to write; its surgery.json says where each tensor came from and which are unused.
     """
-    from distill.architectures import find_architecture
-    from distill.layer_map import read_layer_map
-    from distill.sources import find_architecture_of, resolve
-    from distill.surgery import make_student
+    from distill.models.architectures import find_architecture
+    from distill.models.layer_map import read_layer_map
+    from distill.models.sources import find_architecture_of, resolve
+    from distill.models.surgery import make_student
 
     teacher = resolve(model, workdir)
     spec = find_architecture(student, find_architecture_of(teacher).family)
@@ -96,8 +96,8 @@ def cache(
         seed: Of crops, flips, the draws of the VAE, and the pictures of shapes:N.
         batch: Pictures encoded at once; at 1024x1024 each takes some GB of GPU memory.
     """
-    from distill.cache import make_cache
-    from distill.sources import resolve
+    from distill.data.cache import make_cache
+    from distill.models.sources import resolve
 
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     make_cache(resolve(model, workdir), data, out, seed=seed, batch=batch, rank=rank, processes=processes)
@@ -112,7 +112,7 @@ def recipe(name: tyro.conf.Positional[str], /, *, student: str | None = None, la
         student: Another student by the same road: an architecture or a depth pattern; if not given, the recipe's own.
         layer_map: first, spread, similarity, or a JSON file (importance.json); if not given, the recipe's own.
     """
-    from distill.recipes import find_recipe
+    from distill.training.recipes import find_recipe
 
     print(json.dumps(find_recipe(name, student=student, layer_map=layer_map).as_dict(), indent=1))
 
@@ -140,8 +140,8 @@ def train(
             given, as the recipe says.
         start: A finished student to begin from instead of the teacher.
     """
-    from distill.recipes import find_recipe
-    from distill.trainer import train
+    from distill.training.recipes import find_recipe
+    from distill.training.trainer import train
 
     if start is not None and not (start / "slimxl.json").is_file():
         raise UserError(f"--start {start} is no student made by `distill train`: it has no slimxl.json")
@@ -169,11 +169,11 @@ def plan(
         processes: GPUs that share the batch.
         memory_gb: The GPU's memory in units of 1e9 bytes; if not given, that of the device at hand.
     """
-    from distill.accelerator import HALF
-    from distill.plan import describe_plan, device_memory, plan_recipe
-    from distill.recipes import find_recipe
-    from distill.sharding import check_fsdp
-    from distill.sources import peek_architecture
+    from distill.models.sources import peek_architecture
+    from distill.training.accelerator import HALF
+    from distill.training.memory_plan import describe_plan, device_memory, plan_recipe
+    from distill.training.recipes import find_recipe
+    from distill.training.sharding import check_fsdp
 
     if memory_gb is not None and not memory_gb > 0:
         raise UserError(f"--memory-gb is {memory_gb}; it must be above 0")
@@ -200,7 +200,7 @@ def bench(*, out: Path, options: Annotated[BenchOptions, tyro.conf.arg(name="")]
     Args:
         out: The JSON file for the raw samples.
     """
-    from distill.bench import bench_loops, describe
+    from distill.studies.bench import bench_loops, describe
 
     print("\n".join(describe(bench_loops(options, out))))
 
@@ -238,8 +238,8 @@ def ablate(
         out: Where runs and caches are kept.
         results: Where ablation.json, .md and .svg go.
     """
-    from distill.ablate import VARIANTS, run_ablation
-    from distill.sources import resolve
+    from distill.models.sources import resolve
+    from distill.studies.ablate import VARIANTS, run_ablation
 
     run_ablation(
         resolve(teacher, workdir),
@@ -278,8 +278,8 @@ def importance(
         samples: Pictures to average over.
         timesteps: Noise levels to average over.
     """
-    from distill.importance import report_importance
-    from distill.sources import resolve
+    from distill.models.sources import resolve
+    from distill.studies.importance import report_importance
 
     report_importance(resolve(model, workdir), cache, student, out, samples=samples, timesteps=timesteps)
 
@@ -308,7 +308,7 @@ def teach(
         decoder_steps: Optimiser steps of the VAE's decoder alone, last.
         seed: Of the first weights, the pictures and the noise.
     """
-    from distill.teach import teach_mini
+    from distill.mini.teach import teach_mini
 
     result = teach_mini(
         out,
@@ -334,8 +334,8 @@ def judge(*, model: str, count: int = 90, steps: int = 25, workdir: Workdir = WO
     """
     import torch
 
-    from distill.judge import judge as judge_pipeline
-    from distill.sources import load_pipeline, resolve
+    from distill.mini.judge import judge as judge_pipeline
+    from distill.models.sources import load_pipeline, resolve
 
     pipe = load_pipeline(resolve(model, workdir), torch.float32)
     pipe.set_progress_bar_config(disable=True)

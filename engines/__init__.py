@@ -5,7 +5,7 @@ import lazy_loader as lazy
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
-        "build": ["build_bundle"],
+        "building.build": ["build_bundle"],
         "bundle": ["Manifest", "read_manifest", "verify_bundle"],
         "gpus": ["GPUS"],
         "pipeline": ["load", "refit"],

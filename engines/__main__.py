@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from distill.errors import exit_on_user_error
-from engines.triton_options import Serving, Workload
+from distill.common.errors import exit_on_user_error
+from engines.serving.triton_options import Serving, Workload
 
 Flavors = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
 Layouts = Literal["per-resolution", "shared", "ranged"]
@@ -59,8 +59,8 @@ def build(
         version_compatible: Plans for newer TensorRT versions too (tensorrt only).
         hardware_compatible: Plans for all GPUs of the same compute capability, or from Ampere on (tensorrt only).
     """
-    from engines.build import build_bundle
-    from engines.plan import plan_options
+    from engines.building.build import build_bundle
+    from engines.building.jobs import plan_options
 
     options = plan_options(flavor, refit, strip, version_compatible, hardware_compatible)
     build_bundle(
@@ -82,7 +82,7 @@ def build(
 
 def parse_counts(option: str, text: str) -> list[int]:
     """Positive numbers separated by commas. Raises UserError for anything else."""
-    from distill.errors import UserError
+    from distill.common.errors import UserError
 
     parts = _names(text)
     if not parts or not all(part.isdecimal() and int(part) for part in parts):
@@ -92,7 +92,7 @@ def parse_counts(option: str, text: str) -> list[int]:
 
 def verify(bundle: Bundle) -> int:
     """Check every file of a bundle against its manifest; exit code 2 on a fault."""
-    from engines.reports import print_verification
+    from engines.building.reports import print_verification
 
     return print_verification(bundle)
 
@@ -103,14 +103,14 @@ def inspect(bundle: Bundle, json: bool = False) -> int:
     Args:
         json: The whole manifest as JSON instead.
     """
-    from engines.reports import print_inspection
+    from engines.building.reports import print_inspection
 
     return print_inspection(bundle, json)
 
 
 def list_(folder: Folder = Path("out")) -> int:
     """List the bundles in a folder and up to two levels below it."""
-    from engines.reports import print_list
+    from engines.building.reports import print_list
 
     return print_list(folder)
 
@@ -132,7 +132,7 @@ def prune(
         keep_newest: Of engines that differ only in the version that built them, only the newest.
         dry_run: Only say what would be removed.
     """
-    from engines.prune import prune_bundle
+    from engines.building.prune import prune_bundle
 
     gpus, flavors, resolutions = map(_names, (keep_gpus.lower(), keep_flavors, keep_resolutions))
     return prune_bundle(bundle, gpus, flavors, resolutions, keep_newest, dry_run)
@@ -160,7 +160,7 @@ def bench(
         resolutions: `all` of the model's, or some of them, e.g. 1024x1024,1152x896.
         keep: Keep the bundles.
     """
-    from engines.compare import compare_layouts
+    from engines.building.compare import compare_layouts
 
     compare_layouts(
         onnx,
@@ -182,9 +182,9 @@ def triton(bundle: Path, out: Path, serving: Annotated[Serving, tyro.conf.OmitAr
         bundle: The bundle's folder; it is checked, and read again by the server.
         out: The model repository, a folder of its own.
     """
+    from engines.building.reports import console
     from engines.bundle import read_manifest
-    from engines.reports import console
-    from engines.triton import backend_flags, write_repository
+    from engines.serving.triton import backend_flags, write_repository
 
     names = write_repository(bundle, out, serving)
     flags = backend_flags(read_manifest(bundle), serving)
@@ -214,9 +214,9 @@ def serve(
         grpc_port: TCP port for gRPC.
         allow_exposed: Let a server listen to other machines that whoever reaches it can crash.
     """
-    from engines import triton_server
     from engines.bundle import read_manifest
-    from engines.triton import backend_flags, choose_place, parse_devices, require_runs_here, write_repository
+    from engines.serving import triton_server
+    from engines.serving.triton import backend_flags, choose_place, parse_devices, require_runs_here, write_repository
 
     where = triton_server.Address.resolve(address, http_port, grpc_port)
     if not allow_exposed:
@@ -260,7 +260,7 @@ def load(
         rate: At most so many requests a second, all clients together, above 0. None: no bound.
         workdir: Where the environment of Triton's client is, or goes.
     """
-    from engines.triton_load import measure_load
+    from engines.serving.triton_load import measure_load
 
     levels = parse_counts("--concurrency", concurrency)
     return measure_load(out, server, workload, levels, minutes * 60, rate, workdir)

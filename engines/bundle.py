@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from distill.errors import UserError
-from distill.files import sha256_file, write_json
+from distill.common.errors import UserError
+from distill.common.files import sha256_file, write_json
 from engines.gpus import GPUS, version_tuple
 
 SCHEMA_VERSION = 1

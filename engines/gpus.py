@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from distill.errors import UserError, unknown
+from distill.common.errors import UserError, unknown
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
-from distill.errors import UserError
+from distill.common.errors import UserError
 from engines.bundle import Engine, Profile
 from engines.flavors import LoadedEngine
 from export.components import vae_scale_factor

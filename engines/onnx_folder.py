@@ -13,9 +13,9 @@ from typing import Any
 
 import onnx
 
-from distill.architectures import Resolution
-from distill.errors import UserError
-from distill.files import read_json, sha256_file
+from distill.common.errors import UserError
+from distill.common.files import read_json, sha256_file
+from distill.models.architectures import Resolution
 from engines.bundle import PIPELINE_PARTS, Engine, TensorInfo
 from export.components import COMPONENTS, TensorSpec
 

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from distill.errors import UserError
-from distill.files import read_json
+from distill.common.errors import UserError
+from distill.common.files import read_json
+from engines.building.layouts import DEFAULT_LAYOUTS
 from engines.bundle import (
     Engine,
     Layout,
@@ -18,7 +19,6 @@ from engines.bundle import (
     unnamed_files,
 )
 from engines.flavors import FLAVORS, Flavor, LoadOptions, find_flavor
-from engines.layouts import DEFAULT_LAYOUTS
 from engines.onnx_folder import OnnxComponent, weights_for
 
 if TYPE_CHECKING:

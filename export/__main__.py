@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from distill.architectures import Resolution
-from distill.errors import UserError, exit_on_user_error
-from distill.options import Workdir
-from distill.sources import WORKDIR
+from distill.common.errors import UserError, exit_on_user_error
+from distill.models.architectures import Resolution
+from distill.models.sources import WORKDIR
+from distill.training.options import Workdir
 
 app = tyro.extras.SubcommandApp()
 Paths = Annotated[tuple[Path, ...], tyro.conf.arg(help_behavior_hint="(default: none)")]
@@ -59,8 +59,8 @@ def onnx(
         reuse: Other ONNX folders to take equal components from.
         check: Compare with torch before a component gets its name.
     """
-    from distill.progress import say
-    from distill.sources import find_architecture_of, resolve
+    from distill.common.progress import say
+    from distill.models.sources import find_architecture_of, resolve
     from export.folder import export_checkpoint
     from export.job import ExportOptions
 
@@ -118,8 +118,8 @@ def verify(
     from rich.console import Console
     from rich.table import Table
 
-    from distill.files import require_writable_file, write_json
-    from distill.sources import resolve
+    from distill.common.files import require_writable_file, write_json
+    from distill.models.sources import resolve
     from export.job import library_versions
     from export.parity import BOUNDS
     from export.verify import read_about, verify_folder
@@ -171,9 +171,9 @@ def bench(*, model: str, out: Path, rounds: int = 3, latency_rounds: int = 20, w
         rounds: Exports by each.
         latency_rounds: UNet calls in ONNX Runtime by each.
     """
-    from distill.files import require_writable_file, write_json
-    from distill.progress import say
-    from distill.sources import resolve
+    from distill.common.files import require_writable_file, write_json
+    from distill.common.progress import say
+    from distill.models.sources import resolve
     from export.bench import bench_export
 
     require_writable_file(out)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.errors import UserError, require_least
+from distill.common.errors import UserError, require_least
 from export.components import COMPONENTS
 from export.job import library_versions, make_config
 from export.parity import cpu_session

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distill.errors import UserError
-from distill.files import read_json, require_free_disk, sha256_file, sha256_json
-from distill.hub import explaining_hub
-from distill.sources import COMPONENT_FOLDERS, file_hashes, load_component, make_checkpoint, read_config
-from distill.tensors import component_tensors, component_weights, read_safetensors_header
+from distill.common.errors import UserError
+from distill.common.files import read_json, require_free_disk, sha256_file, sha256_json
+from distill.common.hub import explaining_hub
+from distill.models.sources import COMPONENT_FOLDERS, file_hashes, load_component, make_checkpoint, read_config
+from distill.models.tensors import component_tensors, component_weights, read_safetensors_header
 
 VAE_SOURCES = {"fp16-fix": "madebyollin/sdxl-vae-fp16-fix", "tiny": "madebyollin/taesdxl"}
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")

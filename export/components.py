@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distill.architectures import Resolution
-from distill.errors import UserError
+from distill.common.errors import UserError
+from distill.models.architectures import Resolution
 
 Config = Mapping[str, Any]
 FLOAT_DTYPES = {"fp16": "float16", "fp32": "float32"}

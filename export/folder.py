@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from distill.errors import UserError
-from distill.files import (
+from distill.common.errors import UserError
+from distill.common.files import (
     exclusive,
     read_json,
     remove_leftovers,
@@ -28,8 +28,8 @@ from distill.files import (
     sha256_json,
     write_json,
 )
-from distill.sources import WORKDIR, file_hashes, find_architecture_of, read_config
-from distill.tensors import component_tensors
+from distill.models.sources import WORKDIR, file_hashes, find_architecture_of, read_config
+from distill.models.tensors import component_tensors
 from export.checkpoint import VAE_SOURCES, prepare
 from export.components import COMPONENTS, FLOAT_DTYPES, vae_scale_factor
 from export.job import (

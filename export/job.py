@@ -8,10 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from distill.architectures import Resolution
-from distill.errors import UserError, unknown
-from distill.files import sha256_file, sha256_json
-from distill.sources import component_weights, find_architecture_of, read_config
+from distill.common.errors import UserError, unknown
+from distill.common.files import sha256_file, sha256_json
+from distill.models.architectures import Resolution
+from distill.models.sources import component_weights, find_architecture_of, read_config
 from export.components import COMPONENTS, FLOAT_DTYPES, Config, unet_config
 
 SCHEMA = 1
@@ -128,7 +128,7 @@ def weights_hashes(checkpoint: Path, component: str, hashes: Mapping[str, str]) 
 
 
 def make_job(checkpoint: Path, name: str, options: ExportOptions, hashes: Mapping[str, str]) -> Job:
-    """`hashes` as `distill.sources.file_hashes` tells them: a checkpoint's gigabytes are read for them once."""
+    """`hashes` as `distill.models.sources.file_hashes` tells them: a checkpoint's gigabytes are read for them once."""
     config = make_config(checkpoint, name)
     precision = component_precision(name, options, read_config(checkpoint, "vae"))
     rows = options.rows(name)

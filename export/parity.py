@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from distill.architectures import Resolution
-from distill.errors import UserError
+from distill.common.errors import UserError
+from distill.models.architectures import Resolution
 from export.components import COMPONENTS, Config
 
 if TYPE_CHECKING:

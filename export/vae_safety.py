@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from distill.architectures import Resolution
-from distill.errors import UserError
+from distill.common.errors import UserError
+from distill.models.architectures import Resolution
 from export.components import COMPONENTS, Config
 from export.parity import cpu_session
 

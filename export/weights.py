@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
-from distill.errors import UserError
-from distill.networks import make_network
-from distill.sources import component_tensors, read_config
-from distill.tensors import TensorRecord
+from distill.common.errors import UserError
+from distill.models.networks import make_network
+from distill.models.sources import component_tensors, read_config
+from distill.models.tensors import TensorRecord
 
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

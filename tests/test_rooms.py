@@ -31,11 +31,10 @@ def test_imports_point_back_along_the_row(room: str) -> None:
         assert imported_rooms(file.read_text()) <= allowed, file
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_no_two_files_of_a_room_need_each_other(room: str) -> None:
-    """Imports inside functions and for type checkers count too. CycleError names the files of a circle."""
+def needs(room: str) -> dict[str, set[str]]:
+    """Module -> the modules of its room that it imports, inside functions and for type checkers too."""
     files = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in (ROOT / room).rglob("*.py")}
-    needs = {}
+    found = {}
     for name, file in files.items():
         nodes = [
             node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom) and node.module
@@ -43,5 +42,31 @@ def test_no_two_files_of_a_room_need_each_other(room: str) -> None:
         imported = {node.module for node in nodes} | {
             f"{node.module}.{one.name}" for node in nodes for one in node.names
         }
-        needs[name] = imported & files.keys() - {name}
-    assert set(TopologicalSorter(needs).static_order()) == files.keys()
+        found[name] = imported & files.keys() - {name}
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_two_files_of_a_room_need_each_other(room: str) -> None:
+    """CycleError names the files of a circle."""
+    assert list(TopologicalSorter(needs(room)).static_order())
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_two_folders_of_a_room_need_each_other(room: str) -> None:
+    """A folder inside a room counts as one, and each file beside it."""
+
+    def place(module: str) -> str:
+        return ".".join(module.split(".")[:2])
+
+    folders: dict[str, set[str]] = {}
+    for module, others in needs(room).items():
+        folders.setdefault(place(module), set()).update({place(other) for other in others} - {place(module)})
+    assert list(TopologicalSorter(folders).static_order())
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_folder_is_crowded(room: str) -> None:
+    """A newcomer finds a file in one guess."""
+    for folder in {file.parent for file in (ROOT / room).rglob("*.py")}:
+        assert len(list(folder.glob("*.py"))) <= 20, folder

@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import torch
 
 import engines
-from distill.errors import UserError
+from distill.common.errors import UserError
 
 
 def make_handler(bundle: str) -> type[BaseHTTPRequestHandler]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from distill.errors import unknown
+from distill.common.errors import unknown
 from engines.bundle import Engine, Options, Profile, TensorInfo
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.errors import UserError
+from distill.common.errors import UserError
 from engines.bundle import Engine, Options, Profile, TensorInfo, checked_path, rebuild_command
 from engines.flavors import BuildRequest, LoadOptions, Report
 from engines.gpus import gpu_of_device

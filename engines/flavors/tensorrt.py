@@ -14,8 +14,8 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.errors import UserError
-from distill.files import replacing
+from distill.common.errors import UserError
+from distill.common.files import replacing
 from engines.bundle import Engine, Options, TensorInfo, checked_bytes, rebuild_command
 from engines.flavors import BuildRequest, LoadOptions, Report
 from engines.gpus import driver_at_hand, gpu_at_hand, gpu_of_device, version_tuple

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from distill.errors import UserError
-from distill.files import replacing
+from distill.common.errors import UserError
+from distill.common.files import replacing
 from engines.bundle import Engine, Profile
 from engines.flavors import LoadOptions
 from engines.flavors.cuda import CudaDevice

@@ -26,8 +26,8 @@ class VirtualTime:
 
     def __init__(self, monkeypatch):
         self.now_ns = 0
-        monkeypatch.setattr("bench.measure.time.perf_counter_ns", self.look)
-        monkeypatch.setattr("bench.fake.busy_wait", self.wait)
+        monkeypatch.setattr("bench.measure.measure.time.perf_counter_ns", self.look)
+        monkeypatch.setattr("bench.contestants.fake.busy_wait", self.wait)
 
     def look(self):
         self.now_ns += 1
@@ -57,7 +57,7 @@ def clip_folder(tmp_path_factory):
     import torch
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-    from distill.tokenizer import merges_of, tokenizer_from_merges
+    from distill.models.tokenizer import merges_of, tokenizer_from_merges
 
     folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)

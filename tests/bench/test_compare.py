@@ -3,10 +3,10 @@ import json
 import pytest
 
 from bench.compare import compare_files, verdict_on
-from bench.measure import Sample
+from bench.measure.measure import Sample
 from bench.reading import read_results
 from bench.summary import figures, speedup
-from distill.errors import UserError
+from distill.common.errors import UserError
 
 
 def changed(path, results_path, change):

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from bench import parts
-from bench.contestants import Spec, make_contestant
+from bench.contestants.contestants import Spec, make_contestant
 from bench.suite import _kernel_folder
-from distill.errors import UserError
+from distill.common.errors import UserError
 
 
 def made_job(tmp_path, part, **changes):

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from bench.reading import read_inputs, read_results
-from distill.errors import UserError
+from distill.common.errors import UserError
 
 
 @pytest.mark.parametrize(

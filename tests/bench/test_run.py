@@ -8,13 +8,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import fake_options
 
-from bench.contestants import Spec, parse_specs
-from bench.fidelity import FidelityOptions
+from bench.contestants.contestants import Spec, parse_specs
+from bench.measure.workload import Workload, make_workloads, parse_numbers, parse_resolutions
+from bench.quality.fidelity import FidelityOptions
 from bench.reading import read_results
 from bench.run import run_bench
-from bench.workload import Workload, make_workloads, parse_numbers, parse_resolutions
-from distill.architectures import MINI_FAMILY, Resolution
-from distill.errors import UserError
+from distill.common.errors import UserError
+from distill.models.architectures import MINI_FAMILY, Resolution
 
 
 def test_a_run_of_fakes_gives_back_their_speedup(results_path):
@@ -41,8 +41,8 @@ def test_absent_readings_are_null_and_say_why(results_path):
 
 
 def test_one_that_breaks_at_loading_leaves_the_others_their_turn(tmp_path, monkeypatch, virtual_time):
-    from bench.fake import FakeContestant
-    from bench.report import write_report
+    from bench.contestants.fake import FakeContestant
+    from bench.report.report import write_report
 
     def load(self):
         if self.name == "teacher":
@@ -95,7 +95,7 @@ def test_a_finished_file_outlives_a_run_that_is_stopped(tmp_path, monkeypatch, v
 
 
 def test_one_that_raises_after_the_timed_rounds_costs_only_its_own(tmp_path, monkeypatch, virtual_time):
-    from bench.fake import FakeContestant
+    from bench.contestants.fake import FakeContestant
 
     real = FakeContestant.draw
 
@@ -163,7 +163,7 @@ def test_a_run_killed_between_two_workloads_keeps_the_first(tmp_path, monkeypatc
 
 
 def test_no_contestant_begins_to_load_too_late(tmp_path, virtual_time, monkeypatch):
-    from bench.fake import FakeContestant
+    from bench.contestants.fake import FakeContestant
 
     monkeypatch.setattr(FakeContestant, "load", lambda self: None)
     results = run_bench(fake_options(tmp_path / "r.json", load_seconds=1e-9))
@@ -173,7 +173,7 @@ def test_no_contestant_begins_to_load_too_late(tmp_path, virtual_time, monkeypat
 
 def test_the_gpus_state_is_kept_for_every_cell(tmp_path, monkeypatch, virtual_time):
     from bench import run
-    from bench.gpu import Gpu
+    from bench.measure.gpu import Gpu
 
     clocks = iter(range(1000, 9000))
     state = {"memory_clock_mhz": 3, "temperature_c": 50, "power_w": None, "memory_used_bytes": 1, "other_processes": 0}

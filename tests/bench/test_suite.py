@@ -10,7 +10,7 @@ import pytest
 
 from bench import parts, suite
 from bench.suite import SuiteOptions, part_names, run_suite
-from distill.errors import UserError
+from distill.common.errors import UserError
 
 MINI = {"device": "cpu", "models": "mini-vega", "resolutions": "64x64", "steps": 1, "minutes": 20.0}
 

@@ -1,9 +1,9 @@
 import pytest
 
-from bench.measure import Cell, Sample
+from bench.measure.measure import Cell, Sample
+from bench.measure.workload import Workload
 from bench.summary import stage_medians, summarise
-from bench.workload import Workload
-from distill.architectures import Resolution
+from distill.models.architectures import Resolution
 
 
 def test_stages_sum_to_the_total_and_hide_nothing():

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from distill.cache import make_cache
-from distill.options import TrainOptions
-from distill.trainer import train
-from tests.distill.training import curve, short_recipe, small_recipe
+from distill.data.cache import make_cache
+from distill.training.options import TrainOptions
+from distill.training.trainer import train
+from tests.distill.small_runs import curve, short_recipe, small_recipe
 
 
 @pytest.fixture(scope="session")

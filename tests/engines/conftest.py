@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from engines.build import build_bundle
+from engines.building.build import build_bundle
 from engines.bundle import Manifest, read_manifest
-from engines.triton_server import Environment, make_environment
+from engines.serving.triton_server import Environment, make_environment
 from export import ExportOptions, export_checkpoint
-from tests.engines.serving import ROOT
+from tests.engines.serving.triton_here import ROOT
 from tests.engines.toys import make_toy_onnx
 
 

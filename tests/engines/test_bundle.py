@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distill.errors import UserError
+from distill.common.errors import UserError
+from engines.building.reports import print_inspection
 from engines.bundle import Manifest, _inside, read_manifest, unnamed_files, verify_bundle
 from engines.flavors import find_flavor
 from engines.pipeline import choose_flavor, load, select_engines
-from engines.reports import print_inspection
 
 DAMAGED_BUNDLES = int(os.environ.get("SLIMXL_DAMAGED_BUNDLES", "2000"))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distill.errors import UserError
+from distill.common.errors import UserError
 from engines import modules
 from engines.bundle import Engine, Manifest, Profile, ShapeRange
 from engines.modules import EngineComponent

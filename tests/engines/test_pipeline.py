@@ -24,8 +24,8 @@ from diffusers import (
 from PIL import Image
 
 import engines
-from distill.architectures import ARCHITECTURES, MINI_FAMILY
-from distill.errors import UserError
+from distill.common.errors import UserError
+from distill.models.architectures import ARCHITECTURES, MINI_FAMILY
 from engines.flavors import LoadOptions
 from engines.flavors.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeFlavor
 from export import ExportOptions, export_checkpoint

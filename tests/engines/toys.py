@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from distill.architectures import MINI_FAMILY
+from distill.models.architectures import MINI_FAMILY
 
 TEXT_LENGTH = MINI_FAMILY.text_encoder["max_position_embeddings"]
 CROSS = MINI_FAMILY.unet["cross_attention_dim"]
@@ -119,7 +119,7 @@ def make_toy_onnx(root: Path, precision: str = "fp32", seed: int = 0, source: st
     """A whole ONNX folder in the form that export leaves."""
     from diffusers import EulerDiscreteScheduler
 
-    from distill.tokenizer import merges_of, tokenizer_from_merges
+    from distill.models.tokenizer import merges_of, tokenizer_from_merges
 
     kind = TensorProto.FLOAT16 if precision == "fp16" else TensorProto.FLOAT
     make_toy_unet(root / "unet", kind, seed)

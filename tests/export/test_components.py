@@ -5,9 +5,9 @@ from pathlib import Path
 import onnx
 import pytest
 
-from distill.architectures import Resolution
-from distill.errors import UserError
-from distill.files import read_json
+from distill.common.errors import UserError
+from distill.common.files import read_json
+from distill.models.architectures import Resolution
 from export.components import COMPONENTS
 
 SDXL_UNET = {

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 
 import export.folder
 import export.write
-from distill.architectures import MINI_FAMILY, Resolution
-from distill.catalogue import count_parameters
-from distill.errors import UserError
-from distill.files import exclusive, read_json, sha256_file
-from distill.sources import file_hashes, load_component
+from distill.common.errors import UserError
+from distill.common.files import exclusive, read_json, sha256_file
+from distill.models.architectures import MINI_FAMILY, Resolution
+from distill.models.catalogue import count_parameters
+from distill.models.sources import file_hashes, load_component
 from export.components import COMPONENTS
 from export.folder import export_checkpoint
 from export.job import ExportOptions, make_job

@@ -9,8 +9,8 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from distill.architectures import Resolution
-from distill.errors import UserError
+from distill.common.errors import UserError
+from distill.models.architectures import Resolution
 from export.components import TensorSpec
 from export.parity import Parity
 from export.verify import verify_folder

@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from distill.architectures import Resolution
-from distill.errors import UserError
-from distill.files import read_json
+from distill.common.errors import UserError
+from distill.common.files import read_json
+from distill.models.architectures import Resolution
 from export.folder import export_checkpoint
 from export.job import ExportOptions
 from export.vae_safety import overflowing_share

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import engines
-from distill.errors import UserError
-from engines.build import build_bundle
+from distill.common.errors import UserError
+from engines.building.build import build_bundle
+from engines.building.jobs import plan_options
 from engines.bundle import Layout, read_manifest
 from engines.flavors import find_flavor
 from engines.gpus import gpu_at_hand
-from engines.plan import plan_options
 from export import ExportOptions, export_checkpoint
 from tests.engines.toys import make_toy_onnx
 

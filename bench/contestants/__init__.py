@@ -1,0 +1,1 @@
+"""What is measured: diffusers, compiled, optimum, a bundle, a fake."""

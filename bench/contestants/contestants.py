@@ -1,0 +1,102 @@
+"""Contestants by name: `KIND[@OPTION]:SOURCE` on the command line becomes something that draws.
+
+eager@fp16:random:vega          diffusers as it comes, in fp32, bf16 or fp16
+compiled@bf16:path/to/folder    the same with torch.compile, fused QKV, channels_last
+optimum:path/to/onnx            optimum's ONNX Runtime pipeline
+bundle@onnxruntime:path         a slimxl bundle, by one of its flavors; +shared (or another layout) and +no-graphs follow it
+fake:denoise=10,vae_decode=25   known delays
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from distill.common.errors import UserError, unknown
+
+KINDS = ("eager", "compiled", "optimum", "bundle", "fake")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A contestant as named on the command line, before anything is loaded."""
+
+    name: str
+    kind: str
+    option: str | None
+    source: str
+
+    def __str__(self) -> str:
+        option = f"@{self.option}" if self.option else ""
+        return f"{self.kind}{option}:{self.source}"
+
+    @classmethod
+    def parse(cls, text: str) -> Spec:
+        """`NAME=KIND[@OPTION]:SOURCE`. Raises UserError."""
+        name, equals, rest = text.partition("=")
+        kind_option, colon, source = rest.partition(":")
+        if not (equals and colon and name):
+            raise UserError(
+                f"contestant {text!r} is not of the form NAME=KIND[@OPTION]:SOURCE, e.g. vega=eager@fp16:random:vega"
+            )
+        kind, _, option = kind_option.partition("@")
+        if kind not in KINDS:
+            raise unknown("kind of contestant", kind, KINDS)
+        return cls(name, kind, option or None, source)
+
+
+def parse_specs(texts: list[str]) -> list[Spec]:
+    """Raises UserError for none at all, or for a name given twice."""
+    specs = [Spec.parse(text) for text in texts]
+    if not specs:
+        raise UserError("no contestants: give at least one as NAME=KIND[@OPTION]:SOURCE")
+    names = [spec.name for spec in specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"contestant name {name!r} is given twice; every contestant needs a name of its own")
+    return specs
+
+
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_contestant(spec: Spec, device: str) -> Any:
+    """Nothing is loaded yet. Raises UserError for an option that the kind does not have."""
+    from bench.contestants import pipelines
+    from bench.contestants.fake import FakeContestant
+
+    if spec.kind == "fake":
+        return FakeContestant.parse(spec.name, spec.source)
+    if spec.kind in ("eager", "compiled"):
+        precision = spec.option or ("fp16" if device.startswith("cuda") else "fp32")
+        if precision not in pipelines.PRECISIONS:
+            raise unknown("precision", precision, pipelines.PRECISIONS)
+        kind = pipelines.EagerContestant if spec.kind == "eager" else pipelines.CompiledContestant
+        return kind(spec.name, spec.source, device, precision)
+    if spec.kind == "optimum":
+        return pipelines.OptimumContestant(spec.name, spec.source, device, "as exported")
+    return _bundle(spec, device)
+
+
+def _bundle(spec: Spec, device: str) -> Any:
+    """`FLAVOR[+LAYOUT][+no-graphs]`, in any order behind the flavor."""
+    from bench.contestants.pipelines import BundleContestant
+    from engines.bundle import LAYOUTS, Layout
+
+    flavor, *words = (spec.option or "").split("+")
+    for word in words:
+        if word not in (*LAYOUTS, "no-graphs"):
+            raise unknown("way to run a bundle", word, (*LAYOUTS, "no-graphs"))
+    return BundleContestant(
+        spec.name,
+        spec.source,
+        device,
+        "as built",
+        runtime=f"slimxl bundle, {', '.join([flavor or 'default flavor', *words])}",
+        flavor=flavor or None,
+        layout=next((layout for layout in get_args(Layout) if layout in words), None),
+        cuda_graphs="no-graphs" not in words,
+    )

@@ -1,0 +1,36 @@
+"""A pipeline of true size with random weights, made on the device that will run it: no download, no disk.
+
+Latency does not depend on the weights. They are drawn in fp32 with torch's own initial scale and then rounded, so that
+the same name and seed on the same device give one model in every precision.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from distill.models.architectures import find_architecture
+
+if TYPE_CHECKING:
+    import torch
+
+SEED = 0
+
+
+def random_pipeline(name: str, device: str, dtype: torch.dtype) -> Any:
+    """A diffusers StableDiffusionXLPipeline of an architecture of the catalogue. Raises UserError for an unknown name.
+
+    The VAE says that it is safe in fp16, as the fixed one of the published figures does: weights of this scale are.
+    """
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+
+    from distill.models.assemble import tokenizers_and_scheduler
+    from distill.models.networks import make_network
+
+    architecture = find_architecture(name)
+    family = architecture.family
+    configs = architecture.configs | {"vae": family.vae | {"force_upcast": False}}
+    torch.manual_seed(SEED)
+    with torch.device(device):
+        networks = {part: make_network(part, config).to(dtype).eval() for part, config in configs.items()}
+    return StableDiffusionXLPipeline(**networks, **tokenizers_and_scheduler(family), add_watermarker=False)

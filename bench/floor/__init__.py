@@ -1,0 +1,1 @@
+"""What no software can get under, and what is predicted from it."""

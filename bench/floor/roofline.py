@@ -1,0 +1,202 @@
+"""The floor: how long the arithmetic and the memory traffic must take on a given machine, whatever the software.
+
+FLOPs are counted on meta tensors (nothing is computed, nothing allocated). Bytes are the least that must move: every
+weight once per call, inputs in, outputs out. A component's floor is max(FLOPs / peak, bytes / bandwidth) [Williams
+2009, the roofline model]; a measurement below it is a failed measurement.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from bench.floor.peaks import Peak
+from bench.measure.workload import Workload
+from distill.common.files import read_json
+from distill.models.architectures import ARCHITECTURES, MINI_FAMILY, Architecture, Resolution, family_of
+from export.components import COMPONENTS as EXPORTED
+from export.components import vae_scale_factor
+
+MATRIX_SIDE = 1024
+COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One call of one component. `flops` counts a multiply-add as two; `bytes` assume two bytes a value (fp16)."""
+
+    parameters: int
+    flops: float
+    bytes: float
+
+    def floor_ms(self, tflops: float, terabytes_per_s: float) -> float:
+        return 1e3 * max(self.flops / (tflops * 1e12), self.bytes / (terabytes_per_s * 1e12))
+
+
+Costs = dict[str, tuple[int, Cost]]
+"""Component -> (its calls in one picture or batch, the cost of one)."""
+
+
+@dataclass(frozen=True)
+class ModelConfigs:
+    """The configs of a model's components, hashable, so that counts are made once."""
+
+    unet: str
+    vae: str
+    text_encoder: str
+    text_encoder_2: str
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> ModelConfigs:
+        """From a diffusers folder. Raises UserError where a config is missing."""
+        parts = ("unet", "vae", "text_encoder", "text_encoder_2")
+        return cls(*(json.dumps(read_json(folder / part / "config.json"), sort_keys=True) for part in parts))
+
+    @classmethod
+    def of_architecture(cls, architecture: Architecture) -> ModelConfigs:
+        family = architecture.family
+        parts = (architecture.unet_config, family.vae, family.text_encoder, family.text_encoder_2)
+        return cls(*(json.dumps(part, sort_keys=True) for part in parts))
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether the UNet is one of the mini family's width."""
+        return family_of(self.parsed("unet")["block_out_channels"]) is MINI_FAMILY
+
+    def parsed(self, part: str) -> dict[str, Any]:
+        """The config of `unet`, `vae`, `text_encoder` or `text_encoder_2`."""
+        return {key: value for key, value in json.loads(getattr(self, part)).items() if not key.startswith("_")}
+
+
+@lru_cache(maxsize=32)
+def _network(component: str, config_json: str) -> Any:
+    """The component on the meta device, called with its tensors in the order of `export.components`."""
+    import torch
+
+    from distill.models.networks import make_network
+    from export.wrappers import wrap
+
+    with torch.device("meta"):
+        return wrap(component, make_network(EXPORTED[component].source, json.loads(config_json)))
+
+
+@cache
+def count_cost(component: str, config_json: str, tokens: int, height: int, width: int, batch: int) -> Cost:
+    """FLOPs and least bytes of one call; `height` and `width` in latent pixels (ignored by the text encoders)."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network, config, about = _network(component, config_json), json.loads(config_json), EXPORTED[component]
+    pixels = vae_scale_factor(config) if component == "vae_decoder" else 1  # of the size given below, a latent pixel
+    sizes = {"text_length": tokens, "vae_scale_factor": 1}
+    specs = about.inputs(config | sizes, Resolution(width * pixels, height * pixels), batch, "fp32")
+    inputs = [torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta") for spec in specs]
+    with FlopCounterMode(display=False) as counter:
+        output = network(*inputs)[-1]  # of a text encoder the penultimate hidden states, which are all that SDXL reads
+    parameters = sum(
+        value.numel()
+        for name, value in network.named_parameters()
+        if not name.partition(".")[2].startswith(about.unused)
+    )
+    read = parameters
+    if component.startswith("text_encoder"):  # of the embedding table only the rows of the tokens are read
+        read -= config["hidden_size"] * max(0, config["vocab_size"] - tokens)
+    moved = 2.0 * (read + sum(one.numel() for one in (*inputs, output)))
+    return Cost(parameters, float(counter.get_total_flops()), moved)
+
+
+@cache
+def _flops_polynomial(component: str, config_json: str, tokens: int, unit: int) -> tuple[float, float, float]:
+    """FLOPs of one sample as a + b n + c n² in latent pixels n: convolutions and linear layers are linear in n,
+    self-attention quadratic, embeddings constant. So three counts give every size exactly."""
+    import numpy as np
+
+    sides = (unit * 2, unit * 3, unit * 4)
+    flops = [count_cost(component, config_json, tokens, side, side, 1).flops for side in sides]
+    pixels = np.array([float(side * side) for side in sides])
+    c, b, a = np.linalg.solve(np.vander(pixels, 3), np.array(flops))
+    return float(a), float(b), float(c)
+
+
+def component_costs(configs: ModelConfigs, workload: Workload) -> Costs:
+    """For each component (calls per image call, cost of one). Without a negative prompt each text encoder runs once,
+    since an SDXL checkpoint takes zeros for the empty prompt (`force_zeros_for_empty_prompt`)."""
+    scale = vae_scale_factor(configs.parsed("vae"))
+    unit = EXPORTED["unet"].size_multiple(configs.parsed("unet"))
+    tokens = configs.parsed("text_encoder")["max_position_embeddings"]
+    pixels = (workload.resolution.height // scale) * (workload.resolution.width // scale)
+    costs = {}
+    for component in COMPONENTS:
+        config_json = configs.vae if component == "vae_decoder" else getattr(configs, component)
+        if component.startswith("text_encoder"):
+            costs[component] = (1, count_cost(component, config_json, tokens, 0, 0, workload.batch))
+            continue
+        batch = workload.unet_batch if component == "unet" else workload.batch
+        parameters = count_cost(component, config_json, tokens, unit * 2, unit * 2, 1).parameters
+        a, b, c = _flops_polynomial(component, config_json, tokens, unit)
+        channels = 4 + {"unet": 4, "vae_decoder": 3 * scale * scale}[component]  # in and out, per latent pixel
+        moved = 2.0 * (parameters + batch * pixels * channels)
+        cost = Cost(parameters, batch * (a + b * pixels + c * pixels**2), moved)
+        costs[component] = (workload.steps if component == "unet" else 1, cost)
+    return costs
+
+
+def total_flops(costs: Costs) -> float:
+    return sum(calls * cost.flops for calls, cost in costs.values())
+
+
+def total_floor_ms(costs: Costs, tflops: float, terabytes_per_s: float) -> float:
+    return sum(calls * cost.floor_ms(tflops, terabytes_per_s) for calls, cost in costs.values())
+
+
+def mfu(costs: Costs, total_ms: float, tflops: float) -> float:
+    """Model FLOPs utilisation: the arithmetic done per second as a share of the peak."""
+    return total_flops(costs) / (total_ms / 1e3) / (tflops * 1e12)
+
+
+def measure_cpu_peak(precisions: Iterable[str] = (), seconds: float = 0.6) -> Peak:
+    """This CPU's rate in a large matrix product, in fp32 or whichever of `precisions` is faster (bf16, fp16), and its copy
+    bandwidth, each the best of several short tries.
+
+    No data sheet is consulted, so this is what torch reaches here: a yardstick, close to the peak but not above it.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(usable)
+    try:
+        halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        dtypes = {"fp32": torch.float32} | {name: halves[name] for name in precisions if name in halves}
+        flops = {}
+        for name, dtype in dtypes.items():
+            a, b = torch.rand(2, MATRIX_SIDE, MATRIX_SIDE).to(dtype)
+            flops[name] = 2 * MATRIX_SIDE**3 / _least_seconds(partial(torch.mm, a, b), seconds / 2)
+        source, target = torch.rand(16 << 20), torch.empty(16 << 20)
+        bandwidth = 2 * source.numel() * 4 / _least_seconds(partial(target.copy_, source), seconds / 2)
+    finally:
+        torch.set_num_threads(threads)
+    fastest = max(flops, key=lambda name: flops[name])
+    return Peak(f"this CPU (measured, {fastest})", flops[fastest] / 1e12, bandwidth / 1e12, "")
+
+
+def _least_seconds(work: Callable[[], Any], seconds: float) -> float:
+    """Of several calls after the first, for `seconds` and three of them at least."""
+    work()
+    taken: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(taken) < 3:
+        begin = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - begin)
+    return min(taken)
+
+
+def architecture_configs(name: str) -> ModelConfigs:
+    return ModelConfigs.of_architecture(ARCHITECTURES[name])

@@ -1,0 +1,1 @@
+"""One timed picture: the clock, the workload, the GPU and the host it runs on."""

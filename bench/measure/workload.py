@@ -1,0 +1,149 @@
+"""What is timed: text to image end to end, prompt in, PNG-ready uint8 array out.
+
+A workload says everything that changes the amount of work: resolution, batch, steps, guidance, scheduler. The seed
+and the prompts are part of it too, so that two contestants can be asked for the very same picture.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from distill.common.errors import UserError, unknown
+from distill.models.architectures import Family, Resolution
+
+SCHEDULERS = {  # name on the command line -> class in diffusers; "default" is the checkpoint's own
+    "default": None,
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "ddim": "DDIMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "lcm": "LCMScheduler",
+}
+
+PROMPTS = (
+    "a lighthouse on a cliff at dusk, long exposure",
+    "a bowl of ramen on a wooden table, steam rising",
+    "an astronaut reading a newspaper in a park",
+    "a red fox in fresh snow, early light",
+    "a street market in the rain, neon reflections",
+    "a paper ship on a calm lake, soft fog",
+)
+
+
+def check_scheduler(name: str) -> None:
+    """Raises UserError for what is neither a short name nor a scheduler class of diffusers."""
+    import diffusers
+
+    if name not in SCHEDULERS and not (name.endswith("Scheduler") and hasattr(diffusers, name)):
+        raise unknown("scheduler", name, [*SCHEDULERS, "any scheduler class of diffusers, e.g. HeunDiscreteScheduler"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One cell of a benchmark. `batch` counts images; under guidance the UNet sees twice as many latents."""
+
+    resolution: Resolution
+    steps: int
+    batch: int = 1
+    guidance_scale: float = 5.0
+    scheduler: str = "default"
+    seed: int = 0
+    prompts: tuple[str, ...] = PROMPTS
+
+    @property
+    def guided(self) -> bool:
+        """Classifier-free guidance runs the UNet on a doubled batch; diffusers does so where the scale is above 1."""
+        return self.guidance_scale > 1
+
+    @property
+    def unet_batch(self) -> int:
+        return self.batch * (2 if self.guided else 1)
+
+    @property
+    def name(self) -> str:
+        guidance = f"guidance {self.guidance_scale:g}" if self.guided else "no guidance"
+        scheduler = "" if self.scheduler == "default" else f", {self.scheduler}"
+        return f"{self.resolution}, {self.steps} steps, batch {self.batch}, {guidance}{scheduler}"
+
+    def batch_prompts(self) -> list[str]:
+        """The prompts of one call, the list taken round as often as the batch needs."""
+        return [self.prompts[index % len(self.prompts)] for index in range(self.batch)]
+
+    def for_picture(self, prompt: str, seed: int, resolution: Resolution) -> Workload:
+        return replace(self, prompts=(prompt,), seed=seed, batch=1, resolution=resolution)
+
+
+def parse_resolutions(text: str, family: Family) -> list[Resolution]:
+    """`all`, `first`, or a comma-separated list of WIDTHxHEIGHT. Raises UserError."""
+    if text == "all":
+        return list(family.resolutions)
+    if text == "first":
+        return [family.resolutions[0]]
+    resolutions = [Resolution.parse(part.strip()) for part in text.split(",") if part.strip()]
+    if not resolutions:
+        raise UserError(f"resolutions {text!r}: give all, first, or a comma-separated list of WIDTHxHEIGHT")
+    multiple = family.size_multiple
+    for one in resolutions:
+        if any(side == 0 or side % multiple for side in (one.width, one.height)):
+            near = Resolution(*(max(multiple, round(side / multiple) * multiple) for side in (one.width, one.height)))
+            raise UserError(
+                f"resolution {one}: both sides must be multiples of {multiple} in the {family.name} family; "
+                f"the nearest is {near}"
+            )
+    return resolutions
+
+
+def parse_numbers(text: str, what: str) -> list[int]:
+    """A comma-separated list of positive whole numbers. Raises UserError."""
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f"{what} {text!r} is not a comma-separated list of whole numbers, e.g. 4,8,30") from None
+    if not numbers or min(numbers) < 1:
+        raise UserError(f"{what} {text!r}: every number must be at least 1")
+    return numbers
+
+
+def parse_scales(text: str) -> list[float]:
+    """A comma-separated list of guidance scales. Raises UserError."""
+    try:
+        scales = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"guidance {text!r} is not a comma-separated list of numbers, e.g. 5,1") from None
+    if not all(0 <= scale < math.inf for scale in scales):
+        raise UserError(f"guidance {text!r}: every scale must be a number of at least 0, e.g. 5,1")
+    return scales
+
+
+def make_workloads(
+    resolutions: list[Resolution],
+    steps: list[int],
+    *,
+    batches: list[int],
+    guidance_scales: list[float],
+    scheduler: str,
+    seed: int,
+    prompts: tuple[str, ...],
+) -> list[Workload]:
+    """The first of each list makes the main workload; every other value is tried with the rest held at the first.
+
+    A full product of nine resolutions, three step counts and two batches would mostly repeat itself, and cost hours.
+    """
+    main = Workload(
+        resolution=resolutions[0],
+        steps=steps[0],
+        batch=batches[0],
+        guidance_scale=guidance_scales[0],
+        scheduler=scheduler,
+        seed=seed,
+        prompts=prompts,
+    )
+    others = [
+        *(replace(main, resolution=resolution) for resolution in resolutions[1:]),
+        *(replace(main, steps=count) for count in steps[1:]),
+        *(replace(main, batch=batch) for batch in batches[1:]),
+        *(replace(main, guidance_scale=scale) for scale in guidance_scales[1:]),
+    ]
+    return list(dict.fromkeys([main, *others]))

@@ -1,0 +1,1 @@
+"""Whether a faster model still draws the same picture."""

@@ -1,0 +1,1 @@
+"""The page, its Markdown and its JSON."""

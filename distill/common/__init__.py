@@ -1,0 +1,1 @@
+"""What all four rooms stand on: errors, files, progress, the hub."""

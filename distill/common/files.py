@@ -1,0 +1,134 @@
+"""Writing that is whole or absent, and content hashes: what every room uses to leave nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from distill.common.errors import UserError
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of the file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex digest of `value` as canonical JSON: the key under which a stage's inputs are remembered."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError where the file is absent, a folder or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, a JSON file is needed") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary sibling of `path` to write (a file or a folder); it takes the name `path` only if the
+    block ends well, and is removed otherwise. A killed process leaves `path` as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    token = secrets.token_hex(4)  # not the process id: processes of several machines may share the folder
+    temporary = path.with_name(f".{path.name}.{token}.partial")
+    try:
+        yield temporary
+        if path.is_dir() and temporary.is_dir():  # a folder cannot be renamed over a full one
+            old = path.with_name(f".{path.name}.{token}.old")
+            path.rename(old)
+            temporary.rename(path)
+            _remove(old)
+        else:
+            temporary.replace(path)
+    except OSError as error:
+        if error.errno is not None:  # one without a number would be told by the name alone
+            error.filename = error.filename or str(path)  # what a write raises names no file
+        raise
+    finally:
+        _remove(temporary)
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Removes what killed processes left of `replacing` the file called `name`, or any, in `folder`; for who holds its
+    lock."""
+    for kind in ("partial", "old"):
+        for path in folder.glob(f".{glob.escape(name) if name else '*'}.*.{kind}"):
+            _remove(path)
+
+
+@contextmanager
+def exclusive(
+    path: Path, announce: Callable[[str], None] = lambda line: None, lock_file: Path | None = None
+) -> Iterator[None]:
+    """One process at a time writes `path`; a second waits, and says so. The system frees the lock of a killed one. The
+    lock lies beside `path` if not told otherwise."""
+    lock_file = lock_file or path.with_name(f".{path.name}.lock")
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    place = lock_file if lock_file.exists() else lock_file.parent
+    if not os.access(place, os.W_OK):  # FileLock takes some of what forbids it for another process, and waits
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        announce(f"another process is writing {path}; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` atomically, with sorted keys, so that equal content is equal bytes."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def require_free_disk(folder: Path, needed_bytes: int, what: str, option: str = "--out") -> None:
+    """Raises UserError before anything is written where the disk is too small for `what`, which `option` places there."""
+    existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise UserError(
+            f"{what} needs {needed_bytes / 1e9:.1f} GB on the disk of {existing}, which has {free / 1e9:.1f} GB free; "
+            f"free some space or choose another {option}"
+        )
+
+
+def require_writable_file(path: Path) -> None:
+    """Raises UserError for an --out that is a folder, or in a place that may not be written: before hours of measuring,
+    not after."""
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder; it takes the file to write, e.g. {path / 'results.json'}")
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"--out {path} cannot be made: {place} is no folder that may be written")

@@ -1,0 +1,1 @@
+"""What a student learns from: captioned pictures, and the latent cache made of them."""

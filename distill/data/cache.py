@@ -1,0 +1,318 @@
+"""The latent cache: what the frozen networks would say of every sample, computed once.
+
+A cache is a folder of safetensors shards, each holding some consecutive samples of the source, by resolution:
+`{W}x{H}/latents` (n, 4, H/8, W/8) scaled, `/prompt_embeds` (n, tokens, dim) penultimate states of both encoders,
+`/pooled_prompt_embeds` (n, dim) of the second, `/time_ids` (n, 6). cache.json holds the key: the hashes of the VAE and
+of the text encoders, and the data. Shards are written whole or not at all, so a killed run goes on where it was, and
+several processes (torchrun) share the work by shard.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from distill.common.ahead import ahead
+from distill.common.errors import UserError, explaining_full_memory, require_least
+from distill.common.files import (
+    read_json,
+    remove_leftovers,
+    replacing,
+    require_free_disk,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
+from distill.common.progress import say, track
+from distill.data.pictures import BadSample, Sample, Source, open_source
+from distill.models.architectures import Family, Resolution
+from distill.models.sources import component_weights, find_architecture_of, load_pipeline, read_config
+
+SAMPLES_PER_SHARD = 512
+FIELDS = ("latents", "prompt_embeds", "pooled_prompt_embeds", "time_ids")
+MOST_BAD_SAMPLES = 0.2  # of all; more means that the data set is not what it was taken for
+
+
+def cache_key(checkpoint: Path, data: str, identity: object, seed: int) -> dict[str, Any]:
+    """What the cached values depend on; `identity` tells a data set from one of the same name that has changed."""
+    return {"data": str(Path(data)), "identity": sha256_json(identity), "seed": seed, **frozen_hashes(checkpoint)}
+
+
+def frozen_hashes(checkpoint: Path) -> dict[str, str]:
+    """A hash of the weights of each network that the cache stands for."""
+    return {
+        component: sha256_json([sha256_file(file) for file in component_weights(checkpoint / component)])
+        for component in ("vae", "text_encoder", "text_encoder_2")
+    }
+
+
+@torch.no_grad()
+def encode(pipe: Any, samples: list[Sample], seed: int) -> dict[str, torch.Tensor]:
+    """FIELDS of samples of one resolution; latents are drawn from the VAE's posterior with the sample's own seed."""
+    vae, device = pipe.vae, pipe.vae.device
+    pixels = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
+    pixels = pixels.to(device, vae.dtype).div_(127.5).sub_(1)
+    posterior = vae.encode(pixels).latent_dist
+    generators = [torch.Generator().manual_seed(seed_of(seed, sample.key)) for sample in samples]
+    noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=generator) for generator in generators])
+    latents = (posterior.mean + posterior.std * noise.to(device, vae.dtype)) * vae.config.scaling_factor
+    embeds, _, pooled, _ = pipe.encode_prompt([sample.caption for sample in samples], do_classifier_free_guidance=False)
+    time_ids = torch.tensor([sample.time_ids for sample in samples], dtype=torch.int32)
+    return dict(zip(FIELDS, (latents, embeds, pooled, time_ids), strict=True))
+
+
+def seed_of(seed: int, *parts: object) -> int:
+    """A 63-bit seed that depends on all parts and on nothing else, e.g. not on the number of processes."""
+    return int(sha256_json([seed, *map(str, parts)])[:15], 16)
+
+
+def make_cache(
+    checkpoint: Path, data: str, out: Path, *, seed: int = 0, batch: int = 16, rank: int = 0, processes: int = 1
+) -> None:
+    """Encodes every sample of `data` with the checkpoint's VAE and text encoders into `out`.
+
+    Raises UserError for a VAE without a posterior, where `out` holds a cache of something else, where more than a fifth
+    of the samples are bad, and where the disk or the GPU's memory is or becomes too small; finished shards stay, and
+    the same call goes on after them.
+    """
+    require_least(1, batch=batch)
+    require_least(0, seed=seed)
+    if read_config(checkpoint, "vae").get("_class_name") == "AutoencoderTiny":
+        raise UserError(
+            f"the VAE of {checkpoint} is an AutoencoderTiny, which has no posterior to draw latents from; give a checkpoint "
+            "with an AutoencoderKL"
+        )
+    family = find_architecture_of(checkpoint).family
+    source = open_source(data, family, seed)
+    ranges = [range(i, min(i + SAMPLES_PER_SHARD, len(source))) for i in range(0, len(source), SAMPLES_PER_SHARD)]
+    key = cache_key(checkpoint, data, source.identity, seed) | {"shards": len(ranges)}
+    stated = out / "cache.json"
+    if stated.exists() and read_json(stated) != key:
+        raise UserError(
+            f"{out} is a cache of other data (or of the same before it was changed) or another VAE or text encoder; "
+            "choose another --out or remove it"
+        )
+    missing = [i for i in range(len(ranges)) if not _is_whole(_shard(out, i))]
+    todo = [i for i in missing if i % processes == rank]
+    if not missing and rank == 0:
+        say(f"{out} is finished, nothing is to do")
+    for path in filter(Path.exists, (_shard(out, i) for i in todo)):
+        say(f"{path} is damaged and is made again")
+    if not todo:
+        return
+    samples = sum(len(ranges[i]) for i in missing)
+    require_free_disk(out, samples * sample_bytes(family), f"the cache of {samples} samples")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(stated, key)
+    device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    advice = f"take --batch below {batch}; finished shards stay, and the same command goes on"
+    pipe = load_pipeline(checkpoint, torch.float32, without=("unet",))
+    with explaining_full_memory(advice):
+        pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    reader = _Reader(source)
+    progress = track(todo, f"caching {samples} samples", unit="shard")
+    with closing(ahead(lambda number: reader.read(ranges[number]), todo)) as shards, reader:
+        for number, (buckets, skipped) in zip(progress, shards, strict=True):
+            remove_leftovers(out, _shard(out, number).name)
+            with explaining_full_memory(advice):
+                write_shard(pipe, buckets, skipped, _shard(out, number), seed, batch)
+    if reader.bad:
+        say(
+            f"skipped {len(reader.bad)} of {reader.seen} samples; each shard names its own: {'; '.join(reader.bad[:3])}"
+        )
+
+
+class _Reader:
+    """Decodes samples on all cores, keeps count of the bad ones, and gives up where they are too many. Left as a
+    context manager, it decodes none that has not begun."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.seen = source, 0
+        self.bad: list[str] = []
+        self.pool = ThreadPoolExecutor()  # decoders let go of the interpreter
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def read(self, indices: range) -> tuple[dict[Resolution, list[Sample]], list[str]]:
+        """Samples by resolution, in order, and what was skipped and why. Raises UserError for too many bad ones."""
+        buckets: dict[Resolution, list[Sample]] = defaultdict(list)
+        before = len(self.bad)
+        for sample in self.pool.map(self._read_one, indices):
+            self.seen += 1
+            if isinstance(sample, Sample):
+                buckets[sample.resolution].append(sample)
+            else:
+                self.bad.append(str(sample))
+            if len(self.bad) > MOST_BAD_SAMPLES * max(self.seen, min(50, len(self.source))):
+                raise UserError(f"{len(self.bad)} of the first {self.seen} samples are bad: {'; '.join(self.bad[:3])}")
+        return buckets, self.bad[before:]
+
+    def _read_one(self, index: int) -> Sample | BadSample:
+        try:
+            return self.source.read(index)
+        except BadSample as error:
+            return error
+
+
+def sample_bytes(family: Family) -> int:
+    """What one sample takes in the cache, at the family's base resolution."""
+    base, side, clip = family.resolutions[0], family.vae_scale_factor, family.text_encoder
+    latents = 4 * (base.height // side) * (base.width // side)
+    text = clip["max_position_embeddings"] * family.unet["cross_attention_dim"]
+    return 2 * (latents + text + family.text_encoder_2["projection_dim"]) + 6 * 4
+
+
+def _shard(out: Path, number: int) -> Path:
+    return out / f"shard-{number:06d}.safetensors"
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """Of a shard's tensors, by name. Raises UserError for a shard that is cut or not one."""
+    try:
+        with safe_open(path, "pt") as shard:
+            return {name: shard.get_slice(name).get_shape() for name in shard.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} is damaged ({error}): run the same `distill cache` command again, which makes it anew"
+        ) from None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a shard is there, as long as its header says."""
+    try:
+        _shapes(path)
+    except (FileNotFoundError, UserError):
+        return False
+    return True
+
+
+def write_shard(
+    pipe: Any, buckets: Mapping[Resolution, list[Sample]], skipped: list[str], path: Path, seed: int, batch: int
+) -> None:
+    """Encodes samples, `batch` at a time, into one shard; `skipped` says what was left out and why."""
+    tensors: dict[str, torch.Tensor] = {}
+    about: dict[str, Any] = {"skipped": skipped, "samples": {}}
+    for resolution, samples in sorted(buckets.items()):
+        parts = [encode(pipe, samples[i : i + batch], seed) for i in range(0, len(samples), batch)]
+        for field in FIELDS:
+            whole = torch.cat([part[field] for part in parts]).cpu()
+            tensors[f"{resolution}/{field}"] = (whole.half() if field != "time_ids" else whole).contiguous()
+        about["samples"][str(resolution)] = [
+            {"key": s.key, "caption": s.caption, "crop": s.crop_top_left, "flipped": s.flipped} for s in samples
+        ]
+    try:
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"slimxl": json.dumps(about)})
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} cannot be written ({error}); free some space and run the same command again: finished shards stay"
+        ) from None
+
+
+class LatentCache:
+    """Batches of one resolution each, a pure function of the step: resuming needs no state, and the order does not
+    depend on the number of processes."""
+
+    def __init__(self, folder: Path, *, batch_size: int, seed: int) -> None:
+        """Raises UserError for a folder that is no cache, is not finished or damaged, or holds no sample."""
+        if not (folder / "cache.json").is_file():
+            raise UserError(
+                f"{folder} is no latent cache: it has no cache.json; make one with: python -m distill cache"
+            )
+        self.key = read_json(folder / "cache.json")
+        self.batch_size, self.seed = batch_size, seed
+        self._rows: dict[Resolution, list[tuple[Path, int]]] = defaultdict(list)
+        self._open: dict[Path, Any] = {}
+        shards = sorted(folder.glob("shard-*.safetensors"))
+        if len(shards) < self.key.get("shards", 0):
+            raise UserError(
+                f"{folder} is not finished: it has {len(shards)} of {self.key['shards']} shards; run the same "
+                "`distill cache` command again"
+            )
+        for path in shards:
+            for name, shape in _shapes(path).items():
+                resolution, _, field = name.partition("/")
+                if field == "latents":
+                    self._rows[Resolution.parse(resolution)] += [(path, i) for i in range(shape[0])]
+        if not self._rows:
+            raise UserError(f"{folder} holds no cached sample; make it with: python -m distill cache")
+        self._rows = dict(sorted(self._rows.items()))
+        self._sizes = np.array([len(rows) for rows in self._rows.values()])
+        self._offsets = np.random.default_rng(seed).integers(batch_size, size=len(self._sizes))
+        self._epoch, self._order = -1, []  # type: tuple[int, list[tuple[Resolution, np.ndarray]]]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._rows.values()))
+
+    def check_teacher(self, teacher: Path) -> str | None:
+        """A warning where the teacher's VAE or text encoders are other files than those the cache was made with.
+
+        Raises UserError where its UNet takes embeddings of other widths.
+        """
+        family = find_architecture_of(teacher).family
+        wanted = family.unet["cross_attention_dim"], family.text_encoder_2["projection_dim"]
+        resolution, rows = next(iter(self._rows.items()))
+        shard = self._shard(rows[0][0])
+        held = tuple(shard.get_slice(f"{resolution}/{field}").get_shape()[-1] for field in FIELDS[1:3])
+        if held != wanted:
+            raise UserError(
+                f"the cache holds text embeddings of widths {held}, the UNet of {teacher} takes {wanted}; make one with "
+                f"this teacher: python -m distill cache --model {teacher}"
+            )
+        others = [component for component, digest in frozen_hashes(teacher).items() if self.key[component] != digest]
+        if not others:
+            return None
+        return (
+            f"warning: the cache was made with other files of {', '.join(others)} than {teacher} has; unless they hold the "
+            "same weights (one in fp16, say), give this teacher's stages a recipe and a cache of their own"
+        )
+
+    def _batches_before(self, epoch: int) -> np.ndarray:
+        """Of each resolution, how many batches come before an epoch: over the epochs as many as its samples fill."""
+        return (epoch * self._sizes + self._offsets) // self.batch_size
+
+    def _order_of(self, epoch: int) -> list[tuple[Resolution, np.ndarray]]:
+        """The epoch's batches in order. A last batch that is not full is filled up from the start, and is in so few of
+        the epochs that no sample is seen more often than those of other resolutions."""
+        if epoch != self._epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            counts = self._batches_before(epoch + 1) - self._batches_before(epoch)
+            batches = []
+            for (resolution, rows), count in zip(self._rows.items(), counts, strict=True):
+                order = np.resize(rng.permutation(len(rows)), count * self.batch_size)
+                batches += [(resolution, part) for part in order.reshape(-1, self.batch_size)]
+            self._epoch, self._order = epoch, [batches[i] for i in rng.permutation(len(batches))]
+        return self._order
+
+    def batch(self, step: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
+        """FIELDS of a step's global batch, or of some rows of it, in float32, `time_ids` too."""
+        epochs = range((step + len(self._sizes) + 1) * self.batch_size)  # enough: each has one sample at least
+        epoch = bisect_right(epochs, step, key=lambda epoch: self._batches_before(epoch).sum()) - 1
+        resolution, indices = self._order_of(epoch)[step - self._batches_before(epoch).sum()]
+        places = [self._rows[resolution][i] for i in indices[rows]]
+        fields = {}
+        for field in FIELDS:
+            name = f"{resolution}/{field}"
+            fields[field] = torch.stack([self._shard(path).get_slice(name)[i] for path, i in places]).float()
+        return fields
+
+    def _shard(self, path: Path) -> Any:
+        if path not in self._open:
+            self._open[path] = safe_open(path, "pt").__enter__()
+        return self._open[path]

@@ -1,0 +1,1 @@
+"""The mini teacher: how it was taught, and how its pictures are judged."""

@@ -1,0 +1,123 @@
+"""A whole SDXL-format pipeline folder put together from tensors alone: what random and single-file checkpoints need.
+
+Configs come from the catalogue and tokenizers from `tokenizer.py`, so nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill.common.files import require_free_disk
+from distill.models.architectures import SDXL_FAMILY, Architecture, Family
+from distill.models.networks import NETWORKS, make_network
+from distill.models.tensors import MadeTensor, WritableTensor, write_safetensors
+
+if TYPE_CHECKING:
+    import torch
+
+BESIDE_NETWORKS = {
+    "scheduler": ("diffusers", "EulerDiscreteScheduler"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "tokenizer_2": ("transformers", "CLIPTokenizer"),
+}
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+}
+
+
+def meta_components(architecture: Architecture) -> dict[str, Any]:
+    """The four networks of an architecture without memory for their weights."""
+    import torch
+
+    with torch.device("meta"):
+        return {component: make_network(component, config) for component, config in architecture.configs.items()}
+
+
+def component_shapes(component: str, module: Any) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a network and its shape, under the names that published checkpoints use (transformers 5.6 drops
+    `text_model.` from one of the two text encoders)."""
+    shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    if component != "text_encoder":
+        return shapes
+    return {f"text_model.{key.removeprefix('text_model.')}": shape for key, shape in shapes.items()}
+
+
+def assemble(
+    folder: Path,
+    architecture: Architecture,
+    tensors: Mapping[str, Mapping[str, WritableTensor]],
+    **scheduler: Any,
+) -> None:
+    """Writes the pipeline folder; `tensors` holds those of each network by name, `scheduler` in what that differs from
+    SDXL's. model_index.json comes last.
+
+    Raises UserError where the disk is too small.
+    """
+    size = sum(tensor.nbytes for component in tensors.values() for tensor in component.values())
+    require_free_disk(folder.parent, size, f"a checkpoint of {architecture.name}", "--workdir")
+    for component, module in meta_components(architecture).items():
+        is_diffusers = NETWORKS[component][0] == "diffusers"
+        (module.save_config if is_diffusers else module.config.save_pretrained)(folder / component)
+        stem = "diffusion_pytorch_model" if is_diffusers else "model"
+        write_safetensors(folder / component / f"{stem}.safetensors", tensors[component])
+    for name, part in tokenizers_and_scheduler(architecture.family, **scheduler).items():
+        part.save_pretrained(folder / name)
+    index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+    (folder / "model_index.json").write_text(json.dumps(index | BESIDE_NETWORKS | NETWORKS, indent=1, sort_keys=True))
+
+
+def tokenizers_and_scheduler(family: Family, **scheduler: Any) -> dict[str, Any]:
+    """What a pipeline of the family has beside its networks, under the pipeline's names, with SDXL's own settings
+    where `scheduler` has no other."""
+    from diffusers import EulerDiscreteScheduler
+
+    from distill.models.tokenizer import SHAPES_WORDS, clip_merges, merges_of, tokenizer_from_merges
+
+    tokenizer = partial(
+        tokenizer_from_merges,
+        clip_merges() if family is SDXL_FAMILY else merges_of(SHAPES_WORDS),
+        bos_token_id=family.text_encoder["bos_token_id"],
+        eos_token_id=family.text_encoder["eos_token_id"],
+        max_length=family.text_encoder["max_position_embeddings"],
+    )
+    return {
+        "tokenizer": tokenizer(pad_token="<|endoftext|>"),
+        "tokenizer_2": tokenizer(pad_token="!"),
+        "scheduler": EulerDiscreteScheduler(**SCHEDULER | scheduler),
+    }
+
+
+def random_tensors(architecture: Architecture) -> dict[str, dict[str, MadeTensor]]:
+    """Random weights in fp16 (mini: fp32), each made when it is written; the same every time."""
+    import torch
+
+    dtype, name = (torch.float16, "F16") if architecture.family is SDXL_FAMILY else (torch.float32, "F32")
+    generator = torch.Generator().manual_seed(0)
+
+    def made(component: str, module: Any) -> Iterator[tuple[str, MadeTensor]]:
+        for key, shape in component_shapes(component, module).items():
+            yield key, MadeTensor(name, shape, partial(_random_tensor, key, shape, dtype, generator))
+
+    return {component: dict(made(component, module)) for component, module in meta_components(architecture).items()}
+
+
+def _random_tensor(key: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Torch's own initial scale: uniform within 1/sqrt(fan_in); norms 1; biases 0. Keeps fp16 activations in range."""
+    import torch
+
+    tensor = torch.zeros(shape, dtype=dtype)
+    if len(shape) >= 2:
+        bound = (tensor.numel() / shape[0]) ** -0.5
+        tensor.uniform_(-bound, bound, generator=generator)
+    elif "norm" in key and key.endswith("weight"):
+        tensor.fill_(1)
+    return tensor

@@ -1,0 +1,74 @@
+"""The catalogue as a table: parameters by part, depth and compute of every architecture, counted, not quoted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from distill.models.architectures import Architecture, Resolution
+
+
+@dataclass(frozen=True, kw_only=True)
+class CatalogueRow:
+    """`tflop_per_call` is one UNet call at the family's base resolution with batch 2 (one image under guidance)."""
+
+    name: str
+    family: str
+    parameters: int
+    down: int
+    mid: int
+    up: int
+    transformer_blocks: int
+    tflop_per_call: float
+    depth: str
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def meta_unet(architecture: Architecture) -> UNet2DConditionModel:
+    """The UNet without memory for its weights."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(**architecture.unet_config).eval()
+
+
+def unet_tflop(unet: UNet2DConditionModel, architecture: Architecture, resolution: Resolution, batch: int) -> float:
+    """Compute of one call, in units of 1e12 floating-point operations (a multiply and an add count as two)."""
+    family = architecture.family
+    scale = family.vae_scale_factor
+    with torch.device("meta"):
+        inputs: dict[str, Any] = {
+            "sample": torch.empty(batch, 4, resolution.height // scale, resolution.width // scale),
+            "timestep": torch.empty(batch),
+            "encoder_hidden_states": torch.empty(
+                batch, family.text_encoder["max_position_embeddings"], family.unet["cross_attention_dim"]
+            ),
+            "added_cond_kwargs": {
+                "text_embeds": torch.empty(batch, family.text_encoder_2["projection_dim"]),
+                "time_ids": torch.empty(batch, 6),
+            },
+        }
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            unet(**inputs)
+    return counter.get_total_flops() / 1e12
+
+
+def catalogue_row(architecture: Architecture) -> CatalogueRow:
+    unet = meta_unet(architecture)
+    return CatalogueRow(
+        name=architecture.name,
+        family=architecture.family.name,
+        parameters=count_parameters(unet),
+        down=count_parameters(unet.down_blocks),
+        mid=count_parameters(unet.mid_block),
+        up=count_parameters(unet.up_blocks),
+        transformer_blocks=architecture.depth.transformer_blocks,
+        tflop_per_call=unet_tflop(unet, architecture, architecture.family.resolutions[0], batch=2),
+        depth=str(architecture.depth),
+    )

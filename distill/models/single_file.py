@@ -1,0 +1,201 @@
+"""A single-file SDXL checkpoint (Stability's LDM/SGM layout, as ZavyChromaXL and JuggernautXL ship) into a folder.
+
+The layout differs from diffusers' in names alone, but for the second text encoder, whose query, key and value lie in
+one tensor and whose projection is transposed. So the bytes are copied, in constant memory, and nothing is downloaded:
+the depth is read from the file's own tensors and the rest is SDXL's. Names as in diffusers'
+`scripts/convert_diffusers_to_original_sdxl.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from distill.common.errors import UserError
+from distill.models.architectures import Architecture, Depth, architecture_at, family_of
+from distill.models.assemble import assemble, component_shapes, meta_components
+from distill.models.tensors import MadeTensor, TensorRecord, check_stored, read_safetensors_header, transposed
+
+PREFIXES = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "conditioner.embedders.0.transformer.",
+    "text_encoder_2": "conditioner.embedders.1.model.",
+}
+CONSTANTS = ("position_ids", "logit_scale", "attn_mask")  # buffers that diffusers' networks do not keep
+
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_UNET_ENDS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_OPEN_CLIP = (
+    ("text_model.embeddings.token_embedding.weight", "token_embedding.weight"),
+    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+    ("text_model.final_layer_norm.", "ln_final."),
+    ("text_model.encoder.layers.", "transformer.resblocks."),
+    ("layer_norm1.", "ln_1."),
+    ("layer_norm2.", "ln_2."),
+    ("mlp.fc1.", "mlp.c_fc."),
+    ("mlp.fc2.", "mlp.c_proj."),
+    ("self_attn.", "attn."),
+    ("text_projection.weight", "text_projection"),
+)
+
+
+def _unet_name(key: str) -> str:
+    module, _, leaf = key.rpartition(".")
+    if module in _UNET_ENDS:
+        return f"{_UNET_ENDS[module]}.{leaf}"
+    match = re.fullmatch(
+        r"(down|mid|up)_blocks?\.(?:(\d)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d)\.(.*)", key
+    )
+    if not match:
+        raise ValueError(f"no SDXL UNet has a tensor {key}")
+    side, block, kind, index, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
+    if kind == "resnets":
+        part, _, leaf = rest.rpartition(".")
+        rest = f"{_RESNET[part]}.{leaf}"
+    if side == "mid":
+        return f"middle_block.{2 * index if kind == 'resnets' else 1}.{rest}"
+    if kind == "downsamplers":
+        return f"input_blocks.{3 * block + 3}.0.{rest.replace('conv', 'op')}"
+    if kind == "upsamplers":
+        return f"output_blocks.{3 * block + 2}.2.{rest}"
+    first = 3 * block + index + (side == "down")
+    return f"{'input' if side == 'down' else 'output'}_blocks.{first}.{int(kind == 'attentions')}.{rest}"
+
+
+def _vae_name(key: str, levels: int) -> str:
+    def level(match: re.Match[str]) -> str:
+        side, index = match[1], int(match[2])
+        return f"{side}.{index if side == 'down' else levels - 1 - index}."
+
+    key = re.sub(r"(down|up)_blocks\.(\d)\.", level, key)
+    key = re.sub(r"mid_block\.resnets\.(\d)", lambda match: f"mid.block_{int(match[1]) + 1}", key)
+    key = re.sub(r"mid_block\.attentions\.0\.(.*)\.", lambda match: f"mid.attn_1.{_VAE_ATTENTION[match[1]]}.", key)
+    key = re.sub(r"resnets\.(\d)", r"block.\1", key).replace("conv_shortcut", "nin_shortcut")
+    return re.sub(r"(down|up)samplers\.0", r"\1sample", key).replace("conv_norm_out", "norm_out")
+
+
+def _open_clip_name(key: str) -> str:
+    for ours, theirs in _OPEN_CLIP:
+        key = key.replace(ours, theirs)
+    return key
+
+
+def find_single_file_architecture(records: Mapping[str, TensorRecord], path: Path) -> Architecture:
+    """The catalogue's architecture of a file, or a custom depth. Raises UserError, with the difference named, for a
+    file that is no whole SDXL checkpoint."""
+    missing = [name for name, prefix in PREFIXES.items() if not any(key.startswith(prefix) for key in records)]
+    if missing == ["vae"]:
+        raise UserError(
+            f"{path} has no VAE in it: add one with diffusers, StableDiffusionXLPipeline.from_single_file(FILE, vae="
+            "AutoencoderKL.from_pretrained(VAE)).save_pretrained(FOLDER), and give the folder"
+        )
+    if missing:
+        raise UserError(f"{path} is no SDXL single-file checkpoint: it has no {' and no '.join(missing)}")
+    unet = PREFIXES["unet"]
+    entries = (f"{unet}input_blocks.{place}.0.out_layers.3.weight" for place in (1, 4, 7))
+    widths = [records[entry].shape[0] for entry in entries if entry in records]
+    family = family_of(widths)
+    if family is None:
+        raise UserError(f"{path} is no SDXL checkpoint: its UNet's widths are {widths}, SDXL's [320, 640, 1280]")
+    blocks = {match[1] for key in records if (match := re.match(rf"{unet}(.+?\.1\.transformer_blocks\.\d+)\.", key))}
+
+    def depth(place: str) -> int:
+        return sum(block.startswith(f"{place}.1.") for block in blocks)
+
+    found = Depth(
+        down=((), *(tuple(depth(f"input_blocks.{3 * i + j}") for j in (1, 2)) for i in (1, 2))),
+        mid=depth("middle_block"),
+        up=(*(tuple(depth(f"output_blocks.{3 * i + j}") for j in range(3)) for i in (0, 1)), ()),
+    )
+    found.check()
+    return architecture_at(family, found)
+
+
+def _text_encoder_2_tensor(key: str, take: Callable[[str], TensorRecord]) -> TensorRecord | MadeTensor:
+    packed = re.fullmatch(r"(.*self_attn)\.([qkv])_proj\.(weight|bias)", key)
+    if packed:
+        return take(f"{_open_clip_name(packed[1] + '.')}in_proj_{packed[3]}").part("qkv".index(packed[2]), 3)
+    record = take(_open_clip_name(key))
+    return transposed(record) if key == "text_projection.weight" else record
+
+
+def _scheduler_of(records: Mapping[str, TensorRecord], path: Path) -> dict[str, Any]:
+    """In what the scheduler differs from SDXL's, as empty tensors say by their names (v_pred, ztsnr; ComfyUI's).
+
+    Zero terminal SNR needs `trailing` timesteps, or the last is never asked for (arXiv 2305.08891, section 3.3).
+    Raises UserError for the names of EDM's noise levels (Playground v2.5, CosXL).
+    """
+    if edm := [key for key in records if key.startswith("edm_")]:
+        raise UserError(f"{path} was trained on EDM's noise levels (it holds {edm[0]}), not on SDXL's: it is not read")
+    if "v_pred" not in records:
+        return {}
+    zero_snr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in records else {}
+    return {"prediction_type": "v_prediction"} | zero_snr
+
+
+def read_single_file(
+    path: Path,
+) -> tuple[Architecture, dict[str, dict[str, TensorRecord | MadeTensor]], dict[str, Any]]:
+    """What `assemble` needs: the architecture, the tensors of each network, and in what its scheduler is not SDXL's.
+
+    Raises UserError for a file that is no whole SDXL checkpoint, lacks a tensor, has one of another shape or in a
+    format that is not read, or holds tensors that no network of SDXL has.
+    """
+    records = read_safetensors_header(path)
+    scheduler = _scheduler_of(records, path)
+    architecture = find_single_file_architecture(records, path)
+    levels = len(architecture.family.vae["block_out_channels"])
+    names: dict[str, Callable[[str], str]] = {"unet": _unet_name, "vae": lambda key: _vae_name(key, levels)}
+    used: set[str] = set()
+
+    def take(name: str) -> TensorRecord:
+        if name not in records:
+            raise UserError(f"{path} lacks the tensor {name}")
+        used.add(name)
+        return check_stored(name, records[name])
+
+    def find(component: str, key: str) -> TensorRecord | MadeTensor:
+        prefix = PREFIXES[component]
+        if component == "text_encoder_2":
+            return _text_encoder_2_tensor(key, lambda name: take(prefix + name))
+        return take(prefix + names.get(component, str)(key))
+
+    tensors: dict[str, dict[str, TensorRecord | MadeTensor]] = {}
+    for component, module in meta_components(architecture).items():
+        tensors[component] = {}
+        for key, shape in component_shapes(component, module).items():
+            tensor = find(component, key)
+            if math.prod(tensor.shape) != math.prod(shape):
+                raise UserError(f"{path}: {component} {key} has shape {list(tensor.shape)}, SDXL's is {list(shape)}")
+            tensors[component][key] = replace(tensor, shape=shape)
+    own = {key for key in records if key.startswith(tuple(PREFIXES.values())) and not key.endswith(CONSTANTS)}
+    if foreign := sorted(own - used):
+        raise UserError(f"{path} is no SDXL checkpoint: it has {len(foreign)} tensors too many, e.g. {foreign[0]}")
+    return architecture, tensors, scheduler
+
+
+def convert_single_file(path: Path, folder: Path) -> None:
+    """Writes the diffusers pipeline folder of a single-file checkpoint. Raises UserError, see `read_single_file`."""
+    architecture, tensors, scheduler = read_single_file(path)
+    assemble(folder, architecture, tensors, **scheduler)

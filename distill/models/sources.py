@@ -1,0 +1,277 @@
+"""Where a checkpoint comes from. Every room is given a source and gets a local diffusers folder.
+
+org/name              a Hugging Face model id
+path/to/folder        a diffusers StableDiffusionXLPipeline folder
+path/to/file.safetensors   a single-file checkpoint (as ZavyChromaXL and JuggernautXL ship)
+random:NAME           an architecture of the catalogue at its true size with random weights (nothing to download)
+mini:sdxl             the mini teacher that ships with the package
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill.common.errors import UserError, unknown
+from distill.common.files import exclusive, read_json, remove_leftovers, replacing, sha256_file, sha256_json, write_json
+from distill.common.hub import NO_SAFETENSORS, explaining_hub
+from distill.models.architectures import (
+    ARCHITECTURES,
+    Architecture,
+    Depth,
+    Family,
+    architecture_at,
+    family_of,
+    find_architecture,
+)
+from distill.models.networks import NETWORKS, network_class
+from distill.models.tensors import component_tensors, component_weights, read_safetensors_header, weights_variant
+
+if TYPE_CHECKING:
+    import torch
+
+MINI_TEACHER = Path(__file__).parents[1] / "mini" / "teacher"
+WORKDIR = Path("out/models")
+"""Where every room keeps what `resolve` has to make, if not told otherwise: once."""
+COMPONENT_FOLDERS = tuple(NETWORKS)
+CONVERSION = 1
+"""Raised whenever a random, converted or fused checkpoint comes out otherwise than before: older ones are made again."""
+FORMS = "a Hugging Face id, a diffusers folder, a single .safetensors file, random:NAME or mini:sdxl"
+
+
+def read_config(folder: Path, component: str) -> dict[str, Any]:
+    """config.json of a component. Raises UserError where it is missing or not JSON."""
+    path = folder / component / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{folder} is no SDXL checkpoint: {component}/config.json is missing or not JSON") from None
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raises UserError, with what is missing, where `folder` is no whole SDXL-format diffusers pipeline."""
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} is no SDXL checkpoint: it has no model_index.json; allowed are {FORMS}")
+    _unet_family(read_config(folder, "unet"), folder)
+    for component in COMPONENT_FOLDERS:
+        read_config(folder, component)
+        component_tensors(folder / component)
+
+
+def _unet_family(config: Mapping[str, Any], model: object) -> Family:
+    """The family that a UNet's config is of. Raises UserError for that of another kind of model."""
+    kind, widths = config.get("addition_embed_type"), config.get("block_out_channels", ())
+    if kind != "text_time":
+        raise UserError(
+            f"{model} is no SDXL checkpoint: its UNet has addition_embed_type {kind!r}, SDXL has 'text_time'"
+        )
+    family = family_of(widths)
+    if family is None:
+        raise UserError(f"{model} is no SDXL checkpoint: its UNet's widths are {list(widths)}, SDXL's [320, 640, 1280]")
+    channels = config.get("in_channels", 4), config.get("out_channels", 4)
+    if channels != (4, 4):
+        raise UserError(
+            f"{model} is no text-to-image checkpoint of SDXL: its UNet has {channels[0]} channels in and {channels[1]} "
+            "out, SDXL's has 4 (9 in are for inpainting, 8 for instructed edits)"
+        )
+    return family
+
+
+def _network_of(folder: Path) -> dict[str, Any]:
+    """What a UNet's config.json means, whichever diffusers has written it: what it left out, its defaults fill."""
+    from diffusers import UNet2DConditionModel
+
+    stated = read_config(folder, "unet")
+    parameters = inspect.signature(UNet2DConditionModel).parameters.values()
+    meant = json.loads(json.dumps({p.name: stated.get(p.name, p.default) for p in parameters}))
+    meant["upcast_attention"] = bool(meant["upcast_attention"])  # null in SDXL's own
+    meant["transformer_layers_per_block"] = str(Depth.from_config(meant))
+    del meant["reverse_transformer_layers_per_block"], meant["sample_size"]  # told by the depth; a hint only
+    return meant
+
+
+def check_successor(first: Path, teacher: Path) -> None:
+    """Raises UserError where a later teacher differs from the first in architecture, and where one predicts something
+    else than the noise, or knows other noise levels than SDXL's."""
+    before, now = _network_of(first), _network_of(teacher)
+    for key in sorted(now):
+        if before[key] != now[key]:
+            raise UserError(
+                f"teacher {teacher} cannot succeed {first}: UNet {key} is {now[key]!r}, was {before[key]!r}"
+            )
+    for folder in (first, teacher):
+        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+        if scheduler.get("prediction_type", "epsilon") != "epsilon":
+            raise UserError(
+                f"teacher {folder} predicts {scheduler['prediction_type']!r}; SDXL's distillation needs 'epsilon'"
+            )
+        kind, zero_snr = scheduler.get("_class_name", ""), scheduler.get("rescale_betas_zero_snr", False)
+        if kind.startswith("EDM") or zero_snr:
+            raise UserError(
+                f"teacher {folder} was trained on other noise levels than SDXL: its scheduler is {kind}, with "
+                f"rescale_betas_zero_snr {zero_snr}; such a teacher cannot be distilled"
+            )
+
+
+def file_hashes(folder: Path, components: Collection[str] = COMPONENT_FOLDERS) -> dict[str, str]:
+    """sha256 of every config and weights file of the four networks, or of some, by its path inside the checkpoint."""
+    return {
+        f"{component}/{path.name}": sha256_file(path)
+        for component in components
+        for path in [folder / component / "config.json", *component_weights(folder / component)]
+    }
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """sha256 over `file_hashes`: equal content, equal hash, whatever the file dates."""
+    return sha256_json(file_hashes(folder))
+
+
+def find_architecture_of(folder: Path) -> Architecture:
+    """The catalogue's architecture whose UNet config matches the checkpoint's; a custom one where only the depth
+    differs. Raises UserError for widths of neither family."""
+    config = read_config(folder, "unet")
+    return architecture_at(_unet_family(config, folder), Depth.from_config(config))
+
+
+def peek_architecture(source: str) -> Architecture:
+    """The architecture of `source` by what is at hand: nothing is fetched or made, and a hub id counts as SDXL.
+
+    Raises UserError as `resolve` does.
+    """
+    kind, _, name = source.partition(":")
+    path = MINI_TEACHER if source == "mini:sdxl" else Path(source)
+    if kind == "random":
+        return find_architecture(name)
+    if path.is_dir():
+        return find_architecture_of(path)
+    if path.suffix == ".safetensors":
+        from distill.models.single_file import find_single_file_architecture
+
+        return find_single_file_architecture(read_safetensors_header(_single_file(path)), path)
+    return ARCHITECTURES["sdxl"]
+
+
+def load_component(folder: Path, component: str, dtype: torch.dtype) -> Any:
+    """One network of a checkpoint folder in eval mode: `unet`, `vae`, `text_encoder` or `text_encoder_2`."""
+    kind = network_class(component, read_config(folder, component))
+    variant = weights_variant(component_weights(folder / component)[0]) or None
+    return kind.from_pretrained(folder / component, torch_dtype=dtype, variant=variant).eval()
+
+
+def load_pipeline(folder: Path, dtype: torch.dtype, without: Collection[str] = ()) -> Any:
+    """The checkpoint folder as a diffusers StableDiffusionXLPipeline on the CPU; the networks in `without` are None."""
+    import diffusers
+    from diffusers import StableDiffusionXLPipeline
+
+    diffusers.utils.logging.disable_progress_bar()
+    components = {name: None if name in without else load_component(folder, name, dtype) for name in COMPONENT_FOLDERS}
+    return StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=dtype, add_watermarker=False, **components)
+
+
+def resolve(source: str, workdir: Path) -> Path:
+    """The local diffusers folder of `source`; what has to be made or converted is kept under `workdir`.
+
+    Raises UserError for an unknown name, a folder that is no SDXL checkpoint, a truncated file, or an unreachable hub.
+    """
+    kind, colon, name = source.partition(":")
+    if colon and kind == "random":
+        folder = _random_checkpoint(name, workdir)
+    elif colon and kind == "mini":
+        if name != "sdxl":
+            raise unknown("mini checkpoint", name, ["sdxl"])
+        folder = MINI_TEACHER
+    elif source.endswith(".safetensors"):
+        folder = _converted_single_file(Path(source), workdir)
+    elif Path(source).is_dir():
+        folder = Path(source)
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        folder = _downloaded(source)
+    else:
+        raise UserError(f"model {source!r} is neither a folder nor a known form; allowed are {FORMS}")
+    check_checkpoint(folder)
+    return folder
+
+
+def _check_on_hub(repo_id: str) -> None:
+    """Raises UserError for a model of another kind before its gigabytes are fetched."""
+    from huggingface_hub import hf_hub_download, model_info
+
+    try:
+        files = [file.rfilename for file in model_info(repo_id).siblings or ()]
+    except Exception:  # the download meets it as well, and may find all in its cache
+        return
+    for needed in ("model_index.json", *(f"{component}/config.json" for component in COMPONENT_FOLDERS)):
+        if needed not in files:
+            raise UserError(f"model {repo_id!r} is no SDXL pipeline folder: it has no {needed}; allowed are {FORMS}")
+    _unet_family(read_json(Path(hf_hub_download(repo_id, "unet/config.json"))), f"model {repo_id!r}")
+
+
+def _downloaded(repo_id: str) -> Path:
+    """The fp16 weights where the hub has them apart, else the plain ones; what an interrupted call left is gone on with."""
+    from diffusers import StableDiffusionXLPipeline
+
+    def download(variant: str | None) -> Path:
+        return Path(StableDiffusionXLPipeline.download(repo_id, variant=variant, use_safetensors=True))
+
+    with explaining_hub(f"model {repo_id!r}"):
+        _check_on_hub(repo_id)
+        try:
+            return download("fp16")
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and NO_SAFETENSORS not in str(error):
+                raise  # the network went, which says nothing of the variant
+            return download(None)  # there is none in fp16, or a pickled one
+
+
+def _single_file(path: Path) -> Path:
+    """Raises UserError where it does not exist."""
+    if not path.is_file():
+        raise UserError(f"model {str(path)!r} does not exist; allowed are {FORMS}")
+    return path
+
+
+def _converted_single_file(path: Path, workdir: Path) -> Path:
+    from distill.models.single_file import convert_single_file
+
+    read_safetensors_header(_single_file(path))  # before the whole file is hashed
+    folder = workdir / f"{path.stem}-{sha256_file(path)[:12]}"
+    return make_checkpoint(folder, lambda temporary: convert_single_file(path, temporary))
+
+
+def _random_checkpoint(name: str, workdir: Path) -> Path:
+    from distill.models.assemble import assemble, random_tensors
+
+    architecture = find_architecture(name)
+    folder = workdir / f"random-{re.sub('[^a-z0-9]+', '-', name)}"
+    return make_checkpoint(folder, lambda temporary: assemble(temporary, architecture, random_tensors(architecture)))
+
+
+def _check_made(folder: Path) -> None:
+    """Raises UserError where `folder` is no whole checkpoint, or was made before CONVERSION was raised."""
+    check_checkpoint(folder)
+    if read_json(folder / "made.json") != {"conversion": CONVERSION}:
+        raise UserError(f"{folder} was made by another version of slimxl")
+
+
+def make_checkpoint(folder: Path, make: Callable[[Path], None]) -> Path:
+    """`folder`, made where it is absent, not whole, or of another version. Processes that want the same one take turns,
+    and what a killed one left is removed."""
+    try:
+        _check_made(folder)
+        return folder
+    except UserError:
+        pass
+    with exclusive(folder):
+        try:
+            _check_made(folder)
+        except UserError:
+            remove_leftovers(folder.parent, folder.name)
+            with replacing(folder) as temporary:
+                make(temporary)
+                write_json(temporary / "made.json", {"conversion": CONVERSION})
+    return folder

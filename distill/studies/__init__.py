@@ -1,0 +1,1 @@
+"""What is measured about distillation: importance, ablation, the speed of a step."""

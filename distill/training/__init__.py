@@ -1,0 +1,1 @@
+"""How a student is taught: recipes, losses, the loop, its checkpoints."""

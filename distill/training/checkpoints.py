@@ -1,0 +1,270 @@
+"""What a training run leaves on disk: its state to go on from, and each stage's student as a whole pipeline.
+
+The state is written by torch.distributed.checkpoint: every process writes its own part, under names free of any
+wrapper, so one process, DDP and FSDP read each other's, whatever their number.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+
+from distill.common.errors import UserError
+from distill.common.files import read_json, remove_leftovers, replacing, write_json
+from distill.common.progress import say
+from distill.models.layer_map import LayerMap
+from distill.models.sources import load_pipeline, read_config
+from distill.models.surgery import copy_all_but_unet
+from distill.training.recipes import Recipe
+
+STATE_FORMAT = 1
+"""Stands in run.json; another number is a state that this version does not read."""
+
+
+def stage_folder(recipe: Recipe, number: int, out: Path) -> Path:
+    """Where the student of stage `number`, from 0, is kept until the last one is."""
+    return out / "stages" / f"{number + 1:02d}-{recipe.stages[number].name}"
+
+
+@dataclass
+class TrainingState:
+    """All that a stage goes on from, beside its step: nothing else in a run has a history."""
+
+    student: UNet2DConditionModel
+    optimizer: torch.optim.Optimizer
+    ema: EMAModel | None = None
+    scaler: Any = None
+
+    def as_dict(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.student, self.optimizer)
+        state: dict[str, Any] = {"student": model, "optimizer": optimizer}
+        if self.ema:
+            state["ema"] = {str(i): tensor for i, tensor in enumerate(self.ema.shadow_params)}
+        if self.scaler:
+            state["scaler"] = self.scaler.state_dict()
+        return state
+
+    def save(self, folder: Path) -> None:
+        dcp.save(self.as_dict(), checkpoint_id=folder)
+
+    def load(self, folder: Path, step: int) -> None:
+        state = self.as_dict()
+        dcp.load(state, checkpoint_id=folder)  # in place, so the average needs nothing more
+        set_state_dict(
+            self.student, self.optimizer, model_state_dict=state["student"], optim_state_dict=state["optimizer"]
+        )
+        if self.ema:
+            self.ema.optimization_step = step
+        if self.scaler:
+            self.scaler.load_state_dict(state["scaler"])
+
+    @contextmanager
+    def averaged(self) -> Iterator[UNet2DConditionModel]:
+        """The student with the averaged weights in place of its own, where an average is kept."""
+        if not self.ema:
+            yield self.student
+            return
+        self._exchange(self.ema)
+        try:
+            yield self.student
+        finally:
+            self._exchange(self.ema)
+
+    @torch.no_grad()
+    def _exchange(self, ema: EMAModel) -> None:
+        """Student and average change places, one tensor at a time: a GPU may have no room for a third set."""
+        for parameter, average in zip(self.student.parameters(), ema.shadow_params, strict=True):
+            held = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(held)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a stage has come: its steps, and the losses that its guard judges the next ones by."""
+
+    step: int = 0
+    good_losses: tuple[float, ...] = ()
+
+
+def save_state(
+    accelerator: Accelerator, state: TrainingState, folder: Path, number: int, progress: Progress, *, keep: int
+) -> None:
+    """Writes `folder/STAGE-STEP` whole or not at all, then removes all but the newest `keep`.
+
+    Raises UserError where the disk does not take it, and torch.OutOfMemoryError; the checkpoints before stay.
+    """
+    final = folder / f"{number + 1:02d}-{progress.step:07d}"
+    temporary = folder / f".{final.name}.state.partial"  # of its own: NFS may show a renamed folder by its old name
+    if accelerator.is_main_process:
+        remove_leftovers(folder)
+        temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one process is told that it is one
+            state.save(temporary)
+        if accelerator.is_main_process:
+            write_json(temporary / "progress.json", asdict(progress))
+            temporary.rename(final)
+    except (OSError, dcp.CheckpointException) as error:
+        raise UserError(
+            f"the checkpoint of step {progress.step} cannot be written ({_reason(error)}); the one before is kept: see that "
+            f"the disk of {folder} has space and may be written, and run the same command again"
+        ) from None
+    if accelerator.is_main_process:
+        for old in _states(folder)[:-keep]:
+            old.rename(folder / f".{old.name}.state.old")  # a kill leaves it whole or a leftover
+        remove_leftovers(folder)
+    accelerator.wait_for_everyone()
+
+
+def _reason(error: BaseException) -> str:
+    """What a save or a load failed of, in any process, in a few words. Raises what says nothing of the checkpoint."""
+    causes = [cause for cause, _stack in getattr(error, "failures", {}).values()] or [error]
+    for cause in causes:
+        if isinstance(cause, KeyboardInterrupt | torch.OutOfMemoryError):
+            raise cause from None
+    words = re.sub(r"^\[enforce fail [^]]*\][ .]*", "", str(causes[0]).strip()) or type(causes[0]).__name__
+    return words.splitlines()[0].split(". ")[0]
+
+
+def _states(folder: Path) -> list[Path]:
+    """The whole checkpoints, oldest first."""
+    return sorted(path.parent for path in folder.glob("[0-9]*/progress.json"))
+
+
+def resume(accelerator: Accelerator, state: TrainingState, folder: Path, number: int, log: Path) -> Progress:
+    """Loads the newest checkpoint of stage `number`; returns how far that is and cuts the log back to it.
+
+    The newest is what the first process sees: a shared disk may be slow to show it to the others. Raises UserError
+    where one of them does not see it, or where it is damaged.
+    """
+    progress = Progress()
+    names: list[str | None] = [path.name for path in _states(folder) if path.name.startswith(f"{number + 1:02d}-")]
+    [newest] = broadcast_object_list(names[-1:] or [None])
+    if newest:
+        if not (folder / newest).is_dir():
+            raise UserError(
+                f"{folder / newest} is there for the first process and not for this one: --out must lie on a disk that all "
+                "processes see; if it does, run the same command again"
+            )
+        progress = Progress(**read_json(folder / newest / "progress.json"))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                state.load(folder / newest, progress.step)
+        except dcp.CheckpointException as error:
+            raise UserError(
+                f"the checkpoint {folder / newest} cannot be read ({_reason(error)}); run the same command again, and if it "
+                "says the same, remove that folder: it goes on from the one before, or begins the stage anew"
+            ) from None
+        if accelerator.is_main_process:
+            say(f"going on from stage {number + 1}, step {progress.step}")
+    if accelerator.is_main_process and log.exists():
+        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        reached = (number + 1, progress.step)
+        kept = [line for line in lines if (int(line["stage"].split("-")[0]), line["step"]) <= reached]
+        with replacing(log) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    accelerator.wait_for_everyone()
+    return progress
+
+
+def gather_student(state: TrainingState) -> UNet2DConditionModel | None:
+    """The student as one whole net on the CPU, its average where one is kept. Every process must call this; only the
+    first gets the net."""
+    with state.averaged() as student:
+        weights = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if not weights:
+            return None
+        with torch.device("meta"):
+            whole = UNet2DConditionModel.from_config(student.config)
+        whole.to_empty(device="cpu").load_state_dict(weights)  # copied: on a CPU they are the student's own memory
+    return whole.eval()
+
+
+def student_dtype(teacher_folder: Path) -> torch.dtype:
+    """What a student is stored in: fp16 at full size, fp32 where it is small."""
+    return torch.float32 if read_config(teacher_folder, "unet")["block_out_channels"][0] < 320 else torch.float16
+
+
+def save_student(
+    student: UNet2DConditionModel, teacher_folder: Path, folder: Path, layer_map: LayerMap, recipe: Recipe, number: int
+) -> None:
+    """A whole pipeline folder or none: the student's UNet, everything else as the teacher has it."""
+    with replacing(folder) as temporary:
+        copy_all_but_unet(teacher_folder, temporary)
+        student.to(student_dtype(teacher_folder)).save_pretrained(temporary / "unet", safe_serialization=True)
+        write_json(
+            temporary / "slimxl.json",
+            {
+                "student": recipe.stages[number].student,
+                "layer_map": {path: list(blocks) for path, blocks in layer_map.items()},
+                "stages_done": number + 1,
+                "parameters": sum(p.numel() for p in student.parameters()),
+                "recipe": recipe.as_dict(),
+            },
+        )
+
+
+def draw_validation(
+    student: UNet2DConditionModel,
+    checkpoint: Path,
+    prompts: tuple[str, ...],
+    path: Path,
+    *,
+    steps: int = 20,
+    seed: int = 0,
+) -> None:
+    """One row of pictures of `prompts` by the student in the place of `checkpoint`'s UNet, at its own base resolution and
+    always the same seeds; one at a time, and none where the GPU has no memory left for them beside the training."""
+    from PIL import Image
+
+    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    pipe = load_pipeline(checkpoint, dtype, without=("unet",))
+    pipe.unet, pipe.default_sample_size = student, student.config.sample_size
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        pipe.to(device, dtype)
+        images = [
+            pipe(prompt, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed + i)).images[0]
+            for i, prompt in enumerate(prompts)
+        ]
+    except torch.OutOfMemoryError:
+        say(f"{path.name} was not drawn: the GPU has no memory left for it")
+        return
+    row = Image.new("RGB", (sum(image.width for image in images), images[0].height))
+    for i, image in enumerate(images):
+        row.paste(image, (i * image.width, 0))
+    with replacing(path) as temporary:
+        row.save(temporary, format="PNG")
+
+
+def alphas_cumprod_of(teacher_folder: Path) -> torch.Tensor:
+    """Signal variance per timestep, from the teacher's own scheduler config."""
+    from diffusers import DDPMScheduler
+
+    config = read_json(teacher_folder / "scheduler" / "scheduler_config.json")
+    betas = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    names = ("num_train_timesteps", *betas)
+    return DDPMScheduler(**{name: config[name] for name in names if name in config}).alphas_cumprod.float()

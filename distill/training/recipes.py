@@ -1,0 +1,253 @@
+"""Recipes: the stages of a distillation in order, as data. A recipe is a function that returns one.
+
+SSD-1B and Vega follow what is published (arXiv 2401.02677): lr 1e-5, batch 32 x 4 = 128, 1024 px, losses 1 / 0.5 / 0.5,
+one part of the UNet shortened at a time, then SDXL, ZavyChromaXL and JuggernautXL as teachers in succession, 251k steps
+in all for SSD-1B; Vega's here are 226k, since its middle is short already. How the steps were divided, and which blocks
+were kept, was not published: both stand here as data to change.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
+
+from distill.common.errors import UserError, unknown
+from distill.common.files import read_json
+from distill.models.architectures import MINI_FAMILY, SDXL_DEPTH, SSD_1B_DEPTH, Depth, find_architecture
+from distill.models.layer_map import LayerMap, make_layer_map, read_layer_map, transformer_depths
+
+Level = Literal["block", "sub-block", "layer", "self-attention"]
+"""Which features are compared; see `taps.py`."""
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+"""It becomes part of a folder's."""
+_WHOLE = ConfigDict(extra="forbid", strict=True)
+
+SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+ZAVY_CHROMA_XL = "stablediffusionapi/zavychromaxl-v80"
+JUGGERNAUT_XL = "RunDiffusion/Juggernaut-XL-v9"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """λ of each loss; `level` and `normalize` say what the feature terms are; `warmup_steps` raises λ from 0."""
+
+    __pydantic_config__ = _WHOLE
+    task: NonNegativeFloat = 1.0
+    output: NonNegativeFloat = 0.5
+    feature: NonNegativeFloat = 0.5
+    level: Level = "sub-block"
+    normalize: bool = False
+    warmup_steps: NonNegativeInt = 0
+    min_snr_gamma: PositiveFloat | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, which pydantic tells with its place, where nothing teaches the student's last layers."""
+        if not (self.task or self.output):
+            raise ValueError("task or output must be above 0; features alone teach nothing after the last of them")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return bool(self.output or self.feature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One run of the training loop. `student` is an architecture's name or a depth pattern; `layer_map` says which
+    of the *teacher's* blocks each student block is made from, so maps of successive stages must be nested. A student
+    `from_scratch` copies nothing: it begins with random weights, as a comparison."""
+
+    __pydantic_config__ = _WHOLE
+    name: Name
+    teacher: str
+    student: str
+    steps: PositiveInt
+    layer_map: str | LayerMap = "similarity"
+    from_scratch: bool = False
+    losses: LossWeights = LossWeights()
+    learning_rate: PositiveFloat = 1e-5
+    warmup_steps: NonNegativeInt = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """`batch_size` is global: over all processes and accumulation steps."""
+
+    __pydantic_config__ = _WHOLE
+    name: Name
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    batch_size: PositiveInt = 128
+    caption_dropout: Fraction = 0.1
+    weight_decay: NonNegativeFloat = 1e-2
+    max_grad_norm: PositiveFloat = 1.0
+    ema_decay: Fraction | None = 0.9999
+    seed: NonNegativeInt = 0
+    validation_prompts: tuple[str, ...] = (
+        "a portrait of an old fisherman, golden hour, 85 mm",
+        "a red fox in fresh snow, wide shot",
+        "an isometric city block at night, neon",
+        "a still life of pears and a blue jug, oil on canvas",
+    )
+
+    def micro_batch(self, processes: int, accumulation: int) -> int:
+        """Samples that one process passes at once. Raises UserError where the batch cannot be shared so."""
+        parts = processes * accumulation
+        if min(processes, accumulation) < 1 or self.batch_size % parts:
+            raise UserError(
+                f"batch size {self.batch_size} cannot be shared by {processes} processes x {accumulation} accumulation steps"
+            )
+        return self.batch_size // parts
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole recipe as JSON-ready data: what is saved inside every checkpoint."""
+        return asdict(self)
+
+
+def shortened(
+    steps: int, teacher: str, target: Depth, start: Depth, layer_map: str | LayerMap, **stage: Any
+) -> tuple[Stage, ...]:
+    """Middle, then up, then down made as short as `target`, `steps` each; parts that are already so are left out. A
+    middle block that stays must be as deep as the last down block, so there the two go together."""
+    parts, depth = [], start
+    for sides in (("mid",), ("up",), ("down",)) if not target.mid else (("up",), ("mid", "down")):
+        shorter = replace(depth, **{side: getattr(target, side) for side in sides})
+        if shorter != depth:
+            name = "shorten-" + "-".join(sides)
+            known = layer_map if isinstance(layer_map, str) else _where_short(layer_map, shorter, target)
+            parts.append(Stage(name=name, teacher=teacher, student=str(shorter), steps=steps, layer_map=known, **stage))
+        depth = shorter
+    return tuple(parts)
+
+
+def _where_short(layer_map: LayerMap, depth: Depth, target: Depth) -> LayerMap:
+    """The part of an explicit layer map of `target` that holds for a student already as short there."""
+    now, then = transformer_depths(depth), transformer_depths(target)
+    return {path: blocks for path, blocks in layer_map.items() if path not in then or now[path] == then[path]}
+
+
+def _published(name: str, student: str, layer_map: str | LayerMap, start: Depth) -> Recipe:
+    """Shortened from `start`, then the whole student under each teacher in turn."""
+    teachers = (
+        ("sdxl", SDXL_BASE, 76_000),
+        ("zavychroma", ZAVY_CHROMA_XL, 50_000),
+        ("juggernaut", JUGGERNAUT_XL, 50_000),
+    )
+    target = find_architecture(student).depth
+    return Recipe(
+        name=name,
+        stages=(
+            *shortened(25_000, SDXL_BASE, target, start, layer_map),
+            *(
+                Stage(name=stage, teacher=teacher, student=student, steps=steps, layer_map=layer_map)
+                for stage, teacher, steps in teachers
+            ),
+        ),
+    )
+
+
+def ssd_1b(student: str = "ssd-1b", layer_map: str | LayerMap = "similarity") -> Recipe:
+    """SSD-1B, or another depth on the same road."""
+    return _published("ssd-1b", student, layer_map, SDXL_DEPTH)
+
+
+def vega(student: str = "vega", layer_map: str | LayerMap = "similarity") -> Recipe:
+    """Vega from an SSD-1B student (`--start`), or, with none given, all the way from SDXL."""
+    return _published("vega", student, layer_map, SSD_1B_DEPTH)
+
+
+MINI_PROMPTS = (
+    "a large red circle at the center on a white background",
+    "a small yellow star at the top left and a large blue square at the bottom right on a gray background",
+    "a large green triangle at the top and a small pink ring at the bottom on a black background",
+    "a small purple cross at the left and a large orange circle at the right on a brown background",
+)
+
+
+def _mini(
+    name: str, student: str, layer_map: str | LayerMap, start: Depth, shorten_steps: int, whole_steps: int
+) -> Recipe:
+    losses = LossWeights(output=1.0, feature=0.2, level="layer", normalize=True)
+    tuned: dict[str, Any] = {"losses": losses, "learning_rate": 4e-4, "warmup_steps": 10, "layer_map": layer_map}
+    target = find_architecture(student, MINI_FAMILY).depth
+    return Recipe(
+        name=name,
+        stages=(
+            *shortened(shorten_steps, "mini:sdxl", target, start, **tuned),
+            Stage(name="whole", teacher="mini:sdxl", student=student, steps=whole_steps, **tuned),
+        ),
+        batch_size=16,
+        weight_decay=1e-4,
+        ema_decay=None,
+        validation_prompts=MINI_PROMPTS,
+    )
+
+
+def mini_ssd_1b(student: str = "mini-ssd-1b", layer_map: str | LayerMap = "first") -> Recipe:
+    """The structure of `ssd_1b` on the mini family: minutes on two cores."""
+    return _mini("mini-ssd-1b", student, layer_map, SDXL_DEPTH, 30, 120)
+
+
+def mini_vega(student: str = "mini-vega", layer_map: str | LayerMap = "first") -> Recipe:
+    """The structure of `vega` on the mini family."""
+    return _mini("mini-vega", student, layer_map, SSD_1B_DEPTH, 30, 150)
+
+
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    "ssd-1b": ssd_1b,
+    "vega": vega,
+    "mini-ssd-1b": mini_ssd_1b,
+    "mini-vega": mini_vega,
+}
+
+
+def find_recipe(name: str, *, student: str | None = None, layer_map: str | LayerMap | None = None) -> Recipe:
+    """The recipe called `name`, on the same road to another `student` (an architecture's name or a depth pattern) or
+    by another `layer_map` (a preset's name, a file or indices) where they are given; or the one that stands in the file
+    `name`.
+
+    Raises UserError for an unknown recipe, student or preset, for indices that do not fit the student, and for a file
+    that holds no recipe.
+    """
+    known = read_layer_map(layer_map) if isinstance(layer_map, str) else layer_map
+    changes = {key: value for key, value in (("student", student), ("layer_map", known)) if value is not None}
+    if name.endswith(".json"):
+        if changes:
+            raise UserError(f"{name} says its own {' and '.join(changes)}: change it there")
+        recipe = read_recipe(Path(name))
+    elif name in RECIPES:
+        recipe = RECIPES[name](**changes)
+    else:
+        raise unknown("recipe", name, [*RECIPES, "FILE.json"])
+    for stage in recipe.stages:
+        make_layer_map(stage.layer_map, SDXL_DEPTH, find_architecture(stage.student).depth)
+    return recipe
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe that a JSON file is, or holds as its `recipe` (a student's slimxl.json does). Raises UserError with the
+    first fault."""
+    stated = read_json(path)
+    stated = stated.get("recipe", stated) if isinstance(stated, dict) else stated
+    try:
+        return TypeAdapter(Recipe).validate_json(json.dumps(stated))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"])) or "the whole"
+        raise UserError(
+            f"{path} is no recipe: {where}: {fault['msg'][:1].lower()}{fault['msg'][1:]}; `python -m distill recipe "
+            "ssd-1b` prints one"
+        ) from None

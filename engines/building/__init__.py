@@ -1,0 +1,1 @@
+"""From an ONNX folder to a bundle of engines."""

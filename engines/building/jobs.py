@@ -1,0 +1,212 @@
+"""The plan of builds: every engine that a command asks for, its content key, its file name, its memory and its time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.metadata import version
+
+from distill.common.errors import UserError
+from distill.common.files import sha256_json
+from distill.models.architectures import Resolution
+from engines.building.layouts import DEFAULT_LAYOUTS, UNSIZED, Guidance, plan_profiles
+from engines.bundle import Layout, Options, Profile
+from engines.flavors import Flavor, find_flavor
+from engines.gpus import Target, resolve_targets
+from engines.onnx_folder import OnnxComponent, OnnxFolder
+
+RECIPE_VERSION = 2
+"""Part of every key: raise it when the same inputs should give another plan."""
+OPTIONAL = ("vae_encoder",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One engine to build. `batches` are those asked for, `path` is relative to the bundle."""
+
+    component: OnnxComponent
+    flavor: str
+    flavor_version: str
+    layout: Layout
+    target: Target
+    profiles: list[Profile]
+    batches: list[int]
+    precision: str
+    options: Options = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Hash of everything the engine depends on; equal keys are equal engines."""
+        return sha256_json(
+            {
+                "recipe": RECIPE_VERSION,
+                "component": self.component.name,
+                "onnx": self.component.onnx_sha256,
+                "weights": self.component.weights_sha256,
+                "outputs": [tensor.name for tensor in self.component.needed_outputs],
+                "flavor": self.flavor,
+                "version": self.flavor_version if self.flavor != "onnxruntime" else "any",
+                "layout": self.layout,
+                "compute_capabilities": self.target.compute_capabilities,
+                "profiles": [profile.model_dump() for profile in self.profiles],
+                "options": self.options,
+            }
+        )
+
+    @property
+    def resolutions(self) -> list[str]:
+        return list(dict.fromkeys(text for profile in self.profiles for text in profile.resolutions))
+
+    @property
+    def path(self) -> str:
+        """Says what the file is; the end of the key keeps two contents from ever sharing a name."""
+        sizes = self.resolutions[0] if len(self.resolutions) == 1 else f"{len(self.resolutions)}sizes-{self.layout}"
+        batches = "b" + "-".join(map(str, self.batches))
+        version = f"{self.flavor}-{self.flavor_version}" if self.flavor != "onnxruntime" else self.flavor
+        name = f"{self.component.name}_{sizes}_{batches}_{self.target.label}_{version}_{self.key[:8]}"
+        return f"{self.component.name}/{name}" + ("" if self.flavor == "onnxruntime" else ".plan")
+
+    @property
+    def label(self) -> str:
+        return f"{self.component.name} {self.resolutions[0] if len(self.resolutions) == 1 else self.layout}"
+
+    @property
+    def memory_bytes(self) -> int:
+        """An upper estimate of the builder's peak memory.
+
+        TensorRT-RTX 1.7 held 2.8 to 2.9 times the weights for one profile and 0.055 to 0.09 times more for each further
+        one, on UNets of 1.5, 2.7 and 5.1 GB; 0.7 GB are the library and the graph.
+        """
+        if self.flavor == "onnxruntime":
+            return int(300e6 + 1.5 * self.component.weights_bytes)
+        return int(700e6 + self.component.weights_bytes * (2.95 + 0.095 * (len(self.profiles) - 1)))
+
+    @property
+    def disk_bytes(self) -> int:
+        """An upper estimate of the plan's size; an ONNX Runtime engine is usually a link to what is there."""
+        return int(50e6 + self.component.weights_bytes * (1.02 + 0.02 * len(self.profiles)))
+
+    @property
+    def cost_seconds(self) -> float:
+        """About how long it takes on two idle cores: in proportion to profiles, for the nodes and for the weights.
+
+        TensorRT-RTX 1.7 took 60, 157 and 299 s for nine profiles of the three full-size UNets, 33, 67 and 154 s for
+        the mini ones, which have as many nodes and hardly any weights.
+        """
+        weights_gb = self.component.weights_bytes / 1e9
+        if self.flavor == "onnxruntime":
+            return 1 + weights_gb
+        return 1 + (0.0035 * self.component.node_count + 3 * weights_gb) * (len(self.profiles) + 0.3)
+
+
+def parse_resolutions(text: str, family: list[Resolution]) -> list[Resolution]:
+    """`all`, or some of the family's sizes separated by commas. Raises UserError for any other."""
+    if text == "all":
+        return family
+    chosen = [Resolution.parse(part.strip()) for part in text.split(",")]
+    for resolution in chosen:
+        if resolution not in family:
+            raise UserError(
+                f"resolution {resolution} is not one of this model's: {', '.join(map(str, family))}, or all"
+            )
+    return list(dict.fromkeys(chosen))
+
+
+def plan_builds(
+    folder: OnnxFolder,
+    *,
+    gpus: list[str],
+    flavor: str,
+    layout: Layout | None = None,
+    resolutions: str = "all",
+    batches: list[int] | None = None,
+    guidance: Guidance = "always",
+    components: list[str] | None = None,
+    options: Options | None = None,
+) -> list[Job]:
+    """Every engine the command asks for, in the order they are built. Raises UserError for anything not possible."""
+    backend: Flavor = find_flavor(flavor)
+    targets = resolve_targets(gpus, flavor, backend.targets)
+    chosen = parse_resolutions(resolutions, folder.resolutions)
+    wanted_batches = sorted(set(batches or [1]))
+    if wanted_batches[0] < 1:
+        raise UserError(f"batch {wanted_batches[0]} is not possible: name numbers of images from 1 up")
+    if flavor == "onnxruntime" and layout not in (None, "ranged"):
+        raise UserError(f"flavor onnxruntime has one engine for all resolutions: layout {layout} is for TensorRT")
+    if folder.is_static:
+        if layout not in (None, "per-resolution") or flavor == "onnxruntime":
+            asked = f"flavor {flavor}" if flavor == "onnxruntime" else f"layout {layout}"
+            raise UserError(
+                f"{folder.root} holds a static graph for each resolution, {asked} needs one graph for all: export with "
+                "--resolutions dynamic, or build with --layout per-resolution for TensorRT"
+            )
+        layout = "per-resolution"
+    layout = layout or DEFAULT_LAYOUTS[flavor]
+    installed = backend.version()
+    for target in targets:
+        backend.check_build(target.compute_capabilities, options or {})
+    jobs = []
+    for name in _components(folder, components):
+        component = folder.components[name]
+        sizes, spread = chosen, layout
+        if name in UNSIZED:  # the same engine whatever is asked for, so that it is built once
+            sizes, spread = folder.resolutions, "per-resolution" if folder.is_static else "ranged"
+        for profiles in plan_profiles(component, spread, sizes, wanted_batches, guidance):
+            graph = component.at(Resolution.parse(profiles[0].resolutions[0]))
+            for target in targets:
+                jobs.append(
+                    Job(
+                        component=graph,
+                        flavor=flavor,
+                        flavor_version=installed,
+                        layout=spread,
+                        target=target,
+                        profiles=profiles,
+                        batches=wanted_batches,
+                        precision=graph.precision,
+                        options=options or {},
+                    )
+                )
+    return jobs
+
+
+def _components(folder: OnnxFolder, chosen: list[str] | None) -> list[str]:
+    missing = [name for name in chosen or [] if name not in folder.components]
+    if missing:
+        raise UserError(f"{folder.root} has no component {missing[0]!r}: it has {', '.join(folder.components)}")
+    return [name for name in folder.components if (name in chosen if chosen else name not in OPTIONAL)]
+
+
+def tool_versions(job: Job) -> dict[str, str]:
+    """What made the engine, for the manifest."""
+    return {job.flavor: job.flavor_version} | {name: version(name) for name in ("onnx", "polygraphy")}
+
+
+def plan_options(
+    flavor: str,
+    refit: bool = False,
+    strip: bool = False,
+    version_compatible: bool = False,
+    hardware_compatible: str = "none",
+) -> Options:
+    """The builder options that are switched on. Raises UserError for those that this flavor or machine cannot do."""
+    from engines.gpus import gpu_at_hand
+
+    chosen = {
+        "refit": refit,
+        "strip": strip,
+        "version_compatible": version_compatible,
+    }
+    options: Options = {name: True for name, on in chosen.items() if on}
+    if hardware_compatible != "none":
+        options["hardware_compatible"] = hardware_compatible
+    if flavor != "tensorrt" and (version_compatible or "hardware_compatible" in options):
+        raise UserError(
+            f"--version-compatible and --hardware-compatible belong to --flavor tensorrt, not {flavor}; "
+            "a tensorrt-rtx plan serves several GPUs by naming them: --gpus rtx"
+        )
+    if (refit or strip) and flavor == "tensorrt-rtx" and gpu_at_hand() is None:
+        raise UserError(
+            "--refit and --strip need a GPU while building, found none (TensorRT-RTX compiles such plans on it); build"
+            " on a machine with one, or without them"
+        )
+    return options

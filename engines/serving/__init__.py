@@ -1,0 +1,1 @@
+"""A bundle inside Triton, and the load that measures it."""

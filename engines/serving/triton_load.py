@@ -1,0 +1,265 @@
+"""A load test of a running Triton server: what it draws a second, and how long a request takes, at rising concurrency.
+
+The loop is closed: so many clients, each with one request under way. A latency is what a client waits, its time in
+Triton's queue included; under a rate it counts from the moment the request was due, so that a request that had to wait
+for a client counts that too. The result is one JSON file (`load_file.py`), raw latencies and all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import shlex
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from distill.common.errors import UserError
+from distill.common.files import require_writable_file, write_json
+from distill.models.architectures import Resolution
+from engines.serving.load_file import (
+    LoadBundle,
+    LoadClient,
+    LoadFile,
+    LoadLevel,
+    LoadServer,
+    LoadWorkload,
+    ServerMemory,
+)
+from engines.serving.quantiles import percentiles
+from engines.serving.triton_options import Workload
+from engines.serving.triton_server import make_client_environment, terminate_with_parent
+
+CLIENT = Path(__file__).with_name("triton_load_client.py")
+PROMPT = "a small red circle to the left of a large blue square"
+SAMPLE_SECONDS = 1.0
+"""How often the server's memory is read."""
+
+
+def make_request(workload: Workload) -> dict[str, Any]:
+    """The inputs by name; seeds count up, and the clients end each prompt with a word of its own. Raises UserError for a
+    size that is none."""
+    resolution = Resolution.parse(workload.size) if workload.size else None
+    return {
+        "prompt": PROMPT,
+        "width": resolution.width if resolution else None,
+        "height": resolution.height if resolution else None,
+        "steps": workload.steps,
+        "guidance": workload.guidance,
+        "images": workload.images,
+    }
+
+
+class MemoryWatch:
+    """Reads the resident memory of the server on this machine: the one that listens on `port`, and its children."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.samples: list[tuple[float, int]] = []
+        """(time.monotonic(), bytes)"""
+        self._server = find_server(port) if host in ("localhost", "127.0.0.1", "::1", platform.node()) else None
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> MemoryWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while self._server and not self._stopped.wait(SAMPLE_SECONDS):
+            try:
+                family = [self._server, *self._server.children(recursive=True)]
+                self.samples.append((time.monotonic(), sum(process.memory_info().rss for process in family)))
+            except psutil.NoSuchProcess:
+                continue
+
+    def between(self, begin: float, end: float) -> ServerMemory | None:
+        """None where nothing was read."""
+        chosen = [(moment - begin, size) for moment, size in self.samples if begin <= moment <= end]
+        if not chosen:
+            return None
+        tenth = max(1, len(chosen) // 10)
+        return ServerMemory(
+            first_bytes=int(statistics.median(size for _, size in chosen[:tenth])),
+            last_bytes=int(statistics.median(size for _, size in chosen[-tenth:])),
+            peak_bytes=max(size for _, size in chosen),
+            samples=[(round(moment, 1), size) for moment, size in chosen],
+        )
+
+
+def find_server(port: int) -> psutil.Process | None:
+    """None where no tritonserver of this user listens there: it may be the end of a tunnel to another machine."""
+    with contextlib.suppress(psutil.Error):
+        for one in psutil.net_connections("tcp"):
+            if one.status == psutil.CONN_LISTEN and one.laddr.port == port and one.pid:
+                process = psutil.Process(one.pid)
+                return process if process.name() == "tritonserver" else None
+    return None
+
+
+def require_listening(host: str, port: int) -> None:
+    """Raises UserError where nothing takes a connection: before the clients are installed."""
+    try:
+        socket.create_connection((host, port), timeout=10).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise UserError(
+            f"nothing listens at {host}:{port} ({error}); start a server with: python -m engines serve --bundle BUNDLE"
+        ) from None
+
+
+def measure_load(
+    out: Path,
+    server: str,
+    workload: Workload,
+    concurrency: list[int],
+    seconds: float,
+    rate: float | None,
+    workdir: Path,
+) -> int:
+    """Loads the server at each concurrency for `seconds`, writes `out`, and returns 1 where a request failed. Ctrl-C ends it
+    with 130 and what was measured.
+
+    Raises UserError for an `out` that cannot be written, where no server answers, for a server that is not slimxl's, and,
+    once what was measured is written, where the clients ended before they were done.
+    """
+    host, _, port = server.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"--server {server!r} is not HOST:PORT of a gRPC endpoint, e.g. 127.0.0.1:8001")
+    if not all(0 < number < math.inf for number in (seconds, 1 if rate is None else rate)):
+        raise UserError("--minutes and --rate must be above 0 and finite")
+    job = {
+        "server": server,
+        "request": make_request(workload),
+        "concurrency": concurrency,
+        "seconds": seconds,
+        "rate": rate,
+    }
+    require_writable_file(out)
+    host = host.strip("[]")
+    require_listening(host, int(port))
+    about: dict[str, Any] = {}
+    levels: list[LoadLevel] = []
+    stopped = False
+    python = make_client_environment(workdir).python
+    try:
+        with MemoryWatch(host, int(port)) as memory:
+            begin = 0.0
+            for event in run_client(python, job):
+                if "error" in event:
+                    raise UserError(
+                        f"no slimxl model answers at {server} ({event['error']}); start one with: python -m engines serve "
+                        "--bundle BUNDLE"
+                    )
+                if "started" in event:
+                    begin = time.monotonic()
+                    print(f"{event['started']} client(s) for {seconds:.0f} s", flush=True)
+                elif "finished" in event:
+                    levels.append(summarise(event, workload.images, memory.between(begin, time.monotonic())))
+                else:
+                    about |= event
+    except KeyboardInterrupt:
+        stopped = True
+    if levels:
+        write_json(out, describe(about, job, levels).model_dump(mode="json"))
+        print_levels(levels)
+        print(f"wrote {out}", flush=True)
+    if stopped:
+        print(f"stopped after {len(levels)} of {len(concurrency)} levels", file=sys.stderr)
+        return 130
+    if len(levels) < len(concurrency):
+        raise UserError(f"the clients ended after {len(levels)} of {len(concurrency)} levels; see what they said above")
+    return 1 if any(level.failures for level in levels) else 0
+
+
+def run_client(python: Path, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the clients tell, as they tell it."""
+    pipe = subprocess.PIPE
+    command: list[str | Path] = [python, CLIENT]
+    with subprocess.Popen(
+        command,
+        stdin=pipe,
+        stdout=pipe,
+        text=True,
+        start_new_session=True,  # so that Ctrl-C is for this process alone
+        preexec_fn=terminate_with_parent,  # noqa: PLW1509, for it calls only prctl
+    ) as process:
+        assert process.stdin and process.stdout
+        process.stdin.write(json.dumps(job))
+        process.stdin.close()
+        try:
+            for line in process.stdout:
+                yield json.loads(line)
+        finally:
+            process.terminate()
+
+
+def summarise(event: dict[str, Any], images: int, memory: ServerMemory | None) -> LoadLevel:
+    """One concurrency of the file; `images` are those of each request."""
+    latencies = event["latencies_ms"]
+    return LoadLevel(
+        concurrency=event["finished"],
+        requests=len(latencies) + event["failures"],
+        failures=event["failures"],
+        first_error=event["first_error"],
+        seconds=event["seconds"],
+        images_per_s=len(latencies) * images / event["seconds"],
+        # harmonic, for a batch is told by each of its pictures: this is all pictures over all batches
+        mean_batch=statistics.harmonic_mean(event["batches"]) if event["batches"] else None,
+        latency_ms={"median": statistics.median(latencies) if latencies else None, **percentiles(latencies)},
+        latencies_ms=[round(value, 3) for value in latencies],
+        server_rss=memory,
+    )
+
+
+def describe(about: dict[str, Any], job: dict[str, Any], levels: list[LoadLevel]) -> LoadFile:
+    """The whole file; `about` is what the server told of itself."""
+    told = about["parameters"]
+    return LoadFile(
+        created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=shlex.join(["python", "-m", "engines", *sys.argv[1:]]),
+        server=LoadServer(
+            address=job["server"],
+            name=about["server"]["name"],
+            version=about["server"]["version"],
+            instances=about["instances"],
+            max_batch_size=about["max_batch_size"],
+        ),
+        bundle=LoadBundle(
+            path=told["bundle"],
+            manifest_sha256=told["manifest_sha256"],
+            source=told["source"],
+            flavor=told["flavor"],
+        ),
+        client=LoadClient(system=platform.platform(), cores=os.cpu_count()),
+        workload=LoadWorkload(**about["request"], rate_per_s=job["rate"]),
+        levels=levels,
+    )
+
+
+def print_levels(levels: list[LoadLevel]) -> None:
+    columns = ("clients", "requests", "failed", "images/s", "median ms", "p90", "p95", "p99", "batch", "server MB")
+    print("".join(f"{name:>11}" for name in columns))
+    for level in levels:
+        memory = level.server_rss
+        cells = [str(level.concurrency), str(level.requests), str(level.failures), f"{level.images_per_s:.2f}"]
+        cells += ["-" if value is None else f"{value:.0f}" for value in level.latency_ms.values()]
+        cells.append("-" if level.mean_batch is None else f"{level.mean_batch:.1f}")
+        cells.append("-" if memory is None else f"{memory.first_bytes / 1e6:.0f}-{memory.last_bytes / 1e6:.0f}")
+        print("".join(f"{cell:>11}" for cell in cells))
+        if level.failures:
+            print(f"first failure: {level.first_error}")

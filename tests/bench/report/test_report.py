@@ -1,0 +1,410 @@
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from bench.floor.predict import floor_ms
+from bench.quality.quality import png_base64
+from bench.report.report import measured_latencies, runtime_class, write_report
+from bench.report.words import milliseconds
+from bench.results import ACCEPTANCE_SCHEMA, SESSION_SCHEMA, TRAINING_SCHEMA, Results
+from distill.common.errors import UserError
+from distill.models.architectures import ARCHITECTURES, Resolution
+
+VOID = {"meta", "link", "img", "br"}
+
+
+class Balanced(HTMLParser):
+    """Fails on a tag that is closed out of order or never."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.faults, self.addresses = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.addresses += [value for key, value in attributes if key in ("src", "href") and value]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.faults.append((tag, self.getpos()))
+
+
+@pytest.fixture(scope="module")
+def report(results_path, tmp_path_factory):
+    """A report with pictures, losses and engines put into the fakes' results."""
+    value = json.loads(results_path.read_text())
+    png = png_base64(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8))
+    value["pictures"] = [
+        {
+            "contestant": name,
+            "prompt": "a <b>bold</b> prompt",
+            "seed": 7,
+            "resolution": "64x64",
+            "steps": 3,
+            "guidance_scale": 5.0,
+            "png_base64": png,
+            "follows": None,
+        }
+        for name in ("teacher", "vega")
+    ]
+    losses = [
+        {"stage": "one", "steps": 20, "seconds": 9.0, "points": [[1, 0.5, {"task": 0.4}], [20, 0.1, {"task": 0.09}]]}
+    ]
+    checkpoint = {"kind": "checkpoint", "folder": "vega", "bytes": 10, "weights_bytes": 9, "unet_bytes": 8}
+    engine = {
+        "component": "unet", "flavor": "tensorrt-rtx", "flavor_version": "1.7.1", "layout": "ranged",
+        "gpus": ["a100", "rtx4090"], "compute_capabilities": ["8.0", "8.9"], "precision": "fp16",
+        "resolutions": ["1024x1024"], "batches": [1], "weights_bytes": 5, "onnx_sha256": "b" * 64, "weights_sha256": None,
+        "key": "k", "profiles": 1, "file": "unet/x.plan", "sha256": "a" * 64, "bytes": 1_500_000_000,
+        "build_seconds": 13.0, "build_peak_rss_bytes": 5_000_000_000, "build_tools": {},
+    }  # fmt: skip
+    bundle = {
+        "kind": "bundle",
+        "folder": "b",
+        "bytes": 9,
+        "source": {"name": "s", "sha256": "c" * 64},
+        "engines": [engine],
+    }
+    value["contestants"][1]["artifacts"] = [checkpoint | {"record": None, "losses": losses}, bundle]
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "results.json").write_text(json.dumps(value))
+    write_report([folder / "results.json", results_path], folder / "out", "a <title>")
+    return folder / "out"
+
+
+def test_the_page_is_whole_and_needs_nothing_from_outside(report):
+    page = (report / "index.html").read_text()
+    parser = Balanced()
+    parser.feed(page)
+    assert parser.faults == [] and parser.open == []
+    assert all(one.startswith(("data:", "#")) for one in parser.addresses), parser.addresses
+    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)
+    assert "{{" not in page and "{%" not in page
+
+
+def test_a_load_test_joins_the_report(results_path, tmp_path):
+    level = {
+        "concurrency": 8,
+        "requests": 101,
+        "failures": 1,
+        "first_error": "<queue full>",
+        "seconds": 50.0,
+        "images_per_s": 2.0,
+        "mean_batch": 3.5,
+        "latency_ms": {"median": 400.0, "p90": 500.0, "p95": 512.0, "p99": None},
+        "latencies_ms": [400.0] * 100,
+        "server_rss": {"first_bytes": 5e8, "last_bytes": 6e8, "peak_bytes": 6e8, "samples": [[1.0, 5e8]]},
+    }
+    load = {
+        "schema_version": "slimxl.load/1",
+        "created_utc": "2026-01-02T03:04:05+00:00",
+        "command": "python -m engines load",
+        "server": {
+            "address": "127.0.0.1:8001",
+            "name": "triton",
+            "version": "2.51.0",
+            "instances": ["KIND_GPU 0"],
+            "max_batch_size": 4,
+        },
+        "bundle": {"path": "/b", "manifest_sha256": "a" * 64, "source": "the <source>", "flavor": "tensorrt"},
+        "client": {"system": "Linux", "cores": 2},
+        "workload": {
+            "prompt": "x",
+            "width": 128,
+            "height": 96,
+            "steps": 25,
+            "guidance": 5.0,
+            "images": 1,
+            "rate_per_s": None,
+        },
+        "levels": [level, level | {"concurrency": 1, "failures": 0, "server_rss": None, "mean_batch": None}],
+    }
+    (tmp_path / "load.json").write_text(json.dumps(load))
+    write_report([results_path, tmp_path / "load.json"], tmp_path / "out")
+    page, text = ((tmp_path / "out" / name).read_text() for name in ("index.html", "report.md"))
+    parser = Balanced()
+    parser.feed(page)
+    assert parser.faults == [] and parser.open == []
+    assert "Behind a server" in page and "the &lt;source&gt; (tensorrt) in triton 2.51.0" in page
+    assert 'title="&lt;queue full&gt;">1</span>' in page and "up to 4 requests together" in page
+    assert "| 8 | 101 | 1 | 2.00 | 400 ms | 500 ms | 512 ms | – | 3.5 |" in text
+    assert "| 1 | 101 | 0 | 2.00 | 400 ms | 500 ms | 512 ms | – | – | – |" in text
+    assert (
+        json.loads((tmp_path / "out/report.json").read_text())["loads"][0]["levels"][0]["first_error"]
+        == level["first_error"]
+    )
+    (tmp_path / "load.json").write_text(json.dumps(load | {"levels": []}))
+    with pytest.raises(UserError, match=r"does not keep to slimxl\.load/1: levels"):
+        write_report([results_path, tmp_path / "load.json"], tmp_path / "out")
+
+
+def test_what_users_gave_is_escaped(report):
+    page = (report / "index.html").read_text()
+    assert "a &lt;b&gt;bold&lt;/b&gt; prompt" in page and "<b>bold" not in page
+    assert "a &lt;title&gt;" in page
+
+
+def test_the_page_shows_pictures_losses_and_engines(report):
+    page = (report / "index.html").read_text()
+    encoded = re.search(r"data:image/png;base64,([^\"]+)", page).group(1)
+    assert base64.b64decode(encoded).startswith(b"\x89PNG")
+    assert "20 steps in 9.0 s: 0.5 → 0.1" in page
+    assert "compute capability 8.0, 8.9" in page and "1.5 GB" in page
+
+
+def test_an_engine_counts_as_run_where_a_contestant_held_it_and_finished(report, tmp_path):
+    """Not by the flavor that the command line named: a bundle has engines for several GPUs, and a run may fail."""
+    value = json.loads((report.parent / "results.json").read_text())
+    vega, finished = value["contestants"][1], value["cells"]
+    engine = vega["artifacts"][1]["engines"][0]
+    other = {"compute_capabilities": ["9.0"], "gpus": ["h100"], "sha256": "d" * 64, "file": "unet/y.plan"}
+    vega["artifacts"][1]["engines"].append(engine | other)
+    unfinished = [cell | {"rows": cell["rows"][:1], "failures": {"vega": "RuntimeError: no"}} for cell in finished]
+    for engines, cells, states in (
+        (None, finished, [False, False]),
+        ([engine["sha256"]], finished, [True, False]),
+        ([engine["sha256"]], unfinished, [False, False]),
+    ):
+        vega["engines"], value["cells"] = engines, cells
+        (tmp_path / "r.json").write_text(json.dumps(value))
+        write_report([tmp_path / "r.json"], tmp_path / "out")
+        built = json.loads((tmp_path / "out" / "report.json").read_text())["built"]
+        assert [one["ran"] for one in built] == states
+        page = (tmp_path / "out" / "index.html").read_text()
+        assert page.count(">built and run</span></td>") + page.count(">built and run</span><small>") == sum(states)
+
+
+def test_nothing_predicted_looks_measured(report):
+    page = (report / "index.html").read_text()
+    start, end = page.index('<section id="floors">'), page.index('<section id="quality">')
+    floors = page[start:end]
+    assert "predicted" in floors and "published" in floors
+    assert '"measured"' not in floors
+    rest = page[:start] + page[end:]
+    assert 'class="predicted about"' not in rest
+    told = json.loads((report / "report.json").read_text())
+    assert {one["kind"] for one in told["predicted"]} == {"predicted"}
+    assert {one["kind"] for one in told["published"]} == {"published"}
+    assert told["headline"]["kind"] == "measured"
+
+
+def test_the_json_keeps_the_raw_samples(report):
+    told = json.loads((report / "report.json").read_text())
+    row = told["results"][0]["cells"][0]["rows"][0]
+    assert len(row["samples"]) >= 6 and len(row["samples"][0]["steps_ms"]) == 3
+    assert len(told["results"]) == 2
+
+
+def test_the_markdown_has_the_same_figures(report):
+    told = json.loads((report / "report.json").read_text())
+    text = (report / "report.md").read_text()
+    for model in told["headline"]["models"]:
+        assert f"**{milliseconds(model['total_ms']['value'])}**" in text
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(tables) > 20
+    for above, below in pairwise(tables):
+        if set(below) <= set("|-: "):
+            assert above.count("|") == below.count("|")
+
+
+def test_a_main_batch_is_not_told_as_one_picture(results_path, tmp_path):
+    def told(value):
+        (tmp_path / "r.json").write_text(json.dumps(value))
+        write_report([tmp_path / "r.json"], tmp_path / "out")
+        return [(tmp_path / "out" / name).read_text() for name in ("index.html", "report.md")]
+
+    value = json.loads(results_path.read_text())
+    for text in told(value):
+        assert "draws a picture in" in text and "4 pictures" not in text
+    for cell in value["cells"]:
+        cell["workload"]["batch"] = 4
+        for row in cell["rows"]:
+            row["images_per_s"] *= 4
+    page, text = told(value)
+    for one in (page, text):
+        assert "draws 4 pictures in" in one and "4 pictures at " in one and "draws a picture" not in one
+    assert page.count(">ms for 4 pictures</text>") == 2 and page.count(">4 pictures, median of 8") == 2
+
+
+def test_every_workload_has_its_row_and_a_failure_part_way_is_told(results_path, tmp_path):
+    value = json.loads(results_path.read_text())
+    main, other = value["cells"][:2]
+    main["failures"] = {"vega": "RuntimeError: lost"}
+    load = other["workload"] | {"resolution": main["workload"]["resolution"], "guidance_scale": 1.0}
+    other |= {"workload": load, "name": "1024x1024, 3 steps, batch 1, no guidance", "failures": {"vega": "MemoryError"}}
+    (tmp_path / "r.json").write_text(json.dumps(value))
+    write_report([tmp_path / "r.json"], tmp_path / "out")
+    page, text = ((tmp_path / "out" / name).read_text() for name in ("index.html", "report.md"))
+    for workload in (main["name"], "no guidance", "6 steps"):
+        assert f"<tr><td>{workload}</td>" in page and f"| {workload} | " in text
+    assert page.count("then failed") == 2 == text.count("then failed")
+    note = page[page.index("Against these figures") :].partition("</div>")[0]
+    assert "Vega failed: RuntimeError: lost" in note
+
+
+def test_what_has_nothing_to_show_is_left_out(results_path, tmp_path):
+    """Fakes have no parameters, a CPU no energy counter, eight runs no percentile."""
+    write_report([results_path], tmp_path / "out")
+    page = (tmp_path / "out" / "index.html").read_text()
+    for absent in ('<section id="sizes">', "energy an image", "memory added, device", "p90 / p99", "(MFU)"):
+        assert absent not in page, absent
+
+
+def test_a_refused_row_is_struck_through(results_path, tmp_path):
+    value = json.loads(results_path.read_text())
+    value["cells"][0]["rows"][1] |= {"refused": True, "speedup": None, "diagnosis": ["refused: faster than the floor"]}
+    (tmp_path / "r.json").write_text(json.dumps(value))
+    write_report([tmp_path / "r.json"], tmp_path / "out")
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert 'class="big refused"' in page and "refused: faster than the floor" in page
+
+
+def test_a_failed_guard_is_marked_everywhere_and_never_the_headline(results_path, tmp_path):
+    value = json.loads(results_path.read_text())
+    value["contestants"][1]["quality"] |= {"passed": False, "words": ["picture 0 is black"]}
+    (tmp_path / "r.json").write_text(json.dumps(value))
+    write_report([tmp_path / "r.json", tmp_path / "r.json"], tmp_path / "out")
+    page, text = ((tmp_path / "out" / name).read_text() for name in ("index.html", "report.md"))
+    assert "draws a picture in" not in page and "picture 0 is black" in page
+    marks = page.count('title="failed the quality guard"')
+    assert marks >= 6 + len(value["cells"])  # card, bar, legend, both tables' heads, device, and each row of the other
+    assert 'class="dot c1 failed"' in page and 'class="dot c0 failed"' not in page
+    for table in ("| stage |", "| workload |"):
+        assert "Vega (guard FAILED)" in next(line for line in text.splitlines() if line.startswith(table))
+
+
+def test_nothing_is_told_against_a_baseline_that_failed(results_path, tmp_path):
+    value = json.loads(results_path.read_text())
+    value["contestants"][0]["quality"] |= {"passed": False, "words": ["picture 0 is black"]}
+    (tmp_path / "r.json").write_text(json.dumps(value))
+    write_report([tmp_path / "r.json"], tmp_path / "out")
+    assert "draws a picture in" not in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_the_page_tells_the_faults_of_every_file(results_path, tmp_path):
+    """The first file may be clean: what the others say against their rows stands in the same tables as theirs."""
+    value = json.loads(results_path.read_text())
+    for row in (row for cell in value["cells"] for row in cell["rows"]):
+        row["diagnosis"] = []
+    (tmp_path / "clean.json").write_text(json.dumps(value))
+    value["gpu"]["identity"]["name"] = "NVIDIA H200"
+    value["notes"] = ["sdxl compiled was not loaded"]
+    value["cells"][0]["rows"][1]["diagnosis"] = ["throttled: power cap"]
+    value["cells"][1]["failures"] = {"teacher": "RuntimeError: <lost>"}
+    value["contestants"][0]["quality"] |= {"passed": False, "words": ["picture 3 is black"]}
+    (tmp_path / "faulty.json").write_text(json.dumps(value))
+    write_report([tmp_path / "clean.json"], tmp_path / "alone")
+    assert "found nothing against any" in (tmp_path / "alone" / "index.html").read_text()
+    write_report([tmp_path / "clean.json", tmp_path / "faulty.json"], tmp_path / "out")
+    page, text = ((tmp_path / "out" / name).read_text() for name in ("index.html", "report.md"))
+    assert "found nothing" not in page
+    rows = 2 * sum(len(cell["rows"]) for cell in value["cells"])
+    assert f"Of {rows} measured rows: throttled 1, failed 1" in page
+    for told in ("throttled: power cap", "fake on NVIDIA H200", "sdxl compiled was not loaded"):
+        assert told in page and told in text, told
+    assert "failed: RuntimeError: &lt;lost&gt;" in page and "failed: RuntimeError: <lost>" in text
+    assert "picture 3 is black" in page
+
+
+def test_the_gpu_suites_files_have_their_sections(results_path, tmp_path):
+    from bench import acceptance
+    from bench.measure.kernels import by_family
+
+    value = json.loads(results_path.read_text())
+    value["contestants"][0]["kernels"] = by_family({"flash_fwd": 3000.0, "nvjet": 1500.0}, 3, 2.0)
+    value["cells"][0]["device"] = {"sm_clock_mhz": [1755.0, 1900.0, 1980.0], "power_w": [300.0, 500.0, 650.0]}
+    row = {"teacher": "sdxl", "student": "vega", "batch": 4, "title": "block features", "failed": None}
+    row |= {"samples_per_s": 21.5, "mfu": 0.52, "peak_memory_bytes": 41_000_000_000}
+    row |= {"samples_per_s_interval": [21.25, 21.75], "steps": 12}
+    out_of_memory = row | {"title": "no features", "failed": "OutOfMemoryError: CUDA out of memory"}
+    files = {
+        "r": value,
+        "t": {"schema_version": TRAINING_SCHEMA, "rows": [row, out_of_memory]},
+        "a": {"schema_version": ACCEPTANCE_SCHEMA, "rows": [acceptance._row("SM89", "ERROR: unsupported <SM90>")]},
+        "s": {
+            "schema_version": SESSION_SCHEMA,
+            "parts": [{"part": "batch", "state": "not run", "why": "9 s left, it needs about 45", "seconds": None}],
+        },
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    write_report([tmp_path / f"{name}.json" for name in files], tmp_path / "out")
+    page, text = ((tmp_path / "out" / name).read_text() for name in ("index.html", "report.md"))
+    parser = Balanced()
+    parser.feed(page)
+    assert parser.faults == [] and parser.open == []
+    assert "ERROR: unsupported &lt;SM90&gt;" in page and "ERROR: unsupported <SM90>" in text
+    for told in ("21.50", "21.25–21.75", "12 steps", "41 GB", "OutOfMemoryError", "9 s left, it needs about 45"):
+        assert told in page and told in text, told
+    assert "SM clock 1,755–1,980 MHz, 300–650 W" in page
+    assert "attention" in page[page.index('id="kernels"') :]
+    told = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert told["training"][0]["rows"][0]["mfu"] == 0.52
+
+
+def on_h200(results_path):
+    """The fakes' results as if two models of the catalogue had been measured on an H200."""
+    value = json.loads(results_path.read_text())
+    value["peak"] = {"name": "H200 SXM", "tflops": 989.4, "terabytes_per_s": 4.8}
+    for index, model in enumerate(("sdxl", "vega")):
+        about = {"parameters": ARCHITECTURES[model].parameters[0], "runtime": "diffusers eager", "precision": "fp16"}
+        value["contestants"][index] |= about
+        for cell in value["cells"]:
+            load = cell["workload"]
+            size = Resolution.parse(load["resolution"])
+            cell["rows"][index]["floor_ms"] = floor_ms("h200", model, load["steps"], size)
+    return value
+
+
+def test_predictions_are_held_against_what_was_measured(results_path, tmp_path):
+    """One GPU of the catalogue measured: the method is calibrated on its first figure, and the rest are checks."""
+    value = on_h200(results_path)
+    (tmp_path / "r.json").write_text(json.dumps(value))
+    write_report([tmp_path / "r.json"], tmp_path / "out")
+    checks = json.loads((tmp_path / "out" / "report.json").read_text())["prediction_of_measured"]
+    assert len(checks) == 2 * len(value["cells"]) - 1  # all but the one it was calibrated on
+    assert {one["resolution"] for one in checks} == {"1024x1024", "1152x896"}
+    first = value["cells"][0]["rows"][0]["total_ms"]["value"]
+    floors = [floor_ms("h200", model, 3) for model in ("sdxl", "vega")]
+    vega = next(one for one in checks if one["model"] == "vega" and one["resolution"] == "1024x1024")
+    assert vega["predicted_ms"] == pytest.approx(first * floors[1] / floors[0])
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert '<section id="checks">' in page
+    assert "4 of the figures that calibrate it were measured here" in page  # of both models, at 3 and at 6 steps
+
+
+def test_what_calibrates_is_sound_and_counted_once(results_path):
+    results = Results.model_validate(on_h200(results_path))
+    sdxl, vega = results.contestants
+    found = measured_latencies([results])
+    assert measured_latencies([results, results]) == found, "a second run of the same is no second figure"
+    heun = results.cells[0].rows[1].model_copy(update={"floor_ms": 2 * results.cells[0].rows[1].floor_ms})
+    twice = results.cells[0].model_copy(update={"rows": [heun]})
+    [one] = measured_latencies([results.model_copy(update={"cells": [twice]})])
+    assert one.floor_ms == heun.floor_ms, "by the calls that were made, not by the steps"
+    vega.quality["passed"] = False
+    assert {one.model for one in measured_latencies([results])} == {"sdxl"}, "a black picture is quickly drawn"
+    classes = [
+        runtime_class(sdxl.model_copy(update={"runtime": runtime, "precision": precision}))
+        for runtime, precision in (
+            ("diffusers eager", "bf16"),
+            ("diffusers + torch.compile", "fp16"),
+            ("slimxl bundle, tensorrt, shared", "as built"),
+            ("slimxl bundle, tensorrt-rtx", "as built"),
+        )
+    ]
+    assert classes == ["diffusers, bf16", "compiled", "TensorRT", "TensorRT-RTX"]
+
+
+def test_no_results_is_a_users_mistake(tmp_path):
+    with pytest.raises(UserError, match="no results files"):
+        write_report([], tmp_path)

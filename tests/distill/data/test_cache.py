@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from distill.common.errors import UserError
+from distill.data.cache import FIELDS, LatentCache, encode, make_cache
+from distill.data.pictures import Sample, open_source
+from distill.models.architectures import ARCHITECTURES, MINI_FAMILY, Resolution
+from distill.models.sources import load_component
+from tests.distill.pictures import save_picture
+
+
+def test_a_full_gpu_leaves_the_finished_shards_and_the_same_command_goes_on(
+    mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(pipe: object, samples: list, seed: int) -> dict[str, torch.Tensor]:
+        if any(tmp_path.glob("out/shard-*")):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free. More.")
+        return encode(pipe, samples, seed)
+
+    monkeypatch.setattr("distill.data.cache.SAMPLES_PER_SHARD", 30)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"allocate 2\.00 GiB\..*take --batch below 3"):
+        patch.setattr("distill.data.cache.encode", full)
+        make_cache(mini_vega, "shapes:60", tmp_path / "out", batch=3)
+    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["cache.json", "shard-000000.safetensors"]
+    make_cache(mini_vega, "shapes:60", tmp_path / "out", batch=3)
+    assert len(LatentCache(tmp_path / "out", batch_size=4, seed=0)) == 60
+
+
+def test_bad_samples_are_skipped_and_named(mini_vega: Path, tmp_path: Path, capsys) -> None:
+    for i in range(9):
+        save_picture(tmp_path / "data", f"good{i}", (150, 150), "a thing")
+    save_picture(tmp_path / "data", "tiny", (20, 20), "too small")
+    make_cache(mini_vega, str(tmp_path / "data"), tmp_path / "cache")
+    with safe_open(tmp_path / "cache" / "shard-000000.safetensors", "pt") as shard:
+        about = json.loads(shard.metadata()["slimxl"])
+    assert about["skipped"] == ["tiny.png: 20x20 is smaller than its bucket 128x128"]
+    assert f"skipped 1 of 10 samples; each shard names its own: {about['skipped'][0]}" in capsys.readouterr().out
+    assert len(LatentCache(tmp_path / "cache", batch_size=3, seed=0)) == 9
+
+
+def test_too_many_bad_samples_stop_the_run(mini_vega: Path, tmp_path: Path) -> None:
+    for i in range(4):
+        save_picture(tmp_path / "data", f"p{i}", (150, 150) if i else (20, 20), "a thing")
+    with pytest.raises(UserError, match=r"1 of the first 1 samples are bad: p0\.png: 20x20 is smaller"):
+        make_cache(mini_vega, str(tmp_path / "data"), tmp_path / "cache")
+
+
+def test_a_cache_resumes_and_is_the_same_from_any_number_of_processes(
+    mini_vega: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr("distill.data.cache.SAMPLES_PER_SHARD", 4)
+    make_cache(mini_vega, "shapes:10", tmp_path / "one")
+    assert "nothing" not in capsys.readouterr().out
+    make_cache(mini_vega, "shapes:10", tmp_path / "one")
+    assert "one is finished, nothing is to do" in capsys.readouterr().out
+    for rank in (1, 0):
+        make_cache(mini_vega, "shapes:10", tmp_path / "two", rank=rank, processes=2)
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert len(files) == 4
+    assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
+    (tmp_path / "two" / files[-1]).unlink()
+    kept = (tmp_path / "two" / files[-2]).stat().st_mtime_ns
+    make_cache(mini_vega, "shapes:10", tmp_path / "two")
+    assert (tmp_path / "two" / files[-2]).stat().st_mtime_ns == kept
+    assert (tmp_path / "one" / files[-1]).read_bytes() == (tmp_path / "two" / files[-1]).read_bytes()
+
+
+def test_a_cache_of_something_else_is_refused(mini_vega: Path, cache: Path) -> None:
+    with pytest.raises(UserError, match="cache of other data"):
+        make_cache(mini_vega, "shapes:61", cache)
+
+
+def test_batches_depend_on_the_step_alone(cache: Path) -> None:
+    forward, backward = (LatentCache(cache, batch_size=4, seed=0) for _ in range(2))
+    steps = range(40)
+    ahead = {step: forward.batch(step)["latents"] for step in steps}
+    assert all(torch.equal(backward.batch(step)["latents"], ahead[step]) for step in reversed(steps))
+
+
+def test_a_resolution_is_seen_as_often_as_its_samples_are_many(tmp_path: Path) -> None:
+    sizes = {"128x128": 3, "160x128": 20}
+    tensors = {f"{size}/{field}": torch.zeros(n, 1) for size, n in sizes.items() for field in FIELDS}
+    for size, n in sizes.items():
+        tensors[f"{size}/time_ids"] = torch.tensor([[n, i] for i in range(n)], dtype=torch.int32)
+    save_file(tensors, tmp_path / "shard-000000.safetensors")
+    (tmp_path / "cache.json").write_text('{"shards": 1}')
+    latents = LatentCache(tmp_path, batch_size=8, seed=0)
+    drawn = [latents.batch(step)["time_ids"] for step in range(230)]  # 80 epochs of 23 samples
+    assert all(len(batch) == 8 and len(batch[:, 0].unique()) == 1 for batch in drawn)
+    by_size = [int(batch[0, 0]) for batch in drawn]
+    assert by_size.count(3) == 30 and by_size.count(20) == 200 and by_size[:23].count(3) == 3
+    times = torch.cat([batch[:, 1] for batch in drawn if batch[0, 0] == 20]).int().bincount()
+    assert len(times) == 20 and times.min() > 60 and times.max() < 100
+
+
+def test_a_cache_is_held_against_the_teacher(mini_vega: Path, cache: Path, tmp_path: Path) -> None:
+    latents = LatentCache(cache, batch_size=4, seed=0)
+    assert latents.check_teacher(mini_vega) is None
+    other = Path(shutil.copytree(mini_vega, tmp_path / "other"))
+    tuned = load_component(other, "text_encoder", torch.float32)
+    tuned.get_input_embeddings().weight.data += 1
+    tuned.save_pretrained(other / "text_encoder")
+    assert "made with other files of text_encoder than" in (latents.check_teacher(other) or "")
+    (tmp_path / "wide" / "unet").mkdir(parents=True)
+    (tmp_path / "wide" / "unet" / "config.json").write_text(json.dumps(ARCHITECTURES["sdxl"].unet_config))
+    with pytest.raises(UserError, match=r"widths \(128, 64\), the UNet of .* takes \(2048, 1280\)"):
+        latents.check_teacher(tmp_path / "wide")
+
+
+def test_an_empty_cache_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"it has no cache\.json; make one with"):
+        LatentCache(tmp_path, batch_size=1, seed=0)
+
+
+def test_a_cut_shard_is_named_and_made_again(mini_vega: Path, tmp_path: Path, capsys) -> None:
+    make_cache(mini_vega, "shapes:2", tmp_path)
+    shard = tmp_path / "shard-000000.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=r"shard-000000.safetensors is damaged .* run the same `distill cache` command"):
+        LatentCache(tmp_path, batch_size=1, seed=0)
+    make_cache(mini_vega, "shapes:2", tmp_path)
+    assert shard.read_bytes() == whole
+    assert "shard-000000.safetensors is damaged and is made again" in capsys.readouterr().out
+
+
+def test_a_cache_that_fails_leaves_no_thread_reading(mini_vega: Path, tmp_path: Path, monkeypatch) -> None:
+    read, before = [], set(threading.enumerate())
+
+    def slow(_source: object, index: int) -> Sample:
+        read.append(index)
+        time.sleep(0.01)
+        return Sample(
+            str(index), np.zeros((128, 128, 3), np.uint8), "a", Resolution(128, 128), (128, 128), (0, 0), False
+        )
+
+    monkeypatch.setattr("distill.data.cache.SAMPLES_PER_SHARD", 200)
+    monkeypatch.setattr("distill.data.pictures.ShapesSource.read", slow)
+    monkeypatch.setattr("distill.data.cache.write_shard", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make_cache(mini_vega, "shapes:400", tmp_path)
+    assert not {thread for thread in threading.enumerate() if "ThreadPool" in thread.name} - before
+    assert len(read) < 300  # of the second shard, those that had begun
+
+
+def test_a_vae_without_a_posterior_is_refused(mini_vega: Path, tmp_path: Path) -> None:
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
+    with pytest.raises(UserError, match="is an AutoencoderTiny, which has no posterior"):
+        make_cache(tmp_path, "shapes:2", tmp_path / "cache")
+
+
+def test_a_data_set_that_has_changed_is_another(mini_vega: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for i in range(2):
+        save_picture(data, f"p{i}", (150, 150), "a thing")
+    make_cache(mini_vega, str(data), tmp_path / "cache")
+    make_cache(mini_vega, f"{data}/", tmp_path / "cache")  # the same, spelled otherwise
+    seen = [open_source(str(data), MINI_FAMILY, 0).identity]
+    for change in (
+        lambda: save_picture(data, "a-new-first", (150, 150), "a thing"),
+        lambda: (data / "p0.txt").write_text("another thing"),
+        lambda: save_picture(data, "p1", (150, 151), "a thing"),
+        lambda: (data / "metadata.jsonl").write_text('{"file_name": "p0.png", "text": "a thing"}'),
+        lambda: (data / "metadata.jsonl").write_text('{"file_name": "p0.png", "text": "a ring!"}'),
+    ):
+        change()
+        seen.append(open_source(str(data), MINI_FAMILY, 0).identity)
+        assert seen[-1] not in seen[:-1]
+    with pytest.raises(UserError, match=r"cache of other data \(or of the same before it was changed\)"):
+        make_cache(mini_vega, str(data), tmp_path / "cache")
+
+
+def test_a_disk_known_to_be_too_small_is_told_before_anything_is_written(
+    mini_vega: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    with pytest.raises(UserError, match=r"the cache of 9000 samples needs .* GB on the disk"):
+        make_cache(mini_vega, "shapes:9000", tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_disk_that_becomes_full_loses_nothing(mini_vega: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("distill.data.cache.SAMPLES_PER_SHARD", 4)
+    make_cache(mini_vega, "shapes:10", tmp_path / "whole")
+    make_cache(mini_vega, "shapes:10", tmp_path / "cache", rank=0, processes=3)  # the first shard
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, unlimited[1]))  # the kernel itself refuses to write more
+    try:
+        with pytest.raises(UserError, match=r"shard-000001.safetensors cannot be written .* finished shards stay"):
+            make_cache(mini_vega, "shapes:10", tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["cache.json", "shard-000000.safetensors"]
+    with pytest.raises(UserError, match="not finished: it has 1 of 3 shards"):
+        LatentCache(tmp_path / "cache", batch_size=1, seed=0)
+    make_cache(mini_vega, "shapes:10", tmp_path / "cache")
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "cache" / path.name).read_bytes()
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from distill.data import cache
+cache.SAMPLES_PER_SHARD = 4
+cache.make_cache(Path(sys.argv[1]), "shapes:30", Path(sys.argv[2]), rank=int(sys.argv[3]), processes=2)
+"""
+
+
+def test_two_processes_killed_at_any_moment_go_on_to_the_same_bytes(
+    mini_vega: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("distill.data.cache.SAMPLES_PER_SHARD", 4)
+    make_cache(mini_vega, "shapes:30", tmp_path / "whole")
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-c", SCRIPT, str(mini_vega), str(killed)]
+    makers = [subprocess.Popen([*command, str(rank)], cwd=Path(__file__).parents[3]) for rank in range(2)]
+    while not list(killed.glob("shard-*")) and None in [maker.poll() for maker in makers]:
+        time.sleep(0.01)
+    for maker in makers:
+        maker.send_signal(signal.SIGKILL)
+        maker.wait()
+    done = len(list(killed.glob("shard-*")))
+    assert 0 < done < 8
+    (killed / ".shard-000007.safetensors.left.partial").write_bytes(b"half a shard")
+    for rank in range(2):
+        make_cache(mini_vega, "shapes:30", killed, rank=rank, processes=2)
+    files = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert sorted(path.name for path in killed.iterdir()) == files
+    assert all((killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in files)

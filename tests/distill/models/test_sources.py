@@ -1,0 +1,323 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from distill.common.errors import UserError, exit_on_user_error
+from distill.common.files import remove_leftovers, replacing, write_json
+from distill.models.architectures import ARCHITECTURES, find_architecture
+from distill.models.sources import (
+    MINI_TEACHER,
+    check_checkpoint,
+    check_successor,
+    checkpoint_hash,
+    find_architecture_of,
+    load_component,
+    load_pipeline,
+    peek_architecture,
+    read_safetensors_header,
+    resolve,
+)
+
+
+@pytest.fixture
+def copy(mini_vega: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(mini_vega, tmp_path / "copy"))
+
+
+def test_the_shipped_teacher_is_whole_small_and_what_it_says() -> None:
+    check_checkpoint(MINI_TEACHER)
+    assert find_architecture_of(MINI_TEACHER).name == "mini-sdxl"
+    assert sum(file.stat().st_size for file in MINI_TEACHER.rglob("*")) <= 20_000_000
+    assert resolve("mini:sdxl", Path("unused")) == MINI_TEACHER
+
+
+def test_a_random_checkpoint_is_a_pipeline_that_runs_and_is_the_same_every_time(
+    mini_vega: Path, tmp_path: Path
+) -> None:
+    assert checkpoint_hash(resolve("random:mini-vega", tmp_path)) == checkpoint_hash(mini_vega)
+    pipe = load_pipeline(mini_vega, torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a small red ring at the top", num_inference_steps=2, output_type="np").images[0]
+    assert image.shape == (128, 128, 3)
+
+
+def test_threads_and_processes_that_want_the_same_checkpoint_take_turns(mini_vega: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        folders = list(pool.map(lambda _: resolve("random:mini-vega", tmp_path), range(4)))
+    assert set(folders) == {tmp_path / "random-mini-vega"}
+    assert checkpoint_hash(folders[0]) == checkpoint_hash(mini_vega)
+    assert not list(tmp_path.glob(".*.partial")) and not list(tmp_path.glob(".*.old"))
+
+
+def test_whatever_killed_makers_leave_the_next_one_makes_it_whole(mini_vega: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "distill", "fetch", "--model", "random:mini-vega", "--workdir", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    seen = 0
+    for wait_s in (0.0, 0.05):
+        left = set(tmp_path.glob(".random-*.partial/unet"))
+        makers = [subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) for _ in range(2)]
+        while not (begun := set(tmp_path.glob(".random-*.partial/unet")) - left) and None in [m.poll() for m in makers]:
+            time.sleep(0.001)
+        time.sleep(wait_s)
+        seen += bool(begun)
+        for maker in makers:
+            maker.send_signal(signal.SIGKILL)
+            maker.wait()
+        shutil.rmtree(tmp_path / "random-mini-vega", ignore_errors=True)  # had one been quick enough to finish
+    assert seen == 2
+    assert checkpoint_hash(resolve("random:mini-vega", tmp_path)) == checkpoint_hash(mini_vega)
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: next((folder / "unet").glob("*.safetensors")).unlink(),
+        lambda folder: (folder / "model_index.json").unlink(),
+        lambda folder: (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"short"),
+        lambda folder: write_json(folder / "made.json", {"conversion": 0}),
+    ],
+)
+def test_a_made_checkpoint_that_lost_a_part_or_is_of_another_version_is_made_again(
+    damage, mini_vega: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(mini_vega, tmp_path / mini_vega.name)
+    first = (folder / "model_index.json").stat().st_mtime_ns
+    damage(folder)
+    assert checkpoint_hash(resolve("random:mini-vega", tmp_path)) == checkpoint_hash(mini_vega)
+    assert (folder / "model_index.json").stat().st_mtime_ns > first
+
+
+def test_a_depth_of_ones_own_is_recognised(tmp_path: Path) -> None:
+    from distill.models.surgery import make_student_unet
+
+    vega = resolve("random:mini-vega", tmp_path)
+    depth = "-/1,1/1,1:0:1,1,1/1,1,1/-"
+    student = find_architecture(depth, ARCHITECTURES["mini-vega"].family)
+    make_student_unet(vega, student, "first", tmp_path / "unet")
+    shutil.rmtree(vega / "unet")
+    (tmp_path / "unet").rename(vega / "unet")
+    assert find_architecture_of(vega).name == depth
+
+
+@pytest.mark.parametrize("cut", [0, 4, 100, -1])
+def test_a_truncated_file_is_named(copy: Path, cut: int) -> None:
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:cut])
+    with pytest.raises(UserError, match="truncated") as error:
+        check_checkpoint(copy)
+    assert str(weights) in str(error.value)
+
+
+@pytest.mark.parametrize("header", [b"notjson!", b"[      ]", b'{"x":{}}', b'{"x": 1}'])
+def test_a_file_of_another_format_is_named(header: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0" + header + bytes(50))
+    with pytest.raises(UserError, match="no safetensors header"):
+        read_safetensors_header(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "model_index.json").unlink(), "no model_index.json"),
+        (lambda folder: (folder / "vae" / "config.json").unlink(), "vae/config.json is missing"),
+        (lambda folder: shutil.rmtree(folder / "text_encoder_2"), "text_encoder_2/config.json is missing"),
+        (lambda folder: next((folder / "vae").glob("*.safetensors")).unlink(), "holds no .safetensors weights"),
+    ],
+)
+def test_what_is_missing_is_named(copy: Path, damage, message: str) -> None:
+    damage(copy)
+    with pytest.raises(UserError, match=message):
+        resolve(str(copy), copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"addition_embed_type": None}, "addition_embed_type None"), ({"in_channels": 9}, "9 channels in and 4 out")],
+)
+def test_a_pipeline_of_another_kind_is_refused(copy: Path, change: dict, message: str) -> None:
+    config = copy / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        resolve(str(copy), copy)
+
+
+PUBLISHED_UNET = json.loads("""{"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.19.0.dev0",
+"act_fn": "silu", "addition_embed_type": "text_time", "addition_embed_type_num_heads": 64,
+"addition_time_embed_dim": 256, "attention_head_dim": [5, 10, 20], "block_out_channels": [320, 640, 1280],
+"center_input_sample": false, "class_embed_type": null, "class_embeddings_concat": false, "conv_in_kernel": 3,
+"conv_out_kernel": 3, "cross_attention_dim": 2048, "cross_attention_norm": null, "down_block_types":
+["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"], "downsample_padding": 1,
+"dual_cross_attention": false, "encoder_hid_dim": null, "encoder_hid_dim_type": null, "flip_sin_to_cos": true,
+"freq_shift": 0, "in_channels": 4, "layers_per_block": 2, "mid_block_only_cross_attention": null,
+"mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": 1e-05, "norm_num_groups": 32,
+"num_attention_heads": null, "num_class_embeds": null, "only_cross_attention": false, "out_channels": 4,
+"projection_class_embeddings_input_dim": 2816, "resnet_out_scale_factor": 1.0, "resnet_skip_time_act": false,
+"resnet_time_scale_shift": "default", "sample_size": 128, "time_cond_proj_dim": null, "time_embedding_act_fn": null,
+"time_embedding_dim": null, "time_embedding_type": "positional", "timestep_post_act": null,
+"transformer_layers_per_block": [1, 2, 10], "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D",
+"UpBlock2D"], "upcast_attention": null, "use_linear_projection": true}""")
+"""SDXL base 1.0's own unet/config.json."""
+
+
+def _teacher(folder: Path, unet: dict, **scheduler: object) -> Path:
+    for name, config in (("unet/config", unet), ("scheduler/scheduler_config", scheduler)):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).with_suffix(".json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_successor_is_known_whichever_diffusers_wrote_its_config(tmp_path: Path) -> None:
+    published = _teacher(tmp_path / "published", PUBLISHED_UNET)
+    with torch.device("meta"):
+        converted = UNet2DConditionModel(**ARCHITECTURES["sdxl"].unet_config)
+    (tmp_path / "converted" / "scheduler").mkdir(parents=True)
+    (tmp_path / "converted" / "scheduler" / "scheduler_config.json").write_text("{}")
+    converted.save_config(tmp_path / "converted" / "unet")
+    check_successor(published, tmp_path / "converted")
+    check_successor(tmp_path / "converted", published)
+    wider = _teacher(tmp_path / "wider", PUBLISHED_UNET | {"cross_attention_dim": 1280})
+    with pytest.raises(UserError, match="cross_attention_dim is 1280, was 2048"):
+        check_successor(published, wider)
+    shorter = _teacher(tmp_path / "shorter", PUBLISHED_UNET | {"transformer_layers_per_block": [1, 2, 4]})
+    with pytest.raises(UserError, match=r"transformer_layers_per_block is '-/2,2/4,4:4:.*, was '-/2,2/10,10:10:"):
+        check_successor(published, shorter)
+
+
+@pytest.mark.parametrize("scheduler", [{"_class_name": "EDMEulerScheduler"}, {"rescale_betas_zero_snr": True}])
+def test_a_teacher_of_other_noise_levels_is_refused(scheduler: dict, tmp_path: Path) -> None:
+    teacher = _teacher(tmp_path / "teacher", PUBLISHED_UNET, **scheduler)
+    with pytest.raises(UserError, match="trained on other noise levels than SDXL"):
+        check_successor(teacher, teacher)
+
+
+def _renamed(component: Path, variant: str) -> None:
+    [weights] = component.glob("*.safetensors")
+    weights.rename(weights.with_suffix(f".{variant}.safetensors"))
+
+
+def test_one_variant_is_read_the_half_precision_one_where_there_is_one(copy: Path) -> None:
+    _renamed(copy / "text_encoder", "bf16")
+    _renamed(copy / "unet", "fp16")
+    (copy / "unet" / "diffusion_pytorch_model-00001-of-00002.safetensors").write_bytes(b"half a download")
+    check_checkpoint(copy)
+    assert [load_component(copy, part, torch.float32).dtype for part in ("unet", "text_encoder")] == [torch.float32] * 2
+    (copy / "unet" / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    with pytest.raises(UserError, match="holds 1 of the 2 parts of its weights"):
+        check_checkpoint(copy)
+
+
+def test_weights_in_a_format_that_is_not_read_are_named(copy: Path) -> None:
+    [weights] = (copy / "vae").glob("*.safetensors")
+    tensors = load_file(weights)
+    save_file(tensors | {"encoder.conv_in.bias": tensors["encoder.conv_in.bias"].double()}, weights)
+    with pytest.raises(UserError, match=r"encoder.conv_in.bias is stored as F64; read are F32, F16, BF16"):
+        check_checkpoint(copy)
+
+
+def test_what_is_at_hand_tells_the_architecture_and_nothing_is_fetched(mini_vega: Path) -> None:
+    assert peek_architecture("mini:sdxl").name == "mini-sdxl"
+    assert peek_architecture("random:vega").name == "vega"
+    assert peek_architecture(str(mini_vega)).name == "mini-vega"
+    assert peek_architecture("stabilityai/stable-diffusion-xl-base-1.0").name == "sdxl"
+    with pytest.raises(UserError, match="does not exist"):
+        peek_architecture("missing.safetensors")
+
+
+def _raising(error: Exception) -> Callable[[], None]:
+    def command() -> None:
+        raise error
+
+    return command
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert exit_on_user_error(lambda: write_json(tmp_path / "file" / "x.json", {})) == 2
+
+    def fill() -> None:
+        with replacing(tmp_path / "big"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fill_by_numpy() -> None:  # as a graph's weights are written
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        try:
+            with replacing(tmp_path / "big") as temporary:
+                np.zeros(10_000).tofile(temporary)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    assert exit_on_user_error(fill) == 2
+    assert exit_on_user_error(fill_by_numpy) == 2
+    assert exit_on_user_error(_raising(SafetensorError("I/O error: No space left on device (os error 28)"))) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("error: ") and str(tmp_path / "file") in said[0]
+    assert said[1] == f"error: the disk of {tmp_path / 'big'} is full; free some space and run the same command again"
+    assert said[2:] == ["error: the disk is full; free some space and run the same command again"] * 2
+    for mistake in (KeyError("x"), OSError("no number"), SafetensorError("invalid header")):
+        with pytest.raises(type(mistake)):
+            exit_on_user_error(_raising(mistake))
+
+
+def test_what_a_killed_writer_left_is_found_whatever_its_name(tmp_path: Path) -> None:
+    (tmp_path / ".xl_[v9].0a1b2c3d.partial").mkdir()
+    (tmp_path / ".xl_v.0a1b2c3d.partial").mkdir()
+    remove_leftovers(tmp_path, "xl_[v9]")
+    assert [path.name for path in tmp_path.iterdir()] == [".xl_v.0a1b2c3d.partial"]
+
+
+def test_a_link_to_a_folder_is_replaced_and_its_folder_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").touch()
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    with replacing(tmp_path / "out") as temporary:
+        temporary.mkdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "out"]
+    assert not (tmp_path / "out").is_symlink() and (tmp_path / "elsewhere" / "kept").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fetch", "--model", "nonsense"],
+        ["fetch", "--model", "random:vgea"],
+        ["fetch", "--model", "mini:vega"],
+        ["fetch", "--model", "missing.safetensors"],
+        ["catalogue", "1:2"],
+        ["train", "--recipe", "ssd-2b", "--cache", "c", "--out", "o"],
+        ["cache", "--data", "nowhere", "--out", "o"],
+        ["unknown-command"],
+    ],
+)
+def test_a_mistake_on_the_command_line_is_exit_code_2_without_traceback(arguments: list[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "distill", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PATH": "", "PYTHONPATH": str(Path(__file__).parents[3])},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr and done.stderr.strip()
+    assert not list(tmp_path.iterdir())

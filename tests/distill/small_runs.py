@@ -1,0 +1,54 @@
+"""Small recipes that train in a moment, here and in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from distill.training.recipes import LossWeights, Recipe, Stage
+
+HALF = "-/1,1/1,1:0:1,1,1/1,1,1/-"  # half of Vega's last transformers: a student that trains in a moment
+
+
+def small_recipe(teacher: str, **changes) -> Recipe:
+    losses = LossWeights(level="layer", normalize=True)
+    stage = Stage(
+        name="whole", teacher=teacher, student=HALF, steps=6, layer_map="first", losses=losses, warmup_steps=2
+    )
+    shorter = replace(stage, name="shorten-up", student="-/1,1/2,2:0:1,1,1/1,1,1/-", steps=3, learning_rate=1e-3)
+    defaults = {"batch_size": 4, "ema_decay": 0.9, "validation_prompts": ("a small red ring at the top",)}
+    return Recipe(name="small", stages=(shorter, stage), **defaults | changes)
+
+
+def short_recipe(teacher: Path, **changes) -> Recipe:
+    """One stage, of four steps if not told otherwise."""
+    recipe = small_recipe(str(teacher), validation_prompts=(), ema_decay=None)
+    return replace(recipe, stages=(replace(recipe.stages[1], **({"steps": 4} | changes)),))
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from tests.distill.small_runs import small_recipe
+from distill.training.options import TrainOptions
+from distill.training.trainer import train
+cache, teacher, out, *flags = sys.argv[1:]
+train(small_recipe(teacher), cache=Path(cache), out=Path(out), workdir=Path(out),
+      options=TrainOptions(checkpoint_every=2, log_every=1, **dict.fromkeys(flags, True)))
+"""
+
+
+def run_alone(cache: Path, teacher: Path, out: Path, *launcher: str, flags: tuple[str, ...] = ()) -> subprocess.Popen:
+    path = out.with_suffix(".py")
+    path.write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, str(path), str(cache), str(teacher), str(out), *flags]
+    return subprocess.Popen(command, env=environment)
+
+
+def curve(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "losses.jsonl").open()]

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+import pickle
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.parts import PUBLISHED_LOOPS
+from distill.common.errors import UserError
+from distill.studies.bench import LOOPS, Loop, Workshop, _peak_memory, bench_loops, describe, peak_memory, ratio
+from distill.training.options import BenchOptions
+
+HALF = "-/1,1/1,1:0:1,1,1/1,1,1/-"
+
+
+@pytest.fixture
+def compiled_calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """One entry for each call of a compiled graph. Graphs are captured, but run by eager kernels: generating code takes
+    long."""
+    calls: list[object] = []
+    real = torch.nn.Module.compile
+
+    def backend(graph: torch.fx.GraphModule, _inputs: object) -> object:
+        def run(*arguments: object) -> object:
+            calls.append(graph)
+            return graph(*arguments)
+
+        return run
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, *_, **__: real(module, backend=backend))
+    torch._dynamo.reset()
+    return calls
+
+
+@pytest.mark.usefixtures("compiled_calls")
+def test_every_loop_is_measured_and_every_sample_kept(mini_vega: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("distill.studies.bench.WARMUP_ROUNDS", 0)
+    monkeypatch.setattr("distill.studies.bench.peak_memory", lambda *_: 10**9)
+    options = BenchOptions(model=str(mini_vega), student=HALF, batch=2, rounds=2)
+    result = bench_loops(options, tmp_path / "bench.json")
+    assert json.loads((tmp_path / "bench.json").read_text()) == result
+    assert [row["name"] for row in result["loops"]] == [loop.name for loop in LOOPS]
+    assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in result["loops"])
+    table = "\n".join(describe(result))
+    assert all(loop.name in table for loop in LOOPS) and "1,000 MB" in table
+
+
+def test_one_loop_is_compiled_and_the_others_on_the_same_nets_are_not(
+    mini_vega: Path, tmp_path: Path, compiled_calls: list[object]
+) -> None:
+    loops = [loop for loop in LOOPS if loop.name in ("published", "layer", "sub-block, compiled")]
+    workshop = Workshop(BenchOptions(model=str(mini_vega), student=HALF, batch=2), loops, tmp_path)
+    calls = {}
+    for loop in [*loops, *loops]:
+        with workshop.stepping(loop) as step:
+            step()
+        calls[loop.name] = len(compiled_calls)
+        compiled_calls.clear()
+    assert calls == {"published": 0, "layer": 0, "sub-block, compiled": 10 + 15}
+
+
+def test_a_ratio_is_of_rounds_not_of_means() -> None:
+    assert ratio([2.0, 4.0, 60.0], [1.0, 2.0, 30.0])["median"] == pytest.approx(2.0)
+
+
+def test_the_memory_of_a_loop_is_that_of_a_process_of_its_own(mini_vega: Path) -> None:
+    options = BenchOptions(model=str(mini_vega), student=HALF, batch=2)
+    measured = peak_memory(options, next(loop for loop in LOOPS if loop.name == "output only"))
+    assert measured is not None and 1e8 < measured < 2e9
+
+
+def test_times_are_kept_where_the_memory_is_not_measured_to_the_end(
+    mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(_options: BenchOptions, loop: Loop) -> int:
+        if loop.name == "block":
+            raise KeyboardInterrupt
+        return 10**9
+
+    monkeypatch.setattr("distill.studies.bench.WARMUP_ROUNDS", 0)
+    monkeypatch.setattr("distill.studies.bench.peak_memory", killed)
+    with pytest.raises(KeyboardInterrupt):
+        options = BenchOptions(
+            model=str(mini_vega), student=HALF, batch=1, rounds=1, loops=("layer", "block", "published")
+        )
+        bench_loops(options, tmp_path / "bench.json")
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["name"] for row in result["loops"]] == ["published", "block", "layer"]
+    assert all(len(row["seconds"]) == 1 for row in result["loops"])
+    assert [row["peak_memory_bytes"] for row in result["loops"]] == [10**9, None, None]
+    assert not result["ratios"]
+
+
+def test_an_unknown_loop_is_named_before_anything_is_loaded(mini_vega: Path, tmp_path: Path) -> None:
+    options = BenchOptions(model=str(mini_vega), loops=("sub-blocks",))
+    with pytest.raises(UserError, match=r"unknown loop 'sub-blocks': known are .*did you mean 'sub-block'"):
+        bench_loops(options, tmp_path / "bench.json")
+
+
+def test_the_gpu_suite_asks_for_loops_that_there_are() -> None:
+    assert set(PUBLISHED_LOOPS) < {loop.name for loop in LOOPS}
+
+
+def test_a_full_gpu_is_one_line_here_and_from_a_loops_own_process(
+    mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.20 GiB free. More.")
+
+    monkeypatch.setattr("distill.studies.bench.published_steps", lambda *_: nullcontext(full))
+    options = BenchOptions(model=str(mini_vega), student=HALF, batch=2, rounds=1)
+    with pytest.raises(
+        UserError, match=r"2\.00 GiB\..*'published' was at its turn; take --batch below 2 or --gradient"
+    ):
+        bench_loops(options, tmp_path / "bench.json")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="'published' was at its turn") as refusal:
+        _peak_memory(options, LOOPS[0])
+    assert str(pickle.loads(pickle.dumps(refusal.value))) == str(refusal.value)  # as it comes from that process

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from distill.data.cache import make_cache
+from distill.models.architectures import ARCHITECTURES, MINI_FAMILY, Depth, find_architecture
+from distill.models.layer_map import read_layer_map, transformer_depths
+from distill.models.surgery import make_student_unet
+from distill.studies.importance import BlockScore, measure_importance, propose_layer_map, report_importance
+
+
+def test_a_block_that_does_nothing_scores_nothing_and_is_dropped() -> None:
+    architecture = ARCHITECTURES["mini-vega"]
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**architecture.unet_config).eval()
+    idle = unet.get_submodule("down_blocks.2.attentions.0.transformer_blocks.0")
+    for layer in (idle.attn1.to_out[0], idle.attn2.to_out[0], idle.ff.net[2]):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    batch = {
+        "latents": torch.randn(2, 4, 8, 8),
+        "prompt_embeds": torch.randn(2, 4, 128),
+        "pooled_prompt_embeds": torch.randn(2, 64),
+        "time_ids": torch.zeros(2, 6),
+    }
+    scores = measure_importance(unet, architecture.depth, batch, torch.linspace(0.99, 0.01, 1000), (100, 900))
+    assert len(scores) == architecture.depth.transformer_blocks
+    by_place = {(score.path, score.index): score.score for score in scores}
+    assert by_place["down_blocks.2.attentions.0", 0] == 0
+    assert all(score > 0 for place, score in by_place.items() if place != ("down_blocks.2.attentions.0", 0))
+    shorter = Depth.parse("-/1,1/1,1:0:2,2,2/1,1,1/-")
+    assert propose_layer_map(scores, architecture.depth, shorter)["down_blocks.2.attentions.0"] == (1,)
+
+
+def test_the_proposed_map_keeps_the_order_of_the_teacher() -> None:
+    teacher, student = ARCHITECTURES["sdxl"].depth, ARCHITECTURES["ssd-1b"].depth
+    scores = [BlockScore(p, i, (float(i),)) for p, n in transformer_depths(teacher).items() for i in range(n)]
+    assert propose_layer_map(scores, teacher, student)["up_blocks.0.attentions.0"] == (6, 7, 8, 9)
+
+
+def test_the_report_ranks_every_block_and_proposes_a_map_that_surgery_takes(
+    mini_vega: Path, tmp_path: Path, capsys
+) -> None:
+    make_cache(mini_vega, "shapes:9", tmp_path / "cache")
+    depth = "-/1,1/1,1:0:2,2,2/1,1,1/-"
+    report_importance(mini_vega, tmp_path / "cache", depth, tmp_path / "out", samples=1, timesteps=2)
+    table = capsys.readouterr().out.splitlines()
+    ranked = [line for line in table if ".transformer_blocks." in line]
+    assert len(ranked) == 15 and sum(" * " in line for line in ranked) == 13
+    layer_map = read_layer_map(str(tmp_path / "out" / "importance.json"))
+    plan = make_student_unet(mini_vega, find_architecture(depth, MINI_FAMILY), layer_map, tmp_path / "unet")
+    assert plan.unused
+    assert ElementTree.parse(tmp_path / "out" / "importance.svg").getroot().tag.endswith("svg")

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distill.__main__ import main
+from distill.common.errors import UserError
+from distill.models.architectures import SDXL_DEPTH, SSD_1B_DEPTH, Depth, find_architecture
+from distill.models.layer_map import inherit_layer_map, make_layer_map, relative_map
+from distill.training.recipes import RECIPES, find_recipe
+
+SHALLOW = "-/1,1/3,3:3:3,3,3/1,1,1/-"  # keeps three blocks of the middle
+INDICES = {"down_blocks.2.attentions.0": (0, 4, 9), "mid_block.attentions.0": (1, 2, 3)}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_end_in_the_student_they_are_named_after(name: str) -> None:
+    recipe = find_recipe(name)
+    assert recipe.name == name and recipe.stages[-1].student == name
+
+
+def test_published_figures_stand_in_the_published_recipes() -> None:
+    recipe = find_recipe("ssd-1b")
+    assert sum(stage.steps for stage in recipe.stages) == 251_000
+    assert sum(stage.steps for stage in find_recipe("vega").stages) == 226_000, "its middle is short already"
+    assert recipe.batch_size == 32 * 4 and {stage.learning_rate for stage in recipe.stages} == {1e-5}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_only_one_part_gets_shorter_at_a_time(name: str) -> None:
+    depths = [find_architecture(stage.student).depth for stage in find_recipe(name).stages]
+    begin = SDXL_DEPTH if "ssd" in name else SSD_1B_DEPTH
+    for before, after in zip([begin, *depths[:-1]], depths, strict=True):
+        assert sum(getattr(before, side) != getattr(after, side) for side in ("down", "mid", "up")) <= 1
+
+
+def test_any_depth_goes_the_same_road_by_any_layer_map() -> None:
+    recipe = find_recipe("ssd-1b", student=SHALLOW, layer_map=INDICES)
+    assert [stage.name for stage in recipe.stages[:2]] == ["shorten-up", "shorten-mid-down"]
+    assert recipe.stages[-1].student == SHALLOW
+    held = None
+    for stage in recipe.stages:
+        depth = Depth.parse(stage.student)
+        layer_map = inherit_layer_map(stage.layer_map, SDXL_DEPTH, depth, held)
+        relative_map(layer_map, held)
+        held = layer_map
+    assert held is not None and {path: held[path] for path in INDICES} == INDICES
+    assert held["up_blocks.0.attentions.0"] == (0, 1, 2)
+
+
+def test_what_stays_as_deep_keeps_the_blocks_it_has() -> None:
+    """A Vega started from an SSD-1B that was made by another layer map than Vega's recipe has."""
+    held = dict(make_layer_map("first", SDXL_DEPTH, SSD_1B_DEPTH))
+    stage = find_recipe("vega", layer_map="spread").stages[0]
+    layer_map = inherit_layer_map(stage.layer_map, SDXL_DEPTH, find_architecture(stage.student).depth, held)
+    assert layer_map["down_blocks.2.attentions.0"] == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student": "ssd1b"}, "did you mean 'ssd-1b'"),
+        ({"student": "-/2,2:0:1"}, "not of the form DOWN:MID:UP|SDXL topology"),
+        ({"student": "-/2,2/11,11:0:1,1,1/1,1,1/-", "layer_map": "first"}, "its teacher only 10"),
+        ({"layer_map": "last"}, "unknown layer map 'last'"),
+        ({"layer_map": {"down_blocks.2.attentions.0": (0, 1, 1, 2)}}, "4 rising indices below 10"),
+        ({"layer_map": {"down_blocks.0.attentions.0": (0,)}}, "unknown transformer in the layer map"),
+        ({"student": SHALLOW, "layer_map": "similarity"}, "knows no way from 10 blocks to 3"),
+    ],
+)
+def test_a_student_or_layer_map_that_cannot_be_is_one_line(changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        find_recipe("ssd-1b", **changes)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_printed_and_read_is_the_same_recipe(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By hand, and out of a student's slimxl.json; explicit indices too."""
+    monkeypatch.setattr("sys.argv", ["distill", "recipe", name])
+    assert main() == 0
+    file = tmp_path / "mine.json"
+    file.write_text(capsys.readouterr().out)
+    recipe = find_recipe(name)
+    assert find_recipe(str(file)) == recipe and find_recipe(str(file)).as_dict() == recipe.as_dict()
+    file.write_text(json.dumps({"key": "k", "recipe": find_recipe(name, layer_map="spread").as_dict()}))
+    assert find_recipe(str(file)) == find_recipe(name, layer_map="spread") != recipe
+    indices = {"down_blocks.2.attentions.0": (0, 4, 9)}
+    by_hand = find_recipe("ssd-1b", student=SHALLOW, layer_map=indices)
+    file.write_text(json.dumps(by_hand.as_dict()))
+    assert find_recipe(str(file)) == by_hand
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch": 4}, "no recipe: batch: unexpected keyword argument"),
+        ({"batch_size": 0}, "no recipe: batch_size: input should be greater than 0"),
+        ({"stages": []}, "no recipe: stages: tuple should have at least 1 item"),
+        ({"name": "../../mine"}, "no recipe: name: string should match pattern"),
+        ({"caption_dropout": 1.0}, "no recipe: caption_dropout: input should be less than 1"),
+        ({"ema_decay": "0.9"}, "no recipe: ema_decay: input should be a valid number"),
+        ({"stages/losses/level": "blocks"}, "stages.0.losses.level: input should be 'block', 'sub-block', 'layer' or"),
+        ({"stages/steps": 1.5}, "stages.0.steps: input should be a valid integer"),
+        (
+            {"stages/losses/task": 0, "stages/losses/output": 0},
+            "stages.0.losses: value error, task or output must be above 0",
+        ),
+        ({"stages/teachr": "mine"}, "stages.0.teachr: unexpected keyword argument"),
+        ({"stages/student": "ssd1b"}, "did you mean 'ssd-1b'"),
+        ({"stages/layer_map": {"mid_block.attentions.0": [0]}}, "unknown transformer in the layer map"),
+        ({"stages/layer_map": {"down_blocks.2.attentions.0": [*range(-1, 9)]}}, "10 rising indices below 10"),
+    ],
+)
+def test_a_faulty_recipe_file_is_one_line(change: dict, message: str, tmp_path: Path) -> None:
+    recipe = json.loads(json.dumps(find_recipe("ssd-1b").as_dict()))
+    for path, value in change.items():
+        *above, key = path.split("/")
+        part = recipe
+        for name in above:
+            part = part[name][0] if name == "stages" else part[name]
+        part[key] = value
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(recipe))
+    with pytest.raises(UserError, match=message):
+        find_recipe(str(file))
+
+
+def test_what_is_no_recipe_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        find_recipe(str(tmp_path / "none.json"))
+    file = tmp_path / "mine.json"
+    file.write_text("[1]")
+    with pytest.raises(
+        UserError, match=r"mine.json is no recipe: the whole: .*`python -m distill recipe ssd-1b` prints"
+    ):
+        find_recipe(str(file))
+    file.write_text(json.dumps(find_recipe("vega").as_dict()))
+    with pytest.raises(UserError, match="says its own student and layer_map: change it there"):
+        find_recipe(str(file), student="vega", layer_map="first")
+    with pytest.raises(UserError, match=r"unknown recipe 'vegan': known are FILE\.json, mini.*did you mean 'vega'"):
+        find_recipe("vegan")

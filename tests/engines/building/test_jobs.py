@@ -1,0 +1,173 @@
+"""What is planned: names, keys, memory; against the published figures of real builds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distill.common.errors import UserError
+from distill.models.architectures import MINI_FAMILY, Resolution
+from engines.building.build import require_memory
+from engines.building.jobs import Job, parse_resolutions, plan_builds, plan_options
+from engines.bundle import Layout, ShapeRange
+from engines.gpus import GPUS, resolve_targets
+from engines.onnx_folder import OnnxComponent, read_onnx_folder
+from tests.engines.toys import make_static, make_toy_onnx
+
+RTX = frozenset({"7.5", "8.0", "8.6", "8.9", "12.0", "12.1"})
+
+
+def plan(folder: Path, **change: object) -> list[Job]:
+    settings = {"gpus": ["rtx4090"], "flavor": "tensorrt-rtx"} | change
+    return plan_builds(read_onnx_folder(folder), **settings)  # type: ignore[arg-type]
+
+
+def test_targets() -> None:
+    (one,) = resolve_targets(["rtx4090", "a100", "l40s"], "tensorrt-rtx", RTX)
+    assert one.compute_capabilities == ("8.0", "8.9") and one.gpus == ("a100", "rtx4090", "l40s")
+    assert one.label == "sm80-sm89"
+    each = resolve_targets(["rtx4090", "a100"], "tensorrt", frozenset({"8.0", "8.9"}))
+    assert [target.label for target in each] == ["sm80", "sm89"]
+    (portable,) = resolve_targets(["rtx"], "tensorrt-rtx", RTX)
+    assert portable.compute_capabilities == ("8.6", "8.9", "12.0")
+    assert resolve_targets(["anything"], "onnxruntime", None)[0].label == "any"
+
+
+@pytest.mark.parametrize("name", ["h100", "h200"])
+def test_gpu_that_rtx_cannot_target(name: str) -> None:
+    with pytest.raises(UserError, match=rf"cannot target {name} .* use --flavor onnxruntime"):
+        resolve_targets([name], "tensorrt-rtx", RTX)
+    assert GPUS[name].compute_capability == "9.0"
+
+
+def test_key_changes_with_everything_an_engine_depends_on(toy_onnx_fp16: Path) -> None:
+    changes = [
+        {},
+        {"gpus": ["a100"]},
+        {"layout": "shared"},
+        {"resolutions": "128x128"},
+        {"batches": [2]},
+        {"options": {"weight_streaming": True}},
+        {"flavor": "onnxruntime"},
+    ]
+    jobs = [plan(toy_onnx_fp16, **change)[0] for change in changes]
+    assert len({job.key for job in jobs}) == len(jobs) == len({job.path for job in jobs})
+    assert plan(toy_onnx_fp16)[0].key == jobs[0].key
+    assert plan(toy_onnx_fp16, gpus=["l40s"])[0].key == jobs[0].key, "same silicon, same plan"
+
+
+def test_file_name_says_what_it_is(toy_onnx_fp16: Path) -> None:
+    job = plan(toy_onnx_fp16, gpus=["a100", "rtx5090"], layout="shared", resolutions="224x96", batches=[1, 4])[0]
+    assert job.path.startswith(f"unet/unet_224x96_b1-4_sm80-sm120_tensorrt-rtx-{job.flavor_version}_")
+    assert job.path.endswith(f"_{job.key[:8]}.plan")
+
+
+@pytest.mark.parametrize("layout, plans", [("per-resolution", 9), ("shared", 1), ("ranged", 1)])
+def test_every_layout_covers_every_size_and_batch(toy_onnx_fp16: Path, layout: Layout, plans: int) -> None:
+    jobs = plan(toy_onnx_fp16, layout=layout, batches=[1, 2], guidance="any", components=["unet"])
+    assert len(jobs) == plans
+    for resolution in MINI_FAMILY.resolutions:
+        for rows in (1, 2, 4):  # one image with and without guidance, two images with it
+            shape = [rows, 4, resolution.height // 8, resolution.width // 8]
+            call = ShapeRange(min=shape, opt=shape, max=shape)
+            serving = [
+                profile
+                for job in jobs
+                for profile in job.profiles
+                if str(resolution) in profile.resolutions and profile.shapes["sample"].covers(call)
+            ]
+            assert serving, (layout, resolution, rows)
+
+
+@pytest.mark.parametrize("change", [{"resolutions": "224x96"}, {"layout": "shared"}, {"layout": "per-resolution"}])
+def test_text_encoders_are_the_same_whatever_sizes_are_asked_for(toy_onnx_fp16: Path, change: dict) -> None:
+    """So one more size does not build, keep and load them again."""
+    components = ["text_encoder", "text_encoder_2"]
+    keys = [[job.key for job in plan(toy_onnx_fp16, components=components, **asked)] for asked in ({}, change)]
+    assert keys[0] == keys[1] and len(keys[0]) == 2
+
+
+@pytest.mark.parametrize("guidance, rows", [("always", (4, 4)), ("never", (2, 2)), ("any", (2, 4))])
+def test_exact_profiles_are_exact_in_batch_too(toy_onnx_fp16: Path, guidance: str, rows: tuple[int, int]) -> None:
+    (job,) = plan(toy_onnx_fp16, layout="shared", batches=[2], guidance=guidance, components=["unet"])
+    for profile in job.profiles:
+        assert (profile.shapes["sample"].min[0], profile.shapes["sample"].max[0]) == rows
+        assert profile.shapes["sample"].min[1:] == profile.shapes["sample"].max[1:]
+    (ranged,) = plan(toy_onnx_fp16, layout="ranged", batches=[2], guidance=guidance, components=["unet"])
+    shape = ranged.profiles[0].shapes["sample"]
+    assert (shape.min[0], shape.max[0]) == (1, rows[1])
+
+
+def test_static_graphs_make_a_plan_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Path] = []
+    monkeypatch.setattr("engines.onnx_folder.sha256_file", lambda path: hashed.append(path) or str(path))
+    sizes = ["128x128", "160x128", "224x96"]
+    folder = make_static(make_toy_onnx(tmp_path / "onnx", "fp16"), sizes, batch=2)
+    jobs = plan(folder)
+    assert [(job.component.name, job.resolutions) for job in jobs[:6]] == [
+        (name, [size]) for name in ("unet", "vae_decoder") for size in sizes
+    ]
+    assert [job.component.graph for job in jobs[:3]] == ["model.onnx", "model.160x128.onnx", "model.224x96.onnx"]
+    assert len({job.component.onnx_sha256 for job in jobs[:3]}) == 3
+    assert len({job.key for job in jobs}) == len(jobs)
+    assert len(hashed) == len(set(hashed)) == 8 + 4, "graphs, and each file of weights once for all sizes"
+    assert jobs[2].profiles[0].shapes["sample"].min == [2, 4, 12, 28] and jobs[2].component.fixed_rows == 2
+    assert [job.component.name for job in jobs[6:]] == ["text_encoder", "text_encoder_2"]
+    for change, message in [
+        ({"layout": "shared"}, r"a static graph for each resolution, layout shared needs .* --resolutions dynamic"),
+        ({"layout": "ranged"}, "layout ranged needs"),
+        ({"flavor": "onnxruntime"}, "flavor onnxruntime needs"),
+        ({"resolutions": "128x160"}, "128x160 is not one of this model's: 128x128, 160x128, 224x96"),
+        ({"batches": [2]}, r"exported for 2 row\(s\), 2 image\(s\) make 4; export with --batch 2"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            plan(folder, **change)
+
+
+@pytest.mark.parametrize(
+    "weights_gb, profiles, measured_gb",
+    [(1.49, 1, 4.9), (1.49, 9, 6.0), (2.663, 1, 8.3), (2.663, 9, 9.5), (5.135, 1, 15.6), (5.135, 9, 18.2)],
+)
+def test_memory_estimate_is_above_what_was_measured_but_not_by_much(
+    toy_onnx_fp16: Path, weights_gb: float, profiles: int, measured_gb: float
+) -> None:
+    job = plan(toy_onnx_fp16, layout="shared")[0]
+    component = OnnxComponent("unet", job.component.folder, job.component.config)
+    component.__dict__["weights_bytes"] = int(weights_gb * 1e9)
+    sized = Job(**{**job.__dict__, "component": component, "profiles": job.profiles[:profiles]})
+    assert measured_gb <= sized.memory_bytes / 1e9 <= 1.15 * measured_gb
+    with pytest.raises(UserError, match=r"needs about .* GB of memory"):
+        require_memory([sized], int(sized.memory_bytes * 0.9))
+    require_memory([sized], sized.memory_bytes)
+
+
+def test_resolutions() -> None:
+    family = list(MINI_FAMILY.resolutions)
+    assert parse_resolutions("all", family) == family
+    assert parse_resolutions("128x128, 224X96,128x128", family) == [Resolution(128, 128), Resolution(224, 96)]
+
+
+@pytest.mark.parametrize(
+    "flavor, chosen, message",
+    [
+        ("tensorrt-rtx", {"version_compatible": True}, "belong to --flavor tensorrt"),
+        ("tensorrt-rtx", {"hardware_compatible": "ampere+"}, "--gpus rtx"),
+        ("tensorrt-rtx", {"refit": True}, "need a GPU while building"),
+        ("tensorrt-rtx", {"strip": True}, "need a GPU while building"),
+    ],
+)
+def test_options_that_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, flavor: str, chosen: dict[str, object], message: str
+) -> None:
+    monkeypatch.setattr("engines.gpus.gpu_at_hand", lambda: None)
+    with pytest.raises(UserError, match=message):
+        plan_options(flavor, **chosen)  # type: ignore[arg-type]
+
+
+def test_options_that_are_off_leave_no_trace() -> None:
+    assert plan_options("tensorrt") == {}
+    assert plan_options("tensorrt", refit=True, hardware_compatible="same") == {
+        "refit": True,
+        "hardware_compatible": "same",
+    }

@@ -1,0 +1,302 @@
+"""How plans are run, against a stand-in for TensorRT and CUDA: the memory, the graphs, the caches, the copies."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distill.common.errors import UserError
+from engines.bundle import Engine, Manifest, Profile, ShapeRange
+from engines.flavors import LoadOptions
+from engines.flavors.tensorrt_runtime import ALIGNMENT, Arena, RuntimeCache, TensorRTEngine
+from engines.onnx_folder import weights_for
+from tests.engines import fake_tensorrt
+from tests.engines.fake_tensorrt import FakeCache, FakeDevice, FakeRefitter, FakeTensorRT
+from tests.engines.toys import make_toy_onnx
+
+SIZES = ["128x128", "224x96", "96x224"]
+
+
+def profile(index: int, sizes: list[str], exact: bool) -> Profile:
+    shapes = [[2, 4, int(s.split("x")[1]) // 8, int(s.split("x")[0]) // 8] for s in sizes]
+    low = [min(side) for side in zip(*shapes, strict=True)]
+    high = [max(side) for side in zip(*shapes, strict=True)]
+    if not exact:
+        low[0] = 1
+    return Profile(
+        index=index, resolutions=sizes, batch=1, shapes={"sample": ShapeRange(min=low, opt=shapes[0], max=high)}
+    )
+
+
+def make(
+    manifest: Manifest, tmp_path: Path, flavor: str = "tensorrt", layout: str = "ranged", **options: Any
+) -> tuple[TensorRTEngine, FakeTensorRT, Arena, Engine]:
+    ranged = layout == "ranged"
+    profiles = [profile(0, SIZES, False)] if ranged else [profile(i, [s], True) for i, s in enumerate(SIZES)]
+    unet = next(engine for engine in manifest.engines if engine.component == "unet")
+    sample = [tensor.model_copy(update={"dtype": "float32"}) for tensor in unet.inputs if tensor.name == "sample"]
+    outputs = [tensor.model_copy(update={"dtype": "float32"}) for tensor in unet.outputs]
+    engine = unet.model_copy(
+        update={"flavor": flavor, "layout": layout, "profiles": profiles, "inputs": sample, "outputs": outputs}
+        | {"options": options.pop("built_with", {})}
+    )
+    faults = {name: options.pop(name) for name in ("header_reasons", "refuses") if name in options}
+    trt = FakeTensorRT(profiles=len(profiles), **faults)
+    folder = options.pop("weights", None)
+    settings = LoadOptions(device="cpu", runtime_cache=tmp_path / "cache", **options)
+    arena = Arena(trt, tmp_path, settings, FakeDevice())  # type: ignore[arg-type]
+    weights = weights_for(engine, folder) if folder else None
+    return TensorRTEngine(engine, b"plan", arena, "mend it", weights), trt, arena, engine
+
+
+@pytest.fixture(scope="module")
+def other_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy's graphs with other weights, as a fine-tune would have."""
+    return make_toy_onnx(tmp_path_factory.mktemp("tuned") / "onnx", seed=9)
+
+
+def sample(size: str, value: float = 1.0) -> torch.Tensor:
+    width, height = map(int, size.split("x"))
+    return torch.full((2, 4, height // 8, width // 8), value)
+
+
+@pytest.mark.parametrize("flavor", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("layout", ["ranged", "shared"])
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_every_size_in_any_order(
+    toy_manifest: Manifest, tmp_path: Path, flavor: str, layout: str, cuda_graphs: bool
+) -> None:
+    loaded, trt, arena, engine = make(toy_manifest, tmp_path, flavor, layout, cuda_graphs=cuda_graphs)
+    for value, size in enumerate([*SIZES, *reversed(SIZES), SIZES[0]], start=1):
+        index = 0 if layout == "ranged" else SIZES.index(size)
+        result = loaded.run({"sample": sample(size, value)}, engine.profiles[index])["out_sample"]
+        assert torch.equal(result, sample(size, 2.0 * value))
+    ran = [context for context in trt.plan.contexts if context.enqueued]
+    assert len(ran) == 3, "one context for each size, made once"
+    assert [context.profile for context in ran] == ([0, 0, 0] if layout == "ranged" else [0, 1, 2])
+    assert len({context.memory for context in ran}) == 1, "all share one activation buffer"
+    captured_here = flavor == "tensorrt" and cuda_graphs
+    assert arena.device.captures == (3 if captured_here else 0)  # type: ignore[attr-defined]
+
+
+def test_results_belong_to_the_caller(toy_manifest: Manifest, tmp_path: Path) -> None:
+    loaded, _, _, engine = make(toy_manifest, tmp_path)
+    first = loaded.run({"sample": sample("128x128", 1)}, engine.profiles[0])["out_sample"]
+    loaded.run({"sample": sample("128x128", 5)}, engine.profiles[0])
+    assert torch.equal(first, sample("128x128", 2))
+
+
+def test_an_input_changed_in_place_is_copied_again_and_an_unchanged_one_is_not(
+    toy_manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, _, _, engine = make(toy_manifest, tmp_path)
+    latent = sample("128x128", 1)
+    loaded.run({"sample": latent}, engine.profiles[0])
+    copies = []
+    real = torch.Tensor.copy_
+    monkeypatch.setattr(
+        torch.Tensor, "copy_", lambda self, *a, **k: copies.append(a[0] is latent) or real(self, *a, **k)
+    )
+    loaded.run({"sample": latent}, engine.profiles[0])
+    assert copies.count(True) == 0
+    latent.mul_(3)
+    assert torch.equal(loaded.run({"sample": latent}, engine.profiles[0])["out_sample"], sample("128x128", 6))
+    assert copies.count(True) == 1
+    with torch.inference_mode():
+        untracked = sample("128x128", 1)
+        for value in (1, 4):
+            untracked.fill_(value)
+            result = loaded.run({"sample": untracked}, engine.profiles[0])["out_sample"]
+            assert torch.equal(result, sample("128x128", 2 * value))
+
+
+def test_arena_holds_the_largest_need_and_a_range_is_asked_for_its_own_sizes(
+    toy_manifest: Manifest, tmp_path: Path
+) -> None:
+    _, _, ranged, _ = make(toy_manifest, tmp_path)
+    assert ranged.size_bytes == 16 * 2 * 4 * 12 * 28 + ALIGNMENT, "of 224x96, not of the range's corner 224x224"
+    _, _, shared, _ = make(toy_manifest, tmp_path, layout="shared")
+    assert shared.size_bytes == 300_000 + ALIGNMENT
+
+
+def test_graph_is_captured_anew_when_the_arena_moves(toy_manifest: Manifest, tmp_path: Path) -> None:
+    loaded, trt, arena, engine = make(toy_manifest, tmp_path)
+    loaded.run({"sample": sample("128x128")}, engine.profiles[0])
+    old = next(context.memory for context in trt.plan.contexts if context.enqueued)
+    arena.reserve(10_000_000)
+    result = loaded.run({"sample": sample("128x128", 3)}, engine.profiles[0])["out_sample"]
+    assert torch.equal(result, sample("128x128", 6))
+    assert arena.device.captures == 2  # type: ignore[attr-defined]
+    assert next(context.memory for context in trt.plan.contexts if context.enqueued) != old
+
+
+def test_a_capture_that_failed_is_tried_again(toy_manifest: Manifest, tmp_path: Path) -> None:
+    loaded, _, arena, engine = make(toy_manifest, tmp_path)
+    arena.device.fails_to_capture = True  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="while the stream is capturing"):
+        loaded.run({"sample": sample("128x128")}, engine.profiles[0])
+    arena.device.fails_to_capture = False  # type: ignore[attr-defined]
+    for value in (1, 3):
+        result = loaded.run({"sample": sample("128x128", value)}, engine.profiles[0])["out_sample"]
+        assert torch.equal(result, sample("128x128", 2 * value))
+    assert arena.device.captures == 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "layout, asked, strategy", [("ranged", None, "eager"), ("shared", None, "none"), ("ranged", "lazy", "lazy")]
+)
+def test_rtx_settings_follow_the_layout(
+    toy_manifest: Manifest, tmp_path: Path, layout: str, asked: str | None, strategy: str
+) -> None:
+    loaded, trt, _, engine = make(toy_manifest, tmp_path, "tensorrt-rtx", layout, specialization=asked)
+    config = trt.plan.configs[0]
+    assert all(context.specialization == "none" for context in trt.plan.contexts), "measuring shapes compiles nothing"
+    loaded.run({"sample": sample("128x128")}, engine.profiles[0])
+    assert trt.plan.contexts[-1].specialization == strategy
+    assert config.dynamic_shapes_kernel_specialization_strategy == strategy
+    assert config.cuda_graph_strategy == "whole" and config.allocation == "user" and config.has_cache
+
+
+def test_header_is_judged_before_the_plan_is_deserialised(toy_manifest: Manifest, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot run here: version mismatch, old cuda driver; mend it"):
+        make(toy_manifest, tmp_path, "tensorrt-rtx", header_reasons=5)
+    with pytest.raises(UserError, match="cannot run here: old cuda driver; update the NVIDIA driver"):
+        make(toy_manifest, tmp_path, "tensorrt-rtx", header_reasons=4)
+
+
+def test_a_full_gpu_is_an_out_of_memory_error_as_torch_has_it(
+    toy_manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the header, by the whole plan, and by a context for another size; a plan that is refused with room left is not."""
+    with pytest.raises(torch.OutOfMemoryError, match="finds too little memory free"):
+        make(toy_manifest, tmp_path, "tensorrt-rtx", header_reasons=8)
+    with pytest.raises(UserError, match="its own message stands above; mend it"):
+        make(toy_manifest, tmp_path, refuses=True)
+    loaded, trt, arena, engine = make(toy_manifest, tmp_path)
+    trt.plan.is_full = True
+
+    def give_back() -> int:
+        trt.plan.is_full = False
+        return 1 << 30
+
+    with monkeypatch.context() as patch:  # what torch held in reserve was enough
+        patch.setattr(arena.device, "free_bytes", give_back)
+        loaded.run({"sample": sample("96x224")}, engine.profiles[0])
+    trt.plan.is_full = True
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"gave unet no execution context with 1\.1 GB of the GPU's memory"
+    ):
+        loaded.run({"sample": sample("128x128")}, engine.profiles[0])
+    monkeypatch.setattr(FakeDevice, "free_bytes", lambda self: len(b"plan") - 1)
+    with pytest.raises(torch.OutOfMemoryError, match=r"takes 0\.0 GB of the GPU's memory, of which 0\.0 GB are free"):
+        make(toy_manifest, tmp_path, refuses=True)
+
+
+def test_a_doubtful_gpu_is_decided_by_deserialising(toy_manifest: Manifest, tmp_path: Path) -> None:
+    loaded, _, _, engine = make(toy_manifest, tmp_path, "tensorrt-rtx", header_reasons=2)
+    assert torch.equal(
+        loaded.run({"sample": sample("128x128")}, engine.profiles[0])["out_sample"], sample("128x128", 2)
+    )
+    with pytest.raises(UserError, match=r"refused unet/.* \(unsupported cc\); its own .* above; mend it"):
+        make(toy_manifest, tmp_path, "tensorrt-rtx", header_reasons=2, refuses=True)
+
+
+def test_contexts_go_before_the_settings_and_the_cache_they_use(toy_manifest: Manifest, tmp_path: Path) -> None:
+    """TensorRT-RTX does not keep either alive for a context; whichever went first would end the process."""
+    loaded, trt, _, engine = make(toy_manifest, tmp_path, "tensorrt-rtx")
+    trt.plan.lets_go = True
+    loaded.run({"sample": sample("128x128")}, engine.profiles[0])
+    (context,) = loaded._contexts.values()
+    gone: list[str] = []
+    for name, thing in (("context", context._context), ("settings", loaded._config), ("cache", loaded.cache._cache)):
+        weakref.finalize(thing, gone.append, name)
+    trt.plan.configs.clear()
+    del context, thing, loaded
+    gc.collect()
+    assert gone == ["context", "settings", "cache"]
+
+
+def test_runtime_cache_is_kept_and_a_damaged_one_ignored(tmp_path: Path) -> None:
+    first = RuntimeCache(tmp_path, "gpu", FakeCache())
+    first.save()
+    again = FakeCache()
+    RuntimeCache(tmp_path, "gpu", again)
+    assert again.loaded == b"compiled"
+    path = tmp_path / "gpu.kernels"
+    path.write_bytes(path.read_bytes()[:-1] + b"X")
+    damaged = FakeCache()
+    RuntimeCache(tmp_path, "gpu", damaged)
+    assert damaged.loaded is None
+
+
+def test_runtime_cache_in_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cache = RuntimeCache(tmp_path / "file", "gpu", FakeCache())
+    cache.save()
+
+
+def test_a_dropped_bundle_takes_its_kernels_along(tmp_path: Path) -> None:
+    cache = RuntimeCache(tmp_path, "gpu", FakeCache())
+    kernels = weakref.ref(cache._cache)
+    del cache
+    gc.collect()
+    assert kernels() is None, "the wish to save at exit must not hold them"
+
+
+def test_refit_exchanges_weights_and_keeps_contexts(
+    toy_manifest: Manifest, tmp_path: Path, other_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, trt, arena, engine = make(toy_manifest, tmp_path, built_with={"refit": True})
+    loaded.run({"sample": sample("128x128", 1)}, engine.profiles[0])
+    contexts = len(trt.plan.contexts)
+    monkeypatch.setitem(fake_tensorrt.WEIGHTS, "scale", 5.0)
+    weights = weights_for(engine, other_weights)
+    assert weights is not None and not weights.made(engine)
+    loaded.refit(weights)
+    result = loaded.run({"sample": sample("128x128", 1)}, engine.profiles[0])["out_sample"]
+    assert torch.equal(result, sample("128x128", 5)) and len(trt.plan.contexts) == contexts
+    assert arena.device.captures == 2, "a graph may hold the old weights"  # type: ignore[attr-defined]
+    assert arena.device.synchronized == 1, "the refitter may go only when its weights have come"  # type: ignore[attr-defined]
+    monkeypatch.setattr(FakeRefitter, "get_missing_weights", lambda self: ["conv.weight"])
+    with pytest.raises(UserError, match=r"does not fit .*\(without conv\.weight\): export the same architecture"):
+        loaded.refit(weights)
+
+
+@pytest.mark.parametrize(
+    "built_with, same, outcome",
+    [
+        ({}, True, 2.0),  # its own weights: nothing to do
+        ({}, False, "built without --refit and keeps its own"),
+        ({"refit": True}, False, 5.0),
+        ({"strip": True}, True, 5.0),
+        ({"strip": True}, False, "takes back only the weights it was built from"),
+        ({"strip": True, "refit": True}, False, 5.0),
+        ({"strip": True}, None, "a plan without weights: name the ONNX folder"),
+    ],
+)
+def test_weights_at_load(
+    toy_manifest: Manifest,
+    toy_onnx: Path,
+    other_weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    built_with: dict[str, bool],
+    same: bool | None,
+    outcome: float | str,
+) -> None:
+    """A plan without weights takes its own or, with --refit, any; other weights are never taken in silence."""
+    monkeypatch.setitem(fake_tensorrt.WEIGHTS, "scale", 5.0)
+    folder = {True: toy_onnx, False: other_weights, None: None}[same]
+    if isinstance(outcome, str):
+        with pytest.raises(UserError, match=outcome):
+            make(toy_manifest, tmp_path, built_with=built_with, weights=folder)
+        return
+    loaded, _, _, engine = make(toy_manifest, tmp_path, built_with=built_with, weights=folder)
+    assert torch.equal(
+        loaded.run({"sample": sample("128x128")}, engine.profiles[0])["out_sample"], sample("128x128", outcome)
+    )
