@@ -170,10 +170,9 @@ def plan(
         memory_gb: The GPU's memory in units of 1e9 bytes; if not given, that of the device at hand.
     """
     from distill.models.sources import peek_architecture
-    from distill.training.accelerator import COMPUTE_DTYPE
+    from distill.training.accelerator import COMPUTE_DTYPE, check_fsdp
     from distill.training.memory_plan import describe_plan, device_memory, plan_recipe
     from distill.training.recipes import find_recipe
-    from distill.training.sharding import check_fsdp
 
     if memory_gb is not None and not memory_gb > 0:
         raise UserError(f"--memory-gb is {memory_gb}; it must be above 0")

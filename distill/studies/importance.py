@@ -23,7 +23,7 @@ from distill.models.conditioning import call_unet
 from distill.models.depth import Depth
 from distill.models.module_map import ModuleMap, make_module_map
 from distill.models.sources import find_architecture_of, load_component
-from distill.training.checkpoints import alphas_cumprod_of
+from distill.training.step import alphas_cumprod_of
 
 
 @dataclass(frozen=True)

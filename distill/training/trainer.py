@@ -19,13 +19,14 @@ from distill.data.cache import LatentCache
 from distill.models.module_map import ModuleMap
 from distill.models.sources import check_successor, checkpoint_hash, find_architecture_of, load_component, resolve
 from distill.models.surgery import files_but_unet
-from distill.training.accelerator import COMPUTE_DTYPE, make_accelerator
-from distill.training.checkpoints import STATE_FORMAT, draw_validation, stage_folder, student_dtype
+from distill.training.accelerator import COMPUTE_DTYPE, check_fsdp, make_accelerator
 from distill.training.memory_plan import MemoryPlan, describe_plan, device_memory, plan_recipe
 from distill.training.options import TrainOptions
 from distill.training.recipes import Recipe, stage_modules
-from distill.training.sharding import check_fsdp
+from distill.training.samples import draw_samples
 from distill.training.stage import StageRun
+from distill.training.state import STATE_FORMAT
+from distill.training.student_folder import stage_folder, student_dtype
 
 
 def train(
@@ -131,9 +132,17 @@ def _train_stages(
         for number in range(done, len(recipe.stages)):
             if number and accelerator.is_main_process:
                 _draw_samples(stage_folder(recipe, number - 1, out), recipe)
-            folder = teachers[recipe.stages[number].teacher]
-            run_stage = StageRun(accelerator, recipe, number, folder, modules[number], latents, out, options)
-            previous = run_stage.run(previous)
+            stage = StageRun(
+                accelerator=accelerator,
+                recipe=recipe,
+                number=number,
+                teacher=teachers[recipe.stages[number].teacher],
+                modules=modules[number],
+                latents=latents,
+                out=out,
+                options=options,
+            )
+            previous = stage.run(previous)
             gc.collect()  # accelerate's wrappers hold the student in a cycle
             torch.cuda.empty_cache()
     if accelerator.is_main_process:
@@ -206,7 +215,7 @@ def _draw_samples(folder: Path, recipe: Recipe) -> None:
     path = folder / "samples.png"
     if recipe.validation_prompts and not path.exists():
         student = load_component(folder, "unet", student_dtype(folder))
-        draw_validation(student, folder, recipe.validation_prompts, path)
+        draw_samples(student, folder, recipe.validation_prompts, path)
 
 
 def _finish(out: Path, recipe: Recipe, run: dict[str, Any]) -> None:

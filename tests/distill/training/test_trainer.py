@@ -19,12 +19,13 @@ from distill.models.architectures import find_architecture
 from distill.models.families import MINI_FAMILY
 from distill.models.sources import check_successor, component_tensors, read_config, resolve
 from distill.models.surgery import make_student
-from distill.training.checkpoints import TrainingState, gather_student
+from distill.training.accelerator import check_fsdp, make_accelerator
+from distill.training.guard import DivergenceGuard
+from distill.training.objectives import Distill
 from distill.training.options import TrainOptions
-from distill.training.pair import Pair
-from distill.training.recipes import Level, LossWeights
-from distill.training.sharding import check_fsdp, check_no_other_fsdp
-from distill.training.step import DivergenceGuard
+from distill.training.state import TrainingState, gather_student
+from distill.training.step import Pair
+from distill.training.taps import Level
 from distill.training.trainer import train
 from tests.distill.small_runs import HALF, curve, short_recipe, small_recipe
 
@@ -41,7 +42,9 @@ def test_a_finished_student_is_a_pipeline_that_draws(finished: Path) -> None:
 def test_the_whole_recipe_is_in_the_checkpoint(finished: Path, mini_vega: Path) -> None:
     about = json.loads((finished / "slimxl.json").read_text())
     assert about["recipe"] == json.loads(json.dumps(small_recipe(str(mini_vega)).as_dict()))
-    assert about["layer_map"]["down_blocks.2.attentions.0"] == [0]
+    assert about["module_map"]["paths"]["down_blocks.2.attentions.0.transformer_blocks.0"].endswith(
+        ".0.transformer_blocks.0"
+    )
 
 
 def test_every_term_is_logged_by_name_and_they_sum_to_the_loss(finished: Path) -> None:
@@ -97,10 +100,10 @@ def test_what_fsdp_cannot_do_is_refused(options: dict[str, str], processes: int,
         check_fsdp(processes, **asked)
 
 
-def test_fsdp_by_accelerates_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsdp_by_accelerates_launcher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="give --fsdp"):
-        check_no_other_fsdp()
+        make_accelerator(TrainOptions(), tmp_path)
 
 
 def test_gradient_checkpointing_and_accumulation_change_no_loss(
@@ -140,7 +143,7 @@ def test_compiled_blocks_are_tapped_as_before(
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
     torch._dynamo.reset()
-    recipe = short_recipe(mini_vega, losses=LossWeights(level=level, normalize=True))
+    recipe = short_recipe(mini_vega, objective=Distill(level=level, normalize=True))
     for name, compile in (("plain", False), ("compiled", True)):
         options = TrainOptions(log_every=1, compile=compile)
         train(recipe, cache=cache, out=tmp_path / name, workdir=tmp_path, options=options)
