@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from io import BytesIO
 from itertools import accumulate
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from distill.common.errors import UserError
+from distill.common.files import sha256_file
 from distill.data.rows import CAPTION_COLUMNS, Found, Row, open_picture, printable, stamp
 from distill.data.samples import BadSample
 from distill.data.shards import open_shards
@@ -73,9 +74,10 @@ def open_metadata(files: Sequence[Path], folder: Path) -> Found:
     if "__index_level_0__" in table.features:
         raise UserError(f'{named} has lines of more values than columns; put captions with commas in "quotes"')
     rows = ArrowRows(table, str(named), root)
-    digest = hashlib.sha256()
-    for index in range(len(rows)):
-        digest.update(repr((rows.key(index), rows.caption(index), stamp(root / rows.key(index)))).encode())
+    digest = hashlib.sha256("".join(map(sha256_file, files)).encode())
+    for part in rows.table.iter(batch_size=1000):
+        for stored in part[rows.picture]:
+            digest.update(repr(stored and (rows.name(stored), stamp(Path(stored["path"])))).encode())
     return Found(rows, ["metadata", digest.hexdigest()])
 
 
@@ -115,23 +117,20 @@ class ArrowRows:
         wanted = table.select_columns([self.picture, self.column])  # another column may not even be readable
         if isinstance(table.features[self.picture], _library().Image):
             wanted = wanted.cast_column(self.picture, _library().Image(decode=False))
-        self.table, self.folder = wanted, folder
+        self.table: Any = wanted
+        self.folder = folder
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def key(self, index: int) -> str:
-        """The file's name from the folder on, or the number of the row."""
-        if self.folder is None:
-            return f"row {index}"
-        return printable(Path(self.table[index][self.picture]["path"]).relative_to(self.folder).as_posix())
-
-    def caption(self, index: int) -> str:
-        return _caption(self.table[index][self.column])
+    def name(self, stored: Mapping[str, Any]) -> str:
+        """Of a picture's file, from the folder on."""
+        return printable(Path(stored["path"]).relative_to(str(self.folder)).as_posix())
 
     def __getitem__(self, index: int) -> Row:
         row = self.table[index]
-        return Row(self.key(index), partial(_open, row[self.picture]), partial(_caption, row[self.column]))
+        key = self.name(row[self.picture]) if self.folder and row[self.picture] else f"row {index}"
+        return Row(key, partial(_open, key, row[self.picture]), partial(_caption, row[self.column]))
 
 
 class ParquetRows:
@@ -174,7 +173,8 @@ class ParquetRows:
         with self.lock:  # so that no two threads read the same group
             table = self.group(number)
         picture, caption = (table[column][index - self.starts[number]].as_py() for column in self.columns)
-        return Row(f"row {index}", partial(_open, picture), partial(_caption, caption))
+        key = f"row {index}"
+        return Row(key, partial(_open, key, picture), partial(_caption, caption))
 
 
 def find_columns(features: Any, place: str) -> tuple[str, str]:
@@ -235,14 +235,14 @@ def _stamps(files: Sequence[Path]) -> list[Any]:
     return [(file.name, stamp(file)) for file in files]
 
 
-def _open(stored: Any) -> Image.Image:
+def _open(key: str, stored: Any) -> Image.Image:
     """A picture as a table holds it: its bytes, or {bytes, path}."""
     data = stored["bytes"] if isinstance(stored, dict) else stored
     if data:
         return open_picture(BytesIO(data))
     if stored and stored.get("path"):
         return open_picture(Path(stored["path"]))
-    raise BadSample("no picture")
+    raise BadSample(f"{key}: no picture")
 
 
 def _caption(stored: Any) -> str:

@@ -173,9 +173,9 @@ def test_whatever_is_wrong_with_a_picture_makes_it_a_bad_sample_with_its_name(tm
 
 
 def test_rows_of_metadata_without_a_picture_or_caption_are_bad_samples(tmp_path: Path) -> None:
-    _metadata(_lines("text", "a", None, "c"))(tmp_path)
+    _metadata(_lines("text", "a", None, "c") + '{"text": "d"}\n')(tmp_path)
     source = opened(tmp_path)
-    for index, reason in enumerate(["1.png: empty caption", r"2.png: FileNotFoundError"], 1):
+    for index, reason in enumerate(["1.png: empty caption", "2.png: FileNotFoundError", "row 3: no picture"], 1):
         with pytest.raises(BadSample, match=reason):
             source.read(index)
 
