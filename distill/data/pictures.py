@@ -21,7 +21,7 @@ from distill.data.samples import BadSample, Fitting, Sample, fit_to_bucket
 from distill.data.shapes import random_scene, render
 from distill.data.shards import find_shards, is_pattern_of_shards, open_shards
 from distill.data.tables import open_dataset
-from distill.models.architectures import Family
+from distill.models.families import Family
 
 MOST_SHAPES = 10**9
 

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from distill.common.errors import require_least
-from distill.models.architectures import Family, Resolution
+from distill.models.families import Family
+from distill.models.resolution import Resolution
 
 SmallPictures = Literal["upscale", "skip"]
 
@@ -59,11 +60,6 @@ class Sample:
     original_size: tuple[int, int]
     crop_top_left: tuple[int, int]
     flipped: bool
-
-    @property
-    def time_ids(self) -> tuple[int, ...]:
-        """(original height, width, crop top, left, target height, width)."""
-        return (*self.original_size, *self.crop_top_left, self.resolution.height, self.resolution.width)
 
 
 def nearest_bucket(width: int, height: int, family: Family) -> Resolution:

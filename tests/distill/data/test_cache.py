@@ -21,7 +21,9 @@ from distill.common.errors import UserError
 from distill.data.cache import FIELDS, LatentCache, encode, make_cache
 from distill.data.pictures import open_source
 from distill.data.samples import Fitting, Sample
-from distill.models.architectures import ARCHITECTURES, MINI_FAMILY, Resolution
+from distill.models.architectures import ARCHITECTURES
+from distill.models.families import MINI_FAMILY
+from distill.models.resolution import Resolution
 from distill.models.sources import load_component
 from tests.distill.pictures import save_picture
 

@@ -11,7 +11,7 @@ from distill.common.errors import UserError
 from distill.data.pictures import PictureSource, open_source
 from distill.data.rows import Found, Row
 from distill.data.samples import Fitting
-from distill.models.architectures import MINI_FAMILY
+from distill.models.families import MINI_FAMILY
 from tests.distill.pictures import save_picture
 
 

@@ -8,7 +8,8 @@ from PIL import Image
 
 from distill.common.errors import UserError
 from distill.data.samples import BadSample, Fitting, Sample, fit_to_bucket, in_eight_bits, nearest_bucket
-from distill.models.architectures import MINI_FAMILY, SDXL_FAMILY, Resolution
+from distill.models.families import MINI_FAMILY, SDXL_FAMILY
+from distill.models.resolution import Resolution
 
 
 def fitted(image: Image.Image, caption: str = "a", seed: int = 0, **fitting: object) -> Sample:
@@ -27,8 +28,7 @@ def test_micro_conditioning_is_of_the_sample(size: tuple[int, int]) -> None:
     sample = fitted(Image.new("RGB", size))
     bucket = sample.resolution
     assert sample.image.shape == (bucket.height, bucket.width, 3)
-    top, left = sample.crop_top_left
-    assert sample.time_ids == (size[1], size[0], top, left, bucket.height, bucket.width)
+    assert sample.original_size == (size[1], size[0])
 
 
 def test_the_crops_corner_is_of_the_picture_that_is_seen() -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from distill.common.errors import UserError
 from distill.data.pictures import PictureSource, open_source
 from distill.data.samples import BadSample
-from distill.models.architectures import MINI_FAMILY
+from distill.models.families import MINI_FAMILY
 from tests.distill.pictures import png
 
 pytestmark = pytest.mark.usefixtures("own_hub_cache")
