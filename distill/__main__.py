@@ -92,7 +92,7 @@ def cache(
     out: Path,
     seed: int = 0,
     batch: int = 4,
-    small_pictures: SmallPictures = "upscale",
+    small_pictures: SmallPictures | None = None,
     flip: bool = True,
     variants: int = 1,
     workdir: Workdir = WORKDIR,
@@ -105,7 +105,8 @@ def cache(
         out: The cache folder; an unfinished one there is continued.
         seed: Of crops, flips, the draws of the VAE, and the pictures of shapes:N.
         batch: Pictures encoded at once; at 1024x1024 each takes some GB of GPU memory.
-        small_pictures: Pictures smaller than their resolution are scaled up, which SDXL is told of, or skipped.
+        small_pictures: Scale up or skip pictures smaller than their resolution; if not given, scale them up for a UNet
+            that is told their original size (SDXL's), skip them for others.
         flip: Mirror half of the pictures, never one whose caption names a side or writing.
         variants: Samples made of each picture, each with its own crop, flip and draw of the VAE.
     """

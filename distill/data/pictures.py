@@ -9,6 +9,7 @@ hf:ORG/NAME       a Hugging Face dataset, its split `train`
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +49,9 @@ class PictureSource:
     """Pictures of files or tables, read one at a time by index: first one sample of each, then its other variants."""
 
     def __init__(self, found: Found, family: Family, seed: int, fitting: Fitting) -> None:
-        self.rows, self.notes, self.family, self.seed, self.fitting = found.rows, found.notes, family, seed, fitting
-        self.identity = [found.identity, fitting.as_dict()]
+        self.rows, self.notes, self.family, self.seed = found.rows, found.notes, family, seed
+        self.fitting = fitting.for_family(family)
+        self.identity = [found.identity, asdict(self.fitting)]
 
     def __len__(self) -> int:
         return len(self.rows) * self.fitting.variants

@@ -68,6 +68,8 @@ def read_caption(data: bytes, name: str, suffix: str = ".txt") -> str:
         raise BadSample(f"{name}: its caption is not in UTF-8; save it as UTF-8") from None
     if suffix == ".json":
         entry = json.loads(text)
+        if not isinstance(entry, dict):
+            raise BadSample(f"{name}: its .json is no object with a caption")
         return str(next((entry[column] for column in CAPTION_COLUMNS if entry.get(column)), ""))
     return text.strip()
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -30,10 +30,10 @@ class BadSample(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Fitting:
-    """How pictures become samples: what happens to those smaller than their bucket, whether they may be flipped, and
-    how many samples each gives."""
+    """How pictures become samples: what happens to those smaller than their bucket (None: as the family does), whether
+    they may be flipped, and how many samples each gives."""
 
-    small_pictures: SmallPictures = "upscale"
+    small_pictures: SmallPictures | None = None
     flip: bool = True
     variants: int = 1
 
@@ -41,8 +41,11 @@ class Fitting:
         """Raises UserError for fewer than one sample a picture."""
         require_least(1, variants=self.variants)
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    def for_family(self, family: Family) -> Fitting:
+        """None made plain: a UNet that is told a picture's original size learns blur as a property of small ones; one
+        that is not would learn it as its own style."""
+        usual: SmallPictures = "upscale" if family.conditioning.takes_sizes else "skip"
+        return replace(self, small_pictures=self.small_pictures or usual)
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def fit_to_bucket(
     width, height = image.size
     bucket = nearest_bucket(width, height, family)
     scale = max(bucket.width / width, bucket.height / height)
-    if scale > 1 and fitting.small_pictures == "skip":
+    if scale > 1 and fitting.for_family(family).small_pictures == "skip":
         raise BadSample(f"{key}: {width}x{height} is smaller than its bucket {bucket}")
     if scale > family.vae_scale_factor:
         raise BadSample(f"{key}: {width}x{height} has fewer pixels than the latent of its bucket {bucket} has places")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 
 from distill.common.errors import UserError
 from distill.data.samples import BadSample, Fitting, Sample, fit_to_bucket, in_eight_bits, nearest_bucket
+from distill.models.conditioning import SD
 from distill.models.families import MINI_FAMILY, SDXL_FAMILY
 from distill.models.resolution import Resolution
 
@@ -90,6 +92,13 @@ def test_deep_greys_keep_their_levels_and_what_is_transparent_is_white() -> None
 def test_too_small_and_captionless_pictures_are_bad_samples(size, caption, small_pictures, message: str) -> None:
     with pytest.raises(BadSample, match=f"x: {message}"):
         fitted(Image.new("RGB", size), caption, small_pictures=small_pictures)
+
+
+def test_small_pictures_are_scaled_up_where_the_unet_is_told_their_size() -> None:
+    assert Fitting().for_family(MINI_FAMILY).small_pictures == "upscale"
+    untold = replace(MINI_FAMILY, conditioning=SD)
+    assert Fitting().for_family(untold).small_pictures == "skip"
+    assert Fitting(small_pictures="upscale").for_family(untold).small_pictures == "upscale"
 
 
 @pytest.mark.parametrize("variants", [0, -1, float("nan")])

@@ -76,7 +76,7 @@ def test_a_bad_sample_of_a_shard_is_named(tmp_path: Path) -> None:
     files = [("torn.jpg", TORN), ("torn.txt", b"a"), ("mute.png", PNG), ("blind.txt", b"a"), ("odd.png", PNG)]
     save_tar(tmp_path / "data.tar", [*files, ("odd.txt", latin), ("list.png", PNG), ("list.json", b"[1]")])
     source = opened(tmp_path / "data.tar")
-    reasons = {"torn": "identify", "mute": "empty caption", "blind": "no picture", "odd": "UTF-8", "list": ""}
+    reasons = {"torn": "identify", "mute": "empty caption", "blind": "no picture", "odd": "UTF-8", "list": "no object"}
     for index, (key, reason) in enumerate(reasons.items()):
         with pytest.raises(BadSample, match=rf"data.tar/{key}: .*{reason}"):
             source.read(index)
