@@ -130,7 +130,8 @@ def make_cache(
     ranges = [range(i, min(i + SAMPLES_PER_SHARD, len(source))) for i in range(0, len(source), SAMPLES_PER_SHARD)]
     key = cache_key(checkpoint, data, source.identity, seed) | {"shards": len(ranges)}
     stated = out / "cache.json"
-    if stated.exists() and read_json(stated) | {"data": data} != key:  # the same data may be spelled otherwise
+    held = read_json(stated) if stated.exists() else key
+    if not isinstance(held, dict) or held | {"data": data} != key:  # the same data may be spelled otherwise
         raise UserError(
             f"{out} is a cache of other data (or of the same before it was changed), another seed, other "
             "options, or another VAE or text encoder; choose another --out or remove it"
