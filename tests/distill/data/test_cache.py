@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 from distill.common.errors import UserError
 from distill.data.cache import UNCONDITIONAL, LatentCache, encode, make_cache
-from distill.data.pictures import Sample, open_source
+from distill.data.pictures import open_source
+from distill.data.samples import Fitting, Sample
 from distill.models.architectures import ARCHITECTURES
 from distill.models.conditioning import Conditioning
 from distill.models.families import MINI_FAMILY
@@ -49,7 +50,7 @@ def test_bad_samples_are_skipped_and_named(mini_vega: Path, tmp_path: Path, caps
     for i in range(9):
         save_picture(tmp_path / "data", f"good{i}", (150, 150), "a thing")
     save_picture(tmp_path / "data", "tiny", (20, 20), "too small")
-    make_cache(mini_vega, str(tmp_path / "data"), tmp_path / "cache")
+    make_cache(mini_vega, str(tmp_path / "data"), tmp_path / "cache", fitting=Fitting(small_pictures="skip"))
     with safe_open(tmp_path / "cache" / "shard-000000.safetensors", "pt") as shard:
         about = json.loads(shard.metadata()["slimxl"])
     assert about["skipped"] == ["tiny.png: 20x20 is smaller than its bucket 128x128"]
@@ -57,10 +58,31 @@ def test_bad_samples_are_skipped_and_named(mini_vega: Path, tmp_path: Path, caps
     assert len(LatentCache(tmp_path / "cache", batch_size=3, seed=0)) == 9
 
 
+def test_what_is_left_out_is_told_once(mini_vega: Path, tmp_path: Path, capsys) -> None:
+    for i in range(3):
+        save_picture(tmp_path / "data", f"p{i}", (150, 150), "a thing" * (1 + 40 * i))
+    (tmp_path / "data" / "p.heic").write_bytes(b"")
+    make_cache(mini_vega, str(tmp_path / "data"), tmp_path / "cache", fitting=Fitting(variants=2))
+    told = capsys.readouterr().out
+    assert "4 of the captions are longer than the 32 tokens that the text encoders take" in told
+    assert "left out, in formats that are not read: 1 .heic" in told
+    assert len(LatentCache(tmp_path / "cache", batch_size=3, seed=0)) == 6
+
+
+def test_the_spelling_of_data_is_no_part_of_the_key(mini_vega: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    save_picture(tmp_path / "data", "a", (150, 150), "a thing")
+    monkeypatch.chdir(tmp_path)
+    for spelling in ("data", "./data/", str(tmp_path / "data")):
+        make_cache(mini_vega, spelling, tmp_path / "cache")
+    assert capsys.readouterr().out.count("is finished, nothing is to do") == 2
+    with pytest.raises(UserError, match="other options"):
+        make_cache(mini_vega, "data", tmp_path / "cache", fitting=Fitting(flip=False))
+
+
 def test_too_many_bad_samples_stop_the_run(mini_vega: Path, tmp_path: Path) -> None:
     for i in range(4):
-        save_picture(tmp_path / "data", f"p{i}", (150, 150) if i else (20, 20), "a thing")
-    with pytest.raises(UserError, match=r"1 of the first 1 samples are bad: p0\.png: 20x20 is smaller"):
+        save_picture(tmp_path / "data", f"p{i}", (150, 150) if i else (12, 12), "a thing")
+    with pytest.raises(UserError, match=r"1 of the first 1 samples are bad: p0\.png: 12x12 has fewer pixels"):
         make_cache(mini_vega, str(tmp_path / "data"), tmp_path / "cache")
 
 
