@@ -86,7 +86,7 @@ def test_a_killed_load_test_ends_its_clients(tmp_path: Path) -> None:
     script = tmp_path / "client.py"
     script.write_text('import json, os, time; print(json.dumps({"pid": os.getpid()}), flush=True); time.sleep(60)')
     code = (
-        "import sys; from pathlib import Path; from engines import triton_load; triton_load.CLIENT = Path(sys.argv[1])\n"
+        "import sys; from pathlib import Path; from engines.serving import triton_load; triton_load.CLIENT = Path(sys.argv[1])\n"
         "for event in triton_load.run_client(sys.executable, {}): print(event['pid'], flush=True)"
     )
     with subprocess.Popen([sys.executable, "-c", code, script], stdout=subprocess.PIPE, text=True, cwd=ROOT) as load:

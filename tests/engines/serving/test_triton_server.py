@@ -187,7 +187,7 @@ def test_serving_as_a_user_does_and_draining(environment: Environment, toy_bundl
     ready = serving.stdout.readline()
     assert f"ready: HTTP http://127.0.0.1:{address.http_port}/v2/models/slimxl" in ready, ready
     command = [str(environment.python), str(CLIENT), str(address.http_port), str(address.grpc_port)]
-    paths = os.environ | {"PYTHONPATH": str(ROOT / "engines")}
+    paths = os.environ | {"PYTHONPATH": str(ROOT / "engines/serving")}
     pipe = subprocess.PIPE
     client = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=paths)
     assert client.stdin and client.stdout and client.stderr
