@@ -16,6 +16,8 @@ from distill.models.architectures import Resolution
 
 Config = Mapping[str, Any]
 FLOAT_DTYPES = {"fp16": "float16", "fp32": "float32"}
+PIPELINE_PARTS = ("tokenizer", "tokenizer_2", "scheduler")
+"""Folders of a pipeline that are no networks; diffusers and transformers read each as a whole."""
 
 
 @dataclass(frozen=True)

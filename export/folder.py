@@ -31,7 +31,7 @@ from distill.common.files import (
 from distill.models.sources import WORKDIR, file_hashes, find_architecture_of, read_config
 from distill.models.tensors import component_tensors
 from export.checkpoint import VAE_SOURCES, prepare
-from export.components import COMPONENTS, FLOAT_DTYPES, vae_scale_factor
+from export.components import COMPONENTS, FLOAT_DTYPES, PIPELINE_PARTS, vae_scale_factor
 from export.job import (
     CHECK_BELOW_BYTES,
     SCHEMA,
@@ -42,8 +42,6 @@ from export.job import (
     make_job,
     weights_hashes,
 )
-
-PIPELINE_PARTS = ("tokenizer", "tokenizer_2", "scheduler")
 
 
 def _read_finished(folder: Path, key: str) -> dict[str, Any] | None:
