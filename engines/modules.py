@@ -11,8 +11,8 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from distill.common.errors import UserError
+from distill.models.families import vae_scale_factor
 from engines.component import EngineComponent
-from export.components import vae_scale_factor
 
 
 def _is_same(asked: torch.device, device: torch.device) -> bool:

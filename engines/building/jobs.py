@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 from distill.common.errors import UserError
 from distill.common.files import sha256_json
-from distill.models.architectures import Resolution
+from distill.models.resolution import Resolution
 from engines.building.layouts import DEFAULT_LAYOUTS, UNSIZED, make_profiles
 from engines.building.options import parse_resolutions
 from engines.bundle import Guidance, Layout, Options, Profile

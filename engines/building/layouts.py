@@ -17,7 +17,7 @@ the batch a range.
 from __future__ import annotations
 
 from distill.common.errors import UserError
-from distill.models.architectures import Resolution
+from distill.models.resolution import Resolution
 from engines.bundle import Guidance, Layout, Profile, ShapeRange
 from engines.onnx_folder import OnnxComponent
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distill.common.errors import UserError
-from distill.models.architectures import Resolution
+from distill.models.resolution import Resolution
 from engines.bundle import Options
 from engines.gpus import gpu_at_hand
 

@@ -27,7 +27,7 @@ import psutil
 
 from distill.common.errors import UserError
 from distill.common.files import require_writable_file, write_json
-from distill.models.architectures import Resolution
+from distill.models.resolution import Resolution
 from engines.memory import MemoryWatch
 from engines.serving.environment import make_client_environment
 from engines.serving.load_file import (

@@ -3,7 +3,7 @@ import pytest
 from bench.measure.measure import Cell, Sample
 from bench.measure.workload import Workload
 from bench.summary import stage_medians, summarise
-from distill.models.architectures import Resolution
+from distill.models.resolution import Resolution
 
 
 def test_stages_sum_to_the_total_and_hide_nothing():
