@@ -1,7 +1,7 @@
-"""Reads the ONNX folder that export left: which components are there, what goes in and out, and their hashes.
+"""Reads the ONNX folder that export wrote: its components, their inputs and outputs, and their hashes.
 
-A component is one graph for every size, or (`--resolutions all`, `WxH,...`) a static graph for each, over one file of
-weights.
+A component has one graph for all sizes, or (`export onnx --resolutions all` or `WxH,...`) a static graph for each size;
+all its graphs share one file of weights.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from distill.common.errors import UserError
 from distill.common.files import read_json, sha256_file
 from distill.models.conditioning import TensorSpec
 from distill.models.resolution import Resolution
-from engines.bundle import PIPELINE_PARTS, Engine, TensorInfo
-from export.components import COMPONENTS
+from engines.bundle import Engine, TensorInfo
+from export.components import COMPONENTS, PIPELINE_PARTS
 
 BUILD_ORDER = ("unet", "vae_decoder", "text_encoder", "text_encoder_2", "vae_encoder")
 
@@ -37,7 +37,7 @@ def _sha256(path: Path) -> str:
 
 @cache
 def _sha256_once(path: Path, mtime_ns: int, size_bytes: int) -> str:
-    """As long as the file is the same: nine graphs and every engine refitted stand over one file of weights."""
+    """Cached while the file is the same: nine static graphs share one large file of weights."""
     return sha256_file(path)
 
 
@@ -118,22 +118,22 @@ class OnnxComponent:
 
     @property
     def current_sha256(self) -> set[str]:
-        """Of every graph of the component: an engine made from another one is out of date."""
+        """The hashes of all graphs of the component. An engine built from any other graph is out of date."""
         return {_sha256(self.folder / graph) for graph in {"model.onnx", *self.static_graphs.values()}}
 
     @property
     def weights_sha256(self) -> str | None:
-        """None where the weights stand inside model.onnx."""
+        """None where the weights are inside model.onnx."""
         data = self.files[1:]
         return _sha256(data[0]) if data else None
 
-    def made(self, engine: Engine) -> bool:
-        """Whether the engine was built from these very weights and this graph."""
+    def is_source_of(self, engine: Engine) -> bool:
+        """Whether the engine was built from this graph and these weights."""
         return (self.onnx_sha256, self.weights_sha256) == (engine.onnx_sha256, engine.weights_sha256)
 
     @cached_property
     def needed_outputs(self) -> list[TensorInfo]:
-        """Those that a sampler reads: SDXL wants the penultimate hidden state of both text encoders and the pooled
+        """The outputs that a sampler reads. SDXL reads the penultimate hidden state of both text encoders and the pooled
         embedding of the second only (arXiv 2307.01952, section 2.1)."""
         if not self.name.startswith("text_encoder"):
             return self.outputs
@@ -148,7 +148,7 @@ class OnnxComponent:
 
 
 def weights_for(engine: Engine, root: Path) -> OnnxComponent | None:
-    """What the ONNX folder holds for this engine to be refitted from; None where it lacks the component."""
+    """The ONNX folder's component that the engine can be refitted from; None where the folder lacks it."""
     component = OnnxComponent(engine.component, root / engine.component, {}).at(Resolution.parse(engine.resolutions[0]))
     return component if component.model.is_file() else None
 

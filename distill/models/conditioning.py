@@ -89,6 +89,11 @@ class Conditioning:
             return {name: value * 0 for name, value in encoded.items()}
         return encoded
 
+    @property
+    def takes_sizes(self) -> bool:
+        """Whether the UNet is told a picture's original size and crop."""
+        return self.pooled_from is not None
+
     def size_inputs(
         self,
         original_sizes: Sequence[tuple[int, int]],
@@ -99,7 +104,7 @@ class Conditioning:
         height, width), or none. Sizes and corners are (height, width) and (top, left) in pixels."""
         import torch
 
-        if self.pooled_from is None:
+        if not self.takes_sizes:
             return {}
         rows = zip(original_sizes, crops_top_left, resolutions, strict=True)
         numbers = [(*original, *crop, target.height, target.width) for original, crop, target in rows]
