@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.common.errors import UserError, unknown
-from distill.common.files import exclusive, read_json, remove_leftovers, replacing, sha256_file, sha256_json, write_json
+from distill.common.files import (
+    exclusive,
+    read_json,
+    remove_leftovers,
+    replacing,
+    sha256_file,
+    sha256_file_once,
+    sha256_json,
+    write_json,
+)
 from distill.common.hub import NO_SAFETENSORS, explaining_hub
 from distill.models.architectures import ARCHITECTURES, Architecture, architecture_at, find_architecture
 from distill.models.conditioning import Conditioning, conditioning_of
@@ -115,7 +124,7 @@ def check_successor(first: Path, teacher: Path) -> None:
 def file_hashes(folder: Path, components: Collection[str] | None = None) -> dict[str, str]:
     """sha256 of every config and weights file of its networks, or of some, by its path inside the checkpoint."""
     return {
-        f"{component}/{path.name}": sha256_file(path)
+        f"{component}/{path.name}": sha256_file_once(path)
         for component in (network_folders(folder) if components is None else components)
         for path in [folder / component / "config.json", *component_weights(folder / component)]
     }

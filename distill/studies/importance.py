@@ -111,8 +111,8 @@ def report_importance(checkpoint: Path, cache: Path, student: str, out: Path, *,
     modules = make_module_map("first", depth, target.depth)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     latents = LatentCache(cache, batch_size=samples, seed=0)
-    if told := latents.check_teacher(checkpoint):
-        say(told)
+    if others := latents.check_teacher(checkpoint):
+        say(f"warning: the cache was made with other files of {', '.join(others)} than {checkpoint} has")
     batch = latents.batch(0)
     unet = load_component(checkpoint, "unet", torch.float32).to(device)
     levels = [round((i + 0.5) * 1000 / timesteps) for i in range(timesteps)]

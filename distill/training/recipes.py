@@ -39,7 +39,8 @@ JUGGERNAUT_XL = "RunDiffusion/Juggernaut-XL-v9"
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One run of the training loop: `student` says what is trained, `objective` what it is taught by the `teacher`;
-    `learning_rate` is the highest that `schedule` reaches."""
+    `learning_rate` is the highest that `schedule` reaches. `cache` is a latent cache of its own, where the teacher has
+    another VAE or other text encoders than the run's cache was made with."""
 
     __pydantic_config__ = STRICT
     name: Name
@@ -49,6 +50,7 @@ class Stage:
     objective: Objective = field(default_factory=Distill)
     learning_rate: PositiveFloat = 1e-5
     schedule: Schedule = field(default_factory=Schedule)
+    cache: str | None = None
 
     def learning_rate_at(self, step: int) -> float:
         return self.learning_rate * self.schedule.factor(step, self.steps)
@@ -213,6 +215,8 @@ def find_recipe(name: str, *, student: str | None = None, layer_map: str | Layer
         if changes:
             raise UserError(f"{name} says its own {' and '.join(changes)}: change it there")
         recipe = read_recipe(Path(name))
+        for stage in recipe.stages:  # its layer maps are checked when its teacher is at hand
+            find_architecture(stage.student.architecture)
     elif name in RECIPES:
         recipe = RECIPES[name](**changes)
         stage_modules(recipe, peek_architecture(recipe.stages[0].teacher))

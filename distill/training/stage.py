@@ -34,12 +34,14 @@ from distill.training.student_folder import save_student, stage_folder, stage_ti
 @dataclass(frozen=True, kw_only=True)
 class StageRun:
     """Stage `number`, from 0, of a recipe trained into `out`: made ready, gone on with, and left as a pipeline folder.
-    `teacher` is the teacher's folder, `modules` what the student is made from."""
+    `teacher` is the folder of the teacher, `pipeline` that of the VAE and text encoders that `latents` was made with, which
+    the student is drawn and shipped with; `modules` says what the student is made from."""
 
     accelerator: Accelerator
     recipe: Recipe
     number: int
     teacher: Path
+    pipeline: Path
     modules: ModuleMap
     latents: LatentCache
     out: Path
@@ -55,7 +57,7 @@ class StageRun:
         student = gather_student(state)
         folder = stage_folder(self.recipe, self.number, self.out)
         if student is not None and self.accelerator.is_main_process:
-            save_student(student, self.teacher, folder, self.modules, self.recipe, self.number)
+            save_student(student, self.pipeline, folder, self.modules, self.recipe, self.number)
             for old in [self.out / "state", *folder.parent.iterdir()]:
                 if old != folder:
                     shutil.rmtree(old, ignore_errors=True)
@@ -141,7 +143,7 @@ class StageRun:
         student = gather_student(state)
         if student is not None and self.accelerator.is_main_process:
             path = self.out / "samples" / f"{stage_title(self.recipe, self.number)}-{done:07d}.png"
-            draw_samples(student, self.teacher, self.recipe.validation_prompts, path)
+            draw_samples(student, self.pipeline, self.recipe.validation_prompts, path)
         del student
         torch.cuda.empty_cache()  # of the picture's own nets
         self.accelerator.wait_for_everyone()
@@ -169,6 +171,6 @@ class StageRun:
         line = {"stage": f"{self.number + 1}-{stage.name}", "step": done, "seconds": round(seconds, 3)}
         with (self.out / "losses.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(line | curves | {"terms": terms}) + "\n")
-        if self.options.tensorboard:
+        if self.options.report_to:
             before = sum(stage.steps for stage in self.recipe.stages[: self.number])
             self.accelerator.log(curves | terms, step=before + done)

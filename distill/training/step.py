@@ -117,6 +117,8 @@ class Pair:
             self._compile_blocks()
         if options.fsdp:
             shard(student)
+        if accelerator.scaler:  # fp16's loss scale begins anew with each student
+            accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
         self.model: Any = student if options.fsdp else accelerator.prepare(student)
         self.optimizer: Any = accelerator.prepare(make_optimizer(options.optimizer, student, recipe.weight_decay))
 

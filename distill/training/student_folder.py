@@ -7,11 +7,14 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from distill.common.files import replacing, write_json
+from distill.common.files import read_json, replacing, write_json
 from distill.models.module_map import ModuleMap
 from distill.models.sources import read_config
 from distill.models.surgery import copy_all_but_unet
 from distill.training.recipes import Recipe
+
+LOCAL_PATHS = {"_name_or_path", "name_or_path"}
+"""Under which diffusers and transformers note the folder that a network was loaded from."""
 
 
 def stage_folder(recipe: Recipe, number: int, out: Path) -> Path:
@@ -30,12 +33,17 @@ def student_dtype(teacher_folder: Path) -> torch.dtype:
 
 
 def save_student(
-    student: UNet2DConditionModel, teacher_folder: Path, folder: Path, modules: ModuleMap, recipe: Recipe, number: int
+    student: UNet2DConditionModel, pipeline: Path, folder: Path, modules: ModuleMap, recipe: Recipe, number: int
 ) -> None:
-    """Writes a whole pipeline folder or none: the student's UNet, everything else as the teacher has it."""
+    """Writes a whole pipeline folder or none: the student's UNet, everything else as in the folder `pipeline`. It depends
+    on nothing but these: no config says where it was made."""
     with replacing(folder) as temporary:
-        copy_all_but_unet(teacher_folder, temporary)
-        student.to(student_dtype(teacher_folder)).save_pretrained(temporary / "unet", safe_serialization=True)
+        copy_all_but_unet(pipeline, temporary)
+        student.to(student_dtype(pipeline)).save_pretrained(temporary / "unet", safe_serialization=True)
+        for path in temporary.rglob("*.json"):
+            stated = read_json(path)
+            if isinstance(stated, dict) and stated.keys() & LOCAL_PATHS:
+                write_json(path, {key: value for key, value in stated.items() if key not in LOCAL_PATHS})
         write_json(
             temporary / "slimxl.json",
             {

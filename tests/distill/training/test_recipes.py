@@ -10,6 +10,7 @@ from distill.common.errors import UserError
 from distill.models.architectures import ARCHITECTURES, SDXL_DEPTH, SSD_1B_DEPTH, find_architecture
 from distill.models.module_map import make_module_map
 from distill.training.recipes import RECIPES, find_recipe, stage_modules
+from distill.training.student import Pruned
 
 SHALLOW = "-/1,1/3,3:3:3,3,3/1,1,1/-"  # keeps three blocks of the middle
 INDICES = {"down_blocks.2.attentions.0": (0, 4, 9), "mid_block.attentions.0": (1, 2, 3)}
@@ -61,7 +62,7 @@ def test_what_stays_as_deep_keeps_the_blocks_it_has() -> None:
         ({"student": "-/2,2:0:1"}, "depth -/2,2:0:1: each level has one layer more"),
         ({"student": "-/2,2/11,11:0:1,1,1/1,1,1/-", "layer_map": "first"}, "its teacher only 10"),
         ({"layer_map": "last"}, "unknown layer map 'last'"),
-        ({"layer_map": {"down_blocks.2.attentions.0": (0, 1, 1, 2)}}, "4 rising indices below 10"),
+        ({"layer_map": {"down_blocks.2.attentions.0": (0, 1, 1, 2)}}, "rising indices below 10"),
         ({"layer_map": {"down_blocks.0.attentions.0": (0,)}}, "unknown module of the student in the layer map"),
         ({"student": SHALLOW, "layer_map": "similarity"}, "knows no way from 10 blocks to 3"),
     ],
@@ -103,6 +104,13 @@ def test_a_recipe_printed_and_read_is_the_same_recipe(
             {"stages/objective/level": "blocks"},
             "stages.0.objective.level: input should be 'block', 'sub-block', 'layer' or",
         ),
+        ({"stages/learning_rate": float("nan")}, "stages.0.learning_rate: input should be a finite number"),
+        ({"stages/learning_rate": float("inf")}, "stages.0.learning_rate: input should be a finite number"),
+        ({"max_grad_norm": float("inf")}, "no recipe: max_grad_norm: input should be a finite number"),
+        ({"stages/schedule/floor": 1.5}, "stages.0.schedule.floor: input should be less than or equal to 1"),
+        ({"stages/student/kind": "lora"}, "stages.0.student: input tag 'lora'"),
+        ({"stages/objective/kind": "lcm"}, "stages.0.objective.kind: input should be 'distill'"),
+        ({"stages/student": 3}, "stages.0.student.pruned: input should be an object"),
         ({"stages/steps": 1.5}, "stages.0.steps: input should be a valid integer"),
         (
             {"stages/objective/task": 0, "stages/objective/output": 0},
@@ -128,7 +136,7 @@ def test_a_faulty_recipe_file_is_one_line(change: dict, message: str, tmp_path: 
     file = tmp_path / "mine.json"
     file.write_text(json.dumps(recipe))
     with pytest.raises(UserError, match=message):
-        find_recipe(str(file))
+        stage_modules(find_recipe(str(file)), ARCHITECTURES["sdxl"])
 
 
 def test_what_is_no_recipe_file(tmp_path: Path) -> None:
@@ -145,3 +153,10 @@ def test_what_is_no_recipe_file(tmp_path: Path) -> None:
         find_recipe(str(file), student="vega", layer_map="first")
     with pytest.raises(UserError, match=r"unknown recipe 'vegan': known are FILE\.json, mini.*did you mean 'vega'"):
         find_recipe("vegan")
+
+
+def test_a_student_may_be_named_by_its_architecture_alone(tmp_path: Path) -> None:
+    stated = json.loads(json.dumps(find_recipe("ssd-1b").as_dict()))
+    stated["stages"][-1]["student"] = "vega"
+    (tmp_path / "mine.json").write_text(json.dumps(stated))
+    assert find_recipe(str(tmp_path / "mine.json")).stages[-1].student == Pruned(architecture="vega")
