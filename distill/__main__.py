@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from distill.common.errors import UserError, exit_on_user_error
+from distill.common.errors import UserError, exit_on_user_error, require_above, require_least
 from distill.data.samples import SmallPictures
 from distill.models.sources import WORKDIR
 from distill.training.options import Accumulation, BenchOptions, Fsdp, Optimizer, Precision, TrainOptions, Workdir
@@ -191,8 +191,9 @@ def plan(
     from distill.training.memory_plan import describe_plan, device_memory, plan_recipe
     from distill.training.recipes import find_recipe
 
-    if memory_gb is not None and not memory_gb > 0:
-        raise UserError(f"--memory-gb is {memory_gb}; it must be above 0")
+    require_least(1, processes=processes, accumulation=accumulation)
+    if memory_gb is not None:
+        require_above(0, memory_gb=memory_gb)
     if fsdp:
         check_fsdp(processes, mixed_precision, optimizer)
     chosen = find_recipe(recipe, student=student)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distill.common.errors import require_least
 from distill.common.files import replacing, write_json
 from distill.common.progress import say, track
 from distill.data.cache import LatentCache
@@ -104,8 +105,9 @@ def propose_layer_map(scores: Sequence[BlockScore], modules: ModuleMap) -> dict[
 def report_importance(checkpoint: Path, cache: Path, student: str, out: Path, *, samples: int, timesteps: int) -> None:
     """Measures a checkpoint's UNet and writes `importance.json` (scores, proposed layer map) and `importance.svg`.
 
-    Raises UserError for an unknown student, one deeper than the checkpoint, or an empty cache.
+    Raises UserError for an unknown student, one deeper than the checkpoint, a number out of range, or an empty cache.
     """
+    require_least(1, samples=samples, timesteps=timesteps)
     architecture = find_architecture_of(checkpoint)
     depth, target = architecture.depth, find_architecture(student, architecture.family)
     modules = make_module_map("first", depth, target.depth)

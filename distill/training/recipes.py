@@ -53,7 +53,7 @@ class Stage:
     cache: str | None = None
 
     def learning_rate_at(self, step: int) -> float:
-        return self.learning_rate * self.schedule.factor(step, self.steps)
+        return self.schedule.rate(self.learning_rate, step, self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)

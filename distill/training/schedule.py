@@ -13,20 +13,20 @@ from distill.common.validation import STRICT
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """A straight rise over `warmup_steps`, then down from 1 to `floor` at the last step in the stated `shape`: along a
-    half cosine or a straight line, or not at all."""
+    """A straight rise over `warmup_steps`, then down to `floor` times the highest rate at the end, in the stated `shape`:
+    along half a cosine, along a straight line, or not at all."""
 
     __pydantic_config__ = STRICT
     shape: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: NonNegativeInt = 500
     floor: Annotated[float, Field(ge=0, le=1)] = 0.1
 
-    def factor(self, step: int, steps: int) -> float:
-        """What the stage's learning rate is multiplied by in `step`, from 0, of `steps`."""
+    def rate(self, peak: float, step: int, steps: int) -> float:
+        """The learning rate of `step`, from 0, of `steps`; `peak` is the highest."""
         if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
+            return peak * (step + 1) / self.warmup_steps
         if self.shape == "constant":
-            return 1.0
+            return peak
         progress = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
         falling = 0.5 + 0.5 * math.cos(math.pi * progress) if self.shape == "cosine" else 1 - progress
-        return self.floor + (1 - self.floor) * falling
+        return peak * (self.floor + (1 - self.floor) * falling)

@@ -13,8 +13,8 @@ from distill.training.schedule import Schedule
 )
 def test_a_schedule_rises_and_falls_to_its_floor(shape: str, middle: float, last: float) -> None:
     schedule = Schedule(shape=shape, warmup_steps=10, floor=0.2)
-    assert [schedule.factor(step, 110) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
-    assert [schedule.factor(step, 110) for step in (10, 60, 110)] == pytest.approx([1.0, middle, last])
+    assert [schedule.rate(2.0, step, 110) / 2 for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert [schedule.rate(2.0, step, 110) / 2 for step in (10, 60, 110)] == pytest.approx([1.0, middle, last])
 
 
 def test_recipes_fall_by_half_a_cosine_to_a_tenth() -> None:
