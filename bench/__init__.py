@@ -7,8 +7,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
     submod_attrs={
         "options": ["RunOptions"],
         "run": ["run_bench"],
-        "reading": ["read_results"],
-        "results": ["Results"],
+        "results": ["Results", "read_results"],
         "measure.workload": ["Workload"],
         "measure.measure": ["Contestant", "timed_draw"],
         "measure.pictures": ["Pictures"],

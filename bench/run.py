@@ -22,8 +22,7 @@ from bench.measure.gpu import Gpu, device_ranges, throttled_meanwhile
 from bench.measure.measure import Cell, Rounds, measure_cells
 from bench.measure.workload import Workload, make_workloads, parse_numbers, parse_resolutions, parse_scales
 from bench.options import RunOptions, check_options
-from bench.results import CellRecord, ContestantRecord, PictureRecord, Results, write_results
-from bench.summary import summarise
+from bench.results import CellRecord, ContestantRecord, PictureRecord, Results, record_cell, write_results
 from distill.common.errors import UserError
 from distill.common.progress import say
 from distill.data.shapes import shares
@@ -72,7 +71,6 @@ def _measure(
     entrants: list[Entrant],
     workloads: list[Workload],
     options: RunOptions,
-    baseline: str,
     peak: Peak | None,
     gpu: Gpu,
     keep: Callable[[list[CellRecord]], None],
@@ -96,7 +94,7 @@ def _measure(
             "other_gpu_processes": gpu.other_processes() or 0,
         }
         costs = {entrant.name: entrant.costs(cell.workload) for entrant in entrants}
-        record = summarise(cell, baseline, costs=costs, peak=peak, faults=faults)
+        record = record_cell(cell, costs=costs, peak=peak, faults=faults)
         return record.model_copy(update={"device": device_ranges(states[name])})
 
     def on_round(_: int) -> None:
@@ -210,7 +208,7 @@ def run_bench(options: RunOptions, meanwhile: Path | None = None) -> Results:
             family=family.name,
             environment=describe_host(device) | {"peak_rss_bytes": peak_rss_bytes()},
             gpu={"identity": identity, "before": before, "after": after, "missing": gpu.missing, "reason": gpu.reason},
-            peak=asdict(peak) if peak else None,
+            peak=peak,
             contestants=[
                 _contestant_record(entrant, main, pictures, quality[entrant.name], energy[entrant.name])
                 for entrant in entrants
@@ -232,7 +230,7 @@ def run_bench(options: RunOptions, meanwhile: Path | None = None) -> Results:
         save(dict.fromkeys(names, unchecked), unmeasured, [])
 
     say("timed rounds, interleaved")
-    _measure(entrants, workloads, options, baseline, peak, gpu, keep)
+    _measure(entrants, workloads, options, peak, gpu, keep)
     drawing = [entrant for entrant in entrants if entrant.name not in cells[0].failures]
     for name, why in cells[0].failures.items():
         unmeasured[name] = {"j_per_image": None, "why": f"it failed in the timed rounds: {why}"}

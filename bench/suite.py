@@ -331,7 +331,7 @@ def run_suite(options: SuiteOptions) -> int:
         else:
             session.record(part, "not run", why)
     names = part_names(session.models, options.resolutions)
-    from bench.reading import read_inputs
+    from bench.report.inputs import read_inputs
     from bench.report.report import write_report
 
     files = []
