@@ -91,7 +91,7 @@ class Row(Record):
     @property
     def diagnosis(self) -> list[str]:
         """Everything that speaks against the row."""
-        return sample_faults(self.samples, floor_ms=self.floor_ms, unsettled=self.unsettled) + self.observed
+        return self.observed + sample_faults(self.samples, floor_ms=self.floor_ms, unsettled=self.unsettled)
 
     @property
     def refused(self) -> bool:

@@ -63,9 +63,8 @@ def size_table(cards: list[Card]) -> Table:
     def column(card: Card, told: dict[str, str]) -> Column[str]:
         return Column(card.head, lambda label: told[label])
 
-    labels: list[str] = list(sizes[0])
-    columns = [column(*pair) for pair in zip(cards, sizes, strict=True)]
-    return make_table(labels, Column("", lambda label: label), *columns)
+    label: Column[str] = Column("", str)
+    return make_table(sizes[0], label, *(column(*pair) for pair in zip(cards, sizes, strict=True)))
 
 
 def _sizes(card: Card) -> dict[str, str]:

@@ -145,7 +145,8 @@ def _other_run(other: Results, main: Results) -> dict[str, Any]:
 
 
 def report_json(context: dict[str, Any], inputs: Inputs) -> Any:
-    """The machine-readable report: conclusions, predictions with their kind, and the results with raw samples."""
+    """The machine-readable report: conclusions, predictions beside what was published and measured, and the results with
+    raw samples."""
     head = context["head"]
     return to_jsonable_python(
         {
@@ -156,19 +157,9 @@ def report_json(context: dict[str, Any], inputs: Inputs) -> Any:
                 "baseline": head.baseline.name if head.baseline.row else None,
                 "models": [_model_json(card) for card in context["cards"]],
             },
-            "predicted": [
-                asdict(one) | {"kind": "predicted"} for of_gpu in context["predicted"].values() for one in of_gpu
-            ],
-            "published": [
-                asdict(one.known)
-                | {"kind": "published", "predicted_ms": one.predicted_ms}
-                | {"error": one.error, "blind_error": one.blind_error}
-                for one in context["published"]
-            ],
-            "prediction_of_measured": [
-                asdict(one.known) | {"predicted_ms": one.predicted_ms, "error": one.error}
-                for one in context["measured_checks"]
-            ],
+            "predicted": [one for of_gpu in context["predicted"].values() for one in of_gpu],
+            "published": [asdict(one) | {"error": one.error} for one in context["published"]],
+            "prediction_of_measured": [asdict(one) | {"error": one.error} for one in context["measured_checks"]],
             "built": context["build_figures"],
             "faults": context["row_faults"],
             "method": context["method"],

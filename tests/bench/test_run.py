@@ -11,7 +11,7 @@ from conftest import fake_options
 from bench.contestants.contestants import Spec, parse_specs
 from bench.measure.workload import Workload, make_workloads, parse_numbers, parse_resolutions
 from bench.quality.fidelity import FidelityOptions
-from bench.reading import read_results
+from bench.results import read_results
 from bench.run import run_bench
 from distill.common.errors import UserError
 from distill.models.architectures import MINI_FAMILY, Resolution

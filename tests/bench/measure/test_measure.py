@@ -8,7 +8,7 @@ from bench.contestants.fake import FakeContestant
 from bench.measure.measure import STAGES, Cell, CpuClock, Rounds, cold_start, measure_cells, measure_rounds, timed_draw
 from bench.measure.pictures import Pictures
 from bench.measure.workload import Workload
-from bench.summary import summarise
+from bench.results import record_cell
 from distill.common.errors import UserError
 from distill.models.architectures import Resolution
 
@@ -76,7 +76,7 @@ def test_what_is_wrong_with_a_picture_refuses_its_row_and_what_is_not_warm_is_to
     cell = Cell(WORKLOAD)
     measure_rounds([Black("black", {"denoise": 0.1}), FakeContestant("good", {"denoise": 0.1})], cell, Rounds(), 0.0)
     cell.unsettled["good"] = 0.2
-    black, good = summarise(cell, "good", costs={}, peak=None, faults={}).rows
+    black, good = record_cell(cell, costs={}, peak=None, faults={}).rows
     assert black.refused and black.speedup is None and black.diagnosis[0].startswith("refused: picture 0 is black")
     assert not good.refused and "still differed by 20%" in "; ".join(good.diagnosis)
 
