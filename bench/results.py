@@ -19,7 +19,6 @@ from bench.floor.roofline import Costs, total_floor_ms, total_flops
 from bench.measure.faults import is_refused, machine_faults, picture_faults, sample_faults
 from bench.measure.measure import Cell, Sample
 from bench.measure.stats import Estimate, median_interval, speedup, spread, stage_medians
-from bench.measure.workload import Workload
 from distill.common.errors import UserError
 from distill.common.files import read_json, write_json
 from engines.serving.quantiles import percentiles
@@ -217,20 +216,9 @@ def record_cell(cell: Cell, *, costs: dict[str, Costs | None], peak: Peak | None
             observed=picture_faults(cell.faults.get(name, [])) + machine_faults(**faults),
         )
         rows.append(row)
-    workload = _workload_record(cell.workload)
-    return CellRecord(workload=workload, name=cell.workload.name, rows=rows, failures=dict(cell.failures))
-
-
-def _workload_record(workload: Workload) -> dict[str, Any]:
-    return {
-        "resolution": str(workload.resolution),
-        "steps": workload.steps,
-        "batch": workload.batch,
-        "guidance_scale": workload.guidance_scale,
-        "scheduler": workload.scheduler,
-        "seed": workload.seed,
-        "prompts": workload.batch_prompts(),
-    }
+    load = cell.workload
+    workload = vars(load) | {"resolution": str(load.resolution), "prompts": load.batch_prompts()}
+    return CellRecord(workload=workload, name=load.name, rows=rows, failures=dict(cell.failures))
 
 
 def write_results(path: Path, results: Results) -> None:

@@ -15,6 +15,10 @@ STAGE_NAMES = {
 NONE = "–"
 
 
+def stage_name(stage: str) -> str:
+    return STAGE_NAMES.get(stage, stage)
+
+
 def milliseconds(value: float | None) -> str:
     if value is None:
         return NONE

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from bench.measure.measure import STAGES
 from bench.report.cards import Card, drawn
 from bench.report.charts import Axis, Series, dot_whiskers, line_chart
-from bench.report.formatting import STAGE_NAMES, interval, milliseconds, percent, times
+from bench.report.formatting import interval, milliseconds, percent, stage_name, times
 from bench.report.tables import Cell, Column, Table, make_table, measured
 from bench.results import CellRecord, Results, Row
 
@@ -57,7 +57,7 @@ def stage_table(results: Results, cards: list[Card]) -> Table:
     """A line for each stage and each figure of a call, a column for each contestant that finished one."""
 
     def stage_line(stage: str) -> StageLine:
-        return STAGE_NAMES.get(stage, stage), lambda row: measured(milliseconds(row.stages_ms.get(stage)))
+        return stage_name(stage), lambda row: measured(milliseconds(row.stages_ms.get(stage)))
 
     def percentile_line(name: str) -> StageLine:
         return name, lambda row: milliseconds(row.percentiles_ms[name])
@@ -87,12 +87,14 @@ def workload_table(results: Results, cards: list[Card]) -> Table:
 
     def column(card: Card) -> Column[CellRecord]:
         def write(cell: CellRecord) -> Cell:
-            row = cell.row(card.name)
+            row, failure = cell.row(card.name), cell.failures.get(card.name, "")
             if row is None:
-                return Cell("failed")
-            small = [f"MFU {percent(row.mfu, 1)}" if row.mfu is not None else ""]
-            small.append("then failed" if card.name in cell.failures else "")
-            return total_cell(row, _gain_or_interval(row, card.is_baseline), *small)
+                return Cell("failed", hint=failure)
+            gain = "" if row.speedup is None or card.is_baseline else times(row.speedup.value)
+            if gain and row.speedup and row.speedup.low is not None:
+                gain += f" ({interval(row.speedup, 'x')})"
+            mfu = "" if row.mfu is None else f"MFU {percent(row.mfu, 1)}"
+            return total_cell(row, interval(row.total_ms), gain, mfu, "then failed" if failure else "")
 
         return Column(card.head, write)
 
@@ -100,34 +102,6 @@ def workload_table(results: Results, cards: list[Card]) -> Table:
         return ", ".join(part for part in cell.name.split(", ") if part not in main) or cell.name
 
     return make_table(results.cells, Column("workload", name), *map(column, cards))
-
-
-def _gain_or_interval(row: Row, is_baseline: bool) -> str:
-    if row.speedup is None or is_baseline:
-        return interval(row.total_ms) if row.total_ms.low is not None else ""
-    within = f" ({interval(row.speedup, 'x')})" if row.speedup.low is not None else ""
-    return times(row.speedup.value) + within
-
-
-def run_table(results: Results, cards: list[Card]) -> Table:
-    """Every workload and contestant of one run below each other."""
-    pairs = [
-        (cell, card) for cell in results.cells for card in cards if cell.row(card.name) or card.name in cell.failures
-    ]
-
-    def of_row(write: Callable[[Row], Cell | str | None]) -> Callable[[tuple[CellRecord, Card]], Cell | str | None]:
-        return lambda pair: write(row) if (row := pair[0].row(pair[1].name)) else None
-
-    return make_table(
-        pairs,
-        Column("workload", lambda pair: pair[0].name),
-        Column("contestant", lambda pair: Cell(pair[1].title, failed=pair[1].failed), "left"),
-        Column("median", of_row(total_cell)),
-        Column("interval", of_row(lambda row: interval(row.total_ms))),
-        Column(f"against {cards[0].title}", of_row(lambda row: speedup_cell(row, results.baseline))),
-        Column("MFU", of_row(lambda row: percent(row.mfu, 1))),
-        Column("failed", lambda pair: pair[0].failures.get(pair[1].name), "wrap"),
-    )
 
 
 def speedup_chart(results: Results, cards: list[Card]) -> Markup:

@@ -10,7 +10,19 @@ from pydantic_core import to_jsonable_python
 
 from bench.floor.predict import check_on_measured, check_predictions
 from bench.quality.quality import MIN_LATENT_COSINE, MIN_PSNR_DB
-from bench.report import cards, formatting, latency, machine, method, models, predictions, runtimes, serving, training
+from bench.report import (
+    cards,
+    formatting,
+    kernels,
+    latency,
+    machine,
+    method,
+    models,
+    predictions,
+    runtimes,
+    serving,
+    training,
+)
 from bench.report.inputs import Inputs, read_inputs
 from bench.results import Results
 from distill.common.errors import UserError
@@ -18,18 +30,6 @@ from distill.common.files import replacing, write_json
 
 TEMPLATES = Path(__file__).parent / "templates"
 REPORT_SCHEMA = "slimxl.bench.report/2"
-FILTERS = {
-    "ms": formatting.milliseconds,
-    "sec": formatting.seconds,
-    "size": formatting.size,
-    "count": formatting.count,
-    "times": formatting.times,
-    "pct": formatting.percent,
-    "interval": formatting.interval,
-    "title_of": formatting.title_of,
-    "by_size": formatting.by_size,
-    "stage": lambda stage: formatting.STAGE_NAMES.get(stage, stage),
-}
 
 
 def make_context(inputs: Inputs, title: str) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def _comparisons(inputs: Inputs) -> dict[str, Any]:
         "limit_figures": limits,
         "limits": runtimes.limit_table(limits),
         "layouts": runtimes.layout_table(on_machine),
-        "kernels": runtimes.kernel_table(runtimes.profiles(on_machine, inputs.loops)),
+        "kernels": kernels.kernel_table(kernels.profiles(on_machine, inputs.loops)),
         "loops": [(file, training.loop_table(file)) for file in inputs.loops],
         "loads": [(load, serving.load_table(load), serving.load_conditions(load)) for load in inputs.loads],
     }
@@ -138,7 +138,7 @@ def _provenance(all_results: list[Results], contestants: list[cards.Card]) -> di
 def _other_run(other: Results, main: Results) -> dict[str, Any]:
     return {
         "name": method.run_name(other),
-        "rows": latency.run_table(other, cards.make_cards(other)),
+        "rows": latency.workload_table(other, cards.make_cards(other)),
         "device_ranges": machine.device_ranges(other.cells[0].device),
         "facts": method.other_facts(other, main),
     }
@@ -195,7 +195,7 @@ def render(context: dict[str, Any], template: str) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= FILTERS
+    environment.filters |= {name: write for name, write in vars(formatting).items() if callable(write)}
     return environment.get_template(template).render(**context)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from bench.floor.peaks import find_peak
-from bench.measure.stats import median_interval
+from bench.measure.stats import Estimate, median_interval
 from bench.report.formatting import milliseconds, percent, size, times, title_of
 from bench.report.tables import Cell, Column, Table, make_table, measured
 
@@ -27,6 +27,10 @@ class Loop(_Record):
     seconds: list[float] = Field(min_length=1)
     peak_memory_bytes: int | None = None
     kernels: dict[str, Any] | None = None
+
+    @property
+    def step_s(self) -> Estimate:
+        return median_interval(self.seconds)
 
 
 class LoopOptions(_Record):
@@ -57,19 +61,19 @@ class LoopsFile(_Record):
 
 
 def loop_table(file: LoopsFile) -> Table:
-    """Loops that failed stand below the others, with the reason."""
+    """One line for each loop that did not fail."""
     peak = find_peak(file.device)
     published = next((loop.seconds for loop in file.loops if loop.name == PUBLISHED), None)
 
     def speed(loop: Loop) -> Cell:
-        step = median_interval(loop.seconds)
+        step = loop.step_s
         within = "" if step.low is None or step.high is None else _range(file, step.high, step.low)
         return measured(f"{file.options.batch / step.value:.3g}", within)
 
     def mfu(loop: Loop) -> Cell | None:
         if peak is None or file.tflop_per_step is None:
             return None
-        return measured(percent(file.tflop_per_step / median_interval(loop.seconds).value / peak.tflops, 1))
+        return measured(percent(file.tflop_per_step / loop.step_s.value / peak.tflops, 1))
 
     def gain(loop: Loop) -> Cell | None:
         if published is None or loop.name == PUBLISHED:
@@ -77,18 +81,14 @@ def loop_table(file: LoopsFile) -> Table:
         low, middle, high = np.quantile(np.asarray(published) / np.asarray(loop.seconds), [0.25, 0.5, 0.75])
         return measured(times(middle), f"quartiles {low:.2f}–{times(high)}")
 
-    def of_loop(write: Any) -> Any:
-        return lambda line: write(line) if isinstance(line, Loop) else None
-
     return make_table(
-        [*file.loops, *file.failures.items()],
-        Column("loop", lambda line: line.name if isinstance(line, Loop) else line[0]),
-        Column("samples a second", of_loop(speed)),
-        Column("step", of_loop(lambda loop: measured(milliseconds(1e3 * median_interval(loop.seconds).value)))),
-        Column("peak memory", of_loop(lambda loop: measured(size(loop.peak_memory_bytes)))),
-        Column("MFU", of_loop(mfu)),
-        Column("against the published one", of_loop(gain)),
-        Column("failed", lambda line: None if isinstance(line, Loop) else line[1], "wrap"),
+        file.loops,
+        Column("loop", lambda loop: loop.name),
+        Column("samples a second", speed),
+        Column("step", lambda loop: measured(milliseconds(1e3 * loop.step_s.value))),
+        Column("peak memory", lambda loop: measured(size(loop.peak_memory_bytes))),
+        Column("MFU", mfu),
+        Column("against the published one", gain),
     )
 
 
