@@ -25,7 +25,7 @@ from bench.results import CellRecord, PictureRecord
 from distill.common.errors import UserError
 from distill.common.files import replacing
 from distill.common.progress import say
-from distill.models.architectures import Family
+from distill.models.families import Family
 
 if TYPE_CHECKING:
     from bench.contestants.pipelines import EagerContestant

@@ -20,7 +20,8 @@ from bench.floor.roofline import architecture_configs, component_costs
 from bench.measure.kernels import by_family, kernel_times
 from bench.measure.workload import Workload
 from bench.stats import median_interval
-from distill.models.architectures import Resolution, find_architecture
+from distill.models.architectures import find_architecture
+from distill.models.resolution import Resolution
 from distill.training.recipes import Level
 
 WARMUP = 2
@@ -73,7 +74,7 @@ class Bench:
         from accelerate import Accelerator
         from diffusers import DDPMScheduler, UNet2DConditionModel
 
-        from distill.models.layer_map import make_layer_map
+        from distill.models.module_map import make_layer_map
         from distill.training.options import TrainOptions
         from distill.training.pair import Pair
         from distill.training.recipes import Recipe

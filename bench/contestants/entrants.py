@@ -14,7 +14,8 @@ from bench.floor.roofline import Costs, ModelConfigs, component_costs
 from bench.measure.gpu import Gpu
 from bench.measure.measure import cold_start
 from bench.measure.workload import PROMPTS, Workload
-from distill.models.architectures import SDXL_FAMILY, Family, family_of, find_architecture
+from distill.models.architectures import find_architecture
+from distill.models.families import SDXL_FAMILY, Family, family_of
 
 
 @dataclass

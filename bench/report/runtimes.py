@@ -14,7 +14,8 @@ from bench.report.formatting import by_size, interval, joules, milliseconds, per
 from bench.report.latency import total_cell
 from bench.report.tables import Cell, Column, Table, make_table, measured
 from bench.results import CellRecord, ContestantRecord, Results, Row
-from distill.models.architectures import ARCHITECTURES, Resolution
+from distill.models.architectures import ARCHITECTURES
+from distill.models.resolution import Resolution
 
 MODELS = ("sdxl", "ssd-1b", "vega")
 CLAIMS = {"ssd-1b": 1.6, "vega": 2.0}

@@ -28,14 +28,16 @@ import torch
 from distill.common.errors import UserError, explaining_full_memory, quiet_libraries, unknown
 from distill.common.files import require_writable_file, write_json
 from distill.common.progress import say, track
-from distill.data.cache import LatentCache, encode, write_shard
+from distill.data.cache import UNCONDITIONAL, LatentCache, encode, write_shard, write_unconditional
 from distill.data.pictures import Sample, ShapesSource
-from distill.models.architectures import ARCHITECTURES, Architecture, Family, find_architecture
-from distill.models.layer_map import make_layer_map
+from distill.models.architectures import ARCHITECTURES, Architecture, find_architecture
+from distill.models.conditioning import Conditioning
+from distill.models.families import Family
+from distill.models.module_map import make_module_map
 from distill.models.sources import find_architecture_of, load_pipeline, resolve
 from distill.models.surgery import make_student_unet
 from distill.studies.published import published_steps
-from distill.training.accelerator import HALF, make_accelerator
+from distill.training.accelerator import COMPUTE_DTYPE, make_accelerator
 from distill.training.checkpoints import alphas_cumprod_of
 from distill.training.options import BenchOptions, TrainOptions
 from distill.training.pair import Pair, load_nets
@@ -84,11 +86,12 @@ def base_samples(family: Family, count: int) -> list[Sample]:
 class Encoding:
     """What the trainer asks its cache for, computed anew in every step."""
 
-    def __init__(self, pipe: Any, samples: list[Sample]) -> None:
-        self.pipe, self.samples = pipe, samples
+    def __init__(self, pipe: Any, conditioning: Conditioning, samples: list[Sample]) -> None:
+        self.pipe, self.conditioning, self.samples = pipe, conditioning, samples
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
-        return {name: value.float().cpu() for name, value in encode(self.pipe, self.samples, step).items()}
+        encoded = encode(self.pipe, self.conditioning, self.samples, step)
+        return {name: value.float().cpu() for name, value in encoded.items()}
 
 
 class Workshop:
@@ -104,24 +107,28 @@ class Workshop:
             compile=any(loop.compiled for loop in loops),
         )
         self.accelerator = make_accelerator(settings, folder)
-        half = HALF[options.mixed_precision]
+        half = COMPUTE_DTYPE[options.mixed_precision]
         self.samples = base_samples(teacher.family, options.batch)
         self.resolution = self.samples[0].resolution
         self.pipe = load_pipeline(checkpoint, half, without=("unet",))
         self.pipe.vae.float()
         self.pipe.to(self.accelerator.device)
         shard = folder / "shard-000000.safetensors"
-        write_shard(self.pipe, {self.resolution: self.samples}, [], shard, seed=0, batch=4)
+        self.conditioning = teacher.family.conditioning
+        write_shard(self.pipe, self.conditioning, {self.resolution: self.samples}, [], shard, seed=0, batch=4)
+        write_unconditional(self.pipe, self.conditioning, folder / UNCONDITIONAL)
         write_json(folder / "cache.json", {"shards": 1})
         self.cache = LatentCache(folder, batch_size=options.batch, seed=0)
         if all(loop.cache for loop in loops):
             self.pipe = None
-        make_student_unet(checkpoint, student, "first", folder / "unet")
+        modules = make_module_map("first", teacher.depth, student.depth)
+        make_student_unet(checkpoint, student, modules, folder / "unet")
         self.pair = Pair(
             self.accelerator,
             *load_nets(checkpoint, folder / "unet", half),
-            make_layer_map("first", teacher.depth, student.depth),
+            modules,
             alphas_cumprod_of(checkpoint),
+            self.cache.unconditional,
             Recipe(name="bench", stages=(), batch_size=options.batch),
             settings,
         )
@@ -142,7 +149,7 @@ class Workshop:
                 yield step
             return
         losses = LossWeights(level=loop.features) if loop.features else LossWeights(feature=0.0)
-        batches = self.cache if loop.cache else Encoding(self.pipe, self.samples)
+        batches = self.cache if loop.cache else Encoding(self.pipe, self.conditioning, self.samples)
         with self.pair.taught_by(losses) as take_step:
 
             def step() -> float:

@@ -7,7 +7,7 @@ from bench.measure.measure import Cell, Sample
 from bench.measure.workload import Workload
 from bench.results import FIGURES, read_results, record_cell
 from distill.common.errors import UserError
-from distill.models.architectures import Resolution
+from distill.models.resolution import Resolution
 
 
 @pytest.mark.parametrize(

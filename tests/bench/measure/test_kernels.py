@@ -3,7 +3,7 @@ import pytest
 from bench.contestants.contestants import Spec, make_contestant
 from bench.measure.kernels import by_family, family_of, profile_denoise
 from bench.measure.workload import Workload
-from distill.models.architectures import Resolution
+from distill.models.resolution import Resolution
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from bench.report.predictions import measured_latencies, runtime_class
 from bench.report.report import write_report
 from bench.results import Results
 from distill.common.errors import UserError
-from distill.models.architectures import ARCHITECTURES, Resolution
+from distill.models.architectures import ARCHITECTURES
+from distill.models.resolution import Resolution
 
 VOID = {"meta", "link", "img", "br"}
 

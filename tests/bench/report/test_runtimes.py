@@ -15,7 +15,8 @@ from bench.report.formatting import by_size
 from bench.report.report import write_report
 from bench.report.runtimes import layout_table, limits, quotient, runtime_figures
 from bench.results import Results, read_results
-from distill.models.architectures import ARCHITECTURES, Resolution
+from distill.models.architectures import ARCHITECTURES
+from distill.models.resolution import Resolution
 
 SIZES = ("1024x1024", "1536x640")
 
