@@ -93,8 +93,8 @@ def interval(estimate: Estimate | None, unit: str = "ms") -> str:
 
 
 def by_size(resolution: str) -> str:
-    """`1024x1024` with spaces."""
-    return resolution.replace("x", " × ")
+    """`1024x1024` with spaces at which no line breaks."""
+    return resolution.replace("x", "\u00a0×\u00a0")
 
 
 def title_of(name: str) -> str:

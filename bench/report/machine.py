@@ -54,7 +54,7 @@ def quality_table(found: list[Entry]) -> Table:
 def device_table(found: list[Entry]) -> Table:
     def device(one: Entry) -> Cell:
         peak = one.record.memory["allocator_peak_bytes"]
-        return Cell(size(one.record.memory["device_added_bytes"]), "", (f"allocator peak {size(peak)}" * bool(peak),))
+        return measured(size(one.record.memory["device_added_bytes"]), f"allocator peak {size(peak)}" if peak else "")
 
     return make_table(
         found,

@@ -230,4 +230,5 @@ def _size_column(cell: CellRecord, cells: list[CellRecord]) -> Column[Contestant
             small.append(f"back {milliseconds(row.first_ms[1])}")
         return total_cell(row, *small)
 
-    return Column(by_size(cell.workload["resolution"]), write)
+    steps = f"{cell.workload['steps']} steps"
+    return Column(Cell(by_size(cell.workload["resolution"]), small=(steps,)), write)

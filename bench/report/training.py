@@ -68,7 +68,7 @@ def loop_table(file: LoopsFile) -> Table:
     def speed(loop: Loop) -> Cell:
         step = loop.step_s
         within = "" if step.low is None or step.high is None else _range(file, step.high, step.low)
-        return measured(f"{file.options.batch / step.value:.3g}", within)
+        return measured(f"{file.options.batch / step.value:#.3g}", within)
 
     def mfu(loop: Loop) -> Cell | None:
         if peak is None or file.tflop_per_step is None:
@@ -93,4 +93,4 @@ def loop_table(file: LoopsFile) -> Table:
 
 
 def _range(file: LoopsFile, slow_s: float, fast_s: float) -> str:
-    return f"{file.options.batch / slow_s:.3g}–{file.options.batch / fast_s:.3g}"
+    return f"{file.options.batch / slow_s:#.3g}–{file.options.batch / fast_s:#.3g}"
