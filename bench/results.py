@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from bench.measure.measure import Sample
+from bench.measure.clock import Sample
 from distill.common.files import write_json
 
 SCHEMA = "slimxl.bench.results/1"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bench.measure.measure import STABLE_WITHIN
+from bench.measure.rounds import STABLE_WITHIN
 from bench.results import Estimate
 
 MIN_FOR_INTERVAL = 6  # below six samples even [min, max] covers the median with less than 95 %: 1 - 2 * 0.5**5 = 0.94

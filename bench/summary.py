@@ -6,11 +6,13 @@ from statistics import median
 from typing import Any
 
 from bench import stats
+from bench.contestants.contestant import STAGES
 from bench.floor.peaks import Peak
 from bench.floor.roofline import Costs, mfu, total_floor_ms
-from bench.measure.measure import STAGES, Cell, Sample
-from bench.measure.workload import Workload
+from bench.measure.clock import Sample
+from bench.measure.rounds import Cell
 from bench.results import CellRecord, Estimate, Row
+from bench.workload import Workload
 from engines.serving.quantiles import percentiles
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.measure.measure import STABLE_WITHIN
+from bench.measure.rounds import STABLE_WITHIN
 from bench.report import words
 from bench.results import Results
 from bench.stats import MIN_FOR_INTERVAL

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.floor.peaks import PEAKS
 from bench.floor.predict import Check, Known, check_on_measured, check_predictions, predict, published_known
-from bench.quality.quality import MIN_LATENT_COSINE, MIN_PSNR_DB
+from bench.quality.guard import MIN_LATENT_COSINE, MIN_PSNR_DB
 from bench.reading import Inputs, read_inputs
 from bench.report import method, provenance, views, words
 from bench.report.runtimes import MODELS, limit_table, model_of, runtime_table, shape_table

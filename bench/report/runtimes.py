@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from bench.floor.roofline import ModelConfigs, component_costs, total_flops
-from bench.measure.workload import Workload
 from bench.report import words
 from bench.results import CellRecord, ContestantRecord, Estimate, Results, Row
 from bench.summary import speedup
+from bench.workload import Workload
 from distill.models.architectures import ARCHITECTURES, Resolution
 
 MODELS = ("sdxl", "ssd-1b", "vega")

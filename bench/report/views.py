@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from bench.measure.measure import STAGES
+from bench.contestants.contestant import STAGES
 from bench.report import words
 from bench.report.charts import Axis, Series, dot_whiskers, line_chart
 from bench.report.method import machine_name, run_name

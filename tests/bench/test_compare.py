@@ -3,7 +3,7 @@ import json
 import pytest
 
 from bench.compare import compare_files, verdict_on
-from bench.measure.measure import Sample
+from bench.measure.rounds import Sample
 from bench.reading import read_results
 from bench.summary import figures, speedup
 from distill.common.errors import UserError

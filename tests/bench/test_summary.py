@@ -1,8 +1,8 @@
 import pytest
 
-from bench.measure.measure import Cell, Sample
-from bench.measure.workload import Workload
+from bench.measure.rounds import Cell, Sample
 from bench.summary import stage_medians, summarise
+from bench.workload import Workload
 from distill.models.architectures import Resolution
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bench.floor.predict import floor_ms
-from bench.quality.quality import png_base64
+from bench.quality.guard import png_base64
 from bench.report.report import measured_latencies, runtime_class, write_report
 from bench.report.words import milliseconds
 from bench.results import ACCEPTANCE_SCHEMA, SESSION_SCHEMA, TRAINING_SCHEMA, Results
@@ -316,8 +316,7 @@ def test_the_page_tells_the_faults_of_every_file(results_path, tmp_path):
 
 
 def test_the_gpu_suites_files_have_their_sections(results_path, tmp_path):
-    from bench import acceptance
-    from bench.measure.kernels import by_family
+    from distill.common.kernels import by_family
 
     value = json.loads(results_path.read_text())
     value["contestants"][0]["kernels"] = by_family({"flash_fwd": 3000.0, "nvjet": 1500.0}, 3, 2.0)
@@ -326,10 +325,12 @@ def test_the_gpu_suites_files_have_their_sections(results_path, tmp_path):
     row |= {"samples_per_s": 21.5, "mfu": 0.52, "peak_memory_bytes": 41_000_000_000}
     row |= {"samples_per_s_interval": [21.25, 21.75], "steps": 12}
     out_of_memory = row | {"title": "no features", "failed": "OutOfMemoryError: CUDA out of memory"}
+    acceptance = {"target": "SM89", "reached": "none", "cosine": None, "validity": None, "invalid": []}
+    acceptance |= {"messages": ["ERROR: unsupported <SM90>"]}
     files = {
         "r": value,
         "t": {"schema_version": TRAINING_SCHEMA, "rows": [row, out_of_memory]},
-        "a": {"schema_version": ACCEPTANCE_SCHEMA, "rows": [acceptance._row("SM89", "ERROR: unsupported <SM90>")]},
+        "a": {"schema_version": ACCEPTANCE_SCHEMA, "rows": [acceptance]},
         "s": {
             "schema_version": SESSION_SCHEMA,
             "parts": [{"part": "batch", "state": "not run", "why": "9 s left, it needs about 45", "seconds": None}],

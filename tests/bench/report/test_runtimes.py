@@ -8,13 +8,13 @@ import pytest
 from bench.floor.peaks import PEAKS
 from bench.floor.predict import floor_ms
 from bench.floor.roofline import ModelConfigs, component_costs, total_flops
-from bench.measure.measure import Sample
-from bench.measure.workload import Workload
+from bench.measure.rounds import Sample
 from bench.reading import read_results
 from bench.report.report import write_report
 from bench.report.runtimes import limit_table, over, runtime_table, shape_table
 from bench.results import Estimate, Results
 from bench.summary import figures
+from bench.workload import Workload
 from distill.models.architectures import ARCHITECTURES, Resolution
 
 SIZES = ("1024x1024", "1536x640")
