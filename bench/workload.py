@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass, replace
 
 from distill.common.errors import UserError, unknown
-from distill.models.architectures import Family, Resolution
+from distill.models.families import Family
+from distill.models.resolution import Resolution
 
 SCHEDULERS = {  # name on the command line -> class in diffusers; "default" is the checkpoint's own
     "default": None,

@@ -73,7 +73,7 @@ def surgery(*, model: str, student: str, layer_map: str = "first", out: Path, wo
         out: The folder to write; its surgery.json says where each tensor came from and which are unused.
     """
     from distill.models.architectures import find_architecture
-    from distill.models.layer_map import read_layer_map
+    from distill.models.module_map import read_layer_map
     from distill.models.sources import find_architecture_of, resolve
     from distill.models.surgery import make_student
 
@@ -170,7 +170,7 @@ def plan(
         memory_gb: The GPU's memory in units of 1e9 bytes; if not given, that of the device at hand.
     """
     from distill.models.sources import peek_architecture
-    from distill.training.accelerator import HALF
+    from distill.training.accelerator import COMPUTE_DTYPE
     from distill.training.memory_plan import describe_plan, device_memory, plan_recipe
     from distill.training.recipes import find_recipe
     from distill.training.sharding import check_fsdp
@@ -183,7 +183,7 @@ def plan(
     title, plans = plan_recipe(
         chosen,
         peek_architecture(chosen.stages[0].teacher),
-        half=HALF[mixed_precision],
+        half=COMPUTE_DTYPE[mixed_precision],
         optimizer=optimizer,
         processes=processes,
         accumulation=accumulation,

@@ -13,9 +13,9 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from distill.common.errors import UserError
+from distill.models.families import vae_scale_factor
 from engines.bundle import Engine, Profile
 from engines.flavors import LoadedEngine
-from export.components import vae_scale_factor
 
 TORCH_DTYPES = {
     name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")

@@ -15,9 +15,10 @@ import onnx
 
 from distill.common.errors import UserError
 from distill.common.files import read_json, sha256_file
-from distill.models.architectures import Resolution
+from distill.models.conditioning import TensorSpec
+from distill.models.resolution import Resolution
 from engines.bundle import PIPELINE_PARTS, Engine, TensorInfo
-from export.components import COMPONENTS, TensorSpec
+from export.components import COMPONENTS
 
 BUILD_ORDER = ("unet", "vae_decoder", "text_encoder", "text_encoder_2", "vae_encoder")
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from distill.common.errors import UserError, exit_on_user_error
-from distill.models.architectures import Resolution
+from distill.models.resolution import Resolution
 from distill.models.sources import WORKDIR
 from distill.training.options import Workdir
 

@@ -16,7 +16,7 @@ from typing import Any
 from distill.common.errors import UserError
 from distill.common.files import read_json, require_free_disk, sha256_file, sha256_json
 from distill.common.hub import explaining_hub
-from distill.models.sources import COMPONENT_FOLDERS, file_hashes, load_component, make_checkpoint, read_config
+from distill.models.sources import file_hashes, load_pipeline, make_checkpoint, network_folders, read_config
 from distill.models.tensors import component_tensors, component_weights, read_safetensors_header
 
 VAE_SOURCES = {"fp16-fix": "madebyollin/sdxl-vae-fp16-fix", "tiny": "madebyollin/taesdxl"}
@@ -84,7 +84,7 @@ def with_loras(checkpoint: Path, sha256: str, loras: Sequence[Lora], workdir: Pa
     """`checkpoint`, of this hash, with LoRAs fused in the given order, computed in float32 and kept in float16 where the
     checkpoint is, else in float32: bfloat16 would round a good part of a LoRA away.
 
-    The UNet and both text encoders are changed, in diffusers' and in kohya's naming. Raises UserError for a file that is
+    The UNet and the text encoders are changed, in diffusers' and in kohya's naming. Raises UserError for a file that is
     no LoRA, or of another architecture.
     """
     if not loras:
@@ -107,16 +107,15 @@ def with_loras(checkpoint: Path, sha256: str, loras: Sequence[Lora], workdir: Pa
 
 def _fuse(checkpoint: Path, loras: Sequence[Lora], folder: Path) -> None:
     import torch
-    from diffusers import StableDiffusionXLPipeline
 
     dtypes, needed_bytes = {}, 0
-    for name in ("unet", "text_encoder", "text_encoder_2"):
+    for name in [name for name in network_folders(checkpoint) if name != "vae"]:
         records = component_tensors(checkpoint / name).values()
         dtypes[name] = torch.float16 if any(record.dtype == "F16" for record in records) else torch.float32
         needed_bytes += sum(math.prod(record.shape) for record in records) * dtypes[name].itemsize
     require_free_disk(folder.parent, needed_bytes, f"{checkpoint.name} with its LoRAs", "--workdir")
-    parts: dict[str, Any] = {name: load_component(checkpoint, name, torch.float32) for name in dtypes}
-    pipe = StableDiffusionXLPipeline.from_pretrained(checkpoint, vae=None, add_watermarker=False, **parts)
+    pipe = load_pipeline(checkpoint, torch.float32, without=("vae",))
+    parts: dict[str, Any] = {name: getattr(pipe, name) for name in dtypes}
     for index, (path, scale) in enumerate(loras):
         name = f"lora_{index}"
         try:
@@ -144,6 +143,6 @@ def prepare(
     """The folder to export, LoRAs first, then the VAE, and its `file_hashes`; `hashes` are those of `checkpoint`, whose
     own files are not read again. Raises UserError."""
     folder = with_vae(with_loras(checkpoint, sha256_json(hashes), loras, workdir), vae, workdir)
-    changed = [part for part in COMPONENT_FOLDERS if (folder / part).resolve() != (checkpoint / part).resolve()]
+    changed = [part for part in network_folders(folder) if (folder / part).resolve() != (checkpoint / part).resolve()]
     kept = {name: digest for name, digest in hashes.items() if name.partition("/")[0] not in changed}
     return folder, kept | file_hashes(folder, changed)

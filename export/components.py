@@ -1,31 +1,22 @@
 """What goes into and comes out of each component: names, dtypes and shapes, as functions of resolution and batch.
 
-This is the only place that knows them. `config` is always the config.json of the exported component, which is the
-source's own plus, for the UNet, two sizes that only the whole pipeline knows: `text_length` and `vae_scale_factor`.
-Names are optimum's, so that its ONNX Runtime pipelines read the folder.
+The UNet's inputs stand in `distill.models.conditioning`; the rest is known here alone. `config` is always the config.json
+of the exported component, which is the source's own plus, for the UNet, two sizes that only the whole pipeline knows:
+`text_length` and `vae_scale_factor`. Names are optimum's, so that its ONNX Runtime pipelines read the folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from distill.common.errors import UserError
-from distill.models.architectures import Resolution
+from distill.models.conditioning import Config, TensorSpec, latent_size, unet_inputs, unet_multiple
+from distill.models.families import vae_scale_factor
+from distill.models.resolution import Resolution
 
-Config = Mapping[str, Any]
 FLOAT_DTYPES = {"fp16": "float16", "fp32": "float32"}
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One input or output. `axes` names the dimensions that a dynamic graph leaves open; None is a fixed one."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
 
 
 @dataclass(frozen=True)
@@ -59,53 +50,19 @@ def _dtype(precision: str) -> str:
     return FLOAT_DTYPES[precision]
 
 
-def vae_scale_factor(vae_config: Config) -> int:
-    """Image pixels per latent pixel, per side; of an AutoencoderKL and an AutoencoderTiny alike."""
-    return 2 ** (len(vae_config.get("block_out_channels") or vae_config["decoder_block_out_channels"]) - 1)
-
-
 def unet_config(config: Config, *, vae_config: Config, text_config: Config) -> dict[str, Any]:
     """The UNet's config.json with the two sizes of the pipeline around it."""
     sizes = {"text_length": text_config["max_position_embeddings"], "vae_scale_factor": vae_scale_factor(vae_config)}
     return {**config, **sizes}
 
 
-def _latent_size(resolution: Resolution, scale: int, multiple: int) -> tuple[int, int]:
-    """(height, width) in latent pixels. Raises UserError where a side is no multiple of scale · multiple pixels."""
-    step = scale * multiple
-    if resolution.width % step or resolution.height % step or min(resolution.width, resolution.height) < step:
-        raise UserError(f"resolution {resolution}: both sides must be multiples of {step} pixels for this model")
-    return resolution.height // scale, resolution.width // scale
-
-
-def _unet_multiple(config: Config) -> int:
-    return 2 ** (len(config["block_out_channels"]) - 1)
-
-
 def _unet_inputs(config: Config, resolution: Resolution, batch: int, dtype: str) -> list[TensorSpec]:
-    height, width = _latent_size(resolution, config["vae_scale_factor"], _unet_multiple(config))
-    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-    first = ("batch",)
-    specs = [
-        TensorSpec("sample", dtype, (batch, config["in_channels"], height, width), ("batch", None, "height", "width")),
-        TensorSpec("timestep", "float32", (1,), (None,)),  # no scalar: Triton's TensorRT backend takes none
-        TensorSpec(
-            "encoder_hidden_states",
-            dtype,
-            (batch, config["text_length"], config["cross_attention_dim"]),
-            (*first, None, None),
-        ),
-        # float32 in every precision: diffusers concatenates them with a float32 sinusoidal embedding before it casts
-        TensorSpec("text_embeds", "float32", (batch, pooled), (*first, None)),
-        TensorSpec("time_ids", "float32", (batch, 6), (*first, None)),
-    ]
-    if config.get("time_cond_proj_dim"):
-        specs.append(TensorSpec("timestep_cond", dtype, (batch, config["time_cond_proj_dim"]), (*first, None)))
-    return specs
+    sizes = {"tokens": config["text_length"], "vae_scale_factor": config["vae_scale_factor"]}
+    return unet_inputs(config, resolution, batch, dtype, **sizes)
 
 
 def _unet_outputs(config: Config, resolution: Resolution, batch: int, dtype: str) -> list[TensorSpec]:
-    height, width = _latent_size(resolution, config["vae_scale_factor"], _unet_multiple(config))
+    height, width = latent_size(resolution, config["vae_scale_factor"], unet_multiple(config))
     shape = (batch, config["out_channels"], height, width)
     return [TensorSpec("out_sample", dtype, shape, ("batch", None, "height", "width"))]
 
@@ -117,13 +74,13 @@ def _is_tiny(config: Config) -> bool:
 def _vae_latent(
     name: str, config: Config, resolution: Resolution, batch: int, dtype: str, copies: int = 1
 ) -> TensorSpec:
-    height, width = _latent_size(resolution, vae_scale_factor(config), 1)
+    height, width = latent_size(resolution, vae_scale_factor(config), 1)
     shape = (batch, copies * config["latent_channels"], height, width)
     return TensorSpec(name, dtype, shape, ("batch", None, "height", "width"))
 
 
 def _vae_image(config: Config, resolution: Resolution, batch: int, dtype: str, channels: int) -> TensorSpec:
-    _latent_size(resolution, vae_scale_factor(config), 1)
+    latent_size(resolution, vae_scale_factor(config), 1)
     shape = (batch, channels, resolution.height, resolution.width)
     return TensorSpec("sample", dtype, shape, ("batch", None, "height", "width"))
 
@@ -171,7 +128,7 @@ _ENCODER_KEYS, _DECODER_KEYS = ("encoder.", "quant_conv."), ("decoder.", "post_q
 COMPONENTS = {
     component.name: component
     for component in (
-        Component("unet", "unet", _unet_inputs, _unet_outputs, _unet_multiple),
+        Component("unet", "unet", _unet_inputs, _unet_outputs, unet_multiple),
         Component("vae_decoder", "vae", _decoder_inputs, _decoder_outputs, lambda config: 1, _ENCODER_KEYS),
         Component("vae_encoder", "vae", _encoder_inputs, _encoder_outputs, vae_scale_factor, _DECODER_KEYS),
         Component("text_encoder", "text_encoder", _text_inputs, _text_outputs, lambda config: 1),

@@ -28,10 +28,11 @@ from distill.common.files import (
     sha256_json,
     write_json,
 )
+from distill.models.families import vae_scale_factor
 from distill.models.sources import WORKDIR, file_hashes, find_architecture_of, read_config
 from distill.models.tensors import component_tensors
 from export.checkpoint import VAE_SOURCES, prepare
-from export.components import COMPONENTS, FLOAT_DTYPES, vae_scale_factor
+from export.components import COMPONENTS, FLOAT_DTYPES
 from export.job import (
     CHECK_BELOW_BYTES,
     SCHEMA,

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript.optimizer import fold_constants
 
-from export.components import TensorSpec
+from distill.models.conditioning import TensorSpec
 
 LARGEST_MERGED = 1024
 """Elements: larger constants are not compared."""

@@ -10,9 +10,10 @@ from typing import Any
 
 from distill.common.errors import UserError, unknown
 from distill.common.files import sha256_file, sha256_json
-from distill.models.architectures import Resolution
+from distill.models.conditioning import Config
+from distill.models.resolution import Resolution
 from distill.models.sources import component_weights, find_architecture_of, read_config
-from export.components import COMPONENTS, FLOAT_DTYPES, Config, unet_config
+from export.components import COMPONENTS, FLOAT_DTYPES, unet_config
 
 SCHEMA = 1
 OPSETS = (23, 18, 19, 20, 21, 22)

@@ -18,7 +18,7 @@ from math import gcd
 import numpy as np
 import onnx_ir as ir
 
-from export.components import TensorSpec
+from distill.models.conditioning import TensorSpec
 
 _PRIMES = (131, 137, 139, 149, 151, 157, 163, 167, 173, 179, 181, 191, 193, 197, 199, 211, 223, 227, 229, 233)
 """Not 127: it divides the largest int64, which in a Slice means "to the end"."""

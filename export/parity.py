@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from distill.common.errors import UserError
-from distill.models.architectures import Resolution
-from export.components import COMPONENTS, Config
+from distill.models.conditioning import Config
+from distill.models.resolution import Resolution
+from export.components import COMPONENTS
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from inspect import Parameter, signature
 from typing import Any
 from unittest import mock
 
@@ -24,7 +25,8 @@ from torch._subclasses import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 
-from export.components import Component, Config, TensorSpec
+from distill.models.conditioning import Config, TensorSpec
+from export.components import Component
 from export.graph import name_dimensions, optimize
 from export.opening import CannotOpen, choose_axes, open_dimensions, sized
 from export.weights import read_when_written
@@ -174,10 +176,12 @@ def capture_with_symbols(module: nn.Module, inputs: Sequence[TensorSpec], multip
     shapes = tuple(
         {index: dims[axis] for index, axis in enumerate(spec.axes) if axis is not None} or None for spec in inputs
     )
+    kinds = {parameter.kind for parameter in signature(module.forward).parameters.values()}
+    dynamic = (shapes,) if Parameter.VAR_POSITIONAL in kinds else shapes
     arguments = tuple(torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in inputs)
     patch = _fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     with _quiet(), torch.no_grad(), patch:
-        return torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
+        return torch.export.export(module, arguments, dynamic_shapes=dynamic, strict=False)
 
 
 def capture(module: nn.Module, inputs: Sequence[TensorSpec], shapes: Sequence[tuple[int, ...]]) -> ExportedProgram:
@@ -210,6 +214,8 @@ def convert(
         )
     if onnx_program is None:
         raise RuntimeError("torch.onnx.export returned no program")
+    for value, spec in zip(onnx_program.model.graph.inputs, inputs, strict=True):
+        value.metadata_props["pkg.torch.onnx.original_node_name"] = spec.name
     read_when_written(onnx_program.model, module)
     optimize(onnx_program.model, infer_shapes=opset < WHOLE_ATTENTION_OPSET)
     return onnx_program.model

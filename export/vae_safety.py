@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from distill.common.errors import UserError
-from distill.models.architectures import Resolution
+from distill.models.resolution import Resolution
 from export.components import COMPONENTS, Config
 from export.parity import cpu_session
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from distill.common.errors import UserError, unknown
 from distill.common.files import read_json, sha256_file, sha256_json
-from distill.models.architectures import Resolution
+from distill.models.resolution import Resolution
 from distill.models.sources import WORKDIR, file_hashes, load_component
 from export.checkpoint import prepare
 from export.components import COMPONENTS

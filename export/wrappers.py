@@ -7,33 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export.components import FLOAT_DTYPES, Config, TensorSpec
+from distill.models.conditioning import Config, TensorSpec, call_unet, unet_input_names
+from export.components import FLOAT_DTYPES
 
 TORCH_DTYPES = {name: getattr(torch, dtype) for name, dtype in FLOAT_DTYPES.items()}
 
 
 class _UNet(nn.Module):
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, unet: Any) -> None:
         super().__init__()
-        self.unet = unet
+        self.unet, self.names = unet, unet_input_names(unet.config)
 
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        text_embeds: Tensor,
-        time_ids: Tensor,
-        timestep_cond: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        return self.unet(
-            sample,
-            timestep,
-            encoder_hidden_states,
-            timestep_cond=timestep_cond,
-            added_cond_kwargs={"text_embeds": text_embeds, "time_ids": time_ids},
-            return_dict=False,
-        )
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return (call_unet(self.unet, dict(zip(self.names, tensors, strict=True))),)
 
 
 class _VaeDecoder(nn.Module):

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distill.common.errors import UserError
 from distill.common.files import replacing, sha256_file, write_json
-from distill.models.architectures import Resolution
+from distill.models.resolution import Resolution
 from distill.models.sources import load_component
 from export.components import COMPONENTS, Config
 from export.graph import specialise

@@ -11,7 +11,8 @@ from typing import Any
 from bench.contestants.pictures import Pictures
 from bench.floor.roofline import Costs, ModelConfigs, component_costs
 from bench.workload import Workload
-from distill.models.architectures import SDXL_FAMILY, Family, family_of, find_architecture
+from distill.models.architectures import find_architecture
+from distill.models.families import SDXL_FAMILY, Family, family_of
 from distill.models.sources import WORKDIR
 
 STAGES = ("prepare", "tokenise", "text_encoders", "denoise", "vae_decode", "post_process")

@@ -19,9 +19,10 @@ from typing import Any
 from bench.floor.peaks import Peak
 from bench.workload import Workload
 from distill.common.files import read_json
-from distill.models.architectures import ARCHITECTURES, MINI_FAMILY, Architecture, Resolution, family_of
+from distill.models.architectures import ARCHITECTURES, Architecture
+from distill.models.families import MINI_FAMILY, family_of, vae_scale_factor
+from distill.models.resolution import Resolution
 from export.components import COMPONENTS as EXPORTED
-from export.components import vae_scale_factor
 
 MATRIX_SIDE = 1024
 COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder")
@@ -61,7 +62,11 @@ class ModelConfigs:
     @classmethod
     def of_architecture(cls, architecture: Architecture) -> ModelConfigs:
         family = architecture.family
-        parts = (architecture.unet_config, family.vae, family.text_encoder, family.text_encoder_2)
+        parts = (
+            architecture.unet_config,
+            family.vae,
+            *(family.networks[encoder] for encoder in family.conditioning.encoders),
+        )
         return cls(*(json.dumps(part, sort_keys=True) for part in parts))
 
     @property

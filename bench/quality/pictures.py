@@ -11,7 +11,7 @@ from bench.results import PictureRecord
 from bench.workload import Workload, family_prompts
 from distill.common.errors import described
 from distill.common.progress import say
-from distill.models.architectures import Family
+from distill.models.families import Family
 
 
 def draw_pictures(

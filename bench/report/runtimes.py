@@ -9,7 +9,8 @@ from bench.report import words
 from bench.results import CellRecord, ContestantRecord, Estimate, Results, Row
 from bench.summary import speedup
 from bench.workload import Workload
-from distill.models.architectures import ARCHITECTURES, Resolution
+from distill.models.architectures import ARCHITECTURES
+from distill.models.resolution import Resolution
 
 MODELS = ("sdxl", "ssd-1b", "vega")
 CLAIMS = {"ssd-1b": 1.6, "vega": 2.0}

@@ -1,15 +1,16 @@
 """The latent cache: what the frozen networks would say of every sample, computed once.
 
 A cache is a folder of safetensors shards, each holding some consecutive samples of the source, by resolution:
-`{W}x{H}/latents` (n, 4, H/8, W/8) scaled, `/prompt_embeds` (n, tokens, dim) penultimate states of both encoders,
-`/pooled_prompt_embeds` (n, dim) of the second, `/time_ids` (n, 6). cache.json holds the key: the hashes of the VAE and
-of the text encoders, and the data. Shards are written whole or not at all, so a killed run goes on where it was, and
-several processes (torchrun) share the work by shard.
+`{W}x{H}/latents` (n, 4, H/8, W/8) scaled, and under their own names what else the UNet takes of a sample, as
+`{W}x{H}/encoder_hidden_states` (n, tokens, dim). unconditional.safetensors holds what it takes for no caption. cache.json
+holds the key: the hashes of the VAE and of the text encoders, and the data. Shards are written whole or not at all, so a
+killed run goes on where it was, and several processes (torchrun) share the work by shard.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from distill.common.ahead import ahead
 from distill.common.errors import UserError, explaining_full_memory, require_least
@@ -36,11 +37,13 @@ from distill.common.files import (
 )
 from distill.common.progress import say, track
 from distill.data.pictures import BadSample, Sample, Source, open_source
-from distill.models.architectures import Family, Resolution
-from distill.models.sources import component_weights, find_architecture_of, load_pipeline, read_config
+from distill.models.conditioning import Conditioning
+from distill.models.families import Family
+from distill.models.resolution import Resolution
+from distill.models.sources import component_weights, find_family, load_pipeline, network_folders, read_config
 
 SAMPLES_PER_SHARD = 512
-FIELDS = ("latents", "prompt_embeds", "pooled_prompt_embeds", "time_ids")
+UNCONDITIONAL = "unconditional.safetensors"
 MOST_BAD_SAMPLES = 0.2  # of all; more means that the data set is not what it was taken for
 
 
@@ -53,13 +56,15 @@ def frozen_hashes(checkpoint: Path) -> dict[str, str]:
     """A hash of the weights of each network that the cache stands for."""
     return {
         component: sha256_json([sha256_file(file) for file in component_weights(checkpoint / component)])
-        for component in ("vae", "text_encoder", "text_encoder_2")
+        for component in network_folders(checkpoint)
+        if component != "unet"
     }
 
 
 @torch.no_grad()
-def encode(pipe: Any, samples: list[Sample], seed: int) -> dict[str, torch.Tensor]:
-    """FIELDS of samples of one resolution; latents are drawn from the VAE's posterior with the sample's own seed."""
+def encode(pipe: Any, conditioning: Conditioning, samples: list[Sample], seed: int) -> dict[str, torch.Tensor]:
+    """What the cache holds of samples of one resolution; latents are drawn from the VAE's posterior with the sample's own
+    seed."""
     vae, device = pipe.vae, pipe.vae.device
     pixels = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
     pixels = pixels.to(device, vae.dtype).div_(127.5).sub_(1)
@@ -67,9 +72,21 @@ def encode(pipe: Any, samples: list[Sample], seed: int) -> dict[str, torch.Tenso
     generators = [torch.Generator().manual_seed(seed_of(seed, sample.key)) for sample in samples]
     noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=generator) for generator in generators])
     latents = (posterior.mean + posterior.std * noise.to(device, vae.dtype)) * vae.config.scaling_factor
-    embeds, _, pooled, _ = pipe.encode_prompt([sample.caption for sample in samples], do_classifier_free_guidance=False)
-    time_ids = torch.tensor([sample.time_ids for sample in samples], dtype=torch.int32)
-    return dict(zip(FIELDS, (latents, embeds, pooled, time_ids), strict=True))
+    text = conditioning.encode(pipe, [sample.caption for sample in samples])
+    sizes = conditioning.size_inputs(
+        [sample.original_size for sample in samples],
+        [sample.crop_top_left for sample in samples],
+        [sample.resolution for sample in samples],
+    )
+    return {"latents": latents, **text, **sizes}
+
+
+@torch.no_grad()
+def write_unconditional(pipe: Any, conditioning: Conditioning, path: Path) -> None:
+    """What the UNet takes for no caption: each text input by name, without a batch."""
+    text = conditioning.unconditional(pipe)
+    with replacing(path) as temporary:
+        save_file({name: value[0].half().cpu().contiguous() for name, value in text.items()}, temporary)
 
 
 def seed_of(seed: int, *parts: object) -> int:
@@ -93,7 +110,7 @@ def make_cache(
             f"the VAE of {checkpoint} is an AutoencoderTiny, which has no posterior to draw latents from; give a checkpoint "
             "with an AutoencoderKL"
         )
-    family = find_architecture_of(checkpoint).family
+    family = find_family(checkpoint)
     source = open_source(data, family, seed)
     ranges = [range(i, min(i + SAMPLES_PER_SHARD, len(source))) for i in range(0, len(source), SAMPLES_PER_SHARD)]
     key = cache_key(checkpoint, data, source.identity, seed) | {"shards": len(ranges)}
@@ -109,7 +126,8 @@ def make_cache(
         say(f"{out} is finished, nothing is to do")
     for path in filter(Path.exists, (_shard(out, i) for i in todo)):
         say(f"{path} is damaged and is made again")
-    if not todo:
+    unconditional = out / UNCONDITIONAL
+    if not todo and (rank or unconditional.is_file()):
         return
     samples = sum(len(ranges[i]) for i in missing)
     require_free_disk(out, samples * sample_bytes(family), f"the cache of {samples} samples")
@@ -121,13 +139,15 @@ def make_cache(
     with explaining_full_memory(advice):
         pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
+    if rank == 0:
+        write_unconditional(pipe, family.conditioning, unconditional)
     reader = _Reader(source)
     progress = track(todo, f"caching {samples} samples", unit="shard")
     with closing(ahead(lambda number: reader.read(ranges[number]), todo)) as shards, reader:
         for number, (buckets, skipped) in zip(progress, shards, strict=True):
             remove_leftovers(out, _shard(out, number).name)
             with explaining_full_memory(advice):
-                write_shard(pipe, buckets, skipped, _shard(out, number), seed, batch)
+                write_shard(pipe, family.conditioning, buckets, skipped, _shard(out, number), seed, batch)
     if reader.bad:
         say(
             f"skipped {len(reader.bad)} of {reader.seen} samples; each shard names its own: {'; '.join(reader.bad[:3])}"
@@ -172,10 +192,8 @@ class _Reader:
 
 def sample_bytes(family: Family) -> int:
     """What one sample takes in the cache, at the family's base resolution."""
-    base, side, clip = family.resolutions[0], family.vae_scale_factor, family.text_encoder
-    latents = 4 * (base.height // side) * (base.width // side)
-    text = clip["max_position_embeddings"] * family.unet["cross_attention_dim"]
-    return 2 * (latents + text + family.text_encoder_2["projection_dim"]) + 6 * 4
+    specs = family.unet_inputs(family.resolutions[0], 1)
+    return sum(2 * math.prod(spec.shape) for spec in specs if spec.name != "timestep")
 
 
 def _shard(out: Path, number: int) -> Path:
@@ -203,16 +221,22 @@ def _is_whole(path: Path) -> bool:
 
 
 def write_shard(
-    pipe: Any, buckets: Mapping[Resolution, list[Sample]], skipped: list[str], path: Path, seed: int, batch: int
+    pipe: Any,
+    conditioning: Conditioning,
+    buckets: Mapping[Resolution, list[Sample]],
+    skipped: list[str],
+    path: Path,
+    seed: int,
+    batch: int,
 ) -> None:
     """Encodes samples, `batch` at a time, into one shard; `skipped` says what was left out and why."""
     tensors: dict[str, torch.Tensor] = {}
     about: dict[str, Any] = {"skipped": skipped, "samples": {}}
     for resolution, samples in sorted(buckets.items()):
-        parts = [encode(pipe, samples[i : i + batch], seed) for i in range(0, len(samples), batch)]
-        for field in FIELDS:
+        parts = [encode(pipe, conditioning, samples[i : i + batch], seed) for i in range(0, len(samples), batch)]
+        for field in parts[0]:
             whole = torch.cat([part[field] for part in parts]).cpu()
-            tensors[f"{resolution}/{field}"] = (whole.half() if field != "time_ids" else whole).contiguous()
+            tensors[f"{resolution}/{field}"] = (whole.half() if whole.is_floating_point() else whole).contiguous()
         about["samples"][str(resolution)] = [
             {"key": s.key, "caption": s.caption, "crop": s.crop_top_left, "flipped": s.flipped} for s in samples
         ]
@@ -238,18 +262,23 @@ class LatentCache:
         self.key = read_json(folder / "cache.json")
         self.batch_size, self.seed = batch_size, seed
         self._rows: dict[Resolution, list[tuple[Path, int]]] = defaultdict(list)
+        self._names: dict[Resolution, list[str]] = defaultdict(list)
         self._open: dict[Path, Any] = {}
         shards = sorted(folder.glob("shard-*.safetensors"))
-        if len(shards) < self.key.get("shards", 0):
+        if len(shards) < self.key.get("shards", 0) or not (folder / UNCONDITIONAL).is_file():
             raise UserError(
                 f"{folder} is not finished: it has {len(shards)} of {self.key['shards']} shards; run the same "
                 "`distill cache` command again"
             )
         for path in shards:
             for name, shape in _shapes(path).items():
-                resolution, _, field = name.partition("/")
+                size, _, field = name.partition("/")
+                resolution = Resolution.parse(size)
                 if field == "latents":
-                    self._rows[Resolution.parse(resolution)] += [(path, i) for i in range(shape[0])]
+                    self._rows[resolution] += [(path, i) for i in range(shape[0])]
+                if name not in self._names[resolution]:
+                    self._names[resolution].append(name)
+        self.unconditional = {name: value.float() for name, value in load_file(folder / UNCONDITIONAL).items()}
         if not self._rows:
             raise UserError(f"{folder} holds no cached sample; make it with: python -m distill cache")
         self._rows = dict(sorted(self._rows.items()))
@@ -265,17 +294,16 @@ class LatentCache:
 
         Raises UserError where its UNet takes embeddings of other widths.
         """
-        family = find_architecture_of(teacher).family
-        wanted = family.unet["cross_attention_dim"], family.text_encoder_2["projection_dim"]
-        resolution, rows = next(iter(self._rows.items()))
-        shard = self._shard(rows[0][0])
-        held = tuple(shard.get_slice(f"{resolution}/{field}").get_shape()[-1] for field in FIELDS[1:3])
+        family = find_family(teacher)
+        held = {name: tuple(value.shape) for name, value in self.unconditional.items()}
+        wanted = family.text_shapes
         if held != wanted:
             raise UserError(
-                f"the cache holds text embeddings of widths {held}, the UNet of {teacher} takes {wanted}; make one with "
-                f"this teacher: python -m distill cache --model {teacher}"
+                f"the cache holds text of the shapes {held}, the UNet of {teacher} takes {wanted}; make one with this "
+                f"teacher: python -m distill cache --model {teacher}"
             )
-        others = [component for component, digest in frozen_hashes(teacher).items() if self.key[component] != digest]
+        hashes = frozen_hashes(teacher)
+        others = [component for component, digest in hashes.items() if self.key.get(component) != digest]
         if not others:
             return None
         return (
@@ -301,16 +329,15 @@ class LatentCache:
         return self._order
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
-        """FIELDS of a step's global batch, or of some rows of it, in float32, `time_ids` too."""
+        """`latents` and what else the UNet takes of a step's global batch, or of some rows of it, in float32."""
         epochs = range((step + len(self._sizes) + 1) * self.batch_size)  # enough: each has one sample at least
         epoch = bisect_right(epochs, step, key=lambda epoch: self._batches_before(epoch).sum()) - 1
         resolution, indices = self._order_of(epoch)[step - self._batches_before(epoch).sum()]
         places = [self._rows[resolution][i] for i in indices[rows]]
-        fields = {}
-        for field in FIELDS:
-            name = f"{resolution}/{field}"
-            fields[field] = torch.stack([self._shard(path).get_slice(name)[i] for path, i in places]).float()
-        return fields
+        return {
+            name.rpartition("/")[2]: torch.stack([self._shard(path).get_slice(name)[i] for path, i in places]).float()
+            for name in self._names[resolution]
+        }
 
     def _shard(self, path: Path) -> Any:
         if path not in self._open:

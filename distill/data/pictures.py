@@ -24,7 +24,8 @@ from PIL import Image, ImageOps
 from distill.common.errors import UserError
 from distill.common.files import sha256_file
 from distill.data.shapes import random_scene, render
-from distill.models.architectures import Family, Resolution
+from distill.models.families import Family
+from distill.models.resolution import Resolution
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 CAPTION_COLUMNS = ("text", "caption", "prompt")

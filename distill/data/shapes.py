@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distill.models.architectures import Resolution
+from distill.models.resolution import Resolution
 
 COLORS = {
     "red": (220, 30, 30),

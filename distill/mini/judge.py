@@ -10,7 +10,7 @@ from diffusers import StableDiffusionXLPipeline
 
 from distill.common.errors import UserError, require_least
 from distill.data.shapes import Scene, follows, random_scene, shares
-from distill.models.architectures import MINI_FAMILY
+from distill.models.families import MINI_FAMILY
 
 READER = 2
 """Counts the ways in which `read_scene` has read: shares read in different ways do not compare."""

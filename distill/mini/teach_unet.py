@@ -13,9 +13,15 @@ from diffusers.training_utils import EMAModel
 
 from distill.common.progress import say
 from distill.mini.teach_vae import draw_pictures, to_tensor
-from distill.models.architectures import ARCHITECTURES, MINI_FAMILY, Resolution
+from distill.models.architectures import ARCHITECTURES
 from distill.models.assemble import tokenizers_and_scheduler
+from distill.models.conditioning import call_unet
+from distill.models.families import MINI_FAMILY
 from distill.models.networks import make_network
+from distill.models.resolution import Resolution
+
+_CONDITIONING = MINI_FAMILY.conditioning
+_TAUGHT = ("unet", *_CONDITIONING.encoders)
 
 
 def _latent_pool(
@@ -39,21 +45,11 @@ def make_mini_pipeline(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
     configs = ARCHITECTURES["mini-sdxl"].configs
     return StableDiffusionXLPipeline(
         vae=vae,
-        **{name: make_network(name, configs[name]) for name in ("text_encoder", "text_encoder_2", "unet")},
+        **{name: make_network(name, configs[name]) for name in _TAUGHT},
         **tokenizers_and_scheduler(MINI_FAMILY),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
-
-
-def _encode_text(pipe: StableDiffusionXLPipeline, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Penultimate hidden states of both encoders (batch, 32, 128) and the second's pooled output (batch, 64)."""
-    hidden = []
-    for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)):
-        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        output = encoder(ids, output_hidden_states=True)
-        hidden.append(output.hidden_states[-2])
-    return torch.cat(hidden, -1), output.text_embeds
 
 
 def _batches(pool: list, batch: int, rng: np.random.Generator) -> Iterator[tuple[Resolution, list[str], torch.Tensor]]:
@@ -69,7 +65,6 @@ def _batches(pool: list, batch: int, rng: np.random.Generator) -> Iterator[tuple
             yield resolution, [captions[i] for i in indices], latents[indices]
 
 
-_TAUGHT = ("unet", "text_encoder", "text_encoder_2")
 _SAVE_EVERY = 300.0  # seconds
 
 
@@ -152,18 +147,16 @@ def teach_unet(
         started = time.monotonic()
         resolution, captions, latents = next(batches)
         optimizer.param_groups[0]["lr"] = learning_rate * min(1, (state.step + 1) / 200) * (1 - 0.99 * used)
-        hidden, pooled = _encode_text(pipe, captions)
+        text = _CONDITIONING.encode(pipe, captions)
         kept = (torch.rand(batch) >= 0.1).float()
         timesteps = torch.randint(0, 1000, (batch,))
         signal = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         noise = torch.randn_like(latents)
         noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
         size = (resolution.height, resolution.width)
-        added = {
-            "text_embeds": pooled * kept[:, None],
-            "time_ids": torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).expand(batch, 6),
-        }
-        noise_pred = unet(noisy, timesteps, hidden * kept[:, None, None], added_cond_kwargs=added).sample
+        inputs = _CONDITIONING.size_inputs([size] * batch, [(0, 0)] * batch, [resolution] * batch)
+        inputs |= {name: value * kept.view(-1, *[1] * (value.dim() - 1)) for name, value in text.items()}
+        noise_pred = call_unet(unet, {"sample": noisy, "timestep": timesteps, **inputs})
         error = (noise_pred - noise).square().mean((1, 2, 3))
         optimizer.zero_grad()
         (weights[timesteps] ** (1 - used) * error).mean().backward()

@@ -20,7 +20,8 @@ from diffusers.training_utils import EMAModel
 from distill.common.progress import say
 from distill.data.shapes import ATTRIBUTES, Scene, random_scene, render
 from distill.mini.judge import share_followed
-from distill.models.architectures import MINI_FAMILY, Resolution
+from distill.models.families import MINI_FAMILY
+from distill.models.resolution import Resolution
 
 
 def to_tensor(images: np.ndarray) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A whole SDXL-format pipeline folder put together from tensors alone: what random and single-file checkpoints need.
+"""A whole pipeline folder put together from tensors alone: what random and single-file checkpoints need.
 
 Configs come from the catalogue and tokenizers from `tokenizer.py`, so nothing is downloaded.
 """
@@ -12,18 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.common.files import require_free_disk
-from distill.models.architectures import SDXL_FAMILY, Architecture, Family
+from distill.models.architectures import Architecture
+from distill.models.families import Family
 from distill.models.networks import NETWORKS, make_network
 from distill.models.tensors import MadeTensor, WritableTensor, write_safetensors
 
 if TYPE_CHECKING:
     import torch
 
-BESIDE_NETWORKS = {
-    "scheduler": ("diffusers", "EulerDiscreteScheduler"),
-    "tokenizer": ("transformers", "CLIPTokenizer"),
-    "tokenizer_2": ("transformers", "CLIPTokenizer"),
-}
 SCHEDULER = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -35,7 +31,7 @@ SCHEDULER = {
 
 
 def meta_components(architecture: Architecture) -> dict[str, Any]:
-    """The four networks of an architecture without memory for their weights."""
+    """The networks of an architecture without memory for their weights."""
     import torch
 
     with torch.device("meta"):
@@ -71,8 +67,11 @@ def assemble(
         write_safetensors(folder / component / f"{stem}.safetensors", tensors[component])
     for name, part in tokenizers_and_scheduler(architecture.family, **scheduler).items():
         part.save_pretrained(folder / name)
-    index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
-    (folder / "model_index.json").write_text(json.dumps(index | BESIDE_NETWORKS | NETWORKS, indent=1, sort_keys=True))
+    conditioning = architecture.family.conditioning
+    index: dict[str, Any] = {"_class_name": conditioning.pipeline, "scheduler": ("diffusers", "EulerDiscreteScheduler")}
+    index |= dict.fromkeys(conditioning.tokenizers, ("transformers", "CLIPTokenizer")) | conditioning.networks
+    index |= conditioning.options
+    (folder / "model_index.json").write_text(json.dumps(index, indent=1, sort_keys=True))
 
 
 def tokenizers_and_scheduler(family: Family, **scheduler: Any) -> dict[str, Any]:
@@ -80,27 +79,29 @@ def tokenizers_and_scheduler(family: Family, **scheduler: Any) -> dict[str, Any]
     where `scheduler` has no other."""
     from diffusers import EulerDiscreteScheduler
 
-    from distill.models.tokenizer import SHAPES_WORDS, clip_merges, merges_of, tokenizer_from_merges
+    from distill.models.tokenizer import clip_merges, merges_of, tokenizer_from_merges
 
-    tokenizer = partial(
-        tokenizer_from_merges,
-        clip_merges() if family is SDXL_FAMILY else merges_of(SHAPES_WORDS),
-        bos_token_id=family.text_encoder["bos_token_id"],
-        eos_token_id=family.text_encoder["eos_token_id"],
-        max_length=family.text_encoder["max_position_embeddings"],
-    )
-    return {
-        "tokenizer": tokenizer(pad_token="<|endoftext|>"),
-        "tokenizer_2": tokenizer(pad_token="!"),
-        "scheduler": EulerDiscreteScheduler(**SCHEDULER | scheduler),
+    merges = clip_merges() if family.vocabulary is None else merges_of(family.vocabulary)
+    encoders = family.conditioning.encoders
+    parts: dict[str, Any] = {
+        tokenizer: tokenizer_from_merges(
+            merges,
+            bos_token_id=family.networks[encoder]["bos_token_id"],
+            eos_token_id=family.networks[encoder]["eos_token_id"],
+            max_length=family.networks[encoder]["max_position_embeddings"],
+            pad_token="<|endoftext|>" if encoder == encoders[0] else "!",
+        )
+        for tokenizer, encoder in zip(family.conditioning.tokenizers, encoders, strict=True)
     }
+    return parts | {"scheduler": EulerDiscreteScheduler(**SCHEDULER | scheduler)}
 
 
 def random_tensors(architecture: Architecture) -> dict[str, dict[str, MadeTensor]]:
-    """Random weights in fp16 (mini: fp32), each made when it is written; the same every time."""
+    """Random weights in the family's dtype, each made when it is written; the same every time."""
     import torch
 
-    dtype, name = (torch.float16, "F16") if architecture.family is SDXL_FAMILY else (torch.float32, "F32")
+    dtype = getattr(torch, architecture.family.dtype)
+    name = {torch.float16: "F16", torch.float32: "F32"}[dtype]
     generator = torch.Generator().manual_seed(0)
 
     def made(component: str, module: Any) -> Iterator[tuple[str, MadeTensor]]:

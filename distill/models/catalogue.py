@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill.models.architectures import Architecture, Resolution
+from distill.models.architectures import Architecture
+from distill.models.conditioning import call_unet
+from distill.models.resolution import Resolution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,22 +41,11 @@ def meta_unet(architecture: Architecture) -> UNet2DConditionModel:
 
 def unet_tflop(unet: UNet2DConditionModel, architecture: Architecture, resolution: Resolution, batch: int) -> float:
     """Compute of one call, in units of 1e12 floating-point operations (a multiply and an add count as two)."""
-    family = architecture.family
-    scale = family.vae_scale_factor
     with torch.device("meta"):
-        inputs: dict[str, Any] = {
-            "sample": torch.empty(batch, 4, resolution.height // scale, resolution.width // scale),
-            "timestep": torch.empty(batch),
-            "encoder_hidden_states": torch.empty(
-                batch, family.text_encoder["max_position_embeddings"], family.unet["cross_attention_dim"]
-            ),
-            "added_cond_kwargs": {
-                "text_embeds": torch.empty(batch, family.text_encoder_2["projection_dim"]),
-                "time_ids": torch.empty(batch, 6),
-            },
-        }
+        specs = architecture.family.unet_inputs(resolution, batch)
+        inputs = {spec.name: torch.empty(spec.shape) for spec in specs}
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            unet(**inputs)
+            call_unet(unet, inputs)
     return counter.get_total_flops() / 1e12
 
 
@@ -66,7 +56,7 @@ def catalogue_row(architecture: Architecture) -> CatalogueRow:
         family=architecture.family.name,
         parameters=count_parameters(unet),
         down=count_parameters(unet.down_blocks),
-        mid=count_parameters(unet.mid_block),
+        mid=count_parameters(unet.mid_block) if unet.mid_block is not None else 0,
         up=count_parameters(unet.up_blocks),
         transformer_blocks=architecture.depth.transformer_blocks,
         tflop_per_call=unet_tflop(unet, architecture, architecture.family.resolutions[0], batch=2),

@@ -1,4 +1,4 @@
-"""The four networks of a checkpoint, each under the name of its folder: its class, and one made from its config."""
+"""A network of a checkpoint from its config: its class, and one with fresh weights."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-NETWORKS = {
-    "unet": ("diffusers", "UNet2DConditionModel"),
-    "vae": ("diffusers", "AutoencoderKL"),
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
-}
-"""Library and class, as model_index.json states them."""
+from distill.models.conditioning import SDXL
+
+NETWORKS = SDXL.networks
+"""Library and class by folder: those of every family, since no other has one that SDXL lacks."""
 
 
 def network_class(component: str, config: Mapping[str, Any]) -> Any:

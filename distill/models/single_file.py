@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from distill.common.errors import UserError
-from distill.models.architectures import Architecture, Depth, architecture_at, family_of
+from distill.models.architectures import Architecture, architecture_at
 from distill.models.assemble import assemble, component_shapes, meta_components
+from distill.models.depth import Depth
+from distill.models.families import FAMILIES
 from distill.models.tensors import MadeTensor, TensorRecord, check_stored, read_safetensors_header, transposed
 
 PREFIXES = {
@@ -115,7 +117,7 @@ def find_single_file_architecture(records: Mapping[str, TensorRecord], path: Pat
     unet = PREFIXES["unet"]
     entries = (f"{unet}input_blocks.{place}.0.out_layers.3.weight" for place in (1, 4, 7))
     widths = [records[entry].shape[0] for entry in entries if entry in records]
-    family = family_of(widths)
+    family = next((f for f in FAMILIES.values() if [*f.unet["block_out_channels"]] == widths), None)
     if family is None:
         raise UserError(f"{path} is no SDXL checkpoint: its UNet's widths are {widths}, SDXL's [320, 640, 1280]")
     blocks = {match[1] for key in records if (match := re.match(rf"{unet}(.+?\.1\.transformer_blocks\.\d+)\.", key))}

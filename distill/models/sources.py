@@ -1,7 +1,7 @@
 """Where a checkpoint comes from. Every room is given a source and gets a local diffusers folder.
 
 org/name              a Hugging Face model id
-path/to/folder        a diffusers StableDiffusionXLPipeline folder
+path/to/folder        a diffusers pipeline folder
 path/to/file.safetensors   a single-file checkpoint (as ZavyChromaXL and JuggernautXL ship)
 random:NAME           an architecture of the catalogue at its true size with random weights (nothing to download)
 mini:sdxl             the mini teacher that ships with the package
@@ -19,16 +19,11 @@ from typing import TYPE_CHECKING, Any
 from distill.common.errors import UserError, unknown
 from distill.common.files import exclusive, read_json, remove_leftovers, replacing, sha256_file, sha256_json, write_json
 from distill.common.hub import NO_SAFETENSORS, explaining_hub
-from distill.models.architectures import (
-    ARCHITECTURES,
-    Architecture,
-    Depth,
-    Family,
-    architecture_at,
-    family_of,
-    find_architecture,
-)
-from distill.models.networks import NETWORKS, network_class
+from distill.models.architectures import ARCHITECTURES, Architecture, architecture_at, find_architecture
+from distill.models.conditioning import Conditioning, conditioning_of
+from distill.models.depth import Depth
+from distill.models.families import Family, family_of
+from distill.models.networks import network_class
 from distill.models.tensors import component_tensors, component_weights, read_safetensors_header, weights_variant
 
 if TYPE_CHECKING:
@@ -37,7 +32,6 @@ if TYPE_CHECKING:
 MINI_TEACHER = Path(__file__).parents[1] / "mini" / "teacher"
 WORKDIR = Path("out/models")
 """Where every room keeps what `resolve` has to make, if not told otherwise: once."""
-COMPONENT_FOLDERS = tuple(NETWORKS)
 CONVERSION = 1
 """Raised whenever a random, converted or fused checkpoint comes out otherwise than before: older ones are made again."""
 FORMS = "a Hugging Face id, a diffusers folder, a single .safetensors file, random:NAME or mini:sdxl"
@@ -49,36 +43,37 @@ def read_config(folder: Path, component: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"{folder} is no SDXL checkpoint: {component}/config.json is missing or not JSON") from None
+        raise UserError(f"{folder} is no checkpoint: {component}/config.json is missing or not JSON") from None
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Raises UserError, with what is missing, where `folder` is no whole SDXL-format diffusers pipeline."""
+    """Raises UserError, with what is missing, where `folder` is no whole diffusers pipeline of a known kind."""
     if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} is no SDXL checkpoint: it has no model_index.json; allowed are {FORMS}")
-    _unet_family(read_config(folder, "unet"), folder)
-    for component in COMPONENT_FOLDERS:
+        raise UserError(f"{folder} is no checkpoint: it has no model_index.json; allowed are {FORMS}")
+    for component in _text_to_image(read_config(folder, "unet"), folder).networks:
         read_config(folder, component)
         component_tensors(folder / component)
 
 
-def _unet_family(config: Mapping[str, Any], model: object) -> Family:
-    """The family that a UNet's config is of. Raises UserError for that of another kind of model."""
-    kind, widths = config.get("addition_embed_type"), config.get("block_out_channels", ())
-    if kind != "text_time":
-        raise UserError(
-            f"{model} is no SDXL checkpoint: its UNet has addition_embed_type {kind!r}, SDXL has 'text_time'"
-        )
-    family = family_of(widths)
-    if family is None:
-        raise UserError(f"{model} is no SDXL checkpoint: its UNet's widths are {list(widths)}, SDXL's [320, 640, 1280]")
+def network_folders(folder: Path) -> tuple[str, ...]:
+    """The folders of a checkpoint's networks."""
+    return tuple(conditioning_of(read_config(folder, "unet"), folder).networks)
+
+
+def find_family(folder: Path) -> Family:
+    """Of a checkpoint folder. Raises UserError."""
+    return family_of({component: read_config(folder, component) for component in network_folders(folder)}, folder)
+
+
+def _text_to_image(config: Mapping[str, Any], model: object) -> Conditioning:
+    """How a UNet of this config is conditioned. Raises UserError for that of another kind of model."""
     channels = config.get("in_channels", 4), config.get("out_channels", 4)
     if channels != (4, 4):
         raise UserError(
-            f"{model} is no text-to-image checkpoint of SDXL: its UNet has {channels[0]} channels in and {channels[1]} "
-            "out, SDXL's has 4 (9 in are for inpainting, 8 for instructed edits)"
+            f"{model} is no text-to-image checkpoint: its UNet has {channels[0]} channels in and {channels[1]} out, not 4 "
+            "(9 in are for inpainting, 8 for instructed edits)"
         )
-    return family
+    return conditioning_of(config, model)
 
 
 def _network_of(folder: Path) -> dict[str, Any]:
@@ -117,11 +112,11 @@ def check_successor(first: Path, teacher: Path) -> None:
             )
 
 
-def file_hashes(folder: Path, components: Collection[str] = COMPONENT_FOLDERS) -> dict[str, str]:
-    """sha256 of every config and weights file of the four networks, or of some, by its path inside the checkpoint."""
+def file_hashes(folder: Path, components: Collection[str] | None = None) -> dict[str, str]:
+    """sha256 of every config and weights file of its networks, or of some, by its path inside the checkpoint."""
     return {
         f"{component}/{path.name}": sha256_file(path)
-        for component in components
+        for component in (network_folders(folder) if components is None else components)
         for path in [folder / component / "config.json", *component_weights(folder / component)]
     }
 
@@ -132,10 +127,8 @@ def checkpoint_hash(folder: Path) -> str:
 
 
 def find_architecture_of(folder: Path) -> Architecture:
-    """The catalogue's architecture whose UNet config matches the checkpoint's; a custom one where only the depth
-    differs. Raises UserError for widths of neither family."""
-    config = read_config(folder, "unet")
-    return architecture_at(_unet_family(config, folder), Depth.from_config(config))
+    """The catalogue's architecture whose UNet config matches the checkpoint's; a custom one where it has none."""
+    return architecture_at(find_family(folder), Depth.from_config(read_config(folder, "unet")))
 
 
 def peek_architecture(source: str) -> Architecture:
@@ -164,19 +157,22 @@ def load_component(folder: Path, component: str, dtype: torch.dtype) -> Any:
 
 
 def load_pipeline(folder: Path, dtype: torch.dtype, without: Collection[str] = ()) -> Any:
-    """The checkpoint folder as a diffusers StableDiffusionXLPipeline on the CPU; the networks in `without` are None."""
+    """The checkpoint folder as a diffusers pipeline on the CPU; the networks in `without` are None."""
     import diffusers
-    from diffusers import StableDiffusionXLPipeline
 
     diffusers.utils.logging.disable_progress_bar()
-    components = {name: None if name in without else load_component(folder, name, dtype) for name in COMPONENT_FOLDERS}
-    return StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=dtype, add_watermarker=False, **components)
+    conditioning = conditioning_of(read_config(folder, "unet"), folder)
+    components: dict[str, Any] = {
+        name: None if name in without else load_component(folder, name, dtype) for name in conditioning.networks
+    }
+    kind = getattr(diffusers, conditioning.pipeline)
+    return kind.from_pretrained(folder, torch_dtype=dtype, **components, **conditioning.load_options)
 
 
 def resolve(source: str, workdir: Path) -> Path:
     """The local diffusers folder of `source`; what has to be made or converted is kept under `workdir`.
 
-    Raises UserError for an unknown name, a folder that is no SDXL checkpoint, a truncated file, or an unreachable hub.
+    Raises UserError for an unknown name, a folder that is no checkpoint, a truncated file, or an unreachable hub.
     """
     kind, colon, name = source.partition(":")
     if colon and kind == "random":
@@ -205,18 +201,20 @@ def _check_on_hub(repo_id: str) -> None:
         files = [file.rfilename for file in model_info(repo_id).siblings or ()]
     except Exception:  # the download meets it as well, and may find all in its cache
         return
-    for needed in ("model_index.json", *(f"{component}/config.json" for component in COMPONENT_FOLDERS)):
+    model, config = f"model {repo_id!r}", "unet/config.json"
+    known = read_json(Path(hf_hub_download(repo_id, config))) if config in files else {}
+    networks = _text_to_image(known, model).networks
+    for needed in ("model_index.json", *(f"{component}/config.json" for component in networks)):
         if needed not in files:
-            raise UserError(f"model {repo_id!r} is no SDXL pipeline folder: it has no {needed}; allowed are {FORMS}")
-    _unet_family(read_json(Path(hf_hub_download(repo_id, "unet/config.json"))), f"model {repo_id!r}")
+            raise UserError(f"{model} is no pipeline folder: it has no {needed}; allowed are {FORMS}")
 
 
 def _downloaded(repo_id: str) -> Path:
     """The fp16 weights where the hub has them apart, else the plain ones; what an interrupted call left is gone on with."""
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers import DiffusionPipeline
 
     def download(variant: str | None) -> Path:
-        return Path(StableDiffusionXLPipeline.download(repo_id, variant=variant, use_safetensors=True))
+        return Path(DiffusionPipeline.download(repo_id, variant=variant, use_safetensors=True))
 
     with explaining_hub(f"model {repo_id!r}"):
         _check_on_hub(repo_id)

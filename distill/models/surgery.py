@@ -4,7 +4,6 @@ memory it takes does not depend on the model's size."""
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,12 +12,11 @@ from typing import Any
 
 from distill.common.errors import UserError
 from distill.common.files import read_json, replacing, require_free_disk, write_json
-from distill.models.architectures import Architecture, Depth, family_of
-from distill.models.layer_map import LayerMap, make_layer_map
-from distill.models.sources import COMPONENT_FOLDERS, read_config
+from distill.models.architectures import Architecture
+from distill.models.depth import Depth
+from distill.models.module_map import LayerMap, ModuleMap, make_module_map
+from distill.models.sources import find_family, network_folders, read_config
 from distill.models.tensors import component_tensors, component_weights, weights_variant, write_safetensors
-
-_BLOCK_KEY = re.compile(r"(?P<path>.*attentions\.\d+)\.transformer_blocks\.(?P<index>\d+)\.(?P<rest>.*)")
 
 
 @dataclass(frozen=True)
@@ -30,17 +28,13 @@ class SurgeryPlan:
 
 
 def plan_surgery(
-    teacher: Mapping[str, tuple[int, ...]], student: Mapping[str, tuple[int, ...]], layer_map: LayerMap
+    teacher: Mapping[str, tuple[int, ...]], student: Mapping[str, tuple[int, ...]], modules: ModuleMap
 ) -> SurgeryPlan:
     """Accounts for every tensor; both mappings are key -> shape. Raises UserError for a student tensor that the
     teacher has not, or has in another shape."""
     sources = {}
     for key, shape in student.items():
-        match = _BLOCK_KEY.fullmatch(key)
-        source = key
-        if match:
-            index = layer_map[match["path"]][int(match["index"])]
-            source = f"{match['path']}.transformer_blocks.{index}.{match['rest']}"
+        source = modules.source(key)
         if source not in teacher:
             raise UserError(f"the teacher has no tensor {source}, which the student's {key} is made from")
         if tuple(teacher[source]) != tuple(shape):
@@ -65,12 +59,12 @@ def files_but_unet(checkpoint: Path) -> dict[str, Path]:
     Of weights these are the ones that `component_weights` reads, under plain names: from_pretrained finds a variant only
     where the whole pipeline is one. Whatever else lies in the folder is no part of it.
     """
-    files = {"model_index.json": checkpoint / "model_index.json"}
+    files, networks = {"model_index.json": checkpoint / "model_index.json"}, network_folders(checkpoint)
     for component, stated in read_json(checkpoint / "model_index.json").items():
         if component == "unet" or not isinstance(stated, list) or stated[0] is None:
             continue
         folder = checkpoint / component
-        if component in COMPONENT_FOLDERS:
+        if component in networks:
             needed = [folder / "config.json", *component_weights(folder)]
         else:
             needed = [path for path in folder.iterdir() if path.is_file()]
@@ -88,7 +82,7 @@ def copy_all_but_unet(checkpoint: Path, out: Path) -> None:
     for name, path in files_but_unet(checkpoint).items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, out / name)
-    for component in COMPONENT_FOLDERS:
+    for component in network_folders(checkpoint):
         shards = sorted((out / component).glob("*.safetensors"))
         if len(shards) > 1:
             records = component_tensors(out / component)
@@ -101,45 +95,59 @@ def copy_all_but_unet(checkpoint: Path, out: Path) -> None:
 
 
 def make_student_unet(
-    teacher: Path, student: Architecture, layer_map: str | LayerMap, out: Path, *, beside_bytes: int = 0
+    source: Path, student: Architecture, modules: ModuleMap, out: Path, *, beside_bytes: int = 0
 ) -> SurgeryPlan:
-    """Writes the student's `unet/` folder to `out`, every tensor copied from the checkpoint folder `teacher`.
+    """Writes the student's `unet/` folder to `out`, every tensor copied from the checkpoint folder `source`, whose modules
+    `modules` names.
 
-    Returns what came from where. Raises UserError where the teacher cannot give the student what it needs, or the disk
+    Returns what came from where. Raises UserError where the source cannot give the student what it needs, or the disk
     has no room for it and `beside_bytes` more.
     """
-    records = component_tensors(teacher / "unet")
-    config = read_config(teacher, "unet")
-    if family_of(config["block_out_channels"]) is not student.family:
-        raise UserError(
-            f"{student.name} is of the family {student.family.name}, the teacher {teacher} is not: give a student of its "
-            "family, or a depth"
-        )
+    records = component_tensors(source / "unet")
+    config = read_config(source, "unet")
     kept = {key: value for key, value in config.items() if not key.startswith("_")}
-    merged = {"_class_name": "UNet2DConditionModel", **kept, **student.unet_config}
-    full_map = make_layer_map(layer_map, Depth.from_config(config), student.depth)
-    plan = plan_surgery({key: record.shape for key, record in records.items()}, unet_shapes(merged), full_map)
-    size = sum(records[source].nbytes for source in plan.sources.values())
+    merged = {"_class_name": "UNet2DConditionModel", **student.depth.applied(kept)}
+    plan = plan_surgery({key: record.shape for key, record in records.items()}, unet_shapes(merged), modules)
+    size = sum(records[name].nbytes for name in plan.sources.values())
     require_free_disk(out.parent, size + beside_bytes, f"the student {student.name}")
     with replacing(out) as temporary:
         temporary.mkdir()
         (temporary / "config.json").write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
-        chosen = {key: records[source] for key, source in plan.sources.items()}
+        chosen = {key: records[name] for key, name in plan.sources.items()}
         write_safetensors(temporary / "diffusion_pytorch_model.safetensors", chosen)
     return plan
 
 
-def make_student(teacher: Path, student: Architecture, layer_map: str | LayerMap, out: Path) -> SurgeryPlan:
-    """Writes the untrained student as a whole pipeline folder: its UNet, everything else as the teacher has it, and
-    `surgery.json`, which accounts for every tensor of both. Raises UserError as `make_student_unet` does."""
+def student_modules(checkpoint: Path, student: Architecture, layer_map: str | LayerMap) -> tuple[ModuleMap, ModuleMap]:
+    """Where a student made from `checkpoint` has its modules from: called as in the original teacher, and as in the
+    checkpoint itself. They differ where the checkpoint is a student: a layer map counts the teacher's blocks everywhere.
+
+    Raises UserError for a student of another family, one that the checkpoint is not deep enough for, and a layer map
+    that is not nested in its own.
+    """
+    if student.family != find_family(checkpoint):
+        raise UserError(
+            f"{student.name} is of the family {student.family.name}, {checkpoint} is not: give a student of its family, or "
+            "a depth"
+        )
+    held = ModuleMap.of_student(checkpoint)
+    teacher = held.teacher if held else Depth.from_config(read_config(checkpoint, "unet"))
+    modules = make_module_map(layer_map, teacher, student.depth, held)
+    return modules, modules.relative_to(held)
+
+
+def make_student(checkpoint: Path, student: Architecture, layer_map: str | LayerMap, out: Path) -> SurgeryPlan:
+    """Writes the untrained student as a whole pipeline folder: its UNet, everything else as the checkpoint has it, and
+    `surgery.json`, which accounts for every tensor of both. Raises UserError as `student_modules` and
+    `make_student_unet` do, and for an `out` that exists."""
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out or remove it")
-    full_map = make_layer_map(layer_map, Depth.from_config(read_config(teacher, "unet")), student.depth)
-    beside_bytes = sum(path.stat().st_size for path in files_but_unet(teacher).values())
+    modules, relative = student_modules(checkpoint, student, layer_map)
+    beside_bytes = sum(path.stat().st_size for path in files_but_unet(checkpoint).values())
     with replacing(out) as temporary:
-        plan = make_student_unet(teacher, student, full_map, temporary / "unet", beside_bytes=beside_bytes)
-        copy_all_but_unet(teacher, temporary)
+        plan = make_student_unet(checkpoint, student, relative, temporary / "unet", beside_bytes=beside_bytes)
+        copy_all_but_unet(checkpoint, temporary)
         write_json(temporary / "surgery.json", asdict(plan))
-        mapped = {path: list(blocks) for path, blocks in full_map.items()}
-        write_json(temporary / "slimxl.json", {"student": student.name, "layer_map": mapped, "stages_done": 0})
+        about = {"student": student.name, "module_map": modules.as_dict(), "stages_done": 0}
+        write_json(temporary / "slimxl.json", about)
     return plan

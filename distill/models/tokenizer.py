@@ -15,12 +15,6 @@ from pathlib import Path
 from transformers import CLIPTokenizer
 
 END_OF_WORD = "</w>"
-SHAPES_WORDS = (
-    "a", "small", "large", "red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink", "circle", "square",
-    "triangle", "star", "cross", "ring", "at", "the", "top", "left", "right", "center", "bottom", "and", "on", "white",
-    "black", "gray", "brown", "background",
-)  # fmt: skip
-"""All words of the shapes world's captions, in the order of their tokens."""
 CLIP_MERGES = Path(__file__).parent / "clip" / "merges.txt.gz"
 
 

@@ -31,17 +31,19 @@ from distill.common.errors import UserError, explaining_full_memory, quiet_libra
 from distill.common.files import require_writable_file, write_json
 from distill.common.kernels import by_family, kernel_times, make_profiler
 from distill.common.progress import say, track
-from distill.data.cache import LatentCache, encode, write_shard
+from distill.data.cache import UNCONDITIONAL, LatentCache, encode, write_shard, write_unconditional
 from distill.data.pictures import Sample, ShapesSource
-from distill.models.architectures import ARCHITECTURES, Architecture, Family, find_architecture
+from distill.models.architectures import ARCHITECTURES, Architecture, find_architecture
 from distill.models.catalogue import meta_unet, unet_tflop
-from distill.models.layer_map import make_layer_map
+from distill.models.conditioning import Conditioning
+from distill.models.families import Family
+from distill.models.module_map import ModuleMap, make_module_map
 from distill.models.networks import make_network
 from distill.models.random_weights import random_pipeline
 from distill.models.sources import find_architecture_of, load_pipeline, resolve
 from distill.models.surgery import make_student_unet
 from distill.studies.published import published_steps
-from distill.training.accelerator import HALF, make_accelerator
+from distill.training.accelerator import COMPUTE_DTYPE, make_accelerator
 from distill.training.checkpoints import alphas_cumprod_of
 from distill.training.options import BenchOptions, TrainOptions
 from distill.training.pair import Pair, load_nets
@@ -90,11 +92,12 @@ def base_samples(family: Family, count: int) -> list[Sample]:
 class Encoding:
     """What the trainer asks its cache for, computed anew in every step."""
 
-    def __init__(self, pipe: Any, samples: list[Sample]) -> None:
-        self.pipe, self.samples = pipe, samples
+    def __init__(self, pipe: Any, conditioning: Conditioning, samples: list[Sample]) -> None:
+        self.pipe, self.conditioning, self.samples = pipe, conditioning, samples
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
-        return {name: value.float().cpu() for name, value in encode(self.pipe, self.samples, step).items()}
+        encoded = encode(self.pipe, self.conditioning, self.samples, step)
+        return {name: value.float().cpu() for name, value in encoded.items()}
 
 
 class Setup:
@@ -109,15 +112,20 @@ class Setup:
             compile=any(loop.compiled for loop in loops),
         )
         self.accelerator = make_accelerator(settings, folder)
-        half = HALF[options.mixed_precision]
+        dtype = COMPUTE_DTYPE[options.mixed_precision]
         self.samples = base_samples(teacher.family, options.batch)
         self.resolution = self.samples[0].resolution
-        load = _make_random if options.model.startswith("random:") else _load
-        self.pipe, nets, alphas_cumprod = load(options, student, half, self.device, folder)
+        modules = make_module_map("first", teacher.depth, student.depth)
+        if options.model.startswith("random:"):
+            self.pipe, nets, alphas_cumprod = _make_random(teacher, student, dtype, self.device)
+        else:
+            self.pipe, nets, alphas_cumprod = _load(options, student, modules, dtype, folder)
         self.pipe.vae.float()
         self.pipe.to(self.device)
         shard = folder / "shard-000000.safetensors"
-        write_shard(self.pipe, {self.resolution: self.samples}, [], shard, seed=0, batch=4)
+        self.conditioning = teacher.family.conditioning
+        write_shard(self.pipe, self.conditioning, {self.resolution: self.samples}, [], shard, seed=0, batch=4)
+        write_unconditional(self.pipe, self.conditioning, folder / UNCONDITIONAL)
         write_json(folder / "cache.json", {"shards": 1})
         self.cache = LatentCache(folder, batch_size=options.batch, seed=0)
         if all(loop.cache for loop in loops):
@@ -125,8 +133,9 @@ class Setup:
         self.pair = Pair(
             self.accelerator,
             *nets,
-            make_layer_map("first", teacher.depth, student.depth),
+            modules,
             alphas_cumprod,
+            self.cache.unconditional,
             Recipe(name="bench", stages=(), batch_size=options.batch),
             settings,
         )
@@ -160,7 +169,7 @@ class Setup:
                 yield step
             return
         losses = LossWeights(level=loop.features) if loop.features else LossWeights(feature=0.0)
-        batches = self.cache if loop.cache else Encoding(self.pipe, self.samples)
+        batches = self.cache if loop.cache else Encoding(self.pipe, self.conditioning, self.samples)
         with self.pair.taught_by(losses) as take_step:
 
             def step() -> float:
@@ -175,23 +184,21 @@ Nets = tuple[Any, tuple[Any, Any], torch.Tensor]
 """A pipeline without its UNet, the UNets of teacher and student, and the signal variance per timestep."""
 
 
-def _load(options: BenchOptions, student: Architecture, half: torch.dtype, _device: torch.device, folder: Path) -> Nets:
+def _load(options: BenchOptions, student: Architecture, modules: ModuleMap, dtype: torch.dtype, folder: Path) -> Nets:
     """A checkpoint and a student cut from it."""
     checkpoint = resolve(options.model, options.workdir)
-    make_student_unet(checkpoint, student, "first", folder / "unet")
-    nets = load_nets(checkpoint, folder / "unet", half)
-    return load_pipeline(checkpoint, half, without=("unet",)), nets, alphas_cumprod_of(checkpoint)
+    make_student_unet(checkpoint, student, modules, folder / "unet")
+    nets = load_nets(checkpoint, folder / "unet", dtype)
+    return load_pipeline(checkpoint, dtype, without=("unet",)), nets, alphas_cumprod_of(checkpoint)
 
 
-def _make_random(
-    options: BenchOptions, student: Architecture, half: torch.dtype, device: torch.device, _folder: Path
-) -> Nets:
+def _make_random(teacher: Architecture, student: Architecture, dtype: torch.dtype, device: torch.device) -> Nets:
     """Both with random weights, made on the device itself: speed and memory do not depend on them."""
-    pipe = random_pipeline(options.model.partition(":")[2], str(device), half)
-    teacher, pipe.unet = pipe.unet, None
+    pipe = random_pipeline(teacher.name, str(device), dtype)
+    unet, pipe.unet = pipe.unet, None
     with device:
-        nets = teacher, make_network("unet", student.unet_config).train()
-    return pipe, nets, pipe.scheduler.alphas_cumprod.float()
+        trained = make_network("unet", student.unet_config).train()
+    return pipe, (unet, trained), pipe.scheduler.alphas_cumprod.float()
 
 
 def architectures_of(options: BenchOptions) -> tuple[Architecture, Architecture]:

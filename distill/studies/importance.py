@@ -6,7 +6,7 @@ score is the relative mean square change of noise_pred, averaged over samples an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,10 @@ from torch import nn
 from distill.common.files import replacing, write_json
 from distill.common.progress import say, track
 from distill.data.cache import LatentCache
-from distill.models.architectures import Depth, find_architecture
-from distill.models.layer_map import LayerMap, make_layer_map, transformer_depths
+from distill.models.architectures import find_architecture
+from distill.models.conditioning import call_unet
+from distill.models.depth import Depth
+from distill.models.module_map import ModuleMap, make_module_map
 from distill.models.sources import find_architecture_of, load_component
 from distill.training.checkpoints import alphas_cumprod_of
 
@@ -31,6 +33,11 @@ class BlockScore:
     path: str
     index: int
     change: tuple[float, ...]
+
+    @property
+    def block(self) -> str:
+        """Its module path."""
+        return f"{self.path}.transformer_blocks.{self.index}"
 
     @property
     def score(self) -> float:
@@ -61,19 +68,18 @@ def measure_importance(
 ) -> list[BlockScore]:
     """Scores of every transformer block in the order of the forward pass.
 
-    `batch` is one of `LatentCache.batch`'s (latents (n, 4, h, w) and its text and time_ids); the noise is fixed.
+    `batch` is one of `LatentCache.batch`'s (latents (n, 4, h, w) and what else the UNet takes); the noise is fixed.
     """
     latents = batch["latents"]
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
-    added = {"text_embeds": batch["pooled_prompt_embeds"], "time_ids": batch["time_ids"]}
 
     def predict(timestep: int) -> torch.Tensor:
         signal = alphas_cumprod[timestep]
         noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
-        return unet(noisy, timestep, batch["prompt_embeds"], added_cond_kwargs=added).sample.float()
+        return call_unet(unet, {**batch, "sample": noisy, "timestep": timestep}).float()
 
     whole = [predict(timestep) for timestep in timesteps]
-    blocks = [(path, index) for path, count in transformer_depths(depth).items() for index in range(count)]
+    blocks = [(path, index) for path, count in depth.transformers.items() for index in range(count)]
     scores = []
     for path, index in track(blocks, "importance", unit="block"):
         with left_out(unet.get_submodule(f"{path}.transformer_blocks.{index}")):
@@ -85,13 +91,14 @@ def measure_importance(
     return scores
 
 
-def propose_layer_map(scores: Sequence[BlockScore], teacher: Depth, student: Depth) -> LayerMap:
-    """For each transformer of the student, the teacher's highest-scoring blocks, in their order."""
-    explicit = {}
-    for path, count in transformer_depths(student).items():
-        ranked = sorted((s for s in scores if s.path == path), key=lambda s: s.score, reverse=True)
-        explicit[path] = tuple(sorted(score.index for score in ranked[:count]))
-    return make_layer_map(explicit, teacher, student)
+def propose_layer_map(scores: Sequence[BlockScore], modules: ModuleMap) -> dict[str, tuple[int, ...]]:
+    """For each transformer of the student, the highest-scoring blocks of its teacher's, in their order."""
+    proposed = {}
+    for path, count in modules.student.transformers.items():
+        source = modules.paths[path]
+        ranked = sorted((s for s in scores if s.path == source), key=lambda s: s.score, reverse=True)
+        proposed[path] = tuple(sorted(score.index for score in ranked[:count]))
+    return proposed
 
 
 def report_importance(checkpoint: Path, cache: Path, student: str, out: Path, *, samples: int, timesteps: int) -> None:
@@ -101,7 +108,7 @@ def report_importance(checkpoint: Path, cache: Path, student: str, out: Path, *,
     """
     architecture = find_architecture_of(checkpoint)
     depth, target = architecture.depth, find_architecture(student, architecture.family)
-    make_layer_map("first", depth, target.depth)
+    modules = make_module_map("first", depth, target.depth)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     latents = LatentCache(cache, batch_size=samples, seed=0)
     if told := latents.check_teacher(checkpoint):
@@ -111,8 +118,9 @@ def report_importance(checkpoint: Path, cache: Path, student: str, out: Path, *,
     levels = [round((i + 0.5) * 1000 / timesteps) for i in range(timesteps)]
     on_device = {name: value.to(device) for name, value in batch.items()}
     scores = measure_importance(unet, depth, on_device, alphas_cumprod_of(checkpoint).to(device), levels)
-    proposed = propose_layer_map(scores, depth, target.depth)
-    for line in describe(scores, proposed, levels):
+    proposed = propose_layer_map(scores, modules)
+    kept = set(make_module_map(proposed, depth, target.depth).paths.values())
+    for line in describe(scores, kept, levels):
         say(line)
     write_json(
         out / "importance.json",
@@ -123,11 +131,11 @@ def report_importance(checkpoint: Path, cache: Path, student: str, out: Path, *,
             "layer_map": {path: list(blocks) for path, blocks in proposed.items()},
         },
     )
-    _plot(scores, proposed, out / "importance.svg")
+    _plot(scores, kept, out / "importance.svg")
     say(f"the layer map for {student} is in {out / 'importance.json'}")
 
 
-def describe(scores: Sequence[BlockScore], proposed: LayerMap, timesteps: Sequence[int]) -> list[str]:
+def describe(scores: Sequence[BlockScore], kept: Collection[str], timesteps: Sequence[int]) -> list[str]:
     """The ranked table: the mean change, the change at each timestep, and which blocks the proposed map keeps."""
     heads = "".join(f"{f't={timestep}':>10}" for timestep in timesteps)
     lines = [
@@ -135,13 +143,13 @@ def describe(scores: Sequence[BlockScore], proposed: LayerMap, timesteps: Sequen
         f"{'rank':>4}{'mean':>10}{heads}",
     ]
     for rank, score in enumerate(sorted(scores, key=lambda s: s.score, reverse=True), 1):
-        kept = "*" if score.index in proposed.get(score.path, ()) else " "
+        mark = "*" if score.block in kept else " "
         changes = "".join(f"{change:10.2g}" for change in (score.score, *score.change))
-        lines.append(f"{rank:4}{changes}  {kept} {score.path}.transformer_blocks.{score.index}")
+        lines.append(f"{rank:4}{changes}  {mark} {score.block}")
     return lines
 
 
-def _plot(scores: Sequence[BlockScore], proposed: LayerMap, path: Path) -> None:
+def _plot(scores: Sequence[BlockScore], kept: Collection[str], path: Path) -> None:
     """One bar per block in the order of the forward pass, grouped by transformer; the kept ones dark."""
     import matplotlib
 
@@ -150,7 +158,7 @@ def _plot(scores: Sequence[BlockScore], proposed: LayerMap, path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(max(7, 0.17 * len(scores)), 4), layout="constrained")
     for keep, color, label in ((True, "#1f4e8c", "kept"), (False, "#b8c4d4", "left out")):
-        bars = [i for i, s in enumerate(scores) if (s.index in proposed.get(s.path, ())) == keep]
+        bars = [i for i, s in enumerate(scores) if (s.block in kept) == keep]
         axes.bar(bars, [scores[i].score for i in bars], color=color, label=label)
     starts = [i for i, score in enumerate(scores) if score.index == 0]
     for start in starts[1:]:

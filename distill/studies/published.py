@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler
 from torch.nn import functional
 
 from distill.data.pictures import Sample
-from distill.models.architectures import Depth
+from distill.models.conditioning import call_unet, conditioning_of
 from distill.training.pair import Pair
 from distill.training.taps import Tap, make_taps
 
@@ -28,36 +28,30 @@ def published_steps(pair: Pair, pipe: Any, samples: Sequence[Sample]) -> Iterato
     device = accelerator.device
     optimizer = pair.optimizer.optimizer  # without accelerate's wrapper
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    depth, student_depth = (Depth.from_config(net.config) for net in (teacher, pair.student))
-    taps = make_taps("sub-block", depth, student_depth, pair.layer_map)
+    taps = make_taps("sub-block", pair.modules)
     captions = [sample.caption for sample in samples]
+    conditioning = conditioning_of(teacher.config)
+    size_inputs = conditioning.size_inputs(
+        [sample.original_size for sample in samples],
+        [sample.crop_top_left for sample in samples],
+        [sample.resolution for sample in samples],
+    )
 
     def step() -> float:
         pixels = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
         with torch.no_grad():
             posterior = pipe.vae.encode(pixels.to(device).float() / 127.5 - 1).latent_dist
             latents = (posterior.sample() * pipe.vae.config.scaling_factor).to(teacher.dtype)
-            states, pooled = [], None
-            for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)):
-                length = tokenizer.model_max_length
-                tokens = tokenizer(
-                    captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-                )
-                encoded = encoder(tokens.input_ids.to(device), output_hidden_states=True)
-                states.append(encoded.hidden_states[-2])
-                pooled = encoded[0]
+            text = conditioning.encode(pipe, captions)
         noise = torch.randn_like(latents)
         timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=device)
         noisy = scheduler.add_noise(latents, noise, timesteps)
-        time_ids = torch.tensor([sample.time_ids for sample in samples], device=device)
-        inputs = {
-            "encoder_hidden_states": torch.cat(states, dim=-1),
-            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids},
-        }
+        sizes = {name: value.to(device) for name, value in size_inputs.items()}
+        inputs = {"sample": noisy, "timestep": timesteps, **text, **sizes}
         with accelerator.autocast():
-            noise_pred = pair.model(noisy, timesteps, **inputs).sample
+            noise_pred = call_unet(pair.model, inputs)
         with torch.no_grad():
-            teacher_pred = teacher(noisy, timesteps, **inputs).sample
+            teacher_pred = call_unet(teacher, inputs)
         loss = functional.mse_loss(noise_pred.float(), noise.float())
         loss = loss + 0.5 * functional.mse_loss(noise_pred.float(), teacher_pred.float())
         pairs = ((of_student[tap.student], of_teacher[tap.teacher]) for tap in taps)

@@ -14,7 +14,7 @@ from distill.training.sharding import check_no_other_fsdp
 
 PATIENCE = timedelta(hours=2)
 """How long processes wait for one that downloads a teacher, saves a student or draws; NCCL's own ten minutes are few."""
-HALF = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+COMPUTE_DTYPE = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def make_accelerator(options: TrainOptions, out: Path) -> Accelerator:

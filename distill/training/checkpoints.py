@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 from distill.common.errors import UserError
 from distill.common.files import read_json, remove_leftovers, replacing, write_json
 from distill.common.progress import say
-from distill.models.layer_map import LayerMap
+from distill.models.module_map import ModuleMap
 from distill.models.sources import load_pipeline, read_config
 from distill.models.surgery import copy_all_but_unet
 from distill.training.recipes import Recipe
@@ -209,7 +209,7 @@ def student_dtype(teacher_folder: Path) -> torch.dtype:
 
 
 def save_student(
-    student: UNet2DConditionModel, teacher_folder: Path, folder: Path, layer_map: LayerMap, recipe: Recipe, number: int
+    student: UNet2DConditionModel, teacher_folder: Path, folder: Path, modules: ModuleMap, recipe: Recipe, number: int
 ) -> None:
     """A whole pipeline folder or none: the student's UNet, everything else as the teacher has it."""
     with replacing(folder) as temporary:
@@ -219,7 +219,7 @@ def save_student(
             temporary / "slimxl.json",
             {
                 "student": recipe.stages[number].student,
-                "layer_map": {path: list(blocks) for path, blocks in layer_map.items()},
+                "module_map": modules.as_dict(),
                 "stages_done": number + 1,
                 "parameters": sum(p.numel() for p in student.parameters()),
                 "recipe": recipe.as_dict(),

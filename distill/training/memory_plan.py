@@ -23,9 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from distill.models.architectures import Architecture, Resolution, find_architecture
+from distill.models.architectures import Architecture, find_architecture
 from distill.models.catalogue import count_parameters
-from distill.models.layer_map import make_layer_map
+from distill.models.module_map import make_module_map
+from distill.models.resolution import Resolution
 from distill.training.recipes import LossWeights, Recipe
 from distill.training.sharding import SHARDED_TOGETHER
 from distill.training.step import loss_terms
@@ -137,24 +138,16 @@ def plan_memory(
         if gradient_checkpointing:
             again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), AsOnGpu(half)))
             nets[1].train().enable_gradient_checkpointing(again)
-        layer_map = make_layer_map("first", teacher.depth, student.depth)
-        taps = make_taps(losses.level, teacher.depth, student.depth, layer_map) if losses.feature else ()
+        modules = make_module_map("first", teacher.depth, student.depth)
+        taps = make_taps(losses.level, modules) if losses.feature else ()
         recorders = (
             FeatureRecorder(nets[1], [tap.student for tap in taps]),
             FeatureRecorder(nets[0], sorted({tap.teacher for tap in taps})),
         )
-        side = family.vae_scale_factor
-        latents = (micro_batch, 4, resolution.height // side, resolution.width // side)
-        tokens = (micro_batch, family.text_encoder["max_position_embeddings"], family.unet["cross_attention_dim"])
+        specs = family.unet_inputs(resolution, micro_batch)
         with LiveBytes(*nets) as count, AsOnGpu(half):
-            batch = {
-                "noise": torch.empty(latents),
-                "noisy": torch.empty(latents),
-                "timesteps": torch.zeros(micro_batch, dtype=torch.int64),
-                "prompt_embeds": torch.empty(tokens),
-                "pooled_prompt_embeds": torch.empty(micro_batch, family.text_encoder_2["projection_dim"]),
-                "time_ids": torch.empty(micro_batch, 6),
-            }
+            batch = {spec.name: torch.empty(spec.shape) for spec in specs}
+            batch |= {"timestep": torch.zeros(micro_batch, dtype=torch.int64), "noise": torch.empty(specs[0].shape)}
             if gradients_stay:
                 for parameter in nets[1].parameters():
                     parameter.grad = torch.empty_like(parameter)

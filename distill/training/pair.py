@@ -17,8 +17,7 @@ from diffusers import UNet2DConditionModel
 from torch.distributed.tensor import DTensor
 
 from distill.common.errors import UserError, unknown
-from distill.models.architectures import Depth
-from distill.models.layer_map import LayerMap
+from distill.models.module_map import ModuleMap
 from distill.models.sources import load_component
 from distill.training.memory_plan import OPTIMIZER_BYTES
 from distill.training.options import TrainOptions
@@ -66,14 +65,15 @@ class Pair:
         accelerator: Accelerator,
         teacher: UNet2DConditionModel | None,
         student: UNet2DConditionModel,
-        layer_map: LayerMap,
+        modules: ModuleMap,
         alphas_cumprod: torch.Tensor,
+        unconditional: Mapping[str, torch.Tensor],
         recipe: Recipe,
         options: TrainOptions,
     ) -> None:
         """Moves both nets to the device; the student is checkpointed, compiled and wrapped as the options say."""
-        self.accelerator, self.layer_map, self.recipe, self.options = accelerator, layer_map, recipe, options
-        self.alphas_cumprod = alphas_cumprod
+        self.accelerator, self.modules, self.recipe, self.options = accelerator, modules, recipe, options
+        self.alphas_cumprod, self.unconditional = alphas_cumprod, unconditional
         self.student = student.to(accelerator.device)
         self.teacher: Any = teacher and teacher.to(accelerator.device).requires_grad_(False)
         if options.gradient_checkpointing:
@@ -103,6 +103,7 @@ class Pair:
         noised = add_noise(
             batch,
             self.alphas_cumprod,
+            self.unconditional,
             seed=seed,
             caption_dropout=self.recipe.caption_dropout,
             rows=self.rows,
@@ -117,8 +118,7 @@ class Pair:
         over what `noised` made ready in each process, and returns its terms, averaged over all processes."""
         taps: tuple[Tap, ...] = ()
         if losses.feature and self.teacher is not None:
-            teacher, student = (Depth.from_config(unet.config) for unet in (self.teacher, self.student))
-            taps = make_taps(losses.level, teacher, student, self.layer_map)
+            taps = make_taps(losses.level, self.modules)
         recorders = (
             FeatureRecorder(self.student, [tap.student for tap in taps]),
             FeatureRecorder(self.teacher or self.student, sorted({tap.teacher for tap in taps})),
@@ -147,7 +147,7 @@ class Pair:
 
     def _step(self, noised: Mapping[str, torch.Tensor], terms_of: Callable[..., dict[str, torch.Tensor]]) -> Terms:
         accelerator, parts = self.accelerator, self.options.accumulation
-        size = len(noised["noisy"]) // parts
+        size = len(noised["sample"]) // parts
         totals: dict[str, torch.Tensor] = {}
         for begin in range(0, parts * size, size):
             part = {

@@ -27,8 +27,11 @@ from pydantic import (
 
 from distill.common.errors import UserError, unknown
 from distill.common.files import read_json
-from distill.models.architectures import MINI_FAMILY, SDXL_DEPTH, SSD_1B_DEPTH, Depth, find_architecture
-from distill.models.layer_map import LayerMap, make_layer_map, read_layer_map, transformer_depths
+from distill.models.architectures import SDXL_DEPTH, SSD_1B_DEPTH, Architecture, find_architecture
+from distill.models.depth import Depth
+from distill.models.families import MINI_FAMILY
+from distill.models.module_map import LayerMap, ModuleMap, make_module_map, read_layer_map
+from distill.models.sources import peek_architecture
 
 Level = Literal["block", "sub-block", "layer", "self-attention"]
 """Which features are compared; see `taps.py`."""
@@ -126,17 +129,36 @@ def shortened(
     for sides in (("mid",), ("up",), ("down",)) if not target.mid else (("up",), ("mid", "down")):
         shorter = replace(depth, **{side: getattr(target, side) for side in sides})
         if shorter != depth:
-            name = "shorten-" + "-".join(sides)
-            known = layer_map if isinstance(layer_map, str) else _where_short(layer_map, shorter, target)
-            parts.append(Stage(name=name, teacher=teacher, student=str(shorter), steps=steps, layer_map=known, **stage))
+            name, student = "shorten-" + "-".join(sides), str(shorter)
+            parts.append(Stage(name=name, teacher=teacher, student=student, steps=steps, layer_map=layer_map, **stage))
         depth = shorter
     return tuple(parts)
 
 
-def _where_short(layer_map: LayerMap, depth: Depth, target: Depth) -> LayerMap:
-    """The part of an explicit layer map of `target` that holds for a student already as short there."""
-    now, then = transformer_depths(depth), transformer_depths(target)
-    return {path: blocks for path, blocks in layer_map.items() if path not in then or now[path] == then[path]}
+def stage_modules(recipe: Recipe, teacher: Architecture, start: ModuleMap | None = None) -> list[ModuleMap]:
+    """What each stage's student is made from, in the teacher's names; `start` is the map of the student that the first
+    begins with.
+
+    Raises UserError for a student of another family or deeper than the one before, and for layer maps that do not fit
+    the teacher or are not nested: before the first step of the first stage.
+    """
+    held, maps = start, []
+    for stage in recipe.stages:
+        student = find_architecture(stage.student, teacher.family)
+        if student.family != teacher.family:
+            raise UserError(
+                f"stage {stage.name}: {student.name} is of the family {student.family.name}, its teacher of "
+                f"{teacher.family.name}"
+            )
+        modules = make_module_map(stage.layer_map, teacher.depth, student.depth, held)
+        try:
+            if not stage.from_scratch:
+                modules.relative_to(held)
+        except UserError as error:
+            raise UserError(f"stage {stage.name}: {error}") from None
+        maps.append(modules)
+        held = modules
+    return maps
 
 
 def _published(name: str, student: str, layer_map: str | LayerMap, start: Depth) -> Recipe:
@@ -230,10 +252,9 @@ def find_recipe(name: str, *, student: str | None = None, layer_map: str | Layer
         recipe = read_recipe(Path(name))
     elif name in RECIPES:
         recipe = RECIPES[name](**changes)
+        stage_modules(recipe, peek_architecture(recipe.stages[0].teacher))
     else:
         raise unknown("recipe", name, [*RECIPES, "FILE.json"])
-    for stage in recipe.stages:
-        make_layer_map(stage.layer_map, SDXL_DEPTH, find_architecture(stage.student).depth)
     return recipe
 
 

@@ -17,14 +17,14 @@ from diffusers.training_utils import EMAModel
 
 from distill.common.ahead import ahead
 from distill.common.errors import UserError
-from distill.common.files import read_json, replacing
+from distill.common.files import replacing
 from distill.common.progress import say, track
 from distill.data.cache import LatentCache, seed_of
-from distill.models.architectures import Depth, find_architecture
-from distill.models.layer_map import LayerMap, inherit_layer_map, relative_map
-from distill.models.sources import find_architecture_of, read_config
+from distill.models.architectures import find_architecture
+from distill.models.module_map import ModuleMap
+from distill.models.sources import find_family
 from distill.models.surgery import make_student_unet
-from distill.training.accelerator import HALF
+from distill.training.accelerator import COMPUTE_DTYPE
 from distill.training.checkpoints import (
     Progress,
     TrainingState,
@@ -52,17 +52,19 @@ class StageRun:
         recipe: Recipe,
         number: int,
         teacher_folder: Path,
+        modules: ModuleMap,
         latents: LatentCache,
         out: Path,
         options: TrainOptions,
     ) -> None:
         self.accelerator, self.recipe, self.number, self.options = accelerator, recipe, number, options
         self.stage, self.teacher_folder, self.latents, self.out = recipe.stages[number], teacher_folder, latents, out
+        self.modules = modules
         self.folder, self.states = stage_folder(recipe, number, out), out / "state"
 
     def run(self, previous: Path | None) -> Path:
         """Returns the finished student's folder; `previous` is the student to start from (None: the teacher)."""
-        initial = self._operate(previous)
+        initial = self._make_initial_student(previous)
         pair = self._make_pair(initial)
         ema = EMAModel(pair.student.parameters(), decay=self.recipe.ema_decay) if self.recipe.ema_decay else None
         state = TrainingState(pair.student, pair.optimizer.optimizer, ema, self.accelerator.scaler)
@@ -70,7 +72,7 @@ class StageRun:
             self._train(state, pair, step, previous)
         student = gather_student(state)
         if student is not None and self.accelerator.is_main_process:
-            save_student(student, self.teacher_folder, self.folder, self.layer_map, self.recipe, self.number)
+            save_student(student, self.teacher_folder, self.folder, self.modules, self.recipe, self.number)
             for old in [self.states, *self.folder.parent.iterdir()]:
                 if old != self.folder:
                     shutil.rmtree(old, ignore_errors=True)
@@ -78,13 +80,10 @@ class StageRun:
         self.accelerator.free_memory()
         return self.folder
 
-    def _operate(self, previous: Path | None) -> Path:
-        """Surgery: the folder of the student's first weights."""
-        family = find_architecture_of(self.teacher_folder).family
-        student = find_architecture(self.stage.student, family)
-        teacher_depth = Depth.from_config(read_config(self.teacher_folder, "unet"))
-        held = _layer_map_of(previous) if previous else None
-        self.layer_map = inherit_layer_map(self.stage.layer_map, teacher_depth, student.depth, held)
+    def _make_initial_student(self, previous: Path | None) -> Path:
+        """The folder of the student's first weights, copied from the previous student or from the teacher."""
+        source = previous or self.teacher_folder
+        student = find_architecture(self.stage.student, find_family(source))
         initial = self.out / "stages" / f"{self.number + 1:02d}-initial"
         if self.accelerator.is_main_process and not initial.exists():
             if self.stage.from_scratch:
@@ -92,8 +91,8 @@ class StageRun:
                 with replacing(initial) as temporary:
                     UNet2DConditionModel(**student.unet_config).save_pretrained(temporary)
             else:
-                source = previous or self.teacher_folder
-                make_student_unet(source, student, relative_map(self.layer_map, held), initial)
+                held = ModuleMap.of_student(source) if previous else None
+                make_student_unet(source, student, self.modules.relative_to(held), initial)
         self.accelerator.wait_for_everyone()
         return initial
 
@@ -101,9 +100,10 @@ class StageRun:
         teacher = self.teacher_folder if self.stage.losses.needs_teacher else None
         return Pair(
             self.accelerator,
-            *load_nets(teacher, initial, HALF[self.options.mixed_precision]),
-            self.layer_map,
+            *load_nets(teacher, initial, COMPUTE_DTYPE[self.options.mixed_precision]),
+            self.modules,
             alphas_cumprod_of(self.teacher_folder),
+            self.latents.unconditional,
             self.recipe,
             self.options,
         )
@@ -202,10 +202,6 @@ class StageRun:
             log.write(json.dumps(line | curves | {"terms": terms}) + "\n")
         if self.options.tensorboard:
             self.accelerator.log(curves | terms, step=_global_step(self.recipe, self.number, done))
-
-
-def _layer_map_of(folder: Path) -> LayerMap:
-    return {path: tuple(blocks) for path, blocks in read_json(folder / "slimxl.json")["layer_map"].items()}
 
 
 def _global_step(recipe: Recipe, number: int, step: int) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from distill.data.cache import seed_of
+from distill.models.conditioning import call_unet
 from distill.training.losses import feature_losses, min_snr_weight, prediction_loss
 from distill.training.recipes import LossWeights, Stage
 from distill.training.taps import FeatureRecorder, Tap
@@ -25,40 +26,37 @@ from distill.training.taps import FeatureRecorder, Tap
 def add_noise(
     batch: Mapping[str, torch.Tensor],
     alphas_cumprod: torch.Tensor,
+    unconditional: Mapping[str, torch.Tensor],
     *,
     seed: Sequence[object],
     caption_dropout: float,
     rows: slice = slice(None),
     batch_size: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Adds `noise`, `timesteps` and `noisy` to a batch of `LatentCache`; a dropped caption's text becomes zeros, which
-    is what SDXL's pipeline gives for an empty prompt.
+    """A batch of `LatentCache` as the UNet takes it, by the names of its inputs, with the `noise` (n, 4, h, w) that was
+    added; a dropped caption's text becomes `unconditional`.
 
     Where `batch` is but the `rows` of a global batch, `batch_size` is the size of that: noise is drawn for all of it,
     so that a sample's own does not depend on how the batch is shared out.
     """
-    latents = batch["latents"]
+    batch = dict(batch)
+    latents = batch.pop("latents")
     size = batch_size or len(latents)
     generator = torch.Generator().manual_seed(seed_of(*seed))  # type: ignore[arg-type]
     noise = torch.randn((size, *latents.shape[1:]), generator=generator)[rows]
     timesteps = torch.randint(0, len(alphas_cumprod), (size,), generator=generator)[rows]
-    kept = (torch.rand(size, generator=generator)[rows] >= caption_dropout).float()
+    dropped = torch.rand(size, generator=generator)[rows] < caption_dropout
+    for name, nothing in unconditional.items():
+        batch[name] = torch.where(dropped.view(-1, *[1] * nothing.dim()), nothing, batch[name])
     signal = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-    return {
-        "noise": noise,
-        "timesteps": timesteps,
-        "noisy": signal.sqrt() * latents + (1 - signal).sqrt() * noise,
-        "prompt_embeds": batch["prompt_embeds"] * kept[:, None, None],
-        "pooled_prompt_embeds": batch["pooled_prompt_embeds"] * kept[:, None],
-        "time_ids": batch["time_ids"],
-    }
+    sample = signal.sqrt() * latents + (1 - signal).sqrt() * noise
+    return batch | {"sample": sample, "timestep": timesteps, "noise": noise}
 
 
 def predict(unet: Any, batch: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The UNet's noise_pred (batch, 4, height / 8, width / 8) for a noised batch."""
-    added = {"text_embeds": batch["pooled_prompt_embeds"], "time_ids": batch["time_ids"]}
-    noisy, text = batch["noisy"].to(dtype), batch["prompt_embeds"].to(dtype)
-    return unet(noisy, batch["timesteps"], text, added_cond_kwargs=added).sample
+    cast = {name: batch[name].to(dtype) for name in ("sample", "encoder_hidden_states")}
+    return call_unet(unet, {**batch, **cast})
 
 
 def loss_terms(
@@ -81,7 +79,7 @@ def loss_terms(
     of_student, of_teacher = recorders
     weight = None
     if losses.min_snr_gamma:
-        weight = min_snr_weight(alphas_cumprod, batch["timesteps"], losses.min_snr_gamma)
+        weight = min_snr_weight(alphas_cumprod, batch["timestep"], losses.min_snr_gamma)
     if losses.needs_teacher:
         with torch.no_grad(), of_teacher.recording():
             teacher_pred = predict(teacher, batch, teacher.dtype)

@@ -19,8 +19,7 @@ import torch
 from torch import nn
 
 from distill.common.errors import unknown
-from distill.models.architectures import Depth
-from distill.models.layer_map import LayerMap, transformer_depths
+from distill.models.module_map import ModuleMap
 from distill.training.recipes import Level
 
 LEVELS = get_args(Level)
@@ -34,34 +33,45 @@ class Tap:
     teacher: str
 
 
-def make_taps(level: str, teacher: Depth, student: Depth, layer_map: LayerMap) -> tuple[Tap, ...]:
+def make_taps(level: str, modules: ModuleMap) -> tuple[Tap, ...]:
     """The taps of one level. Raises UserError for an unknown level.
 
     A kept transformer block does the work of itself and of the dropped blocks after it, so its output is held
-    against the teacher's just before the next kept block; its self-attention against the block it was copied from.
+    against the teacher's just before the next kept block; its self-attention against the block it was copied from. A
+    student without a middle block has no tap there; its lowest level is tapped where the teacher's ends alike.
     """
     if level not in LEVELS:
         raise unknown("feature level", level, LEVELS)
+    teacher, student = modules.teacher, modules.student
     if level == "block":
-        paths = [f"{side}_blocks.{i}" for side in ("down", "up") for i in range(3)]
-        return tuple(Tap(path, path) for path in [*paths[:3], "mid_block", *paths[3:]])
+        downs = [f"down_blocks.{i}" for i in range(len(student.down))]
+        if len(student.down) < len(teacher.down):
+            downs.pop()  # the teacher's samples down at its end
+        mid = [] if student.mid is None else ["mid_block"]
+        return tuple(
+            _mapped(modules, path) for path in [*downs, *mid, *(f"up_blocks.{i}" for i in range(len(student.up)))]
+        )
     if level == "self-attention":
         return tuple(
-            Tap(f"{path}.transformer_blocks.{j}.attn1", f"{path}.transformer_blocks.{source}.attn1")
-            for path, sources in layer_map.items()
-            for j, source in enumerate(sources)
+            _mapped(modules, f"{path}.transformer_blocks.{j}.attn1")
+            for path, count in student.transformers.items()
+            for j in range(count)
         )
-    resnets = [f"down_blocks.{i}.resnets.{j}" for i in range(3) for j in range(2)]
-    resnets += [f"up_blocks.{i}.resnets.{j}" for i in range(3) for j in range(3)]
-    taps = [Tap(path, path) for path in [*resnets, *transformer_depths(student)]]
-    taps.append(Tap("mid_block.resnets.0", "mid_block.resnets.0" if student.mid else "mid_block"))
+    taps = [_mapped(modules, path) for path in [*student.resnets, *student.transformers]]
+    if student.mid is not None:
+        taps.append(Tap("mid_block.resnets.0", "mid_block.resnets.0" if student.mid else "mid_block"))
     if level == "layer":
-        depths = transformer_depths(teacher)
-        for path, sources in layer_map.items():
-            ends = [*(index - 1 for index in sources[1:]), depths[path] - 1]
-            block = f"{path}.transformer_blocks"
-            taps += [Tap(f"{block}.{j}", f"{block}.{end}") for j, end in enumerate(ends)]
+        for path in student.transformers:
+            source = modules.paths[path]
+            ends = [*(index - 1 for index in modules.blocks(path)[1:]), teacher.transformers[source] - 1]
+            taps += [
+                Tap(f"{path}.transformer_blocks.{j}", f"{source}.transformer_blocks.{i}") for j, i in enumerate(ends)
+            ]
     return tuple(taps)
+
+
+def _mapped(modules: ModuleMap, path: str) -> Tap:
+    return Tap(path, modules.source(path))
 
 
 class FeatureRecorder:

@@ -16,13 +16,14 @@ from distill.common.errors import UserError, explaining_full_memory
 from distill.common.files import exclusive, read_json, remove_leftovers, require_free_disk, sha256_json, write_json
 from distill.common.progress import say
 from distill.data.cache import LatentCache
+from distill.models.module_map import ModuleMap
 from distill.models.sources import check_successor, checkpoint_hash, find_architecture_of, load_component, resolve
 from distill.models.surgery import files_but_unet
-from distill.training.accelerator import HALF, make_accelerator
+from distill.training.accelerator import COMPUTE_DTYPE, make_accelerator
 from distill.training.checkpoints import STATE_FORMAT, draw_validation, stage_folder, student_dtype
 from distill.training.memory_plan import MemoryPlan, describe_plan, device_memory, plan_recipe
 from distill.training.options import TrainOptions
-from distill.training.recipes import Recipe
+from distill.training.recipes import Recipe, stage_modules
 from distill.training.sharding import check_fsdp
 from distill.training.stage import StageRun
 
@@ -58,6 +59,8 @@ def train(
         check_successor(next(iter(teachers.values())), teacher)
         if (told := latents.check_teacher(teacher)) and accelerator.is_main_process:
             say(told)
+    architecture = find_architecture_of(next(iter(teachers.values())))
+    modules = stage_modules(recipe, architecture, ModuleMap.of_student(start) if start else None)
     run = {
         "recipe": recipe.as_dict(),
         "teachers": {name: checkpoint_hash(folder) for name, folder in teachers.items()},
@@ -75,7 +78,7 @@ def train(
     [finished] = broadcast_object_list([_is_finished(out, run["key"])])
     if not finished:
         with exclusive(out, refuse, out / ".lock") if accelerator.is_main_process else nullcontext():
-            _train_stages(accelerator, recipe, latents, teachers, start, out, run, options)
+            _train_stages(accelerator, recipe, modules, latents, teachers, start, out, run, options)
     elif accelerator.is_main_process:
         say(f"{out} is finished, nothing is to do")
     accelerator.end_training()
@@ -101,6 +104,7 @@ def _is_finished(out: Path, key: str) -> bool:
 def _train_stages(
     accelerator: Accelerator,
     recipe: Recipe,
+    modules: list[ModuleMap],
     latents: LatentCache,
     teachers: dict[str, Path],
     start: Path | None,
@@ -128,7 +132,8 @@ def _train_stages(
             if number and accelerator.is_main_process:
                 _draw_samples(stage_folder(recipe, number - 1, out), recipe)
             folder = teachers[recipe.stages[number].teacher]
-            previous = StageRun(accelerator, recipe, number, folder, latents, out, options).run(previous)
+            run_stage = StageRun(accelerator, recipe, number, folder, modules[number], latents, out, options)
+            previous = run_stage.run(previous)
             gc.collect()  # accelerate's wrappers hold the student in a cycle
             torch.cuda.empty_cache()
     if accelerator.is_main_process:
@@ -155,7 +160,7 @@ def _look_ahead(
     title, plans = plan_recipe(
         recipe,
         find_architecture_of(teacher),
-        half=HALF[options.mixed_precision],
+        half=COMPUTE_DTYPE[options.mixed_precision],
         optimizer=options.optimizer,
         processes=accelerator.num_processes,
         accumulation=options.accumulation,

@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 from distill.common.errors import UserError
 from distill.common.files import sha256_json
-from distill.models.architectures import Resolution
+from distill.models.resolution import Resolution
 from engines.building.layouts import DEFAULT_LAYOUTS, UNSIZED, Guidance, plan_profiles
 from engines.bundle import Layout, Options, Profile
 from engines.flavors import Flavor, find_flavor

@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import Literal
 
 from distill.common.errors import UserError
-from distill.models.architectures import Resolution
+from distill.models.resolution import Resolution
 from engines.bundle import Layout, Profile, ShapeRange
 from engines.onnx_folder import OnnxComponent
 

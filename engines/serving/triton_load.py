@@ -28,7 +28,7 @@ import psutil
 
 from distill.common.errors import UserError
 from distill.common.files import require_writable_file, write_json
-from distill.models.architectures import Resolution
+from distill.models.resolution import Resolution
 from engines.serving.load_file import (
     LoadBundle,
     LoadClient,

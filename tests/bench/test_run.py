@@ -14,7 +14,8 @@ from bench.reading import read_results
 from bench.run import run_bench
 from bench.workload import Workload, make_workloads, parse_numbers, parse_resolutions
 from distill.common.errors import UserError
-from distill.models.architectures import MINI_FAMILY, Resolution
+from distill.models.families import MINI_FAMILY
+from distill.models.resolution import Resolution
 
 
 def test_a_run_of_fakes_gives_back_their_speedup(results_path):

@@ -3,7 +3,7 @@ import pytest
 from bench.measure.rounds import Cell, Sample
 from bench.summary import stage_medians, summarise
 from bench.workload import Workload
-from distill.models.architectures import Resolution
+from distill.models.resolution import Resolution
 
 
 def test_stages_sum_to_the_total_and_hide_nothing():

@@ -25,7 +25,8 @@ from PIL import Image
 
 import engines
 from distill.common.errors import UserError
-from distill.models.architectures import ARCHITECTURES, MINI_FAMILY
+from distill.models.architectures import ARCHITECTURES
+from distill.models.families import MINI_FAMILY
 from engines.flavors import LoadOptions
 from engines.flavors.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeFlavor
 from export import ExportOptions, export_checkpoint

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from distill.models.architectures import MINI_FAMILY
+from distill.models.families import MINI_FAMILY
 
 TEXT_LENGTH = MINI_FAMILY.text_encoder["max_position_embeddings"]
 CROSS = MINI_FAMILY.unet["cross_attention_dim"]

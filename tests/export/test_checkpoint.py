@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from distill.common.errors import UserError
 from distill.common.files import read_json
-from distill.models.architectures import Resolution
+from distill.models.resolution import Resolution
 from distill.models.sources import component_weights, file_hashes, load_component, read_config
 from export.checkpoint import prepare, with_loras, with_vae
 from export.components import COMPONENTS

@@ -7,7 +7,7 @@ import pytest
 
 from distill.common.errors import UserError
 from distill.common.files import read_json
-from distill.models.architectures import Resolution
+from distill.models.resolution import Resolution
 from export.components import COMPONENTS
 
 SDXL_UNET = {

@@ -22,8 +22,9 @@ import export.folder
 import export.write
 from distill.common.errors import UserError
 from distill.common.files import exclusive, read_json, sha256_file
-from distill.models.architectures import MINI_FAMILY, Resolution
 from distill.models.catalogue import count_parameters
+from distill.models.families import MINI_FAMILY
+from distill.models.resolution import Resolution
 from distill.models.sources import file_hashes, load_component
 from export.components import COMPONENTS
 from export.folder import export_checkpoint

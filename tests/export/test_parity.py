@@ -10,7 +10,7 @@ import torch
 from onnx import numpy_helper
 
 from distill.common.errors import UserError
-from distill.models.architectures import Resolution
+from distill.models.resolution import Resolution
 from export.components import TensorSpec
 from export.parity import Parity
 from export.verify import verify_folder

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import export.trace as tracing
-from distill.models.architectures import Resolution
+from distill.models.resolution import Resolution
 from distill.models.sources import load_component
 from export.components import COMPONENTS
 from export.job import make_config

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 
 from distill.common.errors import UserError
 from distill.common.files import read_json
-from distill.models.architectures import Resolution
+from distill.models.resolution import Resolution
 from export.folder import export_checkpoint
 from export.job import ExportOptions
 from export.vae_safety import overflowing_share

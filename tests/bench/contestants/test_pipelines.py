@@ -10,7 +10,9 @@ from bench.contestants.spec import Spec, make_contestant
 from bench.measure.clock import CpuClock, timed_draw
 from bench.workload import Workload
 from distill.common.errors import UserError
-from distill.models.architectures import ARCHITECTURES, MINI_FAMILY, Resolution
+from distill.models.architectures import ARCHITECTURES
+from distill.models.families import MINI_FAMILY
+from distill.models.resolution import Resolution
 
 
 @pytest.fixture(scope="module")

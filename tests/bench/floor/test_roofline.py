@@ -16,7 +16,8 @@ from bench.floor.roofline import (
     total_flops,
 )
 from bench.workload import Workload
-from distill.models.architectures import ARCHITECTURES, Resolution
+from distill.models.architectures import ARCHITECTURES
+from distill.models.resolution import Resolution
 
 SQUARE = Workload(resolution=Resolution(1024, 1024), steps=30)
 

@@ -4,7 +4,7 @@ from bench.contestants.spec import Spec, make_contestant
 from bench.measure.kernels import profile_denoise
 from bench.workload import Workload
 from distill.common.kernels import by_family, family_of
-from distill.models.architectures import Resolution
+from distill.models.resolution import Resolution
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from bench.measure.rounds import Cell, Rounds, measure_cells, measure_rounds
 from bench.summary import summarise
 from bench.workload import Workload
 from distill.common.errors import UserError
-from distill.models.architectures import Resolution
+from distill.models.resolution import Resolution
 
 WORKLOAD = Workload(resolution=Resolution(64, 64), steps=4)
 DELAYS = {"prepare": 2.0, "tokenise": 1.0, "text_encoders": 4.0, "denoise": 10.0, "vae_decode": 8.0, "post_process": 3}

@@ -8,7 +8,7 @@ from PIL import Image
 from bench.contestants.pictures import Pictures
 from bench.quality.guard import cosine, follows_caption, guard, png_base64, psnr_db
 from distill.data.shapes import Scene, Thing, render, shares
-from distill.models.architectures import Resolution
+from distill.models.resolution import Resolution
 
 
 def picture(seed: int = 0) -> np.ndarray:

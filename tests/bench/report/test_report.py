@@ -13,7 +13,8 @@ from bench.report.report import measured_latencies, runtime_class, write_report
 from bench.report.words import milliseconds
 from bench.results import ACCEPTANCE_SCHEMA, SESSION_SCHEMA, TRAINING_SCHEMA, Results
 from distill.common.errors import UserError
-from distill.models.architectures import ARCHITECTURES, Resolution
+from distill.models.architectures import ARCHITECTURES
+from distill.models.resolution import Resolution
 
 VOID = {"meta", "link", "img", "br"}
 

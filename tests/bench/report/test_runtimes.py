@@ -15,7 +15,8 @@ from bench.report.runtimes import limit_table, over, runtime_table, shape_table
 from bench.results import Estimate, Results
 from bench.summary import figures
 from bench.workload import Workload
-from distill.models.architectures import ARCHITECTURES, Resolution
+from distill.models.architectures import ARCHITECTURES
+from distill.models.resolution import Resolution
 
 SIZES = ("1024x1024", "1536x640")
 

@@ -20,7 +20,9 @@ from safetensors.torch import save_file
 from distill.common.errors import UserError
 from distill.data.cache import FIELDS, LatentCache, encode, make_cache
 from distill.data.pictures import Sample, open_source
-from distill.models.architectures import ARCHITECTURES, MINI_FAMILY, Resolution
+from distill.models.architectures import ARCHITECTURES
+from distill.models.families import MINI_FAMILY
+from distill.models.resolution import Resolution
 from distill.models.sources import load_component
 from tests.distill.pictures import save_picture
 

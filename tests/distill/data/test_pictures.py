@@ -21,7 +21,8 @@ from distill.data.pictures import (
     nearest_bucket,
     open_source,
 )
-from distill.models.architectures import MINI_FAMILY, SDXL_FAMILY, Resolution
+from distill.models.families import MINI_FAMILY, SDXL_FAMILY
+from distill.models.resolution import Resolution
 from tests.distill.pictures import save_picture
 
 

@@ -6,9 +6,9 @@ from PIL import Image, ImageFilter
 from transformers import CLIPTokenizer
 
 from distill.data.shapes import ATTRIBUTES, SHAPES, SIZES, Scene, Thing, follows, random_scene, read_scene, render
-from distill.models.architectures import MINI_FAMILY, SDXL_FAMILY, Resolution
 from distill.models.assemble import tokenizers_and_scheduler
-from distill.models.tokenizer import SHAPES_WORDS
+from distill.models.families import MINI_FAMILY, SDXL_FAMILY, SHAPES_WORDS
+from distill.models.resolution import Resolution
 
 SCENE = Scene((Thing("large", "red", "circle", "top left"), Thing("small", "blue", "ring", "bottom")), "white")
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from distill.data.shapes import ATTRIBUTES, Scene, render
 from distill.mini import teach, teach_unet, teach_vae
 from distill.mini.judge import judge, share_followed
-from distill.models.architectures import MINI_FAMILY
+from distill.models.families import MINI_FAMILY
 
 
 @pytest.fixture

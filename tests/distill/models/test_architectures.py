@@ -3,16 +3,11 @@ from __future__ import annotations
 import pytest
 
 from distill.common.errors import UserError
-from distill.models.architectures import (
-    ARCHITECTURES,
-    FAMILIES,
-    SSD_1B_DEPTH,
-    Architecture,
-    Depth,
-    Resolution,
-    find_architecture,
-)
+from distill.models.architectures import ARCHITECTURES, SSD_1B_DEPTH, Architecture, find_architecture
 from distill.models.catalogue import catalogue_row
+from distill.models.depth import Depth
+from distill.models.families import FAMILIES
+from distill.models.resolution import Resolution
 
 PUBLISHED = [architecture for architecture in ARCHITECTURES.values() if architecture.parameters]
 

@@ -13,8 +13,9 @@ from transformers import CLIPTextModelWithProjection
 
 from distill.common.errors import UserError
 from distill.data.cache import make_cache
-from distill.models.architectures import ARCHITECTURES, Depth
+from distill.models.architectures import ARCHITECTURES
 from distill.models.assemble import component_shapes, meta_components
+from distill.models.depth import Depth
 from distill.models.single_file import _unet_name
 from distill.models.sources import COMPONENT_FOLDERS, find_architecture_of, load_pipeline, read_config, resolve
 from distill.models.tensors import component_tensors, component_weights

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from distill.__main__ import main
 from distill.common.errors import UserError
 from distill.models.architectures import ARCHITECTURES, SDXL_DEPTH, SSD_1B_DEPTH, VEGA_DEPTH
-from distill.models.layer_map import make_layer_map, read_layer_map, relative_map
+from distill.models.module_map import make_layer_map, read_layer_map, relative_map
 from distill.models.sources import component_tensors, find_architecture_of, load_component, load_pipeline
 from distill.models.surgery import make_student, make_student_unet, plan_surgery, unet_shapes
 from distill.models.tensors import component_weights

@@ -7,8 +7,10 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from distill.data.cache import make_cache
-from distill.models.architectures import ARCHITECTURES, MINI_FAMILY, Depth, find_architecture
-from distill.models.layer_map import read_layer_map, transformer_depths
+from distill.models.architectures import ARCHITECTURES, find_architecture
+from distill.models.depth import Depth
+from distill.models.families import MINI_FAMILY
+from distill.models.module_map import read_layer_map, transformer_depths
 from distill.models.surgery import make_student_unet
 from distill.studies.importance import BlockScore, measure_importance, propose_layer_map, report_importance
 

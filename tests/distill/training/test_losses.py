@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 
 from distill.common.errors import UserError
 from distill.models.architectures import ARCHITECTURES, SDXL_DEPTH, SSD_1B_DEPTH
-from distill.models.layer_map import make_layer_map
+from distill.models.module_map import make_layer_map
 from distill.training.losses import feature_loss, feature_losses, min_snr_weight, prediction_loss
 from distill.training.taps import LEVELS, FeatureRecorder, Tap, make_taps
 

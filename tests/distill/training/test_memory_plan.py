@@ -15,7 +15,7 @@ from distill.__main__ import main
 from distill.common.errors import UserError
 from distill.models.architectures import ARCHITECTURES, Architecture
 from distill.models.catalogue import count_parameters
-from distill.models.layer_map import make_layer_map
+from distill.models.module_map import make_layer_map
 from distill.training.memory_plan import describe_plan, plan_memory
 from distill.training.recipes import LossWeights, find_recipe
 from distill.training.step import loss_terms

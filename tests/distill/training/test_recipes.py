@@ -7,8 +7,9 @@ import pytest
 
 from distill.__main__ import main
 from distill.common.errors import UserError
-from distill.models.architectures import SDXL_DEPTH, SSD_1B_DEPTH, Depth, find_architecture
-from distill.models.layer_map import inherit_layer_map, make_layer_map, relative_map
+from distill.models.architectures import SDXL_DEPTH, SSD_1B_DEPTH, find_architecture
+from distill.models.depth import Depth
+from distill.models.module_map import inherit_layer_map, make_layer_map, relative_map
 from distill.training.recipes import RECIPES, find_recipe
 
 SHALLOW = "-/1,1/3,3:3:3,3,3/1,1,1/-"  # keeps three blocks of the middle

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill.common.errors import UserError
-from distill.models.architectures import MINI_FAMILY, find_architecture
+from distill.models.architectures import find_architecture
+from distill.models.families import MINI_FAMILY
 from distill.models.sources import check_successor, component_tensors, read_config, resolve
 from distill.models.surgery import make_student
 from distill.training.checkpoints import TrainingState, gather_student

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from distill.common.errors import UserError
-from distill.models.architectures import MINI_FAMILY
+from distill.models.families import MINI_FAMILY
 from engines.__main__ import main
 from engines.building import build as build_room
 from engines.building.build import available_memory_bytes, build_bundle

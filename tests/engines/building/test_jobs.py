@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from distill.common.errors import UserError
-from distill.models.architectures import MINI_FAMILY, Resolution
+from distill.models.families import MINI_FAMILY
+from distill.models.resolution import Resolution
 from engines.building.build import require_memory
 from engines.building.jobs import Job, parse_resolutions, plan_builds, plan_options
 from engines.bundle import Layout, ShapeRange

@@ -20,7 +20,7 @@ CLIENT = Path(__file__).with_name("triton_client.py")
 def ask(environment: Environment, address: Address, *asks: dict[str, Any]) -> list[dict[str, Any]]:
     """The answers of the client in the server's environment."""
     line = [environment.python, CLIENT, str(address.http_port), str(address.grpc_port)]
-    paths = os.environ | {"PYTHONPATH": str(ROOT / "engines")}
+    paths = os.environ | {"PYTHONPATH": str(ROOT / "engines/serving")}
     done = subprocess.run(
         line, input=json.dumps(asks), capture_output=True, text=True, timeout=300, env=paths, check=False
     )

@@ -1,0 +1,216 @@
+"""How a prompt, a size and a timestep reach the UNet: its inputs by name, and what fills them.
+
+A UNet's config alone says which inputs it has: SDXL's takes the pooled text of its second encoder and six size numbers
+beside the hidden states (arXiv 2307.01952, section 2.2), that of SD 1.x and 2.x the hidden states alone. This is the
+only file that knows them; training, counting, tracing, engines and the roofline ask it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from distill.common.errors import UserError
+from distill.models.resolution import Resolution
+
+if TYPE_CHECKING:
+    import torch
+
+Config = Mapping[str, Any]
+TEXT_INPUTS = ("encoder_hidden_states", "text_embeds")
+"""Those inputs of a UNet that stand for the prompt: what caption dropout and guidance exchange."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output. `axes` names the dimensions that a dynamic graph leaves open; None is a fixed one."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """A kind of pipeline by how it conditions its UNet.
+
+    `pipeline` and `onnx_pipeline` are the classes of diffusers and of optimum; `networks` maps each folder of a
+    checkpoint to its library and class, as model_index.json states them; `encoders` are the text encoders' folders in
+    order and `hidden_state` says which of their hidden states the UNet reads, counted as transformers counts
+    `hidden_states` (-2: before the last layer), or None for the last one after the final norm; `pooled_from` is the
+    encoder whose pooled output goes in too, with the size numbers. `options` are what model_index.json says beside the
+    parts, where the checkpoint is made here, `load_options`
+    what `from_pretrained` is told beside them.
+    """
+
+    pipeline: str
+    onnx_pipeline: str
+    networks: dict[str, tuple[str, str]]
+    encoders: tuple[str, ...]
+    hidden_state: int | None
+    pooled_from: str | None
+    options: dict[str, Any]
+    load_options: dict[str, Any]
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """Their folders, in the order of the encoders."""
+        return tuple(encoder.replace("text_encoder", "tokenizer") for encoder in self.encoders)
+
+    def encoder_outputs(self, encoder: str, config: Config) -> tuple[str, ...]:
+        """Names of the outputs that the pipeline reads of a text encoder, as optimum names them."""
+        hidden = (
+            "last_hidden_state"
+            if self.hidden_state is None
+            else f"hidden_states.{config['num_hidden_layers'] + 1 + self.hidden_state}"
+        )
+        return (hidden, "text_embeds") if encoder == self.pooled_from else (hidden,)
+
+    def encode(self, pipe: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The UNet's text inputs for captions: `encoder_hidden_states` (n, tokens, dim) and, of SDXL, `text_embeds`
+        (n, dim)."""
+        encoded = pipe.encode_prompt(
+            prompt=list(captions),
+            device=pipe._execution_device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        if self.pooled_from is None:
+            return {"encoder_hidden_states": encoded[0]}
+        return {"encoder_hidden_states": encoded[0], "text_embeds": encoded[2]}
+
+    def unconditional(self, pipe: Any) -> dict[str, torch.Tensor]:
+        """The UNet's text inputs for no prompt, as `encode` gives them for one: zeros where the checkpoint says
+        `force_zeros_for_empty_prompt` (SDXL's own), else the encoding of the empty caption."""
+        encoded = self.encode(pipe, [""])
+        if getattr(pipe.config, "force_zeros_for_empty_prompt", False):
+            return {name: value * 0 for name, value in encoded.items()}
+        return encoded
+
+    def size_inputs(
+        self,
+        original_sizes: Sequence[tuple[int, int]],
+        crops_top_left: Sequence[tuple[int, int]],
+        resolutions: Sequence[Resolution],
+    ) -> dict[str, torch.Tensor]:
+        """The UNet's size inputs for pictures: `time_ids` (n, 6) as (original height, width, crop top, left, target
+        height, width), or none. Sizes and corners are (height, width) and (top, left) in pixels."""
+        import torch
+
+        if self.pooled_from is None:
+            return {}
+        rows = zip(original_sizes, crops_top_left, resolutions, strict=True)
+        numbers = [(*original, *crop, target.height, target.width) for original, crop, target in rows]
+        return {"time_ids": torch.tensor(numbers, dtype=torch.int32)}
+
+
+_UNET_AND_VAE = {"unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", "AutoencoderKL")}
+SDXL = Conditioning(
+    pipeline="StableDiffusionXLPipeline",
+    onnx_pipeline="ORTStableDiffusionXLPipeline",
+    networks=_UNET_AND_VAE
+    | {
+        "text_encoder": ("transformers", "CLIPTextModel"),
+        "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+    },
+    encoders=("text_encoder", "text_encoder_2"),
+    hidden_state=-2,
+    pooled_from="text_encoder_2",
+    options={"force_zeros_for_empty_prompt": True},
+    load_options={"add_watermarker": False},
+)
+SD = Conditioning(
+    pipeline="StableDiffusionPipeline",
+    onnx_pipeline="ORTStableDiffusionPipeline",
+    networks=_UNET_AND_VAE | {"text_encoder": ("transformers", "CLIPTextModel")},
+    encoders=("text_encoder",),
+    hidden_state=None,
+    pooled_from=None,
+    options={"safety_checker": (None, None), "feature_extractor": (None, None), "requires_safety_checker": False},
+    load_options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+)
+
+
+def conditioning_of(config: Config, model: object = "the model") -> Conditioning:
+    """Of a UNet's config. Raises UserError for a UNet that is conditioned otherwise; `model` is what it is called."""
+    kind = config.get("addition_embed_type")
+    others = [
+        name
+        for name in ("class_embed_type", "encoder_hid_dim_type", "num_class_embeds")
+        if config.get(name) is not None
+    ]
+    if others:
+        raise UserError(f"{model}: its UNet takes more than text ({others[0]} {config[others[0]]!r}): it is not read")
+    if kind == "text_time":
+        return SDXL
+    if kind is None:
+        return SD
+    raise UserError(
+        f"{model}: its UNet has addition_embed_type {kind!r}; read are 'text_time' (SDXL) and none (SD 1.x, 2.x)"
+    )
+
+
+def latent_size(resolution: Resolution, scale: int, multiple: int) -> tuple[int, int]:
+    """(height, width) in latent pixels. Raises UserError where a side is no multiple of scale · multiple pixels."""
+    step = scale * multiple
+    if resolution.width % step or resolution.height % step or min(resolution.width, resolution.height) < step:
+        raise UserError(f"resolution {resolution}: both sides must be multiples of {step} pixels for this model")
+    return resolution.height // scale, resolution.width // scale
+
+
+def unet_multiple(config: Config) -> int:
+    """What the sides of a UNet's latents must be a multiple of, so that skip connections meet without padding."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def context_width(config: Config) -> int:
+    """Of the hidden states that a UNet reads; a config may state it once, or for each level."""
+    width = config["cross_attention_dim"]
+    return width if isinstance(width, int) else width[0]
+
+
+def unet_inputs(
+    config: Config, resolution: Resolution, batch: int, dtype: str = "float32", *, tokens: int, vae_scale_factor: int
+) -> list[TensorSpec]:
+    """The inputs of a UNet in the order of its graph; `batch` is its own: twice the number of images under guidance.
+
+    Raises UserError for a resolution that the model cannot take.
+    """
+    height, width = latent_size(resolution, vae_scale_factor, unet_multiple(config))
+    first = ("batch",)
+    specs = [
+        TensorSpec("sample", dtype, (batch, config["in_channels"], height, width), ("batch", None, "height", "width")),
+        TensorSpec("timestep", "float32", (1,), (None,)),  # no scalar: Triton's TensorRT backend takes none
+        TensorSpec("encoder_hidden_states", dtype, (batch, tokens, context_width(config)), (*first, None, None)),
+    ]
+    if config.get("addition_embed_type") == "text_time":
+        # float32 in every precision: diffusers concatenates them with a float32 sinusoidal embedding before it casts
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        specs.append(TensorSpec("text_embeds", "float32", (batch, pooled), (*first, None)))
+        specs.append(TensorSpec("time_ids", "float32", (batch, 6), (*first, None)))
+    if config.get("time_cond_proj_dim"):
+        specs.append(TensorSpec("timestep_cond", dtype, (batch, config["time_cond_proj_dim"]), (*first, None)))
+    return specs
+
+
+def unet_input_names(config: Config) -> tuple[str, ...]:
+    """Those of `unet_inputs`, in order."""
+    side = unet_multiple(config)
+    specs = unet_inputs(config, Resolution(side, side), 1, tokens=1, vae_scale_factor=1)
+    return tuple(spec.name for spec in specs)
+
+
+def call_unet(unet: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """The noise_pred (batch, channels, height, width) of diffusers' UNet for `unet_inputs` by name; what else `inputs`
+    holds is left alone."""
+    added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs}
+    return unet(
+        inputs["sample"],
+        inputs["timestep"],
+        inputs["encoder_hidden_states"],
+        timestep_cond=inputs.get("timestep_cond"),
+        added_cond_kwargs=added or None,
+        return_dict=False,
+    )[0]

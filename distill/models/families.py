@@ -1,0 +1,203 @@
+"""Families: everything about a model but its depth, as data.
+
+A family has one kind of conditioning, a config for each of its networks, and the sizes it draws. `sdxl` and its narrow
+twin `mini` are entries of `FAMILIES`. A checkpoint of other widths is a family of its own, made from its configs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from distill.models.conditioning import (
+    SDXL,
+    TEXT_INPUTS,
+    Conditioning,
+    TensorSpec,
+    conditioning_of,
+    context_width,
+    unet_inputs,
+    unet_multiple,
+)
+from distill.models.resolution import NINE, Resolution, parse_resolutions, scaled_resolutions
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """`networks` maps a checkpoint's folder to the config of the network in it, the UNet's at the full depth;
+    `vocabulary` are the words of its tokenizers, None for CLIP's own; `dtype` is how its weights are stored."""
+
+    name: str
+    conditioning: Conditioning
+    networks: Mapping[str, dict[str, Any]]
+    resolutions: tuple[Resolution, ...]
+    vocabulary: tuple[str, ...] | None = None
+    dtype: str = "float16"
+
+    @property
+    def unet(self) -> dict[str, Any]:
+        return self.networks["unet"]
+
+    @property
+    def vae(self) -> dict[str, Any]:
+        return self.networks["vae"]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a prompt."""
+        return self.networks[self.conditioning.encoders[0]]["max_position_embeddings"]
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Image pixels per latent pixel, per side."""
+        return vae_scale_factor(self.vae)
+
+    @property
+    def size_multiple(self) -> int:
+        """Image sides must be a multiple of this many pixels, so that skip connections meet without padding."""
+        return self.vae_scale_factor * unet_multiple(self.unet)
+
+    def unet_inputs(self, resolution: Resolution, batch: int, dtype: str = "float32") -> list[TensorSpec]:
+        """The inputs of its UNet; `batch` is twice the number of images under guidance. Raises UserError for a
+        resolution that it cannot take."""
+        sizes = {"tokens": self.tokens, "vae_scale_factor": self.vae_scale_factor}
+        return unet_inputs(self.unet, resolution, batch, dtype, **sizes)
+
+    @property
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each text input of its UNet for one prompt."""
+        specs = self.unet_inputs(self.resolutions[0], 1)
+        return {spec.name: spec.shape[1:] for spec in specs if spec.name in TEXT_INPUTS}
+
+
+def vae_scale_factor(config: Config) -> int:
+    """Image pixels per latent pixel, per side; of an AutoencoderKL and an AutoencoderTiny alike."""
+    return 2 ** (len(config.get("block_out_channels") or config["decoder_block_out_channels"]) - 1)
+
+
+def _clip(hidden_act: str, width: int, inner: int, layers: int, heads: int, words: Config) -> dict[str, Any]:
+    return dict(words) | {
+        "hidden_act": hidden_act,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "projection_dim": width,
+    }
+
+
+_SDXL_UNET = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+}
+_VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "latent_channels": 4,
+}
+_CLIP_WORDS = {
+    "vocab_size": 49408,
+    "max_position_embeddings": 77,
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+    "pad_token_id": 1,
+}
+_MINI_WORDS = {
+    "vocab_size": 1024,
+    "max_position_embeddings": 32,
+    "bos_token_id": 1022,
+    "eos_token_id": 1023,
+    "pad_token_id": 1023,
+}
+SHAPES_WORDS = (
+    "a", "small", "large", "red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink", "circle", "square",
+    "triangle", "star", "cross", "ring", "at", "the", "top", "left", "right", "center", "bottom", "and", "on", "white",
+    "black", "gray", "brown", "background",
+)  # fmt: skip
+"""All words of the shapes world's captions, in the order of their tokens."""
+
+SDXL_FAMILY = Family(
+    name="sdxl",
+    conditioning=SDXL,
+    networks={
+        "unet": _SDXL_UNET
+        | {
+            "block_out_channels": (320, 640, 1280),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+            "sample_size": 128,
+        },
+        "vae": _VAE
+        | {
+            "block_out_channels": (128, 256, 512, 512),
+            "layers_per_block": 2,
+            "sample_size": 1024,
+            "scaling_factor": 0.13025,
+            "force_upcast": True,
+        },
+        "text_encoder": _clip("quick_gelu", 768, 3072, 12, 12, _CLIP_WORDS),
+        "text_encoder_2": _clip("gelu", 1280, 5120, 32, 20, _CLIP_WORDS),
+    },
+    resolutions=NINE,
+)
+
+# Narrow, not shallow: the same blocks in the same order. Few groups keep several channels in each normalised one.
+MINI_FAMILY = Family(
+    name="mini",
+    conditioning=SDXL,
+    networks={
+        "unet": _SDXL_UNET
+        | {
+            "block_out_channels": (32, 64, 64),
+            "attention_head_dim": (1, 2, 2),
+            "cross_attention_dim": 128,
+            "addition_time_embed_dim": 32,
+            "projection_class_embeddings_input_dim": 6 * 32 + 64,
+            "norm_num_groups": 4,
+            "sample_size": 16,
+        },
+        "vae": _VAE
+        | {
+            "block_out_channels": (16, 32, 64, 64),
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+            "sample_size": 128,
+            "force_upcast": False,
+        },
+        "text_encoder": _clip("quick_gelu", 64, 128, 3, 2, _MINI_WORDS),
+        "text_encoder_2": _clip("gelu", 64, 128, 3, 2, _MINI_WORDS),
+    },
+    resolutions=parse_resolutions("128x128 160x128 128x160 160x96 96x160 192x96 96x192 224x96 96x224"),
+    vocabulary=SHAPES_WORDS,
+    dtype="float32",
+)
+
+FAMILIES = {family.name: family for family in (SDXL_FAMILY, MINI_FAMILY)}
+
+
+def family_of(networks: Mapping[str, dict[str, Any]], model: object = "the model") -> Family:
+    """The family of a checkpoint by its networks' configs: the entry with this conditioning, context and widths (those
+    of fewer levels too), else one of its own, whose sizes are SDXL's at its `sample_size`.
+
+    Raises UserError for a UNet that is conditioned otherwise than any family's.
+    """
+    unet = networks["unet"]
+    conditioning = conditioning_of(unet, model)
+    widths = tuple(unet["block_out_channels"])
+    for family in FAMILIES.values():
+        same = family.conditioning is conditioning and context_width(family.unet) == context_width(unet)
+        if same and family.unet["block_out_channels"][: len(widths)] == widths:
+            return family
+    scale = vae_scale_factor(networks["vae"])
+    size = unet.get("sample_size") or 128
+    base = scale * (size if isinstance(size, int) else max(size))
+    name = f"{conditioning.pipeline.removesuffix('Pipeline')}-{'-'.join(map(str, widths))}"
+    resolutions = scaled_resolutions(base, scale * unet_multiple(unet))
+    return Family(name=name, conditioning=conditioning, networks=networks, resolutions=resolutions)

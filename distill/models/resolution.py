@@ -1,0 +1,44 @@
+"""Image sizes: the nine of SDXL, and how a family of another size gets its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distill.common.errors import UserError
+
+
+@dataclass(frozen=True, order=True)
+class Resolution:
+    """An image size in pixels; text form `WIDTHxHEIGHT`."""
+
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+    @classmethod
+    def parse(cls, text: str) -> Resolution:
+        """Raises UserError for anything but WIDTHxHEIGHT."""
+        width, cross, height = text.lower().partition("x")
+        if not (cross and width.isdecimal() and height.isdecimal() and text.isascii()):
+            raise UserError(f"resolution {text!r} is not of the form WIDTHxHEIGHT, e.g. 1024x1024")
+        return cls(int(width), int(height))
+
+
+def parse_resolutions(sizes: str) -> tuple[Resolution, ...]:
+    """Sizes between spaces."""
+    return tuple(map(Resolution.parse, sizes.split()))
+
+
+NINE = parse_resolutions("1024x1024 1152x896 896x1152 1216x832 832x1216 1344x768 768x1344 1536x640 640x1536")
+"""SDXL's (arXiv 2307.01952, appendix I, the ones that SSD-1B lists): the base size first."""
+
+
+def scaled_resolutions(base: int, multiple: int) -> tuple[Resolution, ...]:
+    """The aspect ratios of NINE at another base size in pixels, each side a multiple of `multiple`."""
+    sides = [
+        tuple(max(multiple, round(side * base / 1024 / multiple) * multiple) for side in (r.width, r.height))
+        for r in NINE
+    ]
+    return tuple(dict.fromkeys(Resolution(*side) for side in sides))
