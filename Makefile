@@ -88,8 +88,8 @@ bench-engines: $(READY)  ## layouts compared (time, memory, disk) on the ONNX fo
 	$(MAKE) --no-print-directory onnx
 	$(BIN)/python -m engines bench --onnx $(OUT)/onnx/$(FOLDER) --out $(OUT)/bench-engines/$(FOLDER) --gpus $(GPUS) --flavor $(FLAVOR) --resolutions $(RESOLUTIONS)
 
-bench-gpu: $(READY)  ## everything a GPU can be measured for, within minutes, into bench/results
-	$(BIN)/python -m bench gpu
+bench-gpu: $(READY)  ## everything a GPU can be measured for (MINUTES: begin nothing later), into OUT/bench-gpu
+	$(BIN)/python -m bench gpu --out $(OUT)/bench-gpu $(if $(MINUTES),--minutes $(MINUTES))
 
 serve: $(READY)  ## BUNDLE inside a Triton server, on its GPUs or the CPU; loopback only, unless ADDRESS says otherwise
 	@test -n "$(BUNDLE)" || { echo "error: BUNDLE is not set; e.g. BUNDLE=out/bundles/mini-vega" >&2; exit 2; }

@@ -16,17 +16,15 @@ from pydantic.functional_serializers import SerializerFunctionWrapHandler
 
 from bench.floor.peaks import Peak
 from bench.floor.roofline import Costs, total_floor_ms, total_flops
+from bench.measure.clock import Sample
 from bench.measure.faults import is_refused, machine_faults, picture_faults, sample_faults
-from bench.measure.measure import Cell, Sample
+from bench.measure.rounds import Cell
 from bench.measure.stats import Estimate, median_interval, speedup, spread, stage_medians
 from distill.common.errors import UserError
 from distill.common.files import read_json, write_json
 from engines.serving.quantiles import percentiles
 
 SCHEMA: Literal["slimxl.bench.results/2"] = "slimxl.bench.results/2"
-TRAINING_SCHEMA = "slimxl.bench.training/1"
-ACCEPTANCE_SCHEMA = "slimxl.bench.acceptance/1"
-SESSION_SCHEMA = "slimxl.bench.session/1"
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
@@ -167,6 +165,8 @@ class PictureRecord(Record):
 
 class Results(Record):
     """One run of the bench on one machine. The first cell is the main workload."""
+
+    model_config = ConfigDict(validate_assignment=True)  # a run that adds cells as it goes gives their rows a baseline
 
     schema_version: Literal["slimxl.bench.results/2"] = SCHEMA
     created_utc: str

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.floor.peaks import Peak
-from bench.measure.workload import Workload
+from bench.workload import Workload
 from distill.common.files import read_json
 from distill.models.architectures import ARCHITECTURES, Architecture
 from distill.models.families import MINI_FAMILY, family_of, vae_scale_factor

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from bench.measure.measure import STABLE_WITHIN, Sample
+from bench.measure.clock import Sample
+from bench.measure.rounds import STABLE_WITHIN
 from bench.measure.stats import SUM_WITHIN, drift, spread
 
 NOISY_CV = 0.05

@@ -9,7 +9,8 @@ from statistics import median
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from bench.measure.measure import STAGES, Sample
+from bench.contestants.contestant import STAGES
+from bench.measure.clock import Sample
 
 MIN_FOR_INTERVAL = (
     6  # of five samples the smallest and the largest enclose the median only 94 times in 100: 1 - 2 / 2**5

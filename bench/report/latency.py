@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from bench.measure.measure import STAGES
+from bench.contestants.contestant import STAGES
 from bench.report.cards import Card, drawn
 from bench.report.charts import Axis, Series, dot_whiskers, line_chart
 from bench.report.formatting import interval, milliseconds, percent, stage_name, times

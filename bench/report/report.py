@@ -9,7 +9,7 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from bench.floor.predict import check_on_measured, check_predictions
-from bench.quality.quality import MIN_LATENT_COSINE, MIN_PSNR_DB
+from bench.quality.guard import MIN_LATENT_COSINE, MIN_PSNR_DB
 from bench.report import (
     cards,
     formatting,

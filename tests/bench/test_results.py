@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.measure.measure import Cell, Sample
-from bench.measure.workload import Workload
+from bench.measure.clock import Sample
+from bench.measure.rounds import Cell
 from bench.results import FIGURES, read_results, record_cell
+from bench.workload import Workload
 from distill.common.errors import UserError
 from distill.models.resolution import Resolution
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from bench.measure.clock import Sample
 from bench.measure.faults import is_refused, machine_faults, sample_faults
-from bench.measure.measure import Sample
 
 CALM = [100.0, 101.0, 100.5, 99.5, 100.2, 100.1]
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from bench.measure.measure import Sample
+from bench.measure.clock import Sample
 from bench.measure.stats import drift, median_interval, ratio_interval, spread, stage_medians
 
 

@@ -8,13 +8,13 @@ import pytest
 from bench.floor.peaks import PEAKS
 from bench.floor.predict import floor_ms
 from bench.floor.roofline import ModelConfigs, component_costs, total_flops
-from bench.measure.measure import Sample
+from bench.measure.clock import Sample
 from bench.measure.stats import Estimate
-from bench.measure.workload import Workload
 from bench.report.formatting import by_size
 from bench.report.report import write_report
 from bench.report.runtimes import layout_table, limits, quotient, runtime_figures
 from bench.results import Results, read_results
+from bench.workload import Workload
 from distill.models.architectures import ARCHITECTURES
 from distill.models.resolution import Resolution
 
