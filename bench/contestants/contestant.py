@@ -12,7 +12,7 @@ from bench.contestants.pictures import Pictures
 from bench.floor.roofline import Costs, ModelConfigs, component_costs
 from bench.workload import Workload
 from distill.models.architectures import find_architecture
-from distill.models.families import SDXL_FAMILY, Family, family_of
+from distill.models.families import SDXL_FAMILY, Family
 from distill.models.sources import WORKDIR
 
 STAGES = ("prepare", "tokenise", "text_encoders", "denoise", "vae_decode", "post_process")
@@ -78,9 +78,5 @@ class Contestant:
 
 
 def find_family(contestants: list[Contestant]) -> Family:
-    """The family whose widths the first known UNet has; SDXL's where nobody knows."""
-    for configs in (one.configs for one in contestants):
-        family = family_of(configs.parsed("unet")["block_out_channels"]) if configs else None
-        if family is not None:
-            return family
-    return SDXL_FAMILY
+    """That of the first contestant whose checkpoint is known; SDXL where nobody's is."""
+    return next((one.configs.family for one in contestants if one.configs), SDXL_FAMILY)

@@ -85,8 +85,18 @@ def encode(pipe: Any, conditioning: Conditioning, samples: list[Sample], seed: i
 def write_unconditional(pipe: Any, conditioning: Conditioning, path: Path) -> None:
     """What the UNet takes for no caption: each text input by name, without a batch."""
     text = conditioning.unconditional(pipe)
-    with replacing(path) as temporary:
-        save_file({name: value[0].half().cpu().contiguous() for name, value in text.items()}, temporary)
+    _save({name: value[0].half().cpu().contiguous() for name, value in text.items()}, path)
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Raises UserError where the disk does not take them."""
+    try:
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} cannot be written ({error}); free some space and run the same command again: finished shards stay"
+        ) from None
 
 
 def seed_of(seed: int, *parts: object) -> int:
@@ -139,7 +149,7 @@ def make_cache(
     with explaining_full_memory(advice):
         pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    if rank == 0:
+    if rank == 0 and not unconditional.is_file():
         write_unconditional(pipe, family.conditioning, unconditional)
     reader = _Reader(source)
     progress = track(todo, f"caching {samples} samples", unit="shard")
@@ -240,13 +250,7 @@ def write_shard(
         about["samples"][str(resolution)] = [
             {"key": s.key, "caption": s.caption, "crop": s.crop_top_left, "flipped": s.flipped} for s in samples
         ]
-    try:
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"slimxl": json.dumps(about)})
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} cannot be written ({error}); free some space and run the same command again: finished shards stay"
-        ) from None
+    _save(tensors, path, {"slimxl": json.dumps(about)})
 
 
 class LatentCache:

@@ -18,7 +18,7 @@ from distill.__main__ import main
         ("ablate --out {} --seeds 0", "--seeds is 0; the least is 1"),
         ("ablate --out {} --pictures 10", "10 pictures are not"),
         ("ablate --out {} --held-out 19", "--held-out is 19; the least is 20"),
-        ("surgery --model mini:sdxl --student ssd-1b --out {}", "ssd-1b is of the family sdxl, the teacher"),
+        ("surgery --model mini:sdxl --student ssd-1b --out {}", "ssd-1b is of the family sdxl, "),
         ("cache --data shapes:9 --out {} --batch 0", "--batch is 0; the least is 1"),
         ("bench --out {} --batch 0", "--batch is 0; the least is 1"),
         ("bench --out {} --rounds -1", "--rounds is -1; the least is 1"),
