@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.floor.peaks import Peak
-from bench.measure.workload import Workload
+from bench.workload import Workload
 from distill.common.files import read_json
 from distill.models.architectures import ARCHITECTURES, Architecture
-from distill.models.families import MINI_FAMILY, family_of, vae_scale_factor
+from distill.models.families import MINI_FAMILY, Family, family_of, vae_scale_factor
 from distill.models.resolution import Resolution
 from export.components import COMPONENTS as EXPORTED
 
@@ -70,9 +70,14 @@ class ModelConfigs:
         return cls(*(json.dumps(part, sort_keys=True) for part in parts))
 
     @property
+    def family(self) -> Family:
+        """Raises UserError for a UNet that is conditioned otherwise than any family's."""
+        return family_of({part: self.parsed(part) for part in ("unet", "vae")})
+
+    @property
     def is_narrow(self) -> bool:
         """Whether the UNet is one of the mini family's width."""
-        return family_of(self.parsed("unet")["block_out_channels"]) is MINI_FAMILY
+        return self.family is MINI_FAMILY
 
     def parsed(self, part: str) -> dict[str, Any]:
         """The config of `unet`, `vae`, `text_encoder` or `text_encoder_2`."""

@@ -15,7 +15,7 @@ from bench.floor.roofline import (
     total_floor_ms,
     total_flops,
 )
-from bench.measure.workload import Workload
+from bench.workload import Workload
 from distill.models.architectures import ARCHITECTURES
 from distill.models.resolution import Resolution
 
