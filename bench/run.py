@@ -186,7 +186,7 @@ def make_record(
         quality={"passed": None, "words": [STOPPED], "fidelity": None},
         follows=None,
         artifacts=list(contestant.artifacts.values()),
-        configs=asdict(contestant.configs) if contestant.configs else None,
+        configs=dict(contestant.configs.networks) if contestant.configs else None,
         engines=contestant.engines,
     )
 

@@ -61,7 +61,7 @@ class Contestant:
             return None
         kind, _, name = self.checkpoint.partition(":")
         if kind == "random":
-            return ModelConfigs.of_architecture(find_architecture(name))
+            return ModelConfigs.of(find_architecture(name).configs)
         return ModelConfigs.of_folder(self.checkpoint_folder())
 
     def checkpoint_folder(self) -> Path:

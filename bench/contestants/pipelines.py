@@ -32,13 +32,13 @@ def _dtype(precision: str) -> torch.dtype:
 
 
 class StageHooks:
-    """Puts marks around the stages of a StableDiffusionXLPipeline. `mark` is set anew for every call."""
+    """Puts marks around the stages of a diffusers pipeline. `mark` is set anew for every call."""
 
     def __init__(self, pipe: Any) -> None:
         self.mark: Mark = lambda _: None
-        for name in ("tokenizer", "tokenizer_2"):
-            if getattr(pipe, name, None) is not None:
-                self._watch_tokenizer(getattr(pipe, name))
+        for name, part in pipe.components.items():
+            if name.startswith("tokenizer") and part is not None:
+                self._watch_tokenizer(part)
         self._after(pipe, "encode_prompt", "prepare", "text_encoders")
         self._after(pipe, "progress_bar", "prepare", None)
         self._after(pipe.image_processor, "postprocess", "vae_decode", None)
@@ -216,10 +216,13 @@ class OptimumContestant(PipelineContestant):
             ) from None
 
     def make_pipeline(self) -> Any:
-        from optimum.onnxruntime import ORTStableDiffusionXLPipeline
+        import optimum.onnxruntime
 
+        from engines.onnx_folder import read_conditioning
+
+        kind = getattr(optimum.onnxruntime, read_conditioning(Path(self.source)).onnx_pipeline)
         provider = "CUDAExecutionProvider" if self.device.startswith("cuda") else "CPUExecutionProvider"
-        return ORTStableDiffusionXLPipeline.from_pretrained(self.source, provider=provider)
+        return kind.from_pretrained(self.source, provider=provider)
 
 
 @dataclass
@@ -236,7 +239,7 @@ class BundleContestant(PipelineContestant):
 
     def check(self) -> None:
         from engines.bundle import read_manifest
-        from engines.pipeline import choose_flavor, select_engines
+        from engines.selection import choose_flavor, select_engines
 
         manifest = read_manifest(Path(self.source))
         select_engines(manifest, choose_flavor(manifest, self.flavor, self.device), self.device, self.layout)
@@ -253,5 +256,5 @@ class BundleContestant(PipelineContestant):
     @property
     def engines(self) -> list[str]:
         """sha256 of every engine that was loaded."""
-        modules = (self.pipe.unet, self.pipe.vae, self.pipe.text_encoder, self.pipe.text_encoder_2)
+        modules = [part for part in self.pipe.components.values() if hasattr(part, "component")]
         return [engine.files[0].sha256 for module in modules for engine, _ in module.component.engines]

@@ -178,7 +178,7 @@ def _flops(record: ContestantRecord, cell: CellRecord) -> float:
         batch=load["batch"],
         guidance_scale=load["guidance_scale"],
     )
-    return total_flops(component_costs(ModelConfigs(**(record.configs or {})), workload))
+    return total_flops(component_costs(ModelConfigs(tuple((record.configs or {}).items())), workload))
 
 
 def limit_table(found: list[Limit]) -> Table:

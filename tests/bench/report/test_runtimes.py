@@ -24,13 +24,13 @@ SIZES = ("1024x1024", "1536x640")
 @cache
 def about(model):
     """(UNet parameters, costs, configs) of an architecture at the main workload."""
-    configs = ModelConfigs.of_architecture(ARCHITECTURES[model])
+    configs = ModelConfigs.of(ARCHITECTURES[model].configs)
     costs = component_costs(configs, Workload(resolution=Resolution.parse(SIZES[0]), steps=30))
     told = {
         name: {"calls": calls, "parameters": cost.parameters, "flops": cost.flops, "bytes": cost.bytes}
         for name, (calls, cost) in costs.items()
     }
-    return told["unet"]["parameters"], told, {key: getattr(configs, key) for key in ModelConfigs.__dataclass_fields__}
+    return told["unet"]["parameters"], told, dict(configs.networks)
 
 
 def gpu_results(template, contestants, sizes=SIZES[:1], part="x"):
@@ -133,7 +133,9 @@ def test_the_limit_is_the_ratio_of_arithmetic_and_the_claim_the_makers(suite_res
     wide = next(one for one in table if one.title == "Vega" and one.cell.startswith(SIZES[1]))
     flops = [
         total_flops(
-            component_costs(ModelConfigs(**about(model)[2]), Workload(resolution=Resolution(1536, 640), steps=30))
+            component_costs(
+                ModelConfigs(tuple(about(model)[2].items())), Workload(resolution=Resolution(1536, 640), steps=30)
+            )
         )
         for model in ("sdxl", "vega")
     ]
