@@ -150,7 +150,8 @@ class Setup:
     @property
     def encoder_bytes(self) -> int:
         """What VAE and text encoders hold on the device, which a loop with a cache does without."""
-        networks = (self.pipe.vae, self.pipe.text_encoder, self.pipe.text_encoder_2) if self.pipe else ()
+        parts = self.pipe.components.values() if self.pipe else ()
+        networks = [part for part in parts if isinstance(part, torch.nn.Module)]
         return sum(value.nbytes for network in networks for value in network.state_dict().values())
 
     @contextmanager

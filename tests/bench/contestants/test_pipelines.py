@@ -144,7 +144,7 @@ def test_a_bundle_says_which_flavor_and_engines_it_loaded(monkeypatch):
         return SimpleNamespace(component=SimpleNamespace(engines=[(engine, None)]))
 
     parts = {name: part(name) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
-    monkeypatch.setattr("engines.load", lambda *_, **__: SimpleNamespace(**parts))
+    monkeypatch.setattr("engines.load", lambda *_, **__: SimpleNamespace(**parts, components=parts))
     bundle = make_contestant(Spec.parse("a=bundle:some/where"), "cpu")
     bundle.pipe = bundle.make_pipeline()
     assert bundle.runtime == "slimxl bundle, onnxruntime" and bundle.engines == list(parts)
