@@ -178,10 +178,11 @@ class Engine(_Record):
 
 
 class Source(_Record):
-    """The checkpoint that every engine of the bundle comes from."""
+    """The checkpoint that every engine of the bundle comes from; `pipeline` is diffusers' class for it."""
 
     name: str
     sha256: str
+    pipeline: str = "StableDiffusionXLPipeline"
 
 
 class Manifest(_Record):

@@ -61,9 +61,10 @@ class EngineUNet(_EngineModule):
     def __init__(self, component: EngineComponent, config: dict[str, Any], image_scale: int) -> None:
         """`image_scale` is image pixels per latent pixel."""
         super().__init__(component, config, component.dtype("sample"))
-        self.add_embedding = SimpleNamespace(
-            linear_1=SimpleNamespace(in_features=config["projection_class_embeddings_input_dim"])
-        )
+        if added := config.get(
+            "projection_class_embeddings_input_dim"
+        ):  # what SDXL's pipeline checks its sizes against
+            self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=added))
         self.image_scale = image_scale
 
     def forward(
@@ -138,41 +139,41 @@ class EngineVAE(_EngineModule):
 
 
 class _TextOutput(tuple[torch.Tensor, ...]):
-    """What the pipeline reads of a text encoder: item 0, and `hidden_states[-2]`."""
+    """What a pipeline reads of a text encoder: item 0, and of SDXL's `hidden_states[-2]`."""
 
     hidden_states: _HiddenStates
 
 
 class _HiddenStates:
-    """Only the penultimate hidden state exists in an engine."""
+    """An engine has one hidden state: the penultimate one, or the last after the final norm (`index` None)."""
 
-    def __init__(self, penultimate: torch.Tensor) -> None:
-        self._penultimate = penultimate
+    def __init__(self, hidden: torch.Tensor, index: int | None) -> None:
+        self._hidden, self._index = hidden, index
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        if index != -2:
+        if index != self._index:
+            held = "the last one, after its norm" if self._index is None else f"the penultimate one ({self._index})"
             raise UserError(
-                f"clip_skip asks for hidden state {index}, the text encoder engine has only the penultimate one (-2); "
-                "leave clip_skip unset"
+                f"clip_skip asks for hidden state {index}, the text encoder engine has only {held}; leave clip_skip unset"
             )
-        return self._penultimate
+        return self._hidden
 
 
 class EngineTextEncoder(_EngineModule):
     """Called like transformers' CLIPTextModel and CLIPTextModelWithProjection."""
 
     def __init__(self, component: EngineComponent, config: dict[str, Any]) -> None:
-        hidden = next(name for name in component.outputs if name.startswith("hidden_states"))
+        hidden = next(name for name in component.outputs if "hidden_state" in name)
         super().__init__(component, config, component.dtype(hidden))
         self._hidden = hidden
 
     def forward(self, input_ids: torch.Tensor, output_hidden_states: bool = True, **_: Any) -> _TextOutput:
         """`input_ids` (rows, tokens) -> item 0: pooled embedding (rows, projection_dim) where the encoder has one, else
-        the penultimate hidden state; `hidden_states[-2]` (rows, tokens, hidden_size)."""
+        the hidden state that the pipeline reads; `hidden_states[-2]` (rows, tokens, hidden_size) where that is it."""
         outputs = self.component.run({"input_ids": input_ids})
         hidden = outputs[self._hidden]
         result = _TextOutput((outputs.get("text_embeds", hidden),))
-        result.hidden_states = _HiddenStates(hidden)
+        result.hidden_states = _HiddenStates(hidden, None if self._hidden == "last_hidden_state" else -2)
         return result
 
     def get_input_embeddings(self) -> None:

@@ -15,12 +15,15 @@ import onnx
 
 from distill.common.errors import UserError
 from distill.common.files import read_json, sha256_file
-from distill.models.conditioning import TensorSpec
+from distill.models.conditioning import Conditioning, TensorSpec, conditioning_named
 from distill.models.resolution import Resolution
 from engines.bundle import Engine, TensorInfo
 from export.components import COMPONENTS, PIPELINE_PARTS
 
-BUILD_ORDER = ("unet", "vae_decoder", "text_encoder", "text_encoder_2", "vae_encoder")
+BUILD_ORDER = tuple(sorted(COMPONENTS, key=lambda name: name == "vae_encoder"))
+"""What is built by default comes first."""
+UNSIZED = tuple(name for name in BUILD_ORDER if name.startswith("text_encoder"))
+"""Components that do not see the image size: one engine serves every size and layout."""
 
 
 def _tensor(value: onnx.ValueInfoProto) -> TensorInfo:
@@ -133,18 +136,23 @@ class OnnxComponent:
 
     @cached_property
     def needed_outputs(self) -> list[TensorInfo]:
-        """The outputs that a sampler reads. SDXL reads the penultimate hidden state of both text encoders and the pooled
-        embedding of the second only (arXiv 2307.01952, section 2.1)."""
-        if not self.name.startswith("text_encoder"):
+        """Those that a sampler reads; of a text encoder the pipeline's kind says which. Raises UserError where one is
+        missing."""
+        if self.name not in UNSIZED:
             return self.outputs
-        wanted = {"text_embeds", f"hidden_states.{self.config['num_hidden_layers'] - 1}"}
+        wanted = read_conditioning(self.folder.parent).encoder_outputs(self.name, self.config)
         needed = [tensor for tensor in self.outputs if tensor.name in wanted]
-        if len(needed) < (2 if self.name == "text_encoder_2" else 1):
+        if len(needed) < len(wanted):
             raise UserError(
-                f"{self.model} has the outputs {', '.join(t.name for t in self.outputs)} but SDXL needs "
+                f"{self.model} has the outputs {', '.join(t.name for t in self.outputs)} but the pipeline needs "
                 f"{', '.join(sorted(wanted))}; export it again with all hidden states"
             )
         return needed
+
+
+def read_conditioning(root: Path) -> Conditioning:
+    """The kind of pipeline that an ONNX folder is of. Raises UserError."""
+    return conditioning_named(str(read_json(root / "model_index.json").get("_class_name")))
 
 
 def weights_for(engine: Engine, root: Path) -> OnnxComponent | None:
@@ -163,6 +171,7 @@ class OnnxFolder:
     source_sha256: str
     precision: str
     resolutions: list[Resolution]
+    conditioning: Conditioning
 
     @property
     def is_static(self) -> bool:
@@ -202,4 +211,5 @@ def read_onnx_folder(root: Path) -> OnnxFolder:
         source_sha256=str(source.get("sha256", "")),
         precision=str(about.get("precision", "fp16")),
         resolutions=[Resolution.parse(text) for text in about["resolutions"]],
+        conditioning=read_conditioning(root),
     )

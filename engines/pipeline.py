@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distill.common.errors import UserError
 from distill.common.files import read_json
+from distill.models.conditioning import conditioning_named
 from engines.bundle import Engine, Layout, read_manifest, rebuild_command
 from engines.flavors import LoadOptions
 from engines.integrity import checked_path, unnamed_files
@@ -15,7 +16,7 @@ from engines.onnx_folder import OnnxComponent, weights_for
 from engines.selection import choose_flavor, select_engines
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers import DiffusionPipeline
 
 
 def load(
@@ -28,8 +29,8 @@ def load(
     specialization: Literal["eager", "lazy", "none"] | None = None,
     runtime_cache: str | Path | None = None,
     weights: str | Path | None = None,
-) -> StableDiffusionXLPipeline:
-    """A diffusers StableDiffusionXLPipeline whose unet, vae and text encoders are the bundle's engines.
+) -> DiffusionPipeline:
+    """A diffusers pipeline of the bundle's kind (StableDiffusionXLPipeline for SDXL) whose networks are its engines.
 
     device: "cpu" or "cuda[:n]"; None is the flavor's own.
     layout: which to load where the bundle has several.
@@ -78,32 +79,28 @@ def load(
 
     vae = EngineVAE(component("vae_decoder"), read_json(bundle / "vae_decoder/config.json"))
     unet = EngineUNet(component("unet"), read_json(bundle / "unet/config.json"), vae.image_scale)
-    first = EngineTextEncoder(component("text_encoder"), read_json(bundle / "text_encoder/config.json"))
-    second = EngineTextEncoder(component("text_encoder_2"), read_json(bundle / "text_encoder_2/config.json"))
+    kind = conditioning_named(manifest.source.pipeline)
+    encoders = {
+        name: EngineTextEncoder(component(name), read_json(bundle / name / "config.json")) for name in kind.encoders
+    }
+    tokenizers = {name: CLIPTokenizer.from_pretrained(bundle / name) for name in kind.tokenizers}
     index = read_json(bundle / "model_index.json")
-    scheduler = getattr(diffusers, index["scheduler"][1])
-    pipeline = diffusers.StableDiffusionXLPipeline(
-        vae=vae,
-        text_encoder=first,
-        text_encoder_2=second,
-        tokenizer=CLIPTokenizer.from_pretrained(bundle / "tokenizer"),
-        tokenizer_2=CLIPTokenizer.from_pretrained(bundle / "tokenizer_2"),
-        unet=unet,
-        scheduler=scheduler.from_pretrained(bundle / "scheduler"),
-        force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)),
-        add_watermarker=False,
+    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(bundle / "scheduler")
+    stated = {name: index[name] for name in kind.options if not isinstance(index.get(name, []), list)}
+    settings = stated | kind.load_options
+    return getattr(diffusers, kind.pipeline)(
+        vae=vae, unet=unet, scheduler=scheduler, **encoders, **tokenizers, **settings
     )
-    return pipeline
 
 
-def refit(pipeline: StableDiffusionXLPipeline, onnx: str | Path) -> list[str]:
+def refit(pipeline: DiffusionPipeline, onnx: str | Path) -> list[str]:
     """Gives the pipeline's plans the weights of another ONNX folder of the same architecture (a fine-tune, a merged
     LoRA). Nothing is rebuilt; CUDA graphs are captured again. Returns the components it changed.
 
     Raises UserError where the folder does not fit, and, before anything is changed, where a plan cannot take other weights.
     """
     parts: Any = pipeline
-    modules = (parts.unet, parts.vae, parts.text_encoder, parts.text_encoder_2)
+    modules = [part for part in parts.components.values() if hasattr(part, "component")]
     engines = [pair for module in modules for pair in module.component.engines]
     weights = _weights_by_key([engine for engine, _ in engines], Path(onnx))
     able = [(engine, loaded) for engine, loaded in engines if engine.options.get("refit") and engine.key in weights]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from distill.common.errors import UserError
+from distill.models.conditioning import conditioning_named
 from engines.building.layouts import DEFAULT_LAYOUTS
 from engines.bundle import Engine, Manifest
 from engines.flavors import FLAVORS, Flavor, find_flavor
 
-REQUIRED = ("unet", "vae_decoder", "text_encoder", "text_encoder_2")
+
+def required_components(manifest: Manifest) -> tuple[str, ...]:
+    """What the bundle's pipeline cannot do without."""
+    return ("unet", "vae_decoder", *conditioning_named(manifest.source.pipeline).encoders)
 
 
 def choose_flavor(manifest: Manifest, flavor: str | None, device: str | None = None) -> Flavor:
@@ -58,7 +62,7 @@ def select_engines(
             refusal = error
             continue
         selected.setdefault(engine.component, []).append(engine)
-    missing = [name for name in REQUIRED if name not in selected]
+    missing = [name for name in required_components(manifest) if name not in selected]
     if missing:
         raise refusal or UserError(
             f"the bundle has no {flavor.name} engine for {', '.join(missing)}; build it with: python -m engines build "

@@ -51,6 +51,11 @@ def _require_finite(name: str, number: float) -> None:
         raise UserError(f"--{name.replace('_', '-')} is {number}; it must be a finite number")
 
 
+def described(error: Exception) -> str:
+    """An exception of someone else's code, for a note or a record."""
+    return f"{type(error).__name__}: {error}"
+
+
 @contextmanager
 def explaining_full_memory(advice: str) -> Iterator[None]:
     """A GPU whose memory runs out inside is a UserError: what was wanted and what there is, in torch's words, and

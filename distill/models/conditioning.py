@@ -157,6 +157,14 @@ def conditioning_of(config: Config, model: object = "the model") -> Conditioning
     )
 
 
+def conditioning_named(pipeline: str) -> Conditioning:
+    """By the class in model_index.json, whatever the pipeline's task. Raises UserError for another kind of pipeline."""
+    for kind in (SDXL, SD):
+        if pipeline.startswith(kind.pipeline.removesuffix("Pipeline")):
+            return kind
+    raise UserError(f"{pipeline!r} is no pipeline of Stable Diffusion 1.x, 2.x or XL")
+
+
 def latent_size(resolution: Resolution, scale: int, multiple: int) -> tuple[int, int]:
     """(height, width) in latent pixels. Raises UserError where a side is no multiple of scale · multiple pixels."""
     step = scale * multiple

@@ -8,12 +8,12 @@ from importlib.metadata import version
 from distill.common.errors import UserError
 from distill.common.files import sha256_json
 from distill.models.resolution import Resolution
-from engines.building.layouts import DEFAULT_LAYOUTS, UNSIZED, make_profiles
+from engines.building.layouts import DEFAULT_LAYOUTS, make_profiles
 from engines.building.options import parse_resolutions
 from engines.bundle import Guidance, Layout, Options, Profile
 from engines.flavors import Flavor, find_flavor
 from engines.gpus import Target, resolve_targets
-from engines.onnx_folder import OnnxComponent, OnnxFolder
+from engines.onnx_folder import UNSIZED, OnnxComponent, OnnxFolder
 
 RECIPE_VERSION = 2
 """Part of every key. Raise it when the same inputs should give another plan."""

@@ -19,11 +19,9 @@ from __future__ import annotations
 from distill.common.errors import UserError
 from distill.models.resolution import Resolution
 from engines.bundle import Guidance, Layout, Profile, ShapeRange
-from engines.onnx_folder import OnnxComponent
+from engines.onnx_folder import UNSIZED, OnnxComponent
 
 DEFAULT_LAYOUTS: dict[str, Layout] = {"tensorrt": "shared", "tensorrt-rtx": "ranged", "onnxruntime": "ranged"}
-UNSIZED = ("text_encoder", "text_encoder_2")
-"""Components that do not see the image size: one engine serves every size and layout."""
 
 
 def _rows(component: OnnxComponent, batch: int, guidance: Guidance) -> int:

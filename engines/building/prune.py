@@ -6,11 +6,11 @@ from pathlib import Path
 
 from distill.common.errors import UserError, unknown
 from engines.building.contents import bundle_lock, remove_strays
-from engines.building.layouts import UNSIZED
 from engines.building.reports import console, size
 from engines.bundle import Engine, Manifest, read_manifest, write_manifest
 from engines.flavors import FLAVORS
 from engines.gpus import GPUS, version_tuple
+from engines.onnx_folder import UNSIZED
 
 
 def _wanted(engine: Engine, gpus: list[str], flavors: list[str], resolutions: list[str]) -> bool:

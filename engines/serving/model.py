@@ -244,7 +244,7 @@ class TritonPythonModel:
                 last.synchronize()
 
     def encode(self, group: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """The four embeddings of diffusers' `encode_prompt`, for all pictures. Each prompt is encoded alone: that costs
+        """The embeddings of diffusers' `encode_prompt`, for all pictures. Each prompt is encoded alone: that costs
         little, and an absent negative prompt means zeros while an empty one does not."""
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
         encoded = [
@@ -257,9 +257,10 @@ class TritonPythonModel:
             )
             for values in group
         ]
-        clear_cache(self.pipeline.tokenizer)
-        clear_cache(self.pipeline.tokenizer_2)
-        parts = dict(zip(names, zip(*encoded, strict=True), strict=True))
+        for name, part in self.pipeline.components.items():
+            if name.startswith("tokenizer"):
+                clear_cache(part)
+        parts = dict(zip(names, zip(*encoded, strict=True), strict=False))  # the pooled ones are SDXL's alone
         return {name: torch.cat(part) for name, part in parts.items() if part[0] is not None}
 
     def now(self) -> float:
