@@ -150,7 +150,8 @@ def train(
 
     Args:
         recipe: ssd-1b, vega, mini-ssd-1b, mini-vega, or a .json file that `distill recipe` has begun.
-        cache: A latent cache made by `distill cache` with the teacher's VAE and text encoders.
+        cache: A latent cache made by `distill cache` with the teacher's VAE and text encoders; a stage of the recipe may
+            name its own.
         out: Becomes a diffusers pipeline folder; an unfinished run there is continued.
         student: Another student by the same road: an architecture or a depth pattern; if not given, the recipe's own.
         layer_map: Which teacher blocks it keeps: first, spread, similarity, or a JSON file (importance.json); if not

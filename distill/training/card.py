@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,16 @@ from distill.training.student_folder import stage_title
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-def write_card(out: Path, recipe: Recipe, about: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    """Writes `out`/README.md. `about` is what the student's slimxl.json says of it, `run` what it was trained on. Local
-    files are called by their last name and their hash: a card says nothing of the machine it was written on."""
+def write_card(
+    out: Path, recipe: Recipe, about: Mapping[str, Any], run: Mapping[str, Any], *, data: Collection[str]
+) -> None:
+    """Writes `out`/README.md. `about` is what the student's slimxl.json says of it, `run` what it was trained on, `data`
+    what its caches were made of. Local files are called by their last name: a card says nothing of the machine it was
+    written on."""
     teachers = list(run["teachers"])
-    data = ModelCardData(
+    metadata = ModelCardData(
         base_model=[name for name in teachers if _is_on_hub(name)] or None,
-        datasets=sorted({key["data"].removeprefix("hf:") for key in run["caches"] if key["data"].startswith("hf:")})
-        or None,
+        datasets=sorted(name.removeprefix("hf:") for name in data if name.startswith("hf:")) or None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["distillation", "slimxl"],
@@ -35,7 +37,7 @@ def write_card(out: Path, recipe: Recipe, about: Mapping[str, Any], run: Mapping
     )
     pipeline = conditioning_of(read_config(out, "unet")).pipeline
     sections = [
-        f"---\n{data.to_yaml()}\n---",
+        f"---\n{metadata.to_yaml()}\n---",
         f"# {recipe.name}",
         f"A student of {about['parameters']:,} UNet parameters ({about['student']}), distilled by slimxl.",
         f"```python\nfrom diffusers import {pipeline}\n\npipe = {pipeline}.from_pretrained(FOLDER)\n```",
@@ -46,7 +48,7 @@ def write_card(out: Path, recipe: Recipe, about: Mapping[str, Any], run: Mapping
         "## Licence",
         "The student is made from its teachers' weights, and so their licences hold for it, and the terms of the data.",
         "## Data",
-        "\n".join(sorted({f"- {_shown(key['data'])}" for key in run["caches"]})),
+        "\n".join(sorted(f"- {_shown(name)}" for name in data)),
         "## Recipe",
         _stages(recipe),
         f"Batch {recipe.batch_size}, caption dropout {recipe.caption_dropout:g}, weight decay {recipe.weight_decay:g}, "

@@ -124,12 +124,12 @@ def _find_pipelines(
 def _describe_run(
     recipe: Recipe, teachers: dict[str, Path], latents: list[LatentCache], start: Path | None, options: TrainOptions
 ) -> dict[str, Any]:
-    """All that the student depends on, and a `key` over it."""
+    """All that the student depends on, and a `key` over it. How the data were called is no part of it, their hash is."""
     run = {
         "recipe": recipe.as_dict(),
         "teachers": {name: checkpoint_hash(folder) for name, folder in teachers.items()},
         "start": checkpoint_hash(start) if start else None,
-        "caches": [cache.key for cache in latents],
+        "caches": [{name: value for name, value in cache.key.items() if name != "data"} for cache in latents],
         "mixed_precision": options.mixed_precision,
         "optimizer": options.optimizer,
     }
@@ -182,7 +182,7 @@ def _train_stages(stages: list[StageRun], start: Path | None, run: dict[str, Any
             gc.collect()  # accelerate's wrappers hold the student in a cycle
             torch.cuda.empty_cache()
     if accelerator.is_main_process:
-        _finish(stages[-1], run)
+        _finish(stages, run)
 
 
 def _stages_done(recipe: Recipe, out: Path) -> int | None:
@@ -254,15 +254,16 @@ def _draw_samples(folder: Path, stage: StageRun) -> None:
         draw_samples(student, folder, stage.recipe.validation_prompts, path)
 
 
-def _finish(last: StageRun, run: dict[str, Any]) -> None:
+def _finish(stages: list[StageRun], run: dict[str, Any]) -> None:
     """Moves the last stage's pipeline up to `out`; slimxl.json comes last and says that all is there."""
+    last = stages[-1]
     folder, out = stage_folder(last.recipe, last.number, last.out), last.out
     about = read_json(folder / "slimxl.json")
     for item in folder.iterdir():
         if item.name != "slimxl.json":
             item.rename(out / item.name)
     _draw_samples(out, last)
-    write_card(out, last.recipe, about, run)
+    write_card(out, last.recipe, about, run, data={str(stage.latents.key.get("data", "")) for stage in stages})
     write_json(out / "slimxl.json", about | run)
     for left in ("stages", "state"):
         shutil.rmtree(out / left, ignore_errors=True)

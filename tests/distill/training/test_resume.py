@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from distill.common.errors import UserError, exit_on_user_error
 from distill.common.files import exclusive
-from distill.models.sources import check_checkpoint
+from distill.models.sources import check_checkpoint, checkpoint_hash
 from distill.training.guard import DivergenceGuard
 from distill.training.objectives import Distill
 from distill.training.options import TrainOptions
@@ -66,6 +66,7 @@ def test_killed_at_random_points_the_run_ends_in_the_same_bytes(cache: Path, min
     assert run_alone(cache, mini_vega, killed).wait() == 0
     for name in ("unet/diffusion_pytorch_model.safetensors", "samples/01-shorten-up.png", "samples/02-whole.png"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+    assert checkpoint_hash(killed) == checkpoint_hash(whole), "configs too say nothing of the folder"
     steps = [
         [
             (json.loads(line)["stage"], json.loads(line)["step"], json.loads(line)["loss"])
