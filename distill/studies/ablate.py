@@ -31,12 +31,12 @@ from distill.mini.judge import READER, check_pictures, judge
 from distill.models.architectures import find_architecture
 from distill.models.sources import checkpoint_hash, find_architecture_of, load_component, load_pipeline
 from distill.training.objectives import Distill
+from distill.training.objectives.taps import Level
 from distill.training.options import TrainOptions
 from distill.training.recipes import Recipe, Stage, shortened
 from distill.training.schedule import Schedule
 from distill.training.step import add_noise, alphas_cumprod_of, predict
 from distill.training.student import Pruned
-from distill.training.taps import Level
 from distill.training.trainer import train
 
 

@@ -45,10 +45,10 @@ from distill.models.surgery import make_student_unet
 from distill.studies.published import published_steps
 from distill.training.accelerator import COMPUTE_DTYPE, make_accelerator
 from distill.training.objectives import Distill
+from distill.training.objectives.taps import Level
 from distill.training.options import BenchOptions, TrainOptions
 from distill.training.recipes import Recipe
 from distill.training.step import Pair, alphas_cumprod_of, load_nets
-from distill.training.taps import Level
 
 SCHEMA = "slimxl.distill.bench/1"
 WARMUP_ROUNDS = 2

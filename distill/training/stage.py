@@ -23,12 +23,12 @@ from distill.models.module_map import ModuleMap
 from distill.training.accelerator import COMPUTE_DTYPE
 from distill.training.guard import DivergenceGuard
 from distill.training.options import TrainOptions
+from distill.training.output.samples import draw_samples
+from distill.training.output.state import Progress, TrainingState, gather_student, resume, save_state
+from distill.training.output.student_folder import save_student, stage_folder, stage_title
 from distill.training.recipes import Recipe
-from distill.training.samples import draw_samples
 from distill.training.sigterm import noting_sigterm
-from distill.training.state import Progress, TrainingState, gather_student, resume, save_state
 from distill.training.step import Pair, Terms, alphas_cumprod_of, load_nets
-from distill.training.student_folder import save_student, stage_folder, stage_title
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,14 +18,14 @@ from distill.models.module_map import ModuleMap
 from distill.models.sources import check_successor, checkpoint_hash, find_architecture_of, load_component, resolve
 from distill.models.surgery import files_but_unet
 from distill.training.accelerator import COMPUTE_DTYPE, check_fsdp, decided_by_first, make_accelerator
-from distill.training.card import write_card
 from distill.training.memory_plan import MemoryPlan, describe_plan, device_memory, plan_recipe
 from distill.training.options import TrainOptions
+from distill.training.output.card import write_card
+from distill.training.output.samples import draw_samples
+from distill.training.output.state import STATE_FORMAT
+from distill.training.output.student_folder import stage_folder, stage_title, student_dtype
 from distill.training.recipes import Recipe, stage_modules
-from distill.training.samples import draw_samples
 from distill.training.stage import StageRun
-from distill.training.state import STATE_FORMAT
-from distill.training.student_folder import stage_folder, stage_title, student_dtype
 
 WRITTEN = ("model_index.json", "unet", "vae", "stages", "state", "samples", "losses.jsonl", "README.md")
 """What a run writes into its folder, beside run.json, which comes first, and slimxl.json, which comes last."""
@@ -170,7 +170,12 @@ def _train_stages(stages: list[StageRun], start: Path | None, run: dict[str, Any
         write_json(out / "run.json", run | {"format": STATE_FORMAT})
     if options.report_to:
         settings = {"recipe": recipe.name, "batch_size": recipe.batch_size, "seed": recipe.seed}
-        accelerator.init_trackers("slimxl", settings | {"mixed_precision": options.mixed_precision})
+        (out / "trackers").mkdir(parents=True, exist_ok=True)
+        accelerator.init_trackers(
+            "slimxl",
+            settings | {"mixed_precision": options.mixed_precision},
+            {"wandb": {"dir": str(out / "trackers"), "name": out.name}},
+        )
     accelerator.wait_for_everyone()
     previous = stage_folder(recipe, done - 1, out) if done else start
     micro_batch = recipe.micro_batch(accelerator.num_processes, options.accumulation)

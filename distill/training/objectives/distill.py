@@ -18,7 +18,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 from distill.common.validation import STRICT
 from distill.training.objectives.interface import Batch, LossTerms, Nets, Predict
-from distill.training.taps import FeatureRecorder, Level, Tap, make_taps
+from distill.training.objectives.taps import FeatureRecorder, Level, Tap, make_taps
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from distill.common.errors import UserError
 from distill.models.architectures import ARCHITECTURES, SDXL_DEPTH, SSD_1B_DEPTH
 from distill.models.module_map import make_module_map
 from distill.training.objectives.distill import feature_loss, feature_losses, min_snr_weight, prediction_loss
-from distill.training.taps import LEVELS, FeatureRecorder, Tap, make_taps
+from distill.training.objectives.taps import LEVELS, FeatureRecorder, Tap, make_taps
 
 
 def test_half_precision_errors_do_not_overflow() -> None:

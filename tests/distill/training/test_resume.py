@@ -30,8 +30,8 @@ from distill.models.sources import check_checkpoint, checkpoint_hash
 from distill.training.guard import DivergenceGuard
 from distill.training.objectives import Distill
 from distill.training.options import TrainOptions
+from distill.training.output.state import TrainingState
 from distill.training.recipes import Stage, find_recipe
-from distill.training.state import TrainingState
 from distill.training.trainer import train
 from tests.distill.small_runs import curve, run_alone, short_recipe, small_recipe
 

@@ -26,11 +26,11 @@ from distill.models.surgery import make_student
 from distill.training.accelerator import check_fsdp, make_accelerator
 from distill.training.guard import DivergenceGuard
 from distill.training.objectives import Distill
+from distill.training.objectives.taps import Level
 from distill.training.options import TrainOptions
+from distill.training.output.state import TrainingState, gather_student
 from distill.training.recipes import Recipe, Stage
-from distill.training.state import TrainingState, gather_student
 from distill.training.step import Pair
-from distill.training.taps import Level
 from distill.training.trainer import train
 from tests.distill.small_runs import HALF, curve, short_recipe, small_recipe
 

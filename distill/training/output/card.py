@@ -13,8 +13,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from distill.common.files import replacing
 from distill.models.conditioning import conditioning_of
 from distill.models.sources import read_config
+from distill.training.output.student_folder import stage_title
 from distill.training.recipes import Recipe
-from distill.training.student_folder import stage_title
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
