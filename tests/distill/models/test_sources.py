@@ -107,12 +107,12 @@ def test_a_made_checkpoint_that_lost_a_part_or_is_of_another_version_is_made_aga
 
 
 def test_a_depth_of_ones_own_is_recognised(tmp_path: Path) -> None:
-    from distill.models.surgery import make_student_unet
+    from distill.models.surgery import make_student_unet, student_modules
 
     vega = resolve("random:mini-vega", tmp_path)
     depth = "-/1,1/1,1:0:1,1,1/1,1,1/-"
     student = find_architecture(depth, ARCHITECTURES["mini-vega"].family)
-    make_student_unet(vega, student, "first", tmp_path / "unet")
+    make_student_unet(vega, student, student_modules(vega, student, "first")[1], tmp_path / "unet")
     shutil.rmtree(vega / "unet")
     (tmp_path / "unet").rename(vega / "unet")
     assert find_architecture_of(vega).name == depth
@@ -152,7 +152,11 @@ def test_what_is_missing_is_named(copy: Path, damage, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"addition_embed_type": None}, "addition_embed_type None"), ({"in_channels": 9}, "9 channels in and 4 out")],
+    [
+        ({"addition_embed_type": "text_image"}, "addition_embed_type 'text_image'"),
+        ({"class_embed_type": "timestep"}, "takes more than text .class_embed_type"),
+        ({"in_channels": 9}, "9 channels in and 4 out"),
+    ],
 )
 def test_a_pipeline_of_another_kind_is_refused(copy: Path, change: dict, message: str) -> None:
     config = copy / "unet" / "config.json"
