@@ -13,6 +13,7 @@ GPUS ?= auto
 endif
 GPUS ?= a100,rtx4090
 LAYOUT ?=
+LAYOUTS ?= per-resolution shared ranged
 RESOLUTIONS ?= all
 BATCHES ?= 1
 PRECISION ?= fp16
@@ -29,7 +30,7 @@ FOLDER = $(NAME)$(patsubst %,-%,$(filter-out fp16,$(PRECISION)))
 
 NEED_MODEL = test -n "$(MODEL)" || { echo "error: MODEL is not set; e.g. MODEL=random:vega, a Hugging Face id, a folder, a .safetensors file" >&2; exit 2; }
 
-.PHONY: help setup report students onnx engines bench-distill bench-export bench-engines bench-gpu serve load test test-gpu clean
+.PHONY: help setup report students onnx engines bench-distill bench-export bench-engines bench-gpu serve load-test test test-gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -83,10 +84,13 @@ bench-export: $(READY)  ## the exporter beside optimum's, in turn, on MODEL: tim
 	@$(NEED_MODEL)
 	$(BIN)/python -m export bench --model $(MODEL) --out $(OUT)/bench-export/$(NAME).json
 
-bench-engines: $(READY)  ## layouts compared (time, memory, disk) on the ONNX folder of MODEL
+bench-engines: $(READY)  ## LAYOUTS compared (time, memory, disk) on the ONNX folder of MODEL
 	@$(NEED_MODEL)
 	$(MAKE) --no-print-directory onnx
-	$(BIN)/python -m engines bench --onnx $(OUT)/onnx/$(FOLDER) --out $(OUT)/bench-engines/$(FOLDER) --gpus $(GPUS) --flavor $(FLAVOR) --resolutions $(RESOLUTIONS)
+	for layout in $(LAYOUTS); do \
+	  $(BIN)/python -m engines build --onnx $(OUT)/onnx/$(FOLDER) --out $(OUT)/bench-engines/$(FOLDER)/$$layout --layout $$layout --components unet,vae_decoder --gpus $(GPUS) --flavor $(FLAVOR) --resolutions $(RESOLUTIONS) --replace; \
+	done
+	$(BIN)/python -m engines compare $(addprefix $(OUT)/bench-engines/$(FOLDER)/,$(LAYOUTS)) --out $(OUT)/bench-engines/$(FOLDER)/layouts.json
 
 bench-gpu: $(READY)  ## everything a GPU can be measured for, within minutes, into bench/results
 	$(BIN)/python -m bench gpu
@@ -95,8 +99,8 @@ serve: $(READY)  ## BUNDLE inside a Triton server, on its GPUs or the CPU; loopb
 	@test -n "$(BUNDLE)" || { echo "error: BUNDLE is not set; e.g. BUNDLE=out/bundles/mini-vega" >&2; exit 2; }
 	$(BIN)/python -m engines serve --bundle $(BUNDLE) $(if $(ADDRESS),--address $(ADDRESS))
 
-load: $(READY)  ## images/s and latencies of the running server (CONCURRENCY, MINUTES), into OUT/load.json
-	$(BIN)/python -m engines load $(if $(CONCURRENCY),--concurrency $(CONCURRENCY)) $(if $(MINUTES),--minutes $(MINUTES)) --out $(OUT)/load.json
+load-test: $(READY)  ## images/s and latencies of the running server (CONCURRENCY, MINUTES), into OUT/load.json
+	$(BIN)/python -m engines load-test $(if $(CONCURRENCY),--concurrency $(CONCURRENCY)) $(if $(MINUTES),--minutes $(MINUTES)) --out $(OUT)/load.json
 
 test: $(VENV)/.training  ## lint, types and every test, the full-size ones too
 	$(BIN)/ruff check .

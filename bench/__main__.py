@@ -36,7 +36,7 @@ def report(results: list[Path], out: Path, title: str = "slimxl latency report")
     """Make one self-contained page, its Markdown and its JSON from one or more results files.
 
     Args:
-        results: Results files, the main one first; what `bench gpu`, `distill bench` and `engines load` write may join.
+        results: Results files, the main one first; what `bench gpu`, `distill bench` and `engines load-test` write may join.
         out: Folder to write index.html, report.md and report.json into; it is made where it is absent.
         title: Title of the page.
     """

@@ -12,6 +12,7 @@ from typing import Annotated
 import tyro
 
 from distill.common.errors import UserError, exit_on_user_error
+from distill.data.samples import SmallPictures
 from distill.models.sources import WORKDIR
 from distill.training.options import Accumulation, BenchOptions, Fsdp, Optimizer, Precision, TrainOptions, Workdir
 
@@ -85,22 +86,38 @@ def surgery(*, model: str, student: str, layer_map: str = "first", out: Path, wo
 
 @app.command
 def cache(
-    *, data: str, model: str = "mini:sdxl", out: Path, seed: int = 0, batch: int = 4, workdir: Workdir = WORKDIR
+    *,
+    data: str,
+    model: str = "mini:sdxl",
+    out: Path,
+    seed: int = 0,
+    batch: int = 4,
+    small_pictures: SmallPictures | None = None,
+    flip: bool = True,
+    variants: int = 1,
+    workdir: Workdir = WORKDIR,
 ) -> None:
     """Precompute VAE latents and text embeddings of a data set. Under torchrun the processes share the shards.
 
     Args:
-        data: shapes:N, a folder of pictures with captions, WebDataset SHARDS.tar, or hf:ORG/NAME.
+        data: shapes:N, a folder of captioned pictures, shards or parquet, WebDataset SHARDS.tar, or hf:ORG/NAME.
         model: The checkpoint whose VAE and text encoders are used, as `fetch` takes it.
         out: The cache folder; an unfinished one there is continued.
         seed: Of crops, flips, the draws of the VAE, and the pictures of shapes:N.
         batch: Pictures encoded at once; at 1024x1024 each takes some GB of GPU memory.
+        small_pictures: Scale up or skip pictures smaller than their resolution; if not given, scale them up for a UNet
+            that is told their original size (SDXL's), skip them for others.
+        flip: Mirror half of the pictures, never one whose caption names a side or writing.
+        variants: Samples made of each picture, each with its own crop, flip and draw of the VAE.
     """
     from distill.data.cache import make_cache
+    from distill.data.samples import Fitting
     from distill.models.sources import resolve
 
+    fitting = Fitting(small_pictures=small_pictures, flip=flip, variants=variants)
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    make_cache(resolve(model, workdir), data, out, seed=seed, batch=batch, rank=rank, processes=processes)
+    checkpoint = resolve(model, workdir)
+    make_cache(checkpoint, data, out, seed=seed, batch=batch, fitting=fitting, rank=rank, processes=processes)
 
 
 @app.command

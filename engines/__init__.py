@@ -1,4 +1,4 @@
-"""What runs: engines of every component, the bundle that holds them, and the diffusers pipeline around a bundle."""
+"""Engines of every component, the bundle that holds them, and a bundle as a diffusers pipeline."""
 
 import lazy_loader as lazy
 
@@ -6,8 +6,9 @@ __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submod_attrs={
         "building.build": ["build_bundle"],
-        "bundle": ["Manifest", "read_manifest", "verify_bundle"],
+        "bundle": ["Manifest", "read_manifest"],
         "gpus": ["GPUS"],
+        "integrity": ["verify_bundle"],
         "pipeline": ["load", "refit"],
     },
 )

@@ -1,26 +1,26 @@
-"""`python -m engines build|verify|inspect|list|prune|bench|triton|serve|load`."""
+"""`python -m engines build|verify|inspect|list|prune|compare|check|triton|serve|load-test`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from distill.common.errors import exit_on_user_error
-from engines.serving.triton_options import Serving, Workload
+from engines.serving.options import Serving, Workload
 
 Flavors = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
 Layouts = Literal["per-resolution", "shared", "ranged"]
 Bundle = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BUNDLE", help="The bundle's folder.")]
+Bundles = Annotated[
+    list[Path],
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="BUNDLE", help="Their folders, the one to compare with first."),
+]
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[FOLDER]", help="Where to look.")]
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def build(
@@ -60,34 +60,24 @@ def build(
         hardware_compatible: Plans for all GPUs of the same compute capability, or from Ampere on (tensorrt only).
     """
     from engines.building.build import build_bundle
-    from engines.building.jobs import plan_options
+    from engines.building.options import builder_options, parse_counts, parse_names
 
-    options = plan_options(flavor, refit, strip, version_compatible, hardware_compatible)
+    options = builder_options(flavor, refit, strip, version_compatible, hardware_compatible)
     build_bundle(
         onnx,
         out,
-        gpus=_names(gpus.lower()),
+        gpus=parse_names(gpus.lower()),
         flavor=flavor,
         layout=layout,
         resolutions=resolutions,
         batches=parse_counts("--batches", batches),
         guidance=guidance,
-        components=_names(components) or None,
+        components=parse_names(components) or None,
         options=options,
         memory_gb=memory_gb,
         replace=replace,
     )
     return 0
-
-
-def parse_counts(option: str, text: str) -> list[int]:
-    """Positive numbers separated by commas. Raises UserError for anything else."""
-    from distill.common.errors import UserError
-
-    parts = _names(text)
-    if not parts or not all(part.isdecimal() and int(part) for part in parts):
-        raise UserError(f"{option} {text!r} is not a list of numbers from 1 up, e.g. 1 or 1,4")
-    return [int(part) for part in parts]
 
 
 def verify(bundle: Bundle) -> int:
@@ -132,47 +122,29 @@ def prune(
         keep_newest: Of engines that differ only in the version that built them, only the newest.
         dry_run: Only say what would be removed.
     """
+    from engines.building.options import parse_names
     from engines.building.prune import prune_bundle
 
-    gpus, flavors, resolutions = map(_names, (keep_gpus.lower(), keep_flavors, keep_resolutions))
+    gpus, flavors, resolutions = map(parse_names, (keep_gpus.lower(), keep_flavors, keep_resolutions))
     return prune_bundle(bundle, gpus, flavors, resolutions, keep_newest, dry_run)
 
 
-def bench(
-    onnx: Path,
-    out: Path,
-    gpus: str = "a100,rtx4090",
-    flavor: Flavors = "tensorrt-rtx",
-    layouts: str = "per-resolution,shared,ranged",
-    components: str = "unet,vae_decoder",
-    resolutions: str = "all",
-    keep: bool = False,
-) -> int:
-    """Build every layout and compare time, memory and disk with those of static plans.
+def compare(bundles: Bundles, out: Path | None = None) -> int:
+    """Compare what bundles of one checkpoint took to build: time, memory and disk.
 
     Args:
-        onnx: ONNX folder left by `python -m export onnx`.
-        out: Where layouts.json goes, and the bundles while they are compared; none may be there already.
-        gpus: Names separated by commas, as for build.
-        flavor: tensorrt (on the GPU at hand) or tensorrt-rtx; onnxruntime has one layout only.
-        layouts: Those to compare, separated by commas.
-        components: Those to build, separated by commas, as for build.
-        resolutions: `all` of the model's, or some of them, e.g. 1024x1024,1152x896.
-        keep: Keep the bundles.
+        out: A JSON file for the figures. None: they are only printed.
     """
-    from engines.building.compare import compare_layouts
+    from engines.building.compare import compare_bundles
 
-    compare_layouts(
-        onnx,
-        out,
-        gpus=_names(gpus.lower()),
-        flavor=flavor,
-        layouts=_names(layouts),  # type: ignore[arg-type]
-        components=_names(components),
-        resolutions=resolutions,
-        keep=keep,
-    )
-    return 0
+    return compare_bundles(bundles, out)
+
+
+def check() -> int:
+    """Say which flavors this machine builds and runs, by a tiny engine of each."""
+    from engines.building.check import print_checks
+
+    return print_checks()
 
 
 def triton(bundle: Path, out: Path, serving: Annotated[Serving, tyro.conf.OmitArgPrefixes]) -> int:
@@ -182,14 +154,11 @@ def triton(bundle: Path, out: Path, serving: Annotated[Serving, tyro.conf.OmitAr
         bundle: The bundle's folder; it is checked, and read again by the server.
         out: The model repository, a folder of its own.
     """
-    from engines.building.reports import console
-    from engines.bundle import read_manifest
-    from engines.serving.triton import backend_flags, write_repository
+    from engines.serving.repository import write_repository
 
-    names = write_repository(bundle, out, serving)
-    flags = backend_flags(read_manifest(bundle), serving)
-    line = " ".join([f"tritonserver --model-repository={out} --model-control-mode=none", *flags])
-    console.print(f"{out}: {', '.join(names)}; serve with: {line} (what else is wise: engines/SERVING.md)")
+    write_repository(bundle, out, serving)
+    line = f"tritonserver --model-repository={out} --model-control-mode=none"
+    print(f"{out}: serve it with: {line} (what else is wise: engines/SERVING.md)")
     return 0
 
 
@@ -214,34 +183,16 @@ def serve(
         grpc_port: TCP port for gRPC.
         allow_exposed: Let a server listen to other machines that whoever reaches it can crash.
     """
-    from engines.bundle import read_manifest
-    from engines.serving import triton_server
-    from engines.serving.triton import backend_flags, choose_place, parse_devices, require_runs_here, write_repository
+    from engines.serving.serve import serve_bundle
+    from engines.serving.server import Address, require_unexposed
 
-    where = triton_server.Address.resolve(address, http_port, grpc_port)
+    where = Address.resolve(address, http_port, grpc_port)
     if not allow_exposed:
-        triton_server.require_unexposed(where)
-    where.require_free()
-    if serving.plans:
-        triton_server.require_plans_backend()
-    manifest = read_manifest(bundle)
-    flavor, gpus = choose_place(manifest, serving.flavor, parse_devices(serving.gpus))
-    if not serving.execution_env:  # which may hold another TensorRT than this Python
-        require_runs_here(manifest, flavor, gpus)
-    environment = triton_server.find_environment(workdir)
-    if environment and not serving.execution_env:
-        serving = replace(serving, execution_env=environment.folder)
-    folder = workdir / str(http_port)
-    with triton_server.alone_in(folder):
-        write_repository(bundle, folder / "models", serving)
-        on = f"GPU {', '.join(map(str, gpus))}" if gpus else "the CPU"
-        first = "a picture of every size is drawn first" if serving.warm_up else "nothing is drawn first"
-        print(f"starting Triton with {bundle} ({flavor}) on {on}; {first}", flush=True)
-        flags = backend_flags(manifest, serving)
-        return triton_server.serve(folder / "models", environment, where, folder / "log", flags)
+        require_unexposed(where)
+    return serve_bundle(bundle, serving, workdir, where)
 
 
-def load(
+def load_test(
     out: Path,
     workload: Annotated[Workload, tyro.conf.OmitArgPrefixes],
     server: str = "127.0.0.1:8001",
@@ -260,7 +211,8 @@ def load(
         rate: At most so many requests a second, all clients together, above 0. None: no bound.
         workdir: Where the environment of Triton's client is, or goes.
     """
-    from engines.serving.triton_load import measure_load
+    from engines.building.options import parse_counts
+    from engines.serving.load_test import measure_load
 
     levels = parse_counts("--concurrency", concurrency)
     return measure_load(out, server, workload, levels, minutes * 60, rate, workdir)
@@ -272,10 +224,11 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "inspect": inspect,
     "list": list_,
     "prune": prune,
-    "bench": bench,
+    "compare": compare,
+    "check": check,
     "triton": triton,
     "serve": serve,
-    "load": load,
+    "load-test": load_test,
 }
 
 

@@ -1,34 +1,36 @@
-"""The bundle's manifest: what it says, how it is read, and how every file is checked before anything opens it.
+"""The bundle's manifest: its schema, and how it is read and written.
 
-A manifest is untrusted text until it has been through `read_manifest`, and a plan is untrusted bytes until its hash
-has been compared. The hashes protect against damage, truncation and mix-ups; they are not a signature, so a bundle
-from someone you do not trust stays one from someone you do not trust.
+A manifest is untrusted text: `read_manifest` checks all of it against the schema. The files that it names are checked by
+`integrity.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from distill.common.errors import UserError
-from distill.common.files import sha256_file, write_json
+from distill.common.files import write_json
 from engines.gpus import GPUS, version_tuple
+
+if TYPE_CHECKING:
+    import torch
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST_BYTES = 16 << 20
 LAYOUTS = ("per-resolution", "shared", "ranged")
 Layout = Literal["per-resolution", "shared", "ranged"]
-PIPELINE_PARTS = ("tokenizer", "tokenizer_2", "scheduler")
-"""Folders that diffusers and transformers read as a whole."""
+Guidance = Literal["always", "never", "any"]
+"""Whether a UNet is called with guidance (2 latents for each image), without (1), or either way."""
 
 
 def _inside(path: str) -> str:
-    """A path that stays in the bundle on every system: relative, forward slashes, nothing that climbs."""
+    """Returns a path that stays in the bundle on every system: relative, with forward slashes, without "..". Raises
+    ValueError for any other."""
     parts = PurePosixPath(path).parts
     climbs = PurePosixPath(path).is_absolute() or ".." in parts or PureWindowsPath(path).drive
     if climbs or "\\" in path or "\0" in path or not parts or str(PurePosixPath(*parts)) != path:
@@ -64,6 +66,13 @@ class TensorInfo(_Record):
     dtype: Dtype
     shape: list[int | str]
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
 
 class ShapeRange(_Record):
     """The smallest, the expected and the largest shape of one input under one profile."""
@@ -96,6 +105,15 @@ class Profile(_Record):
     batch: int = Field(ge=1)
     shapes: dict[str, ShapeRange]
 
+    @property
+    def least_rows(self) -> int:
+        """Rows are the first dimension of the inputs; an input with one row only, as the timestep, does not count."""
+        return max(shape.min[0] for shape in self.shapes.values())
+
+    @property
+    def most_rows(self) -> int:
+        return max(shape.max[0] for shape in self.shapes.values())
+
     def covers(self, other: Profile) -> bool:
         """Whether it serves all that the other profile does."""
         return set(other.resolutions) <= set(self.resolutions) and all(
@@ -119,6 +137,8 @@ class Engine(_Record):
     flavor: Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
     flavor_version: str
     layout: Layout
+    guidance: Guidance | None = None
+    """What the profiles of a UNet were made for; None for other components."""
     gpus: list[str]
     compute_capabilities: list[Capability]
     precision: Literal["fp16", "fp32", "bf16"]
@@ -150,7 +170,7 @@ class Engine(_Record):
         return sum(file.size_bytes for file in self.files)
 
     def serves(self, compute_capability: str) -> bool:
-        """Whether a GPU of this compute capability runs it. `ampere+` plans run on every Ampere and newer one."""
+        """Whether a GPU of this compute capability runs it. A plan built for `ampere+` runs on Ampere and all newer GPUs."""
         if not self.compute_capabilities or compute_capability in self.compute_capabilities:
             return True
         from_ampere = version_tuple(compute_capability) >= (8, 0)
@@ -158,10 +178,11 @@ class Engine(_Record):
 
 
 class Source(_Record):
-    """The checkpoint that every engine of the bundle comes from."""
+    """The checkpoint that every engine of the bundle comes from; `pipeline` is diffusers' class for it."""
 
     name: str
     sha256: str
+    pipeline: str = "StableDiffusionXLPipeline"
 
 
 class Manifest(_Record):
@@ -189,7 +210,7 @@ class Manifest(_Record):
 
 
 def rebuild_command(bundle: Path, engine: Engine | None = None) -> str:
-    """The command that mends a bundle: it builds this very engine again, where that is damaged or missing."""
+    """The command that builds this engine again, with all that its key depends on; without one, any build."""
     command = f"python -m engines build --onnx ONNX --out {bundle}"
     if engine is None:
         return command
@@ -200,120 +221,42 @@ def rebuild_command(bundle: Path, engine: Engine | None = None) -> str:
     command += f" --components {engine.component} --resolutions {','.join(engine.resolutions)}"
     if engine.batches != [1]:
         command += f" --batches {','.join(map(str, engine.batches))}"
-    if engine.component == "unet":
-        sample = engine.profiles[0].shapes.get("sample")
-        if sample and sample.max[0] == engine.profiles[0].batch:
-            command += " --guidance never"
-        elif sample and engine.layout != "ranged" and sample.min[0] < sample.max[0]:
-            command += " --guidance any"
+    if engine.guidance in ("never", "any"):
+        command += f" --guidance {engine.guidance}"
     for name, value in engine.options.items():
         command += f" --{name.replace('_', '-')}" + ("" if value is True else f" {value}")
     return command
 
 
 def read_manifest(bundle: Path) -> Manifest:
-    """The verified structure of bundle/manifest.json; file contents are not touched.
+    """bundle/manifest.json, checked against the schema; the files it names are not looked at.
 
     Raises UserError where it is missing, too large, not JSON, of another schema version or not of this schema.
     """
     path = Path(bundle) / MANIFEST
     if not path.is_file():
         raise UserError(f"{bundle} is not a bundle (no {MANIFEST}); build it with: {rebuild_command(bundle)}")
-    mend = f"build it anew with: {rebuild_command(bundle)} --replace"
+    rebuild = f"build it anew with: {rebuild_command(bundle)} --replace"
     if path.stat().st_size > LARGEST_MANIFEST_BYTES:
-        raise UserError(f"{path} has {path.stat().st_size} bytes, more than any manifest; {mend}")
+        raise UserError(f"{path} has {path.stat().st_size} bytes, more than any manifest; {rebuild}")
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); {mend}") from None
+        raise UserError(f"{path} is not valid JSON ({error}); {rebuild}") from None
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION or isinstance(version, bool):
         raise UserError(
             f"{path} has schema version {version!r}, this slimxl reads {SCHEMA_VERSION}; "
-            f"use the slimxl that made it, or {mend}"
+            f"use the slimxl that made it, or {rebuild}"
         )
     try:
         return Manifest.model_validate_json(json.dumps(content))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "manifest"
-        raise UserError(f"{path} is damaged at {where}: {first['msg']}; {mend}") from None
+        raise UserError(f"{path} is damaged at {where}: {first['msg']}; {rebuild}") from None
 
 
 def write_manifest(bundle: Path, manifest: Manifest) -> None:
-    """Atomic; a reader sees the old manifest or the new one."""
+    """Writes it atomically: a reader sees the old manifest or the new one."""
     write_json(Path(bundle) / MANIFEST, manifest.model_dump(mode="json"))
-
-
-def locate(bundle: Path, record: FileRecord, mend: str) -> Path:
-    """The record's path, checked to exist, to be a file of the right size and to lie in the bundle even after
-    symbolic links. Raises UserError naming what was found, what is needed and the command that mends it."""
-    root = Path(bundle).resolve()
-    path = root / record.path
-    if not path.resolve().is_relative_to(root):
-        raise UserError(
-            f"{record.path} leads out of the bundle {bundle} (a link to {path.resolve()}); copy the bundle with its links "
-            f"followed (cp -rL), or {mend}"
-        )
-    if not path.is_file():
-        raise UserError(f"{record.path} is missing from {bundle}; {mend}")
-    size = path.stat().st_size
-    if size != record.size_bytes:
-        raise UserError(f"{record.path} has {size} bytes, the manifest says {record.size_bytes}; {mend}")
-    return path
-
-
-def _compare(record: FileRecord, found: str, mend: str) -> None:
-    if found != record.sha256:
-        raise UserError(f"{record.path} has sha256 {found[:12]}…, the manifest says {record.sha256[:12]}…; {mend}")
-
-
-def checked_path(bundle: Path, record: FileRecord, mend: str) -> Path:
-    """`locate`, and the content's hash compared."""
-    path = locate(bundle, record, mend)
-    _compare(record, sha256_file(path), mend)
-    return path
-
-
-def checked_bytes(bundle: Path, record: FileRecord, mend: str) -> bytes:
-    """The very bytes that were hashed, so that nothing can change between the check and the use."""
-    data = locate(bundle, record, mend).read_bytes()
-    _compare(record, hashlib.sha256(data).hexdigest(), mend)
-    return data
-
-
-def is_intact(bundle: Path, records: list[FileRecord]) -> bool:
-    """Whether every file is there with its recorded content."""
-    try:
-        for record in records:
-            checked_path(bundle, record, "")
-    except UserError:
-        return False
-    return True
-
-
-def unnamed_files(bundle: Path, manifest: Manifest) -> list[str]:
-    """One line for each file that a pipeline would read although no hash stands for it: slipped in, struck from the
-    manifest, or of a build that was not finished."""
-    named = {record.path for record in manifest.files}
-    parts = (path for part in PIPELINE_PARTS for path in sorted((Path(bundle) / part).rglob("*")) if path.is_file())
-    configs = sorted({f"{engine.component}/config.json" for engine in manifest.engines})
-    read = [path.relative_to(bundle).as_posix() for path in parts if not path.name.startswith(".")]
-    expected = dict.fromkeys(["model_index.json", "scheduler/scheduler_config.json", *configs, *read])
-    mend = f"mend it with: {rebuild_command(bundle, next(iter(manifest.engines), None))}"
-    return [f"{path} is not named by the manifest of {bundle}; {mend}" for path in expected if path not in named]
-
-
-def verify_bundle(bundle: Path) -> list[str]:
-    """One line per fault of a recorded file, empty for a sound bundle. Raises UserError where not even the manifest
-    can be read."""
-    manifest = read_manifest(bundle)
-    owners: dict[str, Any] = {file.path: engine for engine in manifest.engines for file in engine.files}
-    faults = []
-    for record in manifest.all_files:
-        mend = f"mend it with: {rebuild_command(bundle, owners.get(record.path, next(iter(manifest.engines), None)))}"
-        try:
-            checked_path(bundle, record, mend)
-        except UserError as error:
-            faults.append(str(error))
-    return faults

@@ -1,7 +1,7 @@
-"""Reads the ONNX folder that export left: which components are there, what goes in and out, and their hashes.
+"""Reads the ONNX folder that export wrote: its components, their inputs and outputs, and their hashes.
 
-A component is one graph for every size, or (`--resolutions all`, `WxH,...`) a static graph for each, over one file of
-weights.
+A component has one graph for all sizes, or (`export onnx --resolutions all` or `WxH,...`) a static graph for each size;
+all its graphs share one file of weights.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ import onnx
 
 from distill.common.errors import UserError
 from distill.common.files import read_json, sha256_file
-from distill.models.conditioning import TensorSpec
+from distill.models.conditioning import Conditioning, TensorSpec, conditioning_named
 from distill.models.resolution import Resolution
-from engines.bundle import PIPELINE_PARTS, Engine, TensorInfo
-from export.components import COMPONENTS
+from engines.bundle import Engine, TensorInfo
+from export.components import COMPONENTS, PIPELINE_PARTS
 
-BUILD_ORDER = ("unet", "vae_decoder", "text_encoder", "text_encoder_2", "vae_encoder")
+BUILD_ORDER = tuple(sorted(COMPONENTS, key=lambda name: name == "vae_encoder"))
+"""What is built by default comes first."""
+UNSIZED = tuple(name for name in BUILD_ORDER if name.startswith("text_encoder"))
+"""Components that do not see the image size: one engine serves every size and layout."""
 
 
 def _tensor(value: onnx.ValueInfoProto) -> TensorInfo:
@@ -37,7 +40,7 @@ def _sha256(path: Path) -> str:
 
 @cache
 def _sha256_once(path: Path, mtime_ns: int, size_bytes: int) -> str:
-    """As long as the file is the same: nine graphs and every engine refitted stand over one file of weights."""
+    """Cached while the file is the same: nine static graphs share one large file of weights."""
     return sha256_file(path)
 
 
@@ -118,37 +121,42 @@ class OnnxComponent:
 
     @property
     def current_sha256(self) -> set[str]:
-        """Of every graph of the component: an engine made from another one is out of date."""
+        """The hashes of all graphs of the component. An engine built from any other graph is out of date."""
         return {_sha256(self.folder / graph) for graph in {"model.onnx", *self.static_graphs.values()}}
 
     @property
     def weights_sha256(self) -> str | None:
-        """None where the weights stand inside model.onnx."""
+        """None where the weights are inside model.onnx."""
         data = self.files[1:]
         return _sha256(data[0]) if data else None
 
-    def made(self, engine: Engine) -> bool:
-        """Whether the engine was built from these very weights and this graph."""
+    def is_source_of(self, engine: Engine) -> bool:
+        """Whether the engine was built from this graph and these weights."""
         return (self.onnx_sha256, self.weights_sha256) == (engine.onnx_sha256, engine.weights_sha256)
 
     @cached_property
     def needed_outputs(self) -> list[TensorInfo]:
-        """Those that a sampler reads: SDXL wants the penultimate hidden state of both text encoders and the pooled
-        embedding of the second only (arXiv 2307.01952, section 2.1)."""
-        if not self.name.startswith("text_encoder"):
+        """Those that a sampler reads; of a text encoder the pipeline's kind says which. Raises UserError where one is
+        missing."""
+        if self.name not in UNSIZED:
             return self.outputs
-        wanted = {"text_embeds", f"hidden_states.{self.config['num_hidden_layers'] - 1}"}
+        wanted = read_conditioning(self.folder.parent).encoder_outputs(self.name, self.config)
         needed = [tensor for tensor in self.outputs if tensor.name in wanted]
-        if len(needed) < (2 if self.name == "text_encoder_2" else 1):
+        if len(needed) < len(wanted):
             raise UserError(
-                f"{self.model} has the outputs {', '.join(t.name for t in self.outputs)} but SDXL needs "
+                f"{self.model} has the outputs {', '.join(t.name for t in self.outputs)} but the pipeline needs "
                 f"{', '.join(sorted(wanted))}; export it again with all hidden states"
             )
         return needed
 
 
+def read_conditioning(root: Path) -> Conditioning:
+    """The kind of pipeline that an ONNX folder is of. Raises UserError."""
+    return conditioning_named(str(read_json(root / "model_index.json").get("_class_name")))
+
+
 def weights_for(engine: Engine, root: Path) -> OnnxComponent | None:
-    """What the ONNX folder holds for this engine to be refitted from; None where it lacks the component."""
+    """The ONNX folder's component that the engine can be refitted from; None where the folder lacks it."""
     component = OnnxComponent(engine.component, root / engine.component, {}).at(Resolution.parse(engine.resolutions[0]))
     return component if component.model.is_file() else None
 
@@ -163,6 +171,7 @@ class OnnxFolder:
     source_sha256: str
     precision: str
     resolutions: list[Resolution]
+    conditioning: Conditioning
 
     @property
     def is_static(self) -> bool:
@@ -202,4 +211,5 @@ def read_onnx_folder(root: Path) -> OnnxFolder:
         source_sha256=str(source.get("sha256", "")),
         precision=str(about.get("precision", "fp16")),
         resolutions=[Resolution.parse(text) for text in about["resolutions"]],
+        conditioning=read_conditioning(root),
     )

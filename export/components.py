@@ -17,6 +17,8 @@ from distill.models.families import vae_scale_factor
 from distill.models.resolution import Resolution
 
 FLOAT_DTYPES = {"fp16": "float16", "fp32": "float32"}
+PIPELINE_PARTS = ("tokenizer", "tokenizer_2", "scheduler")
+"""Folders of a pipeline that are no networks; diffusers and transformers read each as a whole."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from distill.models.families import vae_scale_factor
 from distill.models.sources import WORKDIR, file_hashes, find_architecture_of, read_config
 from distill.models.tensors import component_tensors
 from export.checkpoint import VAE_SOURCES, prepare
-from export.components import COMPONENTS, FLOAT_DTYPES
+from export.components import COMPONENTS, FLOAT_DTYPES, PIPELINE_PARTS
 from export.job import (
     CHECK_BELOW_BYTES,
     SCHEMA,
@@ -43,8 +43,6 @@ from export.job import (
     make_job,
     weights_hashes,
 )
-
-PIPELINE_PARTS = ("tokenizer", "tokenizer_2", "scheduler")
 
 
 def _read_finished(folder: Path, key: str) -> dict[str, Any] | None:

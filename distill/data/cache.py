@@ -36,7 +36,8 @@ from distill.common.files import (
     write_json,
 )
 from distill.common.progress import say, track
-from distill.data.pictures import BadSample, Sample, Source, open_source
+from distill.data.pictures import Source, open_source
+from distill.data.samples import BadSample, Fitting, Sample
 from distill.models.conditioning import Conditioning
 from distill.models.families import Family
 from distill.models.resolution import Resolution
@@ -48,8 +49,8 @@ MOST_BAD_SAMPLES = 0.2  # of all; more means that the data set is not what it wa
 
 
 def cache_key(checkpoint: Path, data: str, identity: object, seed: int) -> dict[str, Any]:
-    """What the cached values depend on; `identity` tells a data set from one of the same name that has changed."""
-    return {"data": str(Path(data)), "identity": sha256_json(identity), "seed": seed, **frozen_hashes(checkpoint)}
+    """What the cached values depend on, by `identity` and not by how `data` is spelled, which stands there to be read."""
+    return {"data": data, "identity": sha256_json(identity), "seed": seed, **frozen_hashes(checkpoint)}
 
 
 def frozen_hashes(checkpoint: Path) -> dict[str, str]:
@@ -85,8 +86,24 @@ def encode(pipe: Any, conditioning: Conditioning, samples: list[Sample], seed: i
 def write_unconditional(pipe: Any, conditioning: Conditioning, path: Path) -> None:
     """What the UNet takes for no caption: each text input by name, without a batch."""
     text = conditioning.unconditional(pipe)
-    with replacing(path) as temporary:
-        save_file({name: value[0].half().cpu().contiguous() for name, value in text.items()}, temporary)
+    _save({name: value[0].half().cpu().contiguous() for name, value in text.items()}, path)
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Raises UserError where the disk does not take them."""
+    try:
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} cannot be written ({error}); free some space and run the same command again: finished shards stay"
+        ) from None
+
+
+def count_too_long(tokenizer: Any, buckets: Mapping[Resolution, list[Sample]]) -> int:
+    """How many captions have more tokens than the text encoder reads."""
+    captions = [sample.caption for samples in buckets.values() for sample in samples]
+    return sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(captions).input_ids) if captions else 0
 
 
 def seed_of(seed: int, *parts: object) -> int:
@@ -95,9 +112,17 @@ def seed_of(seed: int, *parts: object) -> int:
 
 
 def make_cache(
-    checkpoint: Path, data: str, out: Path, *, seed: int = 0, batch: int = 16, rank: int = 0, processes: int = 1
+    checkpoint: Path,
+    data: str,
+    out: Path,
+    *,
+    seed: int = 0,
+    batch: int = 16,
+    fitting: Fitting | None = None,
+    rank: int = 0,
+    processes: int = 1,
 ) -> None:
-    """Encodes every sample of `data` with the checkpoint's VAE and text encoders into `out`.
+    """Encodes every sample of `data`, fitted as `fitting` says, with the checkpoint's VAE and text encoders into `out`.
 
     Raises UserError for a VAE without a posterior, where `out` holds a cache of something else, where more than a fifth
     of the samples are bad, and where the disk or the GPU's memory is or becomes too small; finished shards stay, and
@@ -111,14 +136,15 @@ def make_cache(
             "with an AutoencoderKL"
         )
     family = find_family(checkpoint)
-    source = open_source(data, family, seed)
+    source = open_source(data, family, seed, fitting)
     ranges = [range(i, min(i + SAMPLES_PER_SHARD, len(source))) for i in range(0, len(source), SAMPLES_PER_SHARD)]
     key = cache_key(checkpoint, data, source.identity, seed) | {"shards": len(ranges)}
     stated = out / "cache.json"
-    if stated.exists() and read_json(stated) != key:
+    held = read_json(stated) if stated.exists() else key
+    if not isinstance(held, dict) or held | {"data": data} != key:  # the same data may be spelled otherwise
         raise UserError(
-            f"{out} is a cache of other data (or of the same before it was changed) or another VAE or text encoder; "
-            "choose another --out or remove it"
+            f"{out} is a cache of other data (or of the same before it was changed), another seed, other "
+            "options, or another VAE or text encoder; choose another --out or remove it"
         )
     missing = [i for i in range(len(ranges)) if not _is_whole(_shard(out, i))]
     todo = [i for i in missing if i % processes == rank]
@@ -129,6 +155,8 @@ def make_cache(
     unconditional = out / UNCONDITIONAL
     if not todo and (rank or unconditional.is_file()):
         return
+    for note in source.notes if rank == 0 else ():
+        say(note)
     samples = sum(len(ranges[i]) for i in missing)
     require_free_disk(out, samples * sample_bytes(family), f"the cache of {samples} samples")
     out.mkdir(parents=True, exist_ok=True)
@@ -139,15 +167,22 @@ def make_cache(
     with explaining_full_memory(advice):
         pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    if rank == 0:
+    if rank == 0 and not unconditional.is_file():
         write_unconditional(pipe, family.conditioning, unconditional)
     reader = _Reader(source)
+    too_long = 0
     progress = track(todo, f"caching {samples} samples", unit="shard")
     with closing(ahead(lambda number: reader.read(ranges[number]), todo)) as shards, reader:
         for number, (buckets, skipped) in zip(progress, shards, strict=True):
             remove_leftovers(out, _shard(out, number).name)
             with explaining_full_memory(advice):
                 write_shard(pipe, family.conditioning, buckets, skipped, _shard(out, number), seed, batch)
+            too_long += count_too_long(pipe.tokenizer, buckets)
+    if too_long:
+        say(
+            f"{too_long} of the captions are longer than the {pipe.tokenizer.model_max_length} tokens that the text "
+            "encoders take; what is beyond is left out"
+        )
     if reader.bad:
         say(
             f"skipped {len(reader.bad)} of {reader.seen} samples; each shard names its own: {'; '.join(reader.bad[:3])}"
@@ -240,13 +275,7 @@ def write_shard(
         about["samples"][str(resolution)] = [
             {"key": s.key, "caption": s.caption, "crop": s.crop_top_left, "flipped": s.flipped} for s in samples
         ]
-    try:
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"slimxl": json.dumps(about)})
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} cannot be written ({error}); free some space and run the same command again: finished shards stay"
-        ) from None
+    _save(tensors, path, {"slimxl": json.dumps(about)})
 
 
 class LatentCache:

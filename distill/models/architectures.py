@@ -12,7 +12,7 @@ from typing import Any
 
 from distill.common.errors import unknown
 from distill.models.depth import Depth
-from distill.models.families import MINI_FAMILY, SDXL_FAMILY, Family
+from distill.models.families import MINI_FAMILY, MINI_SD_FAMILY, SD_1_FAMILY, SDXL_FAMILY, Family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,7 @@ class Architecture:
 SDXL_DEPTH = Depth.parse("-/2,2/10,10:10:10,10,10/2,2,2/-")
 SSD_1B_DEPTH = Depth.parse("-/2,2/4,4:0:4,4,10/2,1,1/-")
 VEGA_DEPTH = Depth.parse("-/1,1/2,2:0:2,2,2/1,1,1/-")
+SD_1_DEPTH = Depth.parse("1,1/1,1/1,1/-:1:-/1,1,1/1,1,1/1,1,1")
 
 ARCHITECTURES = {
     architecture.name: architecture
@@ -63,6 +64,13 @@ ARCHITECTURES = {
         Architecture(name="mini-sdxl", family=MINI_FAMILY, depth=SDXL_DEPTH),
         Architecture(name="mini-ssd-1b", family=MINI_FAMILY, depth=SSD_1B_DEPTH),
         Architecture(name="mini-vega", family=MINI_FAMILY, depth=VEGA_DEPTH),
+        Architecture(
+            name="sd-1.5",
+            family=SD_1_FAMILY,
+            depth=SD_1_DEPTH,
+            parameters=(859_520_964, 249_612_480, 97_038_080, 510_795_840),
+        ),
+        Architecture(name="mini-sd-1.5", family=MINI_SD_FAMILY, depth=SD_1_DEPTH),
     )
 }
 

@@ -89,6 +89,11 @@ class Conditioning:
             return {name: value * 0 for name, value in encoded.items()}
         return encoded
 
+    @property
+    def takes_sizes(self) -> bool:
+        """Whether the UNet is told a picture's original size and crop."""
+        return self.pooled_from is not None
+
     def size_inputs(
         self,
         original_sizes: Sequence[tuple[int, int]],
@@ -99,7 +104,7 @@ class Conditioning:
         height, width), or none. Sizes and corners are (height, width) and (top, left) in pixels."""
         import torch
 
-        if self.pooled_from is None:
+        if not self.takes_sizes:
             return {}
         rows = zip(original_sizes, crops_top_left, resolutions, strict=True)
         numbers = [(*original, *crop, target.height, target.width) for original, crop, target in rows]
@@ -150,6 +155,14 @@ def conditioning_of(config: Config, model: object = "the model") -> Conditioning
     raise UserError(
         f"{model}: its UNet has addition_embed_type {kind!r}; read are 'text_time' (SDXL) and none (SD 1.x, 2.x)"
     )
+
+
+def conditioning_named(pipeline: str) -> Conditioning:
+    """By the class in model_index.json, whatever the pipeline's task. Raises UserError for another kind of pipeline."""
+    for kind in (SDXL, SD):
+        if pipeline.startswith(kind.pipeline.removesuffix("Pipeline")):
+            return kind
+    raise UserError(f"{pipeline!r} is no pipeline of Stable Diffusion 1.x, 2.x or XL")
 
 
 def latent_size(resolution: Resolution, scale: int, multiple: int) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """Families: everything about a model but its depth, as data.
 
-A family has one kind of conditioning, a config for each of its networks, and the sizes it draws. `sdxl` and its narrow
-twin `mini` are entries of `FAMILIES`. A checkpoint of other widths is a family of its own, made from its configs.
+A family has one kind of conditioning, a config for each of its networks, and the sizes it draws. `sdxl`, `sd-1` and
+their narrow twins `mini` and `mini-sd` are entries of `FAMILIES`. A checkpoint of other widths is a family of its own,
+made from its configs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.models.conditioning import (
+    SD,
     SDXL,
     TEXT_INPUTS,
     Conditioning,
@@ -179,7 +181,52 @@ MINI_FAMILY = Family(
     dtype="float32",
 )
 
-FAMILIES = {family.name: family for family in (SDXL_FAMILY, MINI_FAMILY)}
+SD_1_FAMILY = Family(
+    name="sd-1",
+    conditioning=SD,
+    networks={
+        "unet": {
+            "in_channels": 4,
+            "out_channels": 4,
+            "block_out_channels": (320, 640, 1280, 1280),
+            "attention_head_dim": 8,
+            "cross_attention_dim": 768,
+            "sample_size": 64,
+        },
+        "vae": _VAE
+        | {
+            "block_out_channels": (128, 256, 512, 512),
+            "layers_per_block": 2,
+            "sample_size": 512,
+            "scaling_factor": 0.18215,
+        },
+        "text_encoder": _clip("quick_gelu", 768, 3072, 12, 12, _CLIP_WORDS),
+    },
+    resolutions=parse_resolutions("512x512 576x448 448x576 576x384 384x576 640x384 384x640 768x320 320x768"),
+)
+
+MINI_SD_FAMILY = Family(
+    name="mini-sd",
+    conditioning=SD,
+    networks={
+        "unet": {
+            "in_channels": 4,
+            "out_channels": 4,
+            "block_out_channels": (32, 64, 64, 64),
+            "attention_head_dim": 2,
+            "cross_attention_dim": 64,
+            "norm_num_groups": 4,
+            "sample_size": 16,
+        },
+        "vae": MINI_FAMILY.vae,
+        "text_encoder": MINI_FAMILY.networks["text_encoder"],
+    },
+    resolutions=parse_resolutions("128x128 192x128 128x192 192x64 64x192"),
+    vocabulary=SHAPES_WORDS,
+    dtype="float32",
+)
+
+FAMILIES = {family.name: family for family in (SDXL_FAMILY, MINI_FAMILY, SD_1_FAMILY, MINI_SD_FAMILY)}
 
 
 def family_of(networks: Mapping[str, dict[str, Any]], model: object = "the model") -> Family:

@@ -1,4 +1,4 @@
-"""The plan of builds: every engine that a command asks for, its content key, its file name, its memory and its time."""
+"""The jobs of a build command: one for each engine, with its content key, file name, and expected memory and time."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from importlib.metadata import version
 from distill.common.errors import UserError
 from distill.common.files import sha256_json
 from distill.models.resolution import Resolution
-from engines.building.layouts import DEFAULT_LAYOUTS, UNSIZED, Guidance, plan_profiles
-from engines.bundle import Layout, Options, Profile
+from engines.building.layouts import DEFAULT_LAYOUTS, make_profiles
+from engines.building.options import parse_resolutions
+from engines.bundle import Guidance, Layout, Options, Profile
 from engines.flavors import Flavor, find_flavor
 from engines.gpus import Target, resolve_targets
-from engines.onnx_folder import OnnxComponent, OnnxFolder
+from engines.onnx_folder import UNSIZED, OnnxComponent, OnnxFolder
 
 RECIPE_VERSION = 2
-"""Part of every key: raise it when the same inputs should give another plan."""
+"""Part of every key. Raise it when the same inputs should give another plan."""
 OPTIONAL = ("vae_encoder",)
+"""Components that are built only if named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,7 @@ class Job:
     flavor: str
     flavor_version: str
     layout: Layout
+    guidance: Guidance | None
     target: Target
     profiles: list[Profile]
     batches: list[int]
@@ -58,7 +61,7 @@ class Job:
 
     @property
     def path(self) -> str:
-        """Says what the file is; the end of the key keeps two contents from ever sharing a name."""
+        """A name that says what the file is. With the first digits of the key two contents never share a name."""
         sizes = self.resolutions[0] if len(self.resolutions) == 1 else f"{len(self.resolutions)}sizes-{self.layout}"
         batches = "b" + "-".join(map(str, self.batches))
         version = f"{self.flavor}-{self.flavor_version}" if self.flavor != "onnxruntime" else self.flavor
@@ -82,14 +85,14 @@ class Job:
 
     @property
     def disk_bytes(self) -> int:
-        """An upper estimate of the plan's size; an ONNX Runtime engine is usually a link to what is there."""
+        """An upper estimate of the plan's size. (An ONNX Runtime engine usually links to the weights and takes nothing.)"""
         return int(50e6 + self.component.weights_bytes * (1.02 + 0.02 * len(self.profiles)))
 
     @property
     def cost_seconds(self) -> float:
-        """About how long it takes on two idle cores: in proportion to profiles, for the nodes and for the weights.
+        """About how long it takes on two idle cores: it grows with profiles times nodes, and with profiles times weights.
 
-        TensorRT-RTX 1.7 took 60, 157 and 299 s for nine profiles of the three full-size UNets, 33, 67 and 154 s for
+        TensorRT-RTX 1.7 took 60, 157 and 299 s for nine profiles of the three full-size UNets, and 33, 67 and 154 s for
         the mini ones, which have as many nodes and hardly any weights.
         """
         weights_gb = self.component.weights_bytes / 1e9
@@ -98,20 +101,7 @@ class Job:
         return 1 + (0.0035 * self.component.node_count + 3 * weights_gb) * (len(self.profiles) + 0.3)
 
 
-def parse_resolutions(text: str, family: list[Resolution]) -> list[Resolution]:
-    """`all`, or some of the family's sizes separated by commas. Raises UserError for any other."""
-    if text == "all":
-        return family
-    chosen = [Resolution.parse(part.strip()) for part in text.split(",")]
-    for resolution in chosen:
-        if resolution not in family:
-            raise UserError(
-                f"resolution {resolution} is not one of this model's: {', '.join(map(str, family))}, or all"
-            )
-    return list(dict.fromkeys(chosen))
-
-
-def plan_builds(
+def list_jobs(
     folder: OnnxFolder,
     *,
     gpus: list[str],
@@ -123,7 +113,7 @@ def plan_builds(
     components: list[str] | None = None,
     options: Options | None = None,
 ) -> list[Job]:
-    """Every engine the command asks for, in the order they are built. Raises UserError for anything not possible."""
+    """A job for every engine the command asks for, in the order they are built. Raises UserError for what is impossible."""
     backend: Flavor = find_flavor(flavor)
     targets = resolve_targets(gpus, flavor, backend.targets)
     chosen = parse_resolutions(resolutions, folder.resolutions)
@@ -148,9 +138,9 @@ def plan_builds(
     for name in _components(folder, components):
         component = folder.components[name]
         sizes, spread = chosen, layout
-        if name in UNSIZED:  # the same engine whatever is asked for, so that it is built once
+        if name in UNSIZED:  # the same engine for every command, so that it is built once
             sizes, spread = folder.resolutions, "per-resolution" if folder.is_static else "ranged"
-        for profiles in plan_profiles(component, spread, sizes, wanted_batches, guidance):
+        for profiles in make_profiles(component, spread, sizes, wanted_batches, guidance):
             graph = component.at(Resolution.parse(profiles[0].resolutions[0]))
             for target in targets:
                 jobs.append(
@@ -159,6 +149,7 @@ def plan_builds(
                         flavor=flavor,
                         flavor_version=installed,
                         layout=spread,
+                        guidance=guidance if name == "unet" else None,
                         target=target,
                         profiles=profiles,
                         batches=wanted_batches,
@@ -177,36 +168,17 @@ def _components(folder: OnnxFolder, chosen: list[str] | None) -> list[str]:
 
 
 def tool_versions(job: Job) -> dict[str, str]:
-    """What made the engine, for the manifest."""
+    """The versions that build the engine, for the manifest."""
     return {job.flavor: job.flavor_version} | {name: version(name) for name in ("onnx", "polygraphy")}
 
 
-def plan_options(
-    flavor: str,
-    refit: bool = False,
-    strip: bool = False,
-    version_compatible: bool = False,
-    hardware_compatible: str = "none",
-) -> Options:
-    """The builder options that are switched on. Raises UserError for those that this flavor or machine cannot do."""
-    from engines.gpus import gpu_at_hand
-
-    chosen = {
-        "refit": refit,
-        "strip": strip,
-        "version_compatible": version_compatible,
-    }
-    options: Options = {name: True for name, on in chosen.items() if on}
-    if hardware_compatible != "none":
-        options["hardware_compatible"] = hardware_compatible
-    if flavor != "tensorrt" and (version_compatible or "hardware_compatible" in options):
-        raise UserError(
-            f"--version-compatible and --hardware-compatible belong to --flavor tensorrt, not {flavor}; "
-            "a tensorrt-rtx plan serves several GPUs by naming them: --gpus rtx"
-        )
-    if (refit or strip) and flavor == "tensorrt-rtx" and gpu_at_hand() is None:
-        raise UserError(
-            "--refit and --strip need a GPU while building, found none (TensorRT-RTX compiles such plans on it); build"
-            " on a machine with one, or without them"
-        )
-    return options
+def require_memory(jobs: list[Job], budget_bytes: int) -> None:
+    """Raises UserError for the first job that needs more memory."""
+    for job in jobs:
+        if job.memory_bytes > budget_bytes:
+            leaner = "" if len(job.profiles) == 1 else "; --layout ranged needs less"
+            raise UserError(
+                f"building {job.label} with {len(job.profiles)} profile(s) needs about {job.memory_bytes / 1e9:.1f} GB "
+                f"of memory for {job.component.weights_bytes / 1e9:.1f} GB of weights, {budget_bytes / 1e9:.1f} GB may "
+                f"be used{leaner}; free memory, raise --memory-gb, or build on a larger machine"
+            )

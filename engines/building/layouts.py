@@ -4,36 +4,28 @@
 - `shared`: one plan with an exact-size profile for each resolution, the weights once.
 - `ranged`: one plan with one profile over all sizes; the runtime specialises its kernels to the size it meets.
 
-The default follows where kernels are chosen. TensorRT chooses them while it builds, for the profile it is given, so
-exact profiles (`shared`) are what it can tune. TensorRT-RTX compiles its kernels on the user's GPU, for the shape it
-meets there, so one range costs a sixth of the build time and a tenth of the extra disk, and loses nothing that is
-decided ahead of time.
+The default follows from where kernels are chosen. TensorRT chooses them while it builds and for the given profile, so it
+needs exact profiles (`shared`) to tune for. TensorRT-RTX compiles its kernels on the user's GPU for the shapes it meets
+there, so one range (`ranged`) takes a sixth of the build time and a tenth of the extra disk, and should run as fast.
 
-A UNet that serves b images sees 2b latents under guidance and b without. A range takes both. An exact profile takes
-one, by default the guided: exact in batch too, nine profiles build in two thirds of the time and take less disk. An
-unguided call on it works, padded; models made for it (LCM, Turbo) are better built with guidance `never`, and `any`
-makes the batch a range again.
+Guidance: for b images the UNet gets 2b latents with guidance, b without. A ranged profile takes both. An exact profile
+takes one of them, by default 2b: nine profiles that are exact in the batch too build in two thirds of the time and take less
+disk. A call without guidance is then padded. Build models that need none (LCM, Turbo) with guidance `never`; `any` makes
+the batch a range.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 from distill.common.errors import UserError
 from distill.models.resolution import Resolution
-from engines.bundle import Layout, Profile, ShapeRange
-from engines.onnx_folder import OnnxComponent
+from engines.bundle import Guidance, Layout, Profile, ShapeRange
+from engines.onnx_folder import UNSIZED, OnnxComponent
 
 DEFAULT_LAYOUTS: dict[str, Layout] = {"tensorrt": "shared", "tensorrt-rtx": "ranged", "onnxruntime": "ranged"}
-UNSIZED = ("text_encoder", "text_encoder_2")
-"""Components that do not see the image size: one engine serves every size and layout."""
-
-
-Guidance = Literal["always", "never", "any"]
 
 
 def _rows(component: OnnxComponent, batch: int, guidance: Guidance) -> int:
-    """What `batch` images are to the component; a static graph takes what it takes, and a call is padded to it."""
+    """How many rows the component gets for `batch` images. A static graph has a fixed number; calls are padded to it."""
     rows = 2 * batch if component.name == "unet" and guidance != "never" else batch
     if component.fixed_rows is not None and rows > component.fixed_rows:
         raise UserError(
@@ -86,14 +78,14 @@ def _profile(
     return Profile(index=index, resolutions=[str(r) for r in resolutions], batch=batch, shapes=shapes)
 
 
-def plan_profiles(
+def make_profiles(
     component: OnnxComponent,
     layout: Layout,
     resolutions: list[Resolution],
     batches: list[int],
     guidance: Guidance = "always",
 ) -> list[list[Profile]]:
-    """For each plan of the component its profiles."""
+    """The profiles of each plan of the component."""
     if layout == "ranged" or component.name in UNSIZED:
         return [[_profile(0, component, resolutions, (min(batches), max(batches)), guidance)]]
     groups = [[resolution] for resolution in resolutions] if layout == "per-resolution" else [resolutions]

@@ -1,4 +1,8 @@
-"""Progress of a run of builds: a bar on a terminal, plain lines elsewhere, and the time left in both."""
+"""Progress of several builds with the time left: a bar on a terminal, a line every ten seconds elsewhere.
+
+rich estimates the time left from the speed of updates. TensorRT-RTX reports nothing for most of a profile, so here the
+expected cost of each job is what counts until something is done.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,9 @@ import time
 from collections.abc import Callable
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-QUIET_SECONDS = 10.0
-"""How often a line is printed where there is no terminal."""
+SECONDS_BETWEEN_LINES = 10.0
 
 
 def duration(seconds: float) -> str:
@@ -19,84 +22,49 @@ def duration(seconds: float) -> str:
 
 
 class BuildProgress:
-    """Knows the expected cost of every job and what was really spent, and so what is left."""
+    """`costs` are the expected seconds of each job."""
 
     def __init__(
         self, costs: list[float], console: Console | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.console = console or Console(highlight=False, markup=False)
-        self._costs = costs
-        self._clock = clock
-        self._job = -1
-        self._milestone = 0.0, 0.0  # fraction of the running job, and its seconds when the builder told it
-        self._started = clock()
-        self._job_started = self._started
-        self._spoke = self._started
-        self._label = ""
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        if self.console.is_terminal:
-            columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                TextColumn("{task.fields[left]}"),
-                TimeElapsedColumn(),
-            )
-            self._bar = Progress(*columns, console=self.console)
-            self._task = self._bar.add_task("", total=sum(costs), left="")
+        self._costs, self._clock = costs, clock
+        self._job, self._label, self._fraction = -1, "", 0.0
+        self._started = self._spoke = clock()
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self._task = self._bar.add_task("", total=sum(costs))
 
     def __enter__(self) -> BuildProgress:
-        if self._bar:
-            self._bar.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    @property
-    def _fraction(self) -> float:
-        """Of the running job. The builder's last milestone, and at its speed since; before the first, the time spent
-        in proportion to the expected cost. Never the whole."""
-        spent = self._clock() - self._job_started
-        milestone, at = self._milestone
-        guess = milestone * spent / at if milestone else spent / self._expected_seconds
-        return min(guess, 0.99)
-
-    @property
-    def _expected_seconds(self) -> float:
-        """Of the running job: its cost, in the seconds that finished jobs took for theirs."""
-        before = sum(self._costs[: self._job])
-        rate = (self._job_started - self._started) / before if before else 1.0
-        return max(self._costs[self._job] * rate, 1e-3)
+        self._bar.stop()
 
     @property
     def _done(self) -> float:
-        """Cost finished so far, the running job in part."""
+        """Of the expected seconds of all jobs."""
         return sum(self._costs[: self._job]) + self._costs[self._job] * self._fraction
 
     @property
     def left(self) -> str:
-        """The time left in words, from the expected costs and the speed so far."""
-        spent = self._clock() - self._job_started
-        if not self._milestone[0] and spent > self._expected_seconds:
-            return f"longer than the {duration(self._expected_seconds)} expected"
-        elapsed, done = self._clock() - self._started, self._done
-        speed = done / elapsed if done and elapsed > 1 else 1.0
-        return f"about {duration((sum(self._costs) - done) / speed)} left"
+        """The time left: at the pace so far, or as expected until something is done."""
+        elapsed, total = self._clock() - self._started, sum(self._costs)
+        seconds = elapsed * (total / self._done - 1) if self._done else total - elapsed
+        return f"about {duration(seconds)} left" if seconds > 0 else f"longer than the {duration(total)} expected"
 
     def start(self, label: str) -> None:
-        self._job += 1
-        self._milestone, self._label, self._job_started = (0.0, 0.0), label, self._clock()
+        self._job, self._label, self._fraction = self._job + 1, label, 0.0
         self._show("started", always=True)
 
     def update(self, phase: str, fraction: float) -> None:
-        """`fraction` of the running job is done, as far as the builder tells."""
-        if fraction > self._milestone[0]:
-            self._milestone = fraction, self._clock() - self._job_started
+        """`fraction` of the running job is done, as far as the builder knows."""
+        self._fraction = max(self._fraction, fraction)
         self._show(phase)
 
     def finish(self, summary: str) -> None:
+        self._fraction = 1.0
         self.console.print(f"{self._head}: {summary}", soft_wrap=True)
 
     @property
@@ -104,10 +72,9 @@ class BuildProgress:
         return f"[{self._job + 1}/{len(self._costs)}] {self._label}"
 
     def _show(self, phase: str, always: bool = False) -> None:
-        if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=self._done, description=f"{self._head}: {phase}", left=self.left)
-            return
+        line = f"{self._head}: {phase}, {self.left}"
+        self._bar.update(self._task, completed=self._done, description=line)
         now = self._clock()
-        if always or now - self._spoke > QUIET_SECONDS:
+        if not self.console.is_terminal and (always or now - self._spoke > SECONDS_BETWEEN_LINES):
             self._spoke = now
-            self.console.print(f"{self._head}: {phase}, {self.left}", soft_wrap=True)
+            self.console.print(line, soft_wrap=True)

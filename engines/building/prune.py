@@ -1,16 +1,16 @@
-"""Makes a bundle smaller: engines that are not wanted, and files that its manifest does not name, are removed."""
+"""Makes a bundle smaller: removes engines that are not wanted, and files that its manifest does not name."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from distill.common.errors import UserError, unknown
-from engines.building.build import bundle_lock, remove_strays
-from engines.building.layouts import UNSIZED
+from engines.building.contents import bundle_lock, remove_strays
 from engines.building.reports import console, size
 from engines.bundle import Engine, Manifest, read_manifest, write_manifest
 from engines.flavors import FLAVORS
 from engines.gpus import GPUS, version_tuple
+from engines.onnx_folder import UNSIZED
 
 
 def _wanted(engine: Engine, gpus: list[str], flavors: list[str], resolutions: list[str]) -> bool:
@@ -22,12 +22,12 @@ def _wanted(engine: Engine, gpus: list[str], flavors: list[str], resolutions: li
 
 
 def _newest(engines: list[Engine]) -> list[Engine]:
-    """Of engines that serve the same and differ in what built them, the one of the newest version, and built last."""
+    """Of engines that serve the same, the one that the newest version built; of several by that version the last."""
     same = {"component", "flavor", "layout", "compute_capabilities", "precision", "profiles", "options"}
-    by_age = sorted(
+    by_version = sorted(
         engines, key=lambda engine: version_tuple(engine.flavor_version)
-    )  # as the manifest has them: by age
-    newest = {engine.model_dump_json(include=same): engine.key for engine in by_age}
+    )  # stable: the oldest build first
+    newest = {engine.model_dump_json(include=same): engine.key for engine in by_version}
     return [engine for engine in engines if engine.key in newest.values()]
 
 
@@ -39,7 +39,7 @@ def prune_bundle(
     newest: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """The manifest is written first and the files go after, so that a killed prune leaves a sound bundle.
+    """Writes the manifest first and deletes files after, so that a killed prune leaves a sound bundle.
 
     Raises UserError for an unknown GPU, flavor or resolution, and where nothing would be left.
     """

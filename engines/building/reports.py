@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from distill.common.errors import UserError
-from engines.bundle import MANIFEST, Engine, Manifest, read_manifest, unnamed_files, verify_bundle
+from engines.bundle import MANIFEST, Engine, Manifest, read_manifest
+from engines.integrity import unnamed_files, verify_bundle
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
 
@@ -44,18 +45,8 @@ def print_verification(bundle: Path) -> int:
 def engine_table(manifest: Manifest) -> Table:
     """One row per engine."""
     table = Table(title=f"engines of {manifest.source.name} ({manifest.source.sha256[:12]})", title_justify="left")
-    for column in (
-        "component",
-        "flavor",
-        "for",
-        "layout",
-        "profiles",
-        "batch",
-        "precision",
-        "size",
-        "x weights",
-        "built in",
-    ):
+    costs = ("size", "x weights", "built in")
+    for column in ("component", "flavor", "for", "layout", "profiles", "batch", "precision", *costs):
         table.add_column(column, overflow="fold")
     for engine in manifest.engines:
         table.add_row(
@@ -91,9 +82,9 @@ def print_inspection(bundle: Path, as_json: bool = False) -> int:
     for engine in manifest.engines:
         built_with = "".join(f", {name} {value}".removesuffix(" True") for name, value in engine.options.items())
         wide.print(f"\n{engine.files[0].path}{built_with}")
-        for word, tensors in (("in ", engine.inputs), ("out", engine.outputs)):
+        for side, tensors in (("in ", engine.inputs), ("out", engine.outputs)):
             for tensor in tensors:
-                wide.print(f"  {word} {tensor.name}: {tensor.dtype} {tensor.shape}")
+                wide.print(f"  {side} {tensor.name}: {tensor.dtype} {tensor.shape}")
         for profile in engine.profiles:
             sizes = " ".join(profile.resolutions)
             wide.print(f"  profile {profile.index}: up to {profile.batch} image(s), {sizes}")

@@ -1,7 +1,7 @@
 """The process that builds one engine: a request as a line of JSON on stdin, progress and the result on stdout.
 
-A process of its own gives its memory back whole, can be killed without harm, and takes a crash of the builder's
-native code with it instead of the whole run. It ends itself when its parent is gone: stdin then reads to its end.
+A process of its own releases all its memory when it ends, can be killed, and keeps a crash of the builder's native code away
+from the other builds. It ends when its parent does: stdin is then closed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _die_with_parent() -> None:
 
 
 def cpu_seconds() -> float:
-    """Of all threads of this process, in the system too; unlike the clock's, hardly touched by what else runs."""
+    """User and system time of all threads of this process. Other work on the machine hardly changes it."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 

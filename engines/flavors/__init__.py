@@ -1,6 +1,6 @@
-"""One runtime per file behind one small interface: `build` makes an engine's files, `load` opens them, `run` runs.
+"""Runtimes behind one small interface: `build` writes an engine's files, `load` opens them, `run` runs them.
 
-A new runtime is one more file with these functions and one more entry in `FLAVORS`.
+A new runtime is one more module with a class like `Flavor`, and an entry in `_MODULES`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from engines.onnx_folder import OnnxComponent
 
 Report = Callable[[str, float], None]
-"""Told the name of the phase and the fraction done, 0 to 1."""
+"""Called with the name of the phase and the fraction done, 0 to 1."""
 
 
 class BuildRequest(BaseModel):
-    """All that a build needs, as it is handed to the process that builds. Paths are absolute."""
+    """All that a build needs; sent as JSON to the process that builds. Paths are absolute."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -43,7 +43,7 @@ class BuildRequest(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """How engines are run; each flavor reads what concerns it. `runtime_cache` is a folder for compiled kernels."""
+    """How engines are run; a flavor ignores what it has no use for. `runtime_cache` is a folder for compiled kernels."""
 
     device: str
     cuda_graphs: bool = True
@@ -51,14 +51,14 @@ class LoadOptions:
     """TensorRT-RTX only: `eager` compiles for a new shape before its first run, `lazy` beside it, `none` not at all."""
     runtime_cache: Path | None = None
     weights: Mapping[str, OnnxComponent] = field(default_factory=dict)
-    """By the key of an engine: what replaces the weights of a plan (built with --refit or --strip)."""
+    """By the key of a plan (built with --refit or --strip): the component whose weights it takes."""
 
 
 class LoadedEngine(Protocol):
     """An engine that is ready. Inputs and outputs are torch tensors on the engine's device."""
 
     def run(self, inputs: dict[str, torch.Tensor], profile: Profile) -> dict[str, torch.Tensor]:
-        """Enqueues one call; the result may still be on its way on the device's current stream."""
+        """Enqueues one call on the device's current stream; the result may not be computed yet."""
 
 
 class Flavor(Protocol):
@@ -66,10 +66,10 @@ class Flavor(Protocol):
 
     name: str
     targets: frozenset[str] | None
-    """Compute capabilities it can build for; None where that does not matter."""
+    """Compute capabilities it can build for; None for a runtime that runs anywhere."""
 
     def version(self) -> str:
-        """Of the installed runtime. Raises UserError where there is none, with the command that installs it."""
+        """The installed version. Raises UserError where there is none, with the command that installs it."""
 
     def default_device(self) -> str: ...
 
@@ -82,8 +82,8 @@ class Flavor(Protocol):
     def check_load(self, engine: Engine, device: str) -> None:
         """Raises UserError, before a byte is opened, where GPU, driver or version do not fit the engine."""
 
-    def open_bundle(self, bundle: Path, options: LoadOptions) -> Any:
-        """What all engines of one bundle share (an activation arena, a stream); handed to each `load`."""
+    def open_bundle(self, options: LoadOptions) -> Any:
+        """What all engines of one bundle share (a stream, activation memory); passed to each `load`."""
 
     def load(self, bundle: Path, engine: Engine, shared: Any) -> LoadedEngine:
         """Checks the files' hashes, then opens them."""

@@ -1,4 +1,4 @@
-"""The few things a plan needs of CUDA, so that what is done with them can be tested without a GPU."""
+"""What plans need of CUDA: a stream, allocation, graphs. Tests replace it to run without a GPU."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _CAPTURE = threading.Lock()
 
 
 class CudaDevice:
-    """A stream of its own on one GPU. TensorRT synchronises with the host when it is given the default stream, so
-    every plan runs here, and the two streams are ordered by events, which the host does not wait for."""
+    """One GPU and a stream on it that all plans run on. TensorRT makes the host wait when it gets the default stream; events
+    between this stream and the caller's do not."""
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
@@ -25,7 +25,7 @@ class CudaDevice:
 
     @property
     def title(self) -> str:
-        """GPU and driver, as part of a file name: what compiled kernels belong to."""
+        """GPU and driver, for the name of a kernel cache: compiled kernels fit no others."""
         import pynvml
 
         pynvml.nvmlInit()
@@ -36,18 +36,18 @@ class CudaDevice:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def free_bytes(self) -> int:
-        """What the driver can still hand out, once torch has given back what it keeps in reserve: TensorRT allocates
+        """Releases the memory that torch keeps in reserve, and returns what the driver then has free: TensorRT allocates
         from the driver, not from torch."""
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(self.device)[0])
 
     def current(self) -> AbstractContextManager[None]:
-        """CUDA's current device inside: TensorRT has no other way of being told one, and each thread starts with 0."""
+        """Makes this GPU CUDA's current device: TensorRT uses the current one, and every thread starts with device 0."""
         return torch.cuda.device(self.device)
 
     @contextmanager
     def ordered(self) -> Iterator[None]:
-        """Work inside comes after what the caller's stream has been given, and before what it is given next."""
+        """Work enqueued inside runs after all earlier work of the caller's stream and before all later work."""
         callers = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(callers)
         with torch.cuda.stream(self.stream):
@@ -55,15 +55,15 @@ class CudaDevice:
         callers.wait_stream(self.stream)
 
     def synchronize(self) -> None:
-        """Waits for all that the stream was given."""
+        """Makes the host wait for the stream."""
         self.stream.synchronize()
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """The kernels that `work` launches, as one CUDA graph to be launched again at the cost of one call. Other threads
-        may go on with their pipelines, and wait only to capture graphs of their own."""
+        """Captures the kernels that `work` launches as a CUDA graph, and returns the call that launches it. Other threads
+        can run their pipelines meanwhile; only one captures at a time."""
         graph = torch.cuda.CUDAGraph()
         with _CAPTURE:
-            self.synchronize()  # once for each shape: capture must not meet work that is still in flight
+            self.synchronize()  # once for each shape: no work may be in flight during a capture
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 work()
         return graph.replay

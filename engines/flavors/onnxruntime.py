@@ -1,4 +1,4 @@
-"""ONNX Runtime, on the CPU or CUDA: its engines are ONNX files, the weights shared with the export, so one serves every
+"""ONNX Runtime, on the CPU or CUDA. Its engines are ONNX files that link to the exported weights; one serves every
 resolution."""
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.common.errors import UserError
-from engines.bundle import Engine, Options, Profile, TensorInfo, checked_path, rebuild_command
+from engines.bundle import Engine, Options, Profile, TensorInfo, rebuild_command
 from engines.flavors import BuildRequest, LoadOptions, Report
 from engines.gpus import gpu_of_device
+from engines.integrity import checked_path
 
 if TYPE_CHECKING:
     import torch
 
 FULL_GPU = re.compile("out of memory|Failed to allocate memory")
-"""In CUDA's words and in those of ONNX Runtime's allocator; it has no type of error for it."""
+"""Messages of CUDA and of ONNX Runtime's allocator; ONNX Runtime has no exception type for it."""
 
 
 def import_onnxruntime() -> Any:
@@ -39,7 +40,7 @@ class OnnxRuntimeEngine:
 
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 3
-        # else its threads spin on after a call, on the cores of torch and of the other components
+        # else its threads keep spinning after a call, on cores that torch and the other components need
         settings.add_session_config_entry("session.force_spinning_stop", "1")
         self._device = options.device
         self._outputs = outputs
@@ -88,7 +89,7 @@ class OnnxRuntimeFlavor:
         return str(import_onnxruntime().__version__)
 
     def default_device(self) -> str:
-        """Providers are what the package was compiled with: a GPU must be there too."""
+        """The list of providers says what the package was compiled with, so the GPU is asked for too."""
         providers = import_onnxruntime().get_available_providers()
         able = "CUDAExecutionProvider" in providers and gpu_of_device("cuda:0") is not None
         return "cuda:0" if able else "cpu"
@@ -100,8 +101,8 @@ class OnnxRuntimeFlavor:
             raise UserError(f"{asked} is for TensorRT's plans, flavor onnxruntime has none: leave it out")
 
     def build(self, request: BuildRequest, report: Report) -> list[TensorInfo]:
-        """The graph as this runtime is quickest with it, beside a hard link to the weights, or a copy where the disk has
-        no links; then the session is opened once to see that it loads."""
+        """Writes the graph with its group norms in the form that is fastest here, beside a hard link to the weights (a copy
+        where the disk has no links), and opens it once to see that it loads."""
         import onnx_ir as ir
 
         from export.graph import spell_group_norms
@@ -123,7 +124,7 @@ class OnnxRuntimeFlavor:
         return [TensorInfo(name=v.name, dtype=_DTYPES[v.type], shape=list(v.shape)) for v in outputs]  # type: ignore[arg-type]
 
     def check_load(self, engine: Engine, device: str) -> None:
-        """ONNX files outlive versions of the runtime, so only the device matters."""
+        """An ONNX file runs on any version of the runtime, so only the device is checked."""
         providers = import_onnxruntime().get_available_providers()
         if device.startswith("cuda") and "CUDAExecutionProvider" not in providers:
             raise UserError(
@@ -133,12 +134,12 @@ class OnnxRuntimeFlavor:
         if device.startswith("cuda") and gpu_of_device(device) is None:
             raise UserError(f"device {device}: no such NVIDIA GPU answers here; use device cpu")
 
-    def open_bundle(self, bundle: Path, options: LoadOptions) -> LoadOptions:
+    def open_bundle(self, options: LoadOptions) -> LoadOptions:
         return options
 
     def load(self, bundle: Path, engine: Engine, shared: LoadOptions) -> OnnxRuntimeEngine:
-        mend = f"mend it with: {rebuild_command(bundle, engine)}"
-        paths = [checked_path(bundle, record, mend) for record in engine.files]
+        rebuild = f"rebuild it with: {rebuild_command(bundle, engine)}"
+        paths = [checked_path(bundle, record, rebuild) for record in engine.files]
         try:
             return OnnxRuntimeEngine(paths[0], [tensor.name for tensor in engine.outputs], shared)
         except Exception as error:  # ONNX Runtime's exceptions share no base class of its own
@@ -146,7 +147,7 @@ class OnnxRuntimeFlavor:
                 import torch
 
                 raise torch.OutOfMemoryError(f"{engine.files[0].path}: {error}") from error
-            raise UserError(f"ONNX Runtime cannot open {engine.files[0].path} ({error}); {mend}") from error
+            raise UserError(f"ONNX Runtime cannot open {engine.files[0].path} ({error}); {rebuild}") from error
 
 
 _DTYPES = {

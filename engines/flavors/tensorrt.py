@@ -1,13 +1,11 @@
-"""TensorRT and TensorRT-RTX, which share one API under two module names: what they can build, and building it.
+"""TensorRT and TensorRT-RTX, which share one API under two module names: what they can build here, and load here.
 
 TensorRT builds for the GPU it runs on. TensorRT-RTX builds for named compute capabilities, also with no GPU at all,
-and leaves the last step of compilation to the GPU that runs the plan. Networks are strongly typed: an fp16 engine is
-an fp16 ONNX file. Running a plan is `tensorrt_runtime.py`.
+and leaves the last step of compilation to the GPU that runs the plan.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from importlib import import_module, metadata
@@ -15,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.common.errors import UserError
-from distill.common.files import replacing
-from engines.bundle import Engine, Options, TensorInfo, checked_bytes, rebuild_command
+from engines.bundle import Engine, Options, TensorInfo, rebuild_command
 from engines.flavors import BuildRequest, LoadOptions, Report
 from engines.gpus import driver_at_hand, gpu_at_hand, gpu_of_device, version_tuple
+from engines.integrity import checked_bytes
 
 if TYPE_CHECKING:
-    from engines.flavors.tensorrt_runtime import Arena, TensorRTEngine
+    from engines.flavors.shared_runtime import SharedRuntime
+    from engines.flavors.tensorrt_engine import TensorRTEngine
 
 
 def import_tensorrt(flavor: str) -> Any:
@@ -64,51 +63,9 @@ class TensorRTFlavor:
             )
 
     def build(self, request: BuildRequest, report: Report) -> list[TensorInfo]:
-        """Parses the ONNX file, keeps the wanted outputs, and streams the plan into `request.out` as it is made, so
-        that the plan never stands in memory as a whole beside the network."""
-        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if self.name == "tensorrt-rtx" else "0"
-        from polygraphy.backend.trt import (
-            CreateConfig,
-            ModifyNetworkOutputs,
-            NetworkFromOnnxPath,
-            SetDecomposableAttentions,
-        )
-        from polygraphy.logger import G_LOGGER
+        from engines.flavors.tensorrt_build import build_plan
 
-        trt = import_tensorrt(self.name)
-        G_LOGGER.module_severity = G_LOGGER.WARNING
-        report("parsing", 0.0)
-        parsed = NetworkFromOnnxPath(str(request.onnx_files[0]), strongly_typed=True)
-        # the VAE's one wide fp32 attention head has no fused kernel over a range of sizes: then, and only then,
-        # it may be split into matrix products and a softmax
-        decomposable = SetDecomposableAttentions(parsed)
-        builder, network, parser = ModifyNetworkOutputs(decomposable, outputs=request.outputs)()
-        config = CreateConfig(
-            tf32=True,
-            profiles=[_polygraphy_profile(profile.shapes) for profile in request.profiles],
-            load_timing_cache=_existing(request.timing_cache),
-            progress_monitor=make_monitor(trt, len(request.profiles), report),
-            version_compatible=bool(request.options.get("version_compatible")),
-            refittable=bool(request.options.get("refit")),
-            strip_plan=bool(request.options.get("strip")),
-            hardware_compatibility_level=_hardware_level(trt, request.options),
-        )(builder, network)
-        if self.name == "tensorrt-rtx":  # TensorRT has neither, and needs neither
-            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # one activation arena, and always capturable
-            target_capabilities(trt, config, request.compute_capabilities)
-        with request.out.open("wb") as file:
-            writer = make_writer(trt, file)
-            built = builder.build_serialized_network_to_stream(network, config, writer)
-            if writer.fault:
-                raise writer.fault
-            if not built:
-                raise UserError(f"{self.name} could not build {request.component}")
-            file.flush()
-            os.fsync(file.fileno())
-        _save_timing_cache(config, request.timing_cache)
-        del parser
-        outputs = [network.get_output(index) for index in range(network.num_outputs)]
-        return [TensorInfo(name=o.name, dtype=_dtype_name(trt, o.dtype), shape=_shape(o)) for o in outputs]
+        return build_plan(import_tensorrt(self.name), request, report)
 
     def check_load(self, engine: Engine, device: str) -> None:
         if not device.startswith("cuda"):
@@ -147,21 +104,21 @@ class TensorRTFlavor:
             )
 
     def cuda_major(self) -> int | None:
-        """Of the installed wheels: the CUDA that the driver must be able to run."""
+        """The major version of CUDA that the installed wheels are made for."""
         packages = (f"{self.name}-cu{major}" for major in range(20, 11, -1))
         return next((int(name.rpartition("cu")[2]) for name in packages if _is_installed(name)), None)
 
-    def open_bundle(self, bundle: Path, options: LoadOptions) -> Arena:
-        from engines.flavors.tensorrt_runtime import Arena
+    def open_bundle(self, options: LoadOptions) -> SharedRuntime:
+        from engines.flavors.shared_runtime import SharedRuntime
 
-        return Arena(import_tensorrt(self.name), bundle, options)
+        return SharedRuntime(import_tensorrt(self.name), options)
 
-    def load(self, bundle: Path, engine: Engine, shared: Arena) -> TensorRTEngine:
-        from engines.flavors.tensorrt_runtime import TensorRTEngine
+    def load(self, bundle: Path, engine: Engine, shared: SharedRuntime) -> TensorRTEngine:
+        from engines.flavors.tensorrt_engine import TensorRTEngine
 
-        mend = f"mend it with: {rebuild_command(bundle, engine)}"
-        plan = checked_bytes(bundle, engine.files[0], mend)
-        return TensorRTEngine(engine, plan, shared, mend, shared.options.weights.get(engine.key))
+        rebuild = f"rebuild it with: {rebuild_command(bundle, engine)}"
+        plan = checked_bytes(bundle, engine.files[0], rebuild)
+        return TensorRTEngine(engine, plan, shared, rebuild, shared.options.weights.get(engine.key))
 
 
 def _is_installed(distribution: str) -> bool:
@@ -169,111 +126,6 @@ def _is_installed(distribution: str) -> bool:
         return bool(metadata.version(distribution))
     except metadata.PackageNotFoundError:
         return False
-
-
-def target_capabilities(trt: Any, config: Any, capabilities: list[str]) -> None:
-    """Names the GPUs the plan is for, in place of the one at hand."""
-    config.num_compute_capabilities = len(capabilities)
-    for index, capability in enumerate(capabilities):
-        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}"), index)
-
-
-def _polygraphy_profile(shapes: dict[str, Any]) -> Any:
-    from polygraphy.backend.trt import Profile
-
-    profile = Profile()
-    for name, shape in shapes.items():
-        profile.add(name, min=shape.min, opt=shape.opt, max=shape.max)
-    return profile
-
-
-def _existing(path: Path | None) -> str | None:
-    return str(path) if path and path.is_file() else None
-
-
-def _hardware_level(trt: Any, options: Options) -> Any:
-    levels = {"ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}
-    name = levels.get(str(options.get("hardware_compatible")))
-    return getattr(trt.HardwareCompatibilityLevel, name) if name else None
-
-
-def _save_timing_cache(config: Any, path: Path | None) -> None:
-    cache = config.get_timing_cache() if path else None
-    if path and cache is not None:
-        with replacing(path) as temporary:
-            temporary.write_bytes(bytes(cache.serialize()))
-
-
-def _dtype_name(trt: Any, dtype: Any) -> Any:
-    names = {
-        "HALF": "float16",
-        "FLOAT": "float32",
-        "BF16": "bfloat16",
-        "INT64": "int64",
-        "INT32": "int32",
-        "BOOL": "bool",
-    }
-    return names[dtype.name]
-
-
-def _shape(tensor: Any) -> list[int | str]:
-    return [f"dim{axis}" if size < 0 else int(size) for axis, size in enumerate(tensor.shape)]
-
-
-def make_writer(trt: Any, file: Any) -> Any:
-    """An IStreamWriter that appends to `file`. TensorRT drops what `write` raises, goes on and calls the build a success:
-    the caller finds it in `fault`."""
-
-    class Writer(trt.IStreamWriter):
-        def __init__(self) -> None:
-            trt.IStreamWriter.__init__(self)
-            self.fault: OSError | None = None
-
-        def write(self, data: bytes) -> int:
-            try:
-                return int(file.write(data))
-            except OSError as error:
-                error.filename = file.name
-                self.fault = error
-                return 0
-
-    return Writer()
-
-
-def make_monitor(trt: Any, profiles: int, report: Report) -> Any:
-    """An IProgressMonitor that turns TensorRT's nested phases into one fraction.
-
-    A profile is done when "Determining refit engines" is. Within one, "Optimizing graph" counts for a tenth and "Timing
-    graph nodes" for the rest, by their steps; TensorRT-RTX has no such phase and then jumps from profile to profile.
-    """
-
-    class Monitor(trt.IProgressMonitor):
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.steps: dict[str, int] = {}
-            self.profiles_done = 0
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.steps[phase_name] = num_steps
-            self._tell(phase_name, 0.0)
-
-        def phase_finish(self, phase_name: str) -> None:
-            self.steps.pop(phase_name, None)
-            if phase_name == "Determining refit engines":
-                self.profiles_done += 1
-            self._tell(phase_name, 0.0)
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            if phase_name in ("Timing graph nodes", "Optimizing graph"):
-                self._tell(phase_name, (step + 1) / self.steps.get(phase_name, step + 1))
-            return True
-
-        def _tell(self, phase: str, within: float) -> None:
-            share = 0.1 if phase == "Optimizing graph" else 0.9
-            words = f"profile {min(self.profiles_done + 1, profiles)} of {profiles}" if profiles > 1 else phase
-            report(words, min(0.99, (self.profiles_done + share * within) / profiles))
-
-    return Monitor()
 
 
 def make(name: str) -> TensorRTFlavor:

@@ -1,4 +1,4 @@
-"""The file that a load test leaves: what was asked of which server, and every latency, under a schema with a version."""
+"""The file that a load test writes: server, bundle, workload and every latency, under a versioned schema."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LoadServer(_Record):
 
 
 class LoadBundle(_Record):
-    """As the server states it: `path` is one on its machine."""
+    """As the server states it; `path` is on the server's machine."""
 
     path: str
     manifest_sha256: str
@@ -44,8 +44,8 @@ class LoadClient(_Record):
 
 
 class LoadWorkload(_Record):
-    """What every request asked for, its seed and a made-up word at the end of its prompt aside; `rate_per_s` bounds all
-    clients together, None does not."""
+    """What every request asked for, apart from its seed and a random word at the end of its prompt. `rate_per_s` bounds all
+    clients together; None is no bound."""
 
     prompt: str
     width: int
@@ -67,10 +67,12 @@ class ServerMemory(_Record):
 
 
 class LoadLevel(_Record):
-    """One number of clients at once, each with one request under way. `latencies_ms` are those of the requests that
-    were answered, the server's queue included, and under a rate counted from when the request was due; `latency_ms` has
-    median, p90, p95 and p99, None where there are too few. `mean_batch` is how many pictures the UNet drew at once, on
-    average over its batches; `server_rss` is None for a server on another machine."""
+    """One number of clients at once, each with one request under way.
+
+    `latencies_ms` are those of the answered requests, with the time in the server's queue; under a rate they count from when
+    the request was due. `latency_ms` has median, p90, p95 and p99, None where there are too few requests. `mean_batch` is
+    how many pictures the UNet drew at once, averaged over its batches. `server_rss` is None for a server on another
+    machine."""
 
     concurrency: int = Field(ge=1)
     requests: int = Field(ge=0)
@@ -105,5 +107,5 @@ def read_load(path: Path) -> LoadFile:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"{path} does not keep to {LOAD_SCHEMA}: {where}: {first['msg']}; make it anew with python -m engines load"
+            f"{path} does not keep to {LOAD_SCHEMA}: {where}: {first['msg']}; make it anew with python -m engines load-test"
         ) from None

@@ -8,7 +8,7 @@ import pytest
 
 from engines.building.build import build_bundle
 from engines.bundle import Manifest, read_manifest
-from engines.serving.triton_server import Environment, make_environment
+from engines.serving.environment import Environment, make_environment
 from export import ExportOptions, export_checkpoint
 from tests.engines.serving.triton_here import ROOT
 from tests.engines.toys import make_toy_onnx

@@ -1,4 +1,4 @@
-"""The manifest and its verification: whatever is damaged is refused, in one line that says how to mend it."""
+"""The manifest and its verification: whatever is damaged is refused, in one line that says how to rebuild it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from distill.common.errors import UserError
 from engines.building.reports import print_inspection
-from engines.bundle import Manifest, _inside, read_manifest, unnamed_files, verify_bundle
+from engines.bundle import Manifest, _inside, read_manifest
 from engines.flavors import find_flavor
-from engines.pipeline import choose_flavor, load, select_engines
+from engines.integrity import unnamed_files, verify_bundle
+from engines.pipeline import load
+from engines.selection import choose_flavor, select_engines
 
 DAMAGED_BUNDLES = int(os.environ.get("SLIMXL_DAMAGED_BUNDLES", "2000"))
 
@@ -235,7 +237,7 @@ def test_hash_is_compared_before_anything_is_deserialised(bundle: Path, monkeypa
     opened = []
     real = onnxruntime.InferenceSession
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *a, **k: opened.append(a[0]) or real(*a, **k))
-    with pytest.raises(UserError, match=r"has sha256 .* the manifest says .* mend it with: python -m engines build"):
+    with pytest.raises(UserError, match=r"has sha256 .* the manifest says .* rebuild it with: python -m engines build"):
         load(bundle, flavor="onnxruntime")
     assert not any("unet" in path for path in opened)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from engines.__main__ import main
-from engines.bundle import Manifest, read_manifest, verify_bundle
+from engines.bundle import Manifest, read_manifest
+from engines.integrity import verify_bundle
 
 
 @pytest.fixture

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from distill.common.errors import UserError
+from engines import component as component_file
 from engines import modules
 from engines.bundle import Engine, Manifest, Profile, ShapeRange
-from engines.modules import EngineComponent
+from engines.component import EngineComponent
 
 
 class Doubler:
@@ -79,7 +80,7 @@ def test_an_engine_moves_to_no_other_gpu(toy_manifest: Manifest) -> None:
 
 
 def test_padding_is_said_once(toy_manifest: Manifest) -> None:
-    modules._warn_of_padding.cache_clear()
+    component_file._warn_of_padding.cache_clear()
     vae, _ = component(toy_manifest, (2, 2))
     with pytest.warns(UserWarning, match="this call is padded.*--guidance never"):
         vae.run({"latent_sample": torch.zeros(1, 4, 2, 2)}, "128x128")

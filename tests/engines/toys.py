@@ -12,11 +12,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from distill.models.families import MINI_FAMILY
 
-TEXT_LENGTH = MINI_FAMILY.text_encoder["max_position_embeddings"]
+TEXT_LENGTH = MINI_FAMILY.networks["text_encoder"]["max_position_embeddings"]
 CROSS = MINI_FAMILY.unet["cross_attention_dim"]
-POOLED = MINI_FAMILY.text_encoder_2["projection_dim"]
-HIDDEN = MINI_FAMILY.text_encoder["hidden_size"]
-LAYERS = MINI_FAMILY.text_encoder["num_hidden_layers"]
+POOLED = MINI_FAMILY.networks["text_encoder_2"]["projection_dim"]
+HIDDEN = MINI_FAMILY.networks["text_encoder"]["hidden_size"]
+LAYERS = MINI_FAMILY.networks["text_encoder"]["num_hidden_layers"]
 
 
 def _save(folder: Path, config: dict, graph: onnx.GraphProto) -> None:
@@ -97,7 +97,7 @@ def make_toy_vae_decoder(folder: Path, seed: int) -> None:
 def make_toy_text_encoder(folder: Path, name: str, kind: int, seed: int) -> None:
     """Embeddings, and each further hidden state the one before plus one; the pooled embedding is a mean."""
     rng = np.random.default_rng(seed)
-    config = getattr(MINI_FAMILY, name)
+    config = MINI_FAMILY.networks[name]
     nodes = [helper.make_node("Gather", ["table", "input_ids"], ["hidden_states.0"])]
     nodes += [helper.make_node("Add", [f"hidden_states.{i}", "one"], [f"hidden_states.{i + 1}"]) for i in range(LAYERS)]
     outputs = [_value(f"hidden_states.{i}", kind, "batch", TEXT_LENGTH, HIDDEN) for i in range(LAYERS + 1)]

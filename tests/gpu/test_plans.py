@@ -16,7 +16,7 @@ import torch
 import engines
 from distill.common.errors import UserError
 from engines.building.build import build_bundle
-from engines.building.jobs import plan_options
+from engines.building.options import builder_options
 from engines.bundle import Layout, read_manifest
 from engines.flavors import find_flavor
 from engines.gpus import gpu_at_hand
@@ -92,7 +92,7 @@ def build(onnx: Path, out: Path, flavor: str, layout: Layout | None = None, **op
         flavor=flavor,
         layout=layout,
         resolutions=",".join(SIZES),
-        options=plan_options(flavor, **options),  # type: ignore[arg-type]
+        options=builder_options(flavor, **options),  # type: ignore[arg-type]
     )
     return out
 

@@ -108,7 +108,7 @@ def test_a_load_test_joins_the_report(results_path, tmp_path):
     load = {
         "schema_version": "slimxl.load/1",
         "created_utc": "2026-01-02T03:04:05+00:00",
-        "command": "python -m engines load",
+        "command": "python -m engines load-test",
         "server": {
             "address": "127.0.0.1:8001",
             "name": "triton",

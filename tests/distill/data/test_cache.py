@@ -18,9 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from distill.common.errors import UserError
-from distill.data.cache import FIELDS, LatentCache, encode, make_cache
-from distill.data.pictures import Sample, open_source
+from distill.data.cache import UNCONDITIONAL, LatentCache, encode, make_cache
+from distill.data.pictures import open_source
+from distill.data.samples import Fitting, Sample
 from distill.models.architectures import ARCHITECTURES
+from distill.models.conditioning import Conditioning
 from distill.models.families import MINI_FAMILY
 from distill.models.resolution import Resolution
 from distill.models.sources import load_component
@@ -30,16 +32,16 @@ from tests.distill.pictures import save_picture
 def test_a_full_gpu_leaves_the_finished_shards_and_the_same_command_goes_on(
     mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(pipe: object, samples: list, seed: int) -> dict[str, torch.Tensor]:
+    def full(pipe: object, conditioning: Conditioning, samples: list, seed: int) -> dict[str, torch.Tensor]:
         if any(tmp_path.glob("out/shard-*")):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free. More.")
-        return encode(pipe, samples, seed)
+        return encode(pipe, conditioning, samples, seed)
 
     monkeypatch.setattr("distill.data.cache.SAMPLES_PER_SHARD", 30)
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"allocate 2\.00 GiB\..*take --batch below 3"):
         patch.setattr("distill.data.cache.encode", full)
         make_cache(mini_vega, "shapes:60", tmp_path / "out", batch=3)
-    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["cache.json", "shard-000000.safetensors"]
+    assert [path.name for path in sorted((tmp_path / "out").glob("shard-*"))] == ["shard-000000.safetensors"]
     make_cache(mini_vega, "shapes:60", tmp_path / "out", batch=3)
     assert len(LatentCache(tmp_path / "out", batch_size=4, seed=0)) == 60
 
@@ -48,7 +50,7 @@ def test_bad_samples_are_skipped_and_named(mini_vega: Path, tmp_path: Path, caps
     for i in range(9):
         save_picture(tmp_path / "data", f"good{i}", (150, 150), "a thing")
     save_picture(tmp_path / "data", "tiny", (20, 20), "too small")
-    make_cache(mini_vega, str(tmp_path / "data"), tmp_path / "cache")
+    make_cache(mini_vega, str(tmp_path / "data"), tmp_path / "cache", fitting=Fitting(small_pictures="skip"))
     with safe_open(tmp_path / "cache" / "shard-000000.safetensors", "pt") as shard:
         about = json.loads(shard.metadata()["slimxl"])
     assert about["skipped"] == ["tiny.png: 20x20 is smaller than its bucket 128x128"]
@@ -56,10 +58,31 @@ def test_bad_samples_are_skipped_and_named(mini_vega: Path, tmp_path: Path, caps
     assert len(LatentCache(tmp_path / "cache", batch_size=3, seed=0)) == 9
 
 
+def test_what_is_left_out_is_told_once(mini_vega: Path, tmp_path: Path, capsys) -> None:
+    for i in range(3):
+        save_picture(tmp_path / "data", f"p{i}", (150, 150), "a thing" * (1 + 40 * i))
+    (tmp_path / "data" / "p.heic").write_bytes(b"")
+    make_cache(mini_vega, str(tmp_path / "data"), tmp_path / "cache", fitting=Fitting(variants=2))
+    told = capsys.readouterr().out
+    assert "4 of the captions are longer than the 32 tokens that the text encoders take" in told
+    assert "left out, in formats that are not read: 1 .heic" in told
+    assert len(LatentCache(tmp_path / "cache", batch_size=3, seed=0)) == 6
+
+
+def test_the_spelling_of_data_is_no_part_of_the_key(mini_vega: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    save_picture(tmp_path / "data", "a", (150, 150), "a thing")
+    monkeypatch.chdir(tmp_path)
+    for spelling in ("data", "./data/", str(tmp_path / "data")):
+        make_cache(mini_vega, spelling, tmp_path / "cache")
+    assert capsys.readouterr().out.count("is finished, nothing is to do") == 2
+    with pytest.raises(UserError, match="other options"):
+        make_cache(mini_vega, "data", tmp_path / "cache", fitting=Fitting(flip=False))
+
+
 def test_too_many_bad_samples_stop_the_run(mini_vega: Path, tmp_path: Path) -> None:
     for i in range(4):
-        save_picture(tmp_path / "data", f"p{i}", (150, 150) if i else (20, 20), "a thing")
-    with pytest.raises(UserError, match=r"1 of the first 1 samples are bad: p0\.png: 20x20 is smaller"):
+        save_picture(tmp_path / "data", f"p{i}", (150, 150) if i else (12, 12), "a thing")
+    with pytest.raises(UserError, match=r"1 of the first 1 samples are bad: p0\.png: 12x12 has fewer pixels"):
         make_cache(mini_vega, str(tmp_path / "data"), tmp_path / "cache")
 
 
@@ -73,7 +96,7 @@ def test_a_cache_resumes_and_is_the_same_from_any_number_of_processes(
     assert "one is finished, nothing is to do" in capsys.readouterr().out
     for rank in (1, 0):
         make_cache(mini_vega, "shapes:10", tmp_path / "two", rank=rank, processes=2)
-    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    files = [UNCONDITIONAL, *sorted(path.name for path in (tmp_path / "one").glob("shard-*"))]
     assert len(files) == 4
     assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
     (tmp_path / "two" / files[-1]).unlink()
@@ -97,11 +120,12 @@ def test_batches_depend_on_the_step_alone(cache: Path) -> None:
 
 def test_a_resolution_is_seen_as_often_as_its_samples_are_many(tmp_path: Path) -> None:
     sizes = {"128x128": 3, "160x128": 20}
-    tensors = {f"{size}/{field}": torch.zeros(n, 1) for size, n in sizes.items() for field in FIELDS}
+    tensors = {f"{size}/latents": torch.zeros(n, 1) for size, n in sizes.items()}
     for size, n in sizes.items():
         tensors[f"{size}/time_ids"] = torch.tensor([[n, i] for i in range(n)], dtype=torch.int32)
     save_file(tensors, tmp_path / "shard-000000.safetensors")
     (tmp_path / "cache.json").write_text('{"shards": 1}')
+    save_file({"encoder_hidden_states": torch.zeros(1, 1)}, tmp_path / UNCONDITIONAL)
     latents = LatentCache(tmp_path, batch_size=8, seed=0)
     drawn = [latents.batch(step)["time_ids"] for step in range(230)]  # 80 epochs of 23 samples
     assert all(len(batch) == 8 and len(batch[:, 0].unique()) == 1 for batch in drawn)
@@ -119,10 +143,10 @@ def test_a_cache_is_held_against_the_teacher(mini_vega: Path, cache: Path, tmp_p
     tuned.get_input_embeddings().weight.data += 1
     tuned.save_pretrained(other / "text_encoder")
     assert "made with other files of text_encoder than" in (latents.check_teacher(other) or "")
-    (tmp_path / "wide" / "unet").mkdir(parents=True)
-    (tmp_path / "wide" / "unet" / "config.json").write_text(json.dumps(ARCHITECTURES["sdxl"].unet_config))
-    with pytest.raises(UserError, match=r"widths \(128, 64\), the UNet of .* takes \(2048, 1280\)"):
-        latents.check_teacher(tmp_path / "wide")
+    wide = Path(shutil.copytree(mini_vega, tmp_path / "wide"))
+    (wide / "unet" / "config.json").write_text(json.dumps(ARCHITECTURES["sdxl"].unet_config))
+    with pytest.raises(UserError, match=r"shapes .*\(32, 128\).*, the UNet of .* takes .*\(77, 2048\)"):
+        latents.check_teacher(wide)
 
 
 def test_an_empty_cache_is_refused(tmp_path: Path) -> None:
@@ -209,7 +233,7 @@ def test_a_disk_that_becomes_full_loses_nothing(mini_vega: Path, tmp_path: Path,
             make_cache(mini_vega, "shapes:10", tmp_path / "cache")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["cache.json", "shard-000000.safetensors"]
+    assert [path.name for path in (tmp_path / "cache").glob("*shard*")] == ["shard-000000.safetensors"]
     with pytest.raises(UserError, match="not finished: it has 1 of 3 shards"):
         LatentCache(tmp_path / "cache", batch_size=1, seed=0)
     make_cache(mini_vega, "shapes:10", tmp_path / "cache")

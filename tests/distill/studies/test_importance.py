@@ -10,8 +10,8 @@ from distill.data.cache import make_cache
 from distill.models.architectures import ARCHITECTURES, find_architecture
 from distill.models.depth import Depth
 from distill.models.families import MINI_FAMILY
-from distill.models.module_map import read_layer_map, transformer_depths
-from distill.models.surgery import make_student_unet
+from distill.models.module_map import make_module_map, read_layer_map
+from distill.models.surgery import make_student_unet, student_modules
 from distill.studies.importance import BlockScore, measure_importance, propose_layer_map, report_importance
 
 
@@ -25,8 +25,8 @@ def test_a_block_that_does_nothing_scores_nothing_and_is_dropped() -> None:
         torch.nn.init.zeros_(layer.bias)
     batch = {
         "latents": torch.randn(2, 4, 8, 8),
-        "prompt_embeds": torch.randn(2, 4, 128),
-        "pooled_prompt_embeds": torch.randn(2, 64),
+        "encoder_hidden_states": torch.randn(2, 4, 128),
+        "text_embeds": torch.randn(2, 64),
         "time_ids": torch.zeros(2, 6),
     }
     scores = measure_importance(unet, architecture.depth, batch, torch.linspace(0.99, 0.01, 1000), (100, 900))
@@ -35,13 +35,15 @@ def test_a_block_that_does_nothing_scores_nothing_and_is_dropped() -> None:
     assert by_place["down_blocks.2.attentions.0", 0] == 0
     assert all(score > 0 for place, score in by_place.items() if place != ("down_blocks.2.attentions.0", 0))
     shorter = Depth.parse("-/1,1/1,1:0:2,2,2/1,1,1/-")
-    assert propose_layer_map(scores, architecture.depth, shorter)["down_blocks.2.attentions.0"] == (1,)
+    modules = make_module_map("first", architecture.depth, shorter)
+    assert propose_layer_map(scores, modules)["down_blocks.2.attentions.0"] == (1,)
 
 
 def test_the_proposed_map_keeps_the_order_of_the_teacher() -> None:
     teacher, student = ARCHITECTURES["sdxl"].depth, ARCHITECTURES["ssd-1b"].depth
-    scores = [BlockScore(p, i, (float(i),)) for p, n in transformer_depths(teacher).items() for i in range(n)]
-    assert propose_layer_map(scores, teacher, student)["up_blocks.0.attentions.0"] == (6, 7, 8, 9)
+    scores = [BlockScore(p, i, (float(i),)) for p, n in teacher.transformers.items() for i in range(n)]
+    proposed = propose_layer_map(scores, make_module_map("first", teacher, student))
+    assert proposed["up_blocks.0.attentions.0"] == (6, 7, 8, 9)
 
 
 def test_the_report_ranks_every_block_and_proposes_a_map_that_surgery_takes(
@@ -54,6 +56,7 @@ def test_the_report_ranks_every_block_and_proposes_a_map_that_surgery_takes(
     ranked = [line for line in table if ".transformer_blocks." in line]
     assert len(ranked) == 15 and sum(" * " in line for line in ranked) == 13
     layer_map = read_layer_map(str(tmp_path / "out" / "importance.json"))
-    plan = make_student_unet(mini_vega, find_architecture(depth, MINI_FAMILY), layer_map, tmp_path / "unet")
-    assert plan.unused
+    student = find_architecture(depth, MINI_FAMILY)
+    modules, _ = student_modules(mini_vega, student, layer_map)
+    assert make_student_unet(mini_vega, student, modules, tmp_path / "unet").unused
     assert ElementTree.parse(tmp_path / "out" / "importance.svg").getroot().tag.endswith("svg")

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from engines.building import build as room
 from engines.building.build import build_bundle
-from engines.bundle import read_manifest, verify_bundle
+from engines.bundle import read_manifest
 from engines.flavors import BuildRequest, find_flavor
+from engines.integrity import verify_bundle
 
 OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate", "shutil.copyfile"}
 

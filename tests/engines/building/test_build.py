@@ -20,8 +20,10 @@ from distill.common.errors import UserError
 from distill.models.families import MINI_FAMILY
 from engines.__main__ import main
 from engines.building import build as build_room
-from engines.building.build import available_memory_bytes, build_bundle
-from engines.bundle import Manifest, read_manifest, rebuild_command, unnamed_files, verify_bundle
+from engines.building.build import build_bundle
+from engines.bundle import Manifest, read_manifest, rebuild_command
+from engines.integrity import unnamed_files, verify_bundle
+from engines.memory import available_memory_bytes
 from tests.engines.toys import make_static, make_toy_onnx
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -138,8 +140,8 @@ def test_the_command_that_a_fault_names_builds_that_engine_again(
     plan = bundle / before.engines[0].files[0].path
     plan.write_bytes(plan.read_bytes()[:-1])
     (fault,) = verify_bundle(bundle)
-    words = fault.partition("mend it with: python -m engines ")[2].replace("ONNX", str(toy_onnx_fp16)).split()
-    monkeypatch.setattr("sys.argv", ["engines", *words])
+    arguments = fault.partition("rebuild it with: python -m engines ")[2].replace("ONNX", str(toy_onnx_fp16)).split()
+    monkeypatch.setattr("sys.argv", ["engines", *arguments])
     assert main() == 0
     assert verify_bundle(bundle) == []
     assert [engine.key for engine in read_manifest(bundle).engines] == [before.engines[0].key]
@@ -227,7 +229,7 @@ def test_the_tensorrt_flavor_asks_for_nothing_that_tensorrt_lacks(
 def test_bad_input_is_one_clear_line(
     tmp_path: Path, toy_onnx_fp16: Path, change: dict, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("engines.gpus", "engines.flavors.tensorrt"):  # whatever there is
+    for module in ("engines.gpus", "engines.flavors.tensorrt"):  # also on a machine with a GPU
         monkeypatch.setattr(f"{module}.gpu_at_hand", lambda position=0: None)
     arguments = {"gpus": ["rtx4090"], "flavor": "tensorrt-rtx"} | change
     with pytest.raises(UserError, match=message) as caught:

@@ -1,4 +1,4 @@
-"""What is planned: names, keys, memory; against the published figures of real builds."""
+"""The jobs of a build: names, keys, and memory against the figures of real builds."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from distill.common.errors import UserError
 from distill.models.families import MINI_FAMILY
 from distill.models.resolution import Resolution
-from engines.building.build import require_memory
-from engines.building.jobs import Job, parse_resolutions, plan_builds, plan_options
+from engines.building.jobs import Job, list_jobs, require_memory
+from engines.building.options import builder_options, parse_resolutions
 from engines.bundle import Layout, ShapeRange
 from engines.gpus import GPUS, resolve_targets
 from engines.onnx_folder import OnnxComponent, read_onnx_folder
@@ -19,9 +19,9 @@ from tests.engines.toys import make_static, make_toy_onnx
 RTX = frozenset({"7.5", "8.0", "8.6", "8.9", "12.0", "12.1"})
 
 
-def plan(folder: Path, **change: object) -> list[Job]:
+def jobs_of(folder: Path, **change: object) -> list[Job]:
     settings = {"gpus": ["rtx4090"], "flavor": "tensorrt-rtx"} | change
-    return plan_builds(read_onnx_folder(folder), **settings)  # type: ignore[arg-type]
+    return list_jobs(read_onnx_folder(folder), **settings)  # type: ignore[arg-type]
 
 
 def test_targets() -> None:
@@ -52,21 +52,21 @@ def test_key_changes_with_everything_an_engine_depends_on(toy_onnx_fp16: Path) -
         {"options": {"weight_streaming": True}},
         {"flavor": "onnxruntime"},
     ]
-    jobs = [plan(toy_onnx_fp16, **change)[0] for change in changes]
+    jobs = [jobs_of(toy_onnx_fp16, **change)[0] for change in changes]
     assert len({job.key for job in jobs}) == len(jobs) == len({job.path for job in jobs})
-    assert plan(toy_onnx_fp16)[0].key == jobs[0].key
-    assert plan(toy_onnx_fp16, gpus=["l40s"])[0].key == jobs[0].key, "same silicon, same plan"
+    assert jobs_of(toy_onnx_fp16)[0].key == jobs[0].key
+    assert jobs_of(toy_onnx_fp16, gpus=["l40s"])[0].key == jobs[0].key, "same silicon, same plan"
 
 
 def test_file_name_says_what_it_is(toy_onnx_fp16: Path) -> None:
-    job = plan(toy_onnx_fp16, gpus=["a100", "rtx5090"], layout="shared", resolutions="224x96", batches=[1, 4])[0]
+    job = jobs_of(toy_onnx_fp16, gpus=["a100", "rtx5090"], layout="shared", resolutions="224x96", batches=[1, 4])[0]
     assert job.path.startswith(f"unet/unet_224x96_b1-4_sm80-sm120_tensorrt-rtx-{job.flavor_version}_")
     assert job.path.endswith(f"_{job.key[:8]}.plan")
 
 
 @pytest.mark.parametrize("layout, plans", [("per-resolution", 9), ("shared", 1), ("ranged", 1)])
 def test_every_layout_covers_every_size_and_batch(toy_onnx_fp16: Path, layout: Layout, plans: int) -> None:
-    jobs = plan(toy_onnx_fp16, layout=layout, batches=[1, 2], guidance="any", components=["unet"])
+    jobs = jobs_of(toy_onnx_fp16, layout=layout, batches=[1, 2], guidance="any", components=["unet"])
     assert len(jobs) == plans
     for resolution in MINI_FAMILY.resolutions:
         for rows in (1, 2, 4):  # one image with and without guidance, two images with it
@@ -85,17 +85,17 @@ def test_every_layout_covers_every_size_and_batch(toy_onnx_fp16: Path, layout: L
 def test_text_encoders_are_the_same_whatever_sizes_are_asked_for(toy_onnx_fp16: Path, change: dict) -> None:
     """So one more size does not build, keep and load them again."""
     components = ["text_encoder", "text_encoder_2"]
-    keys = [[job.key for job in plan(toy_onnx_fp16, components=components, **asked)] for asked in ({}, change)]
+    keys = [[job.key for job in jobs_of(toy_onnx_fp16, components=components, **asked)] for asked in ({}, change)]
     assert keys[0] == keys[1] and len(keys[0]) == 2
 
 
 @pytest.mark.parametrize("guidance, rows", [("always", (4, 4)), ("never", (2, 2)), ("any", (2, 4))])
 def test_exact_profiles_are_exact_in_batch_too(toy_onnx_fp16: Path, guidance: str, rows: tuple[int, int]) -> None:
-    (job,) = plan(toy_onnx_fp16, layout="shared", batches=[2], guidance=guidance, components=["unet"])
+    (job,) = jobs_of(toy_onnx_fp16, layout="shared", batches=[2], guidance=guidance, components=["unet"])
     for profile in job.profiles:
         assert (profile.shapes["sample"].min[0], profile.shapes["sample"].max[0]) == rows
         assert profile.shapes["sample"].min[1:] == profile.shapes["sample"].max[1:]
-    (ranged,) = plan(toy_onnx_fp16, layout="ranged", batches=[2], guidance=guidance, components=["unet"])
+    (ranged,) = jobs_of(toy_onnx_fp16, layout="ranged", batches=[2], guidance=guidance, components=["unet"])
     shape = ranged.profiles[0].shapes["sample"]
     assert (shape.min[0], shape.max[0]) == (1, rows[1])
 
@@ -105,7 +105,7 @@ def test_static_graphs_make_a_plan_each(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("engines.onnx_folder.sha256_file", lambda path: hashed.append(path) or str(path))
     sizes = ["128x128", "160x128", "224x96"]
     folder = make_static(make_toy_onnx(tmp_path / "onnx", "fp16"), sizes, batch=2)
-    jobs = plan(folder)
+    jobs = jobs_of(folder)
     assert [(job.component.name, job.resolutions) for job in jobs[:6]] == [
         (name, [size]) for name in ("unet", "vae_decoder") for size in sizes
     ]
@@ -123,7 +123,7 @@ def test_static_graphs_make_a_plan_each(tmp_path: Path, monkeypatch: pytest.Monk
         ({"batches": [2]}, r"exported for 2 row\(s\), 2 image\(s\) make 4; export with --batch 2"),
     ]:
         with pytest.raises(UserError, match=message):
-            plan(folder, **change)
+            jobs_of(folder, **change)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_static_graphs_make_a_plan_each(tmp_path: Path, monkeypatch: pytest.Monk
 def test_memory_estimate_is_above_what_was_measured_but_not_by_much(
     toy_onnx_fp16: Path, weights_gb: float, profiles: int, measured_gb: float
 ) -> None:
-    job = plan(toy_onnx_fp16, layout="shared")[0]
+    job = jobs_of(toy_onnx_fp16, layout="shared")[0]
     component = OnnxComponent("unet", job.component.folder, job.component.config)
     component.__dict__["weights_bytes"] = int(weights_gb * 1e9)
     sized = Job(**{**job.__dict__, "component": component, "profiles": job.profiles[:profiles]})
@@ -161,14 +161,14 @@ def test_resolutions() -> None:
 def test_options_that_cannot_be(
     monkeypatch: pytest.MonkeyPatch, flavor: str, chosen: dict[str, object], message: str
 ) -> None:
-    monkeypatch.setattr("engines.gpus.gpu_at_hand", lambda: None)
+    monkeypatch.setattr("engines.building.options.gpu_at_hand", lambda: None)
     with pytest.raises(UserError, match=message):
-        plan_options(flavor, **chosen)  # type: ignore[arg-type]
+        builder_options(flavor, **chosen)  # type: ignore[arg-type]
 
 
 def test_options_that_are_off_leave_no_trace() -> None:
-    assert plan_options("tensorrt") == {}
-    assert plan_options("tensorrt", refit=True, hardware_compatible="same") == {
+    assert builder_options("tensorrt") == {}
+    assert builder_options("tensorrt", refit=True, hardware_compatible="same") == {
         "refit": True,
         "hardware_compatible": "same",
     }

@@ -17,7 +17,7 @@ import numpy as np
 import tritonclient.grpc
 import tritonclient.http
 from google.protobuf import json_format, text_format
-from triton_load_client import make_inputs  # slimxl's own, from engines/
+from load_client import make_inputs  # slimxl's own, from engines/serving/
 from tritonclient.grpc import model_config_pb2
 
 HTTP, GRPC = (f"127.0.0.1:{port}" for port in sys.argv[1:3])

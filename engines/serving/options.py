@@ -1,4 +1,4 @@
-"""What the commands around Triton are told: how a bundle is served, and what a load test asks for."""
+"""Options of the commands around Triton: how a bundle is served, and what a load test asks for."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ class Serving:
     """Copies of the model for each GPU, or on the CPU; 1 or more."""
     decoupled: bool = False
     """Answer with every step's number before the picture (gRPC streams only)."""
-    plans: bool = False
-    """Offer the bundle's tensorrt plans (layout ranged) as models of their own, too; the server on PyPI cannot."""
     warm_up: bool = True
     """Draw pictures of every size before the model is ready."""
     queue: int = 64

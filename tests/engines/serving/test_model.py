@@ -9,12 +9,13 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import engines
 from distill.common.errors import UserError
-from engines.serving.triton_options import Serving
-from engines.serving.triton_server import Environment
+from engines.serving.environment import Environment
+from engines.serving.options import Serving
 from tests.engines.serving.triton_here import ROOT, repository_config
 
 
@@ -27,7 +28,7 @@ class Error(SimpleNamespace):
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """engines/serving/triton_model.py as a module."""
+    """engines/serving/model.py as a module."""
     backend = ModuleType("triton_python_backend_utils")
     backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1  # type: ignore[attr-defined]
     backend.using_decoupled_model_transaction_policy = lambda config: False  # type: ignore[attr-defined]
@@ -35,7 +36,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     backend.InferenceResponse = SimpleNamespace  # type: ignore[attr-defined]
     backend.Logger = SimpleNamespace(log_info=print, log_error=print)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend)
-    spec = importlib.util.spec_from_file_location("triton_model", ROOT / "engines/serving/triton_model.py")
+    spec = importlib.util.spec_from_file_location("triton_model", ROOT / "engines/serving/model.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -86,8 +87,7 @@ def test_how_many_are_drawn_together(
     model: ModuleType, profiles: list[tuple[int, int]], requests: list[tuple[int, float]], together: int
 ) -> None:
     def profile(low: int, high: int) -> Any:
-        shape = SimpleNamespace(min=[low, 4, 16, 16], max=[high, 4, 16, 16])
-        return SimpleNamespace(resolutions=["128x128"], shapes={"sample": shape})
+        return SimpleNamespace(resolutions=["128x128"], least_rows=low, most_rows=high)
 
     instance = model.TritonPythonModel()
     engine = SimpleNamespace(profiles=[profile(*one) for one in profiles])
@@ -133,14 +133,14 @@ def test_a_request_that_cannot_be_read_leaves_the_others(
             requested_output_names=lambda: ["png"],
         )
 
-    def read_request(request: Any, sizes: list[str]) -> dict[str, Any]:
+    def read_inputs(request: Any) -> dict[str, Any]:
         if request.name == b"torn":
             raise EOFError("half an input")
-        return model.DEFAULTS | {"width": 128, "height": 128, "steps": len(request.name)}
+        return {"prompt": np.array([b"a circle"], object), "steps": np.array([len(request.name)])}
 
     three_pngs = 3 * 128 * 128 * 3
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2 * three_pngs + room))
-    monkeypatch.setattr(model, "read_request", read_request)
+    monkeypatch.setattr(model, "read_inputs", read_inputs)
     instance = model.TritonPythonModel()
     instance.sizes, instance.decoupled, instance.instances = ["128x128"], False, 2
     instance.most_together = len

@@ -16,10 +16,11 @@ import torch
 import engines
 from distill.common.errors import UserError
 from engines.__main__ import main
+from engines.serving.environment import Environment
 from engines.serving.load_file import read_load
-from engines.serving.triton import write_repository
-from engines.serving.triton_options import Serving
-from engines.serving.triton_server import Environment, Server
+from engines.serving.options import Serving
+from engines.serving.repository import write_repository
+from engines.serving.server import Server
 from tests.engines.serving.triton_here import ROOT, ask, drawing, free_address
 
 pytestmark = pytest.mark.slow
@@ -189,7 +190,7 @@ def test_load_is_measured(
 ) -> None:
     def load(*words: str) -> int:
         out = ["--out", str(tmp_path / "load.json"), "--workdir", str(ROOT / "out/triton")]
-        monkeypatch.setattr("sys.argv", ["engines", "load", *out, *words])
+        monkeypatch.setattr("sys.argv", ["engines", "load-test", *out, *words])
         return main()
 
     assert load("--server", f"127.0.0.1:{server.address.http_port}") == 2

@@ -1,8 +1,8 @@
-"""A load test of a running Triton server: what it draws a second, and how long a request takes, at rising concurrency.
+"""A load test of a running Triton server: pictures per second and latency of a request, at rising concurrency.
 
-The loop is closed: so many clients, each with one request under way. A latency is what a client waits, its time in
-Triton's queue included; under a rate it counts from the moment the request was due, so that a request that had to wait
-for a client counts that too. The result is one JSON file (`load_file.py`), raw latencies and all.
+Each client has one request under way and sends the next when it is answered (a closed loop). A latency is what the client
+waits, Triton's queue included. Under a rate it counts from the moment the request was due, so waiting for a free client
+counts too. The result is one JSON file with every latency (`load_file.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -29,6 +28,8 @@ import psutil
 from distill.common.errors import UserError
 from distill.common.files import require_writable_file, write_json
 from distill.models.resolution import Resolution
+from engines.memory import MemoryWatch
+from engines.serving.environment import make_client_environment
 from engines.serving.load_file import (
     LoadBundle,
     LoadClient,
@@ -38,19 +39,19 @@ from engines.serving.load_file import (
     LoadWorkload,
     ServerMemory,
 )
+from engines.serving.options import Workload
 from engines.serving.quantiles import percentiles
-from engines.serving.triton_options import Workload
-from engines.serving.triton_server import make_client_environment, terminate_with_parent
+from engines.serving.server import terminate_with_parent
 
-CLIENT = Path(__file__).with_name("triton_load_client.py")
+CLIENT = Path(__file__).with_name("load_client.py")
 PROMPT = "a small red circle to the left of a large blue square"
 SAMPLE_SECONDS = 1.0
 """How often the server's memory is read."""
 
 
 def make_request(workload: Workload) -> dict[str, Any]:
-    """The inputs by name; seeds count up, and the clients end each prompt with a word of its own. Raises UserError for a
-    size that is none."""
+    """The inputs by name. The clients count the seed up and end each prompt with another word. Raises UserError for a size
+    that cannot be read."""
     resolution = Resolution.parse(workload.size) if workload.size else None
     return {
         "prompt": PROMPT,
@@ -62,48 +63,11 @@ def make_request(workload: Workload) -> dict[str, Any]:
     }
 
 
-class MemoryWatch:
-    """Reads the resident memory of the server on this machine: the one that listens on `port`, and its children."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self.samples: list[tuple[float, int]] = []
-        """(time.monotonic(), bytes)"""
-        self._server = find_server(port) if host in ("localhost", "127.0.0.1", "::1", platform.node()) else None
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> MemoryWatch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while self._server and not self._stopped.wait(SAMPLE_SECONDS):
-            try:
-                family = [self._server, *self._server.children(recursive=True)]
-                self.samples.append((time.monotonic(), sum(process.memory_info().rss for process in family)))
-            except psutil.NoSuchProcess:
-                continue
-
-    def between(self, begin: float, end: float) -> ServerMemory | None:
-        """None where nothing was read."""
-        chosen = [(moment - begin, size) for moment, size in self.samples if begin <= moment <= end]
-        if not chosen:
-            return None
-        tenth = max(1, len(chosen) // 10)
-        return ServerMemory(
-            first_bytes=int(statistics.median(size for _, size in chosen[:tenth])),
-            last_bytes=int(statistics.median(size for _, size in chosen[-tenth:])),
-            peak_bytes=max(size for _, size in chosen),
-            samples=[(round(moment, 1), size) for moment, size in chosen],
-        )
-
-
-def find_server(port: int) -> psutil.Process | None:
-    """None where no tritonserver of this user listens there: it may be the end of a tunnel to another machine."""
+def find_server(host: str, port: int) -> psutil.Process | None:
+    """The tritonserver of this machine and user that listens there. None for any other listener: it may be a tunnel to
+    another machine."""
+    if host not in ("localhost", "127.0.0.1", "::1", platform.node()):
+        return None
     with contextlib.suppress(psutil.Error):
         for one in psutil.net_connections("tcp"):
             if one.status == psutil.CONN_LISTEN and one.laddr.port == port and one.pid:
@@ -113,13 +77,27 @@ def find_server(port: int) -> psutil.Process | None:
 
 
 def require_listening(host: str, port: int) -> None:
-    """Raises UserError where nothing takes a connection: before the clients are installed."""
+    """Raises UserError where nothing takes a connection; asked before the clients are installed."""
     try:
         socket.create_connection((host, port), timeout=10).close()
     except (OSError, OverflowError, UnicodeError) as error:
         raise UserError(
             f"nothing listens at {host}:{port} ({error}); start a server with: python -m engines serve --bundle BUNDLE"
         ) from None
+
+
+def server_memory(samples: list[tuple[float, int]], begin: float) -> ServerMemory | None:
+    """Of the (time.monotonic(), bytes) since `begin`; None where there are none."""
+    chosen = [(moment - begin, size) for moment, size in samples if begin <= moment]
+    if not chosen:
+        return None
+    tenth = max(1, len(chosen) // 10)
+    return ServerMemory(
+        first_bytes=int(statistics.median(size for _, size in chosen[:tenth])),
+        last_bytes=int(statistics.median(size for _, size in chosen[-tenth:])),
+        peak_bytes=max(size for _, size in chosen),
+        samples=[(round(moment, 1), size) for moment, size in chosen],
+    )
 
 
 def measure_load(
@@ -131,11 +109,11 @@ def measure_load(
     rate: float | None,
     workdir: Path,
 ) -> int:
-    """Loads the server at each concurrency for `seconds`, writes `out`, and returns 1 where a request failed. Ctrl-C ends it
-    with 130 and what was measured.
+    """Loads the server at each concurrency for `seconds` and writes `out`. Returns 1 where a request failed, and 130 after
+    Ctrl-C; the levels finished until then are written.
 
-    Raises UserError for an `out` that cannot be written, where no server answers, for a server that is not slimxl's, and,
-    once what was measured is written, where the clients ended before they were done.
+    Raises UserError for an `out` that cannot be written, where no slimxl server answers, and where the clients ended too
+    early; the levels finished until then are written first.
     """
     host, _, port = server.rpartition(":")
     if not host or not port.isdecimal():
@@ -153,11 +131,13 @@ def measure_load(
     host = host.strip("[]")
     require_listening(host, int(port))
     about: dict[str, Any] = {}
+    samples: list[tuple[float, int]] = []
     levels: list[LoadLevel] = []
     stopped = False
     python = make_client_environment(workdir).python
     try:
-        with MemoryWatch(host, int(port)) as memory:
+        process = find_server(host, int(port))
+        with MemoryWatch(process, SAMPLE_SECONDS, lambda size: samples.append((time.monotonic(), size))):
             begin = 0.0
             for event in run_client(python, job):
                 if "error" in event:
@@ -169,7 +149,7 @@ def measure_load(
                     begin = time.monotonic()
                     print(f"{event['started']} client(s) for {seconds:.0f} s", flush=True)
                 elif "finished" in event:
-                    levels.append(summarise(event, workload.images, memory.between(begin, time.monotonic())))
+                    levels.append(summarise(event, workload.images, server_memory(samples, begin)))
                 else:
                     about |= event
     except KeyboardInterrupt:
@@ -187,7 +167,7 @@ def measure_load(
 
 
 def run_client(python: Path, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What the clients tell, as they tell it."""
+    """The clients' lines of JSON, as they come."""
     pipe = subprocess.PIPE
     command: list[str | Path] = [python, CLIENT]
     with subprocess.Popen(
@@ -209,7 +189,7 @@ def run_client(python: Path, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def summarise(event: dict[str, Any], images: int, memory: ServerMemory | None) -> LoadLevel:
-    """One concurrency of the file; `images` are those of each request."""
+    """The record of one concurrency; `images` is how many each request asks for."""
     latencies = event["latencies_ms"]
     return LoadLevel(
         concurrency=event["finished"],
@@ -218,7 +198,7 @@ def summarise(event: dict[str, Any], images: int, memory: ServerMemory | None) -
         first_error=event["first_error"],
         seconds=event["seconds"],
         images_per_s=len(latencies) * images / event["seconds"],
-        # harmonic, for a batch is told by each of its pictures: this is all pictures over all batches
+        # each picture reports the size of its batch, so the harmonic mean is all pictures over all batches
         mean_batch=statistics.harmonic_mean(event["batches"]) if event["batches"] else None,
         latency_ms={"median": statistics.median(latencies) if latencies else None, **percentiles(latencies)},
         latencies_ms=[round(value, 3) for value in latencies],
@@ -227,8 +207,8 @@ def summarise(event: dict[str, Any], images: int, memory: ServerMemory | None) -
 
 
 def describe(about: dict[str, Any], job: dict[str, Any], levels: list[LoadLevel]) -> LoadFile:
-    """The whole file; `about` is what the server told of itself."""
-    told = about["parameters"]
+    """The whole file; `about` is what the server says of itself."""
+    parameters = about["parameters"]
     return LoadFile(
         created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         command=shlex.join(["python", "-m", "engines", *sys.argv[1:]]),
@@ -240,10 +220,10 @@ def describe(about: dict[str, Any], job: dict[str, Any], levels: list[LoadLevel]
             max_batch_size=about["max_batch_size"],
         ),
         bundle=LoadBundle(
-            path=told["bundle"],
-            manifest_sha256=told["manifest_sha256"],
-            source=told["source"],
-            flavor=told["flavor"],
+            path=parameters["bundle"],
+            manifest_sha256=parameters["manifest_sha256"],
+            source=parameters["source"],
+            flavor=parameters["flavor"],
         ),
         client=LoadClient(system=platform.platform(), cores=os.cpu_count()),
         workload=LoadWorkload(**about["request"], rate_per_s=job["rate"]),

@@ -19,25 +19,19 @@ import pytest
 
 from distill.common.errors import UserError
 from engines.__main__ import main
-from engines.bundle import Manifest, read_manifest
-from engines.serving.triton import backend_flags, write_repository
-from engines.serving.triton_load import find_server
-from engines.serving.triton_options import Serving
-from engines.serving.triton_server import (
-    ANSWERED,
+from engines.bundle import read_manifest
+from engines.serving.environment import (
     READY,
     SERVER_PACKAGES,
-    Address,
     Environment,
-    Server,
-    _is_alive,
-    alone_in,
-    command,
     make_client_environment,
     make_environment,
-    reason,
-    require_unexposed,
 )
+from engines.serving.load_test import find_server
+from engines.serving.options import Serving
+from engines.serving.repository import write_repository
+from engines.serving.serve import alone_in
+from engines.serving.server import ANSWERED, Address, Server, is_alive, reason, require_unexposed
 from tests.engines.serving.triton_here import CLIENT, ROOT, drawing, free_address
 
 
@@ -48,7 +42,7 @@ def test_a_taken_port_and_a_dead_server_are_told_in_one_line(tmp_path: Path) -> 
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port} .*--grpc-port"):
             Address("127.0.0.1", free_address().http_port, port).require_free()
-        assert find_server(port) is None, "a tunnel's memory is not the server's"
+        assert find_server("127.0.0.1", port) is None, "a tunnel's memory is not the server's"
     log = tmp_path / "log"
     log.write_text("I1 started\nE1 'failed to load 'slimxl' version 1: Internal: UserError: the bundle is gone\n")
     assert reason(log) == "the bundle is gone"
@@ -73,7 +67,7 @@ def test_what_was_installed_is_never_cleared(tmp_path: Path, monkeypatch: pytest
     for change in ({"PYTHON": "3.99"}, {"SERVER_PACKAGES": ("numpy==2.0",)}):
         with monkeypatch.context() as changed, pytest.raises(UserError, match=r"cannot install .*no network"):
             for name, value in change.items():
-                changed.setattr(f"engines.serving.triton_server.{name}", value)
+                changed.setattr(f"engines.serving.environment.{name}", value)
             make_environment(tmp_path)
     assert len(set(cleared)) == 2 and whole.folder not in cleared
 
@@ -100,7 +94,6 @@ def test_where_it_may_listen(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--plans"], "--plans needs Triton's tensorrt backend"),
         (["--flavor", "tensorrt-rtx", "--gpus", "0,1"], "capability 8.0, 8.9 (a100, rtx4090), this GPU is NVIDIA H100"),
         (["--queue", "-1"], "--queue is -1"),
     ],
@@ -126,20 +119,12 @@ def test_bad_serve(
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_a_server_is_told_of_plans_that_bring_their_runtime(toy_manifest: Manifest, tmp_path: Path) -> None:
-    plan = toy_manifest.engines[0].model_copy(update={"flavor": "tensorrt", "options": {"version_compatible": True}})
-    manifest = toy_manifest.model_copy(update={"engines": [plan]})
-    told = [backend_flags(manifest, Serving(plans=plans)) for plans in (True, False)]
-    assert told == [["--backend-config=tensorrt,version-compatible=true"], []]
-    assert command(tmp_path, None, Address(), "key", told[0])[-1:] == told[0]
-
-
 @pytest.fixture
 def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server and its model that do nothing, SIGTERM or not."""
     script = "import signal, subprocess; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
     script += "subprocess.Popen(['sleep', '60']); print(flush=True); signal.pause()"
-    monkeypatch.setattr("engines.serving.triton_server.command", lambda *_: [sys.executable, "-c", script])
+    monkeypatch.setattr("engines.serving.server.command", lambda *_: [sys.executable, "-c", script])
     monkeypatch.setattr(Server, "is_ready", lambda self: bool(self.log.read_text()))
     server = Server(tmp_path, None, Address(), tmp_path / "log")
     server.wait_ready()
@@ -149,7 +134,7 @@ def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve
 
 def test_a_dead_model_ends_the_server(pretended: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Triton would, the parent of this process notices nothing."""
-    monkeypatch.setattr("engines.serving.triton_server.DRAIN_SECONDS", 0.1)
+    monkeypatch.setattr("engines.serving.server.DRAIN_SECONDS", 0.1)
     psutil.Process(pretended.process.pid).children()[0].kill()
     with pytest.raises(UserError, match="a process of the model ended by itself"):
         pretended.wait()
@@ -159,8 +144,8 @@ def test_a_dead_model_ends_the_server(pretended: Server, monkeypatch: pytest.Mon
 def test_a_server_that_answered_all_and_hangs_is_ended(
     pretended: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("engines.serving.triton_server.WATCH_SECONDS", 0.1)
-    monkeypatch.setattr("engines.serving.triton_server.UNLOAD_SECONDS", 0.1)
+    monkeypatch.setattr("engines.serving.server.WATCH_SECONDS", 0.1)
+    monkeypatch.setattr("engines.serving.server.UNLOAD_SECONDS", 0.1)
     model = psutil.Process(pretended.process.pid).children()[0]
     pretended.stop()
     line = 'I1122 08:24:48.521467 29566 {}:331] "{}All models are stopped, unloading models"\n'
@@ -170,7 +155,7 @@ def test_a_server_that_answered_all_and_hangs_is_ended(
     assert pretended.wait() == 0
     assert "every request was answered, but Triton kept its model" in capsys.readouterr().out
     ends = time.monotonic() + 10
-    while _is_alive(model):
+    while is_alive(model):
         assert time.monotonic() < ends
 
 
@@ -187,7 +172,7 @@ def test_serving_as_a_user_does_and_draining(environment: Environment, toy_bundl
     ready = serving.stdout.readline()
     assert f"ready: HTTP http://127.0.0.1:{address.http_port}/v2/models/slimxl" in ready, ready
     command = [str(environment.python), str(CLIENT), str(address.http_port), str(address.grpc_port)]
-    paths = os.environ | {"PYTHONPATH": str(ROOT / "engines")}
+    paths = os.environ | {"PYTHONPATH": str(ROOT / "engines/serving")}
     pipe = subprocess.PIPE
     client = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=paths)
     assert client.stdin and client.stdout and client.stderr

@@ -1,7 +1,6 @@
-"""The clients of a load test, in the server's own environment, where tritonclient is: a job as JSON on stdin, its
-results as lines of JSON on stdout.
+"""The clients of a load test: a job as JSON on stdin, results as lines of JSON on stdout.
 
-It imports nothing of slimxl, because that environment does not have what slimxl needs.
+They run in the environment that has tritonclient, which lacks what slimxl needs: so nothing of slimxl is imported here.
 """
 
 from __future__ import annotations
@@ -41,13 +40,13 @@ def make_inputs(values: dict[str, Any], library: Any = triton) -> list[Any]:
     return inputs
 
 
-def made_up_word() -> str:
-    """So that no two prompts are alike, for a server's tokenizer too."""
+def random_word() -> str:
+    """Keeps any two prompts different, so that no cache (of a tokenizer, say) helps."""
     return "".join(random.choices(string.ascii_lowercase, k=8))
 
 
 class Pace:
-    """Hands out moments to send at, `rate` a second, to all clients together."""
+    """Tells all clients together when to send: `rate` requests a second."""
 
     def __init__(self, rate: float | None) -> None:
         self._gap = 1 / rate if rate else 0.0
@@ -55,7 +54,8 @@ class Pace:
         self._next = time.perf_counter()
 
     def wait(self, ends: float) -> float:
-        """The moment at which the next request is due, once it or `ends` has come: long ago where all clients were busy."""
+        """Waits for the next request's due time, or for `ends`, and returns the due time. It is past where all clients were
+        busy."""
         if not self._gap:
             return time.perf_counter()
         with self._lock:
@@ -66,7 +66,7 @@ class Pace:
 
 
 class Level:
-    """So many clients at once, each with a connection of its own and one request under way, until time is up."""
+    """`concurrency` clients at once, each with its own connection and one request under way, until time is up."""
 
     def __init__(self, job: dict[str, Any], concurrency: int) -> None:
         self.job, self.concurrency = job, concurrency
@@ -76,7 +76,7 @@ class Level:
         self._lock = threading.Lock()
 
     def run(self) -> None:
-        with contextlib.ExitStack() as connections:  # closed before Python ends: gRPC can hang where it is closed then
+        with contextlib.ExitStack() as connections:  # gRPC can hang if it is closed while Python ends
             clients = (triton.InferenceServerClient(self.job["server"]) for _ in range(self.concurrency))
             self._load([connections.enter_context(client) for client in clients])
 
@@ -109,7 +109,7 @@ class Level:
             if max(due, time.perf_counter()) >= ends:
                 return
             seed += 1
-            prompt = f"{self.job['request']['prompt']} {made_up_word()}"
+            prompt = f"{self.job['request']['prompt']} {random_word()}"
             inputs = make_inputs(self.job["request"] | {"seed": seed, "prompt": prompt})
             try:
                 answer = client.infer(MODEL, inputs, outputs=outputs, client_timeout=LONGEST_ANSWER_SECONDS)

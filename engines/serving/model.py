@@ -1,8 +1,8 @@
 """The text-to-image model inside Triton's Python backend. It is copied into the repository as model.py.
 
-Triton hands over the requests that wait together. Those of equal size, steps and guidance are drawn as one batch, each
-with noise of its own seed, so that a picture is the one it would be alone. Every request is checked before anything is
-drawn, and a bad one is answered with an error of its own; the model and the other requests live on.
+Triton hands over the requests that wait together. Those of equal size, steps and guidance are drawn as one batch. Each
+has the noise of its own seed, so a picture is the same as if it were drawn alone. Every request is checked before anything
+is drawn: a bad one gets an error, and the others are not affected.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-# the backend's embedded interpreter does not look at PYTHONPATH by itself; behind its own packages, because the NumPy
-# that the backend was compiled for has to stay the first one
+# the backend's embedded interpreter ignores PYTHONPATH. Its own packages stay first: it needs the NumPy that it was
+# compiled for
 sys.path += [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
 
 import numpy as np
@@ -29,66 +29,26 @@ import triton_python_backend_utils as pb_utils
 import engines
 from distill.common.errors import UserError
 from distill.common.files import sha256_file
+from engines.serving.request import BATCHED_BY, DEFAULTS, read_values
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-LONGEST_PROMPT = 2000
-"""Characters; CLIP reads 77 tokens of them, and takes quadratically long for a long word."""
-DEFAULTS: dict[str, Any] = {"negative_prompt": None, "width": None, "height": None}
-DEFAULTS |= {"steps": 25, "guidance": 5.0, "seed": 0, "images": 1}
-LIMITS = {"steps": (1, 200), "guidance": (0.0, 50.0), "images": (1, 16), "seed": (0, 2**63 - 1)}
-MOST_WORK = 800
-"""Images times steps: what one request may keep an instance busy with."""
-ALIKE = ("width", "height", "steps", "guidance")
-"""What requests have in common that are drawn as one batch."""
 
 
-def read_request(request: Any, sizes: list[str]) -> dict[str, Any]:
-    """The request's inputs by name. Raises UserError for one that cannot be drawn: got, allowed."""
-    values = dict(DEFAULTS)
-    for name in ("prompt", *DEFAULTS):
-        tensor = pb_utils.get_input_tensor_by_name(request, name)
-        if tensor is None:
-            continue
-        array = tensor.as_numpy()
-        if array.size != 1:
-            raise UserError(f"{name} has {array.size} values, a request takes one; send a request for each prompt")
-        value = array.reshape(-1)[0]
-        values[name] = read_text(name, value) if isinstance(value, bytes) else value.item()
-    if "prompt" not in values:  # Triton counts the inputs, it does not look for those that are not optional
-        raise UserError("the request has no prompt")
-    for name, (low, high) in LIMITS.items():
-        if not low <= values[name] <= high:
-            raise UserError(f"{name} is {values[name]}, allowed are {low} to {high}")
-    if (work := values["images"] * values["steps"]) > MOST_WORK:
-        raise UserError(f"images times steps is {work}, allowed are up to {MOST_WORK}; send several requests")
-    width, height = (int(side) for side in sizes[0].split("x"))
-    values["width"] = width if values["width"] is None else values["width"]
-    values["height"] = height if values["height"] is None else values["height"]
-    size = f"{values['width']}x{values['height']}"
-    if size not in sizes:
-        raise UserError(f"size {size} is not served: allowed are {', '.join(sizes)}")
-    return values
+def read_inputs(request: Any) -> dict[str, np.ndarray]:
+    """The arrays that the client sent, by name."""
+    tensors = {name: pb_utils.get_input_tensor_by_name(request, name) for name in ("prompt", *DEFAULTS)}
+    return {name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None}
 
 
-def read_name(request: Any) -> str:
-    """The id that the client gave, for the log; over HTTP Triton takes any bytes as one."""
+def read_id(request: Any) -> str:
+    """The id that the client gave, for the log. Over HTTP Triton takes any bytes as one."""
     try:
         return repr(request.request_id()[:64])
     except UnicodeDecodeError:
         return "'?'"
 
 
-def read_text(name: str, value: bytes) -> str:
-    try:
-        text = value.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 ({error})") from None
-    if len(text) > LONGEST_PROMPT:
-        raise UserError(f"{name} has {len(text)} characters, allowed are {LONGEST_PROMPT}")
-    return text
-
-
-class NobodyWaits(Exception):
+class AllCancelled(Exception):
     """Every request of a batch was cancelled."""
 
 
@@ -117,24 +77,27 @@ class TritonPythonModel:
         if parameters["warm_up"] == "true":
             self.warm_up(config["max_batch_size"])
 
-    def warm_up(self, most: int) -> None:
-        """Every size under guidance, so that few requests pay for what a runtime prepares at first: on a GPU, where each
-        number of pictures has a CUDA graph of its own, every number up to `most`, else one and `most`."""
+    def warm_up(self, max_images: int) -> None:
+        """Draws every size once under guidance, so that few requests pay for what a runtime prepares on first use.
+
+        A GPU has a CUDA graph for each number of pictures, so it draws every number up to `max_images`; the CPU draws one
+        and `max_images`."""
         started = time.perf_counter()
         for size in self.sizes:
             width, height = map(int, size.split("x"))
-            for images in sorted({1, most}) if self.device == "cpu" else range(1, most + 1):
+            for images in sorted({1, max_images}) if self.device == "cpu" else range(1, max_images + 1):
                 self.pipeline("", width=width, height=height, num_inference_steps=1, num_images_per_prompt=images)
         seconds = time.perf_counter() - started
         pb_utils.Logger.log_info(f"warmed up {len(self.sizes)} sizes on {self.device} in {seconds:.1f} s")
 
     def execute(self, requests: list[Any]) -> list[Any] | None:
-        """Each request is answered as soon as its own batch is drawn, whatever else came with it; the last batch by being
-        returned. A client that hears of its picture before this ends, and at once asks for the next one, may find no
-        instance waiting, and Triton's batcher then sleeps for half a second (its core, dynamic_batch_scheduler.cc).
+        """Answers each request as soon as its own batch is drawn. Only the last batch is returned instead of sent.
 
-        Where the shared memory may not hold the answers, all are returned: if one then does not fit, Triton fails them
-        all, and crashes where it has answered some of them already (it deletes their response factories twice)."""
+        The reason: a client that has its picture before this function ends may ask for the next one while no instance is
+        waiting, and Triton's batcher then sleeps for half a second (its core, dynamic_batch_scheduler.cc).
+
+        All answers are returned where they might not fit into the shared memory. If one does not fit, Triton fails all of
+        them, and crashes if some were already sent (it deletes their response factories twice)."""
         returned: list[Any] = [None] * len(requests)
 
         def hand_over(batch: list[tuple[dict[str, Any], Any]], responses: list[Any], send: bool) -> None:
@@ -147,16 +110,17 @@ class TritonPythonModel:
         groups: dict[tuple[Any, ...], list[tuple[dict[str, Any], Any]]] = {}
         refused, answer_bytes = [], 0
         for position, request in enumerate(requests):
-            sender, name = request.get_response_sender(), read_name(request)
+            sender, name = request.get_response_sender(), read_id(request)
             about = {"request": name, "position": position}
             try:
-                values = read_request(request, self.sizes) | about | {"outputs": request.requested_output_names()}
+                values = read_values(read_inputs(request), self.sizes) | about
+                values["outputs"] = request.requested_output_names()
             except Exception as error:  # whatever is wrong with a request concerns no other
                 message = str(error) if isinstance(error, UserError) else f"the request cannot be read: {error!r}"
                 pb_utils.Logger.log_info(f"request {name} refused: {message}")
                 refused.append(((about, sender), failure(message, pb_utils.TritonError.INVALID_ARG)))
                 continue
-            groups.setdefault(tuple(values[name] for name in ALIKE), []).append((values, sender))
+            groups.setdefault(tuple(values[name] for name in BATCHED_BY), []).append((values, sender))
             forms = {"image", "png"}.intersection(values["outputs"])  # a PNG is hardly ever larger than its pixels
             answer_bytes += values["images"] * values["width"] * values["height"] * 3 * len(forms)
         early = self.decoupled or has_room(answer_bytes * self.instances)  # the others may be answering too
@@ -176,14 +140,14 @@ class TritonPythonModel:
         """The fewest and the most pictures that each profile of the UNet takes at the request's size and guidance."""
         size, rows = f"{values['width']}x{values['height']}", 2 if values["guidance"] > 1 else 1
         return [
-            (profile.shapes["sample"].min[0] / rows, profile.shapes["sample"].max[0] / rows)
+            (profile.least_rows / rows, profile.most_rows / rows)
             for engine, _ in self.pipeline.unet.component.engines
             for profile in engine.profiles
             if size in profile.resolutions
         ]
 
     def most_together(self, group: list[dict[str, Any]]) -> int:
-        """How many of these requests, from the first, make a batch that one profile of the UNet takes as it is."""
+        """How many of these requests, counted from the first, make a batch that fits one profile of the UNet exactly."""
         ranges, best, images = self.ranges(group[0]), 1, 0
         for count, values in enumerate(group, 1):
             images += values["images"]
@@ -192,14 +156,14 @@ class TritonPythonModel:
         return best
 
     def answer(self, batch: list[tuple[dict[str, Any], Any]]) -> list[Any]:
-        """A response for each request of the batch, an error where drawing fails. Ends the process where the GPU is lost."""
+        """A response for each request of the batch; an error where drawing fails. Ends the process where the GPU is lost."""
         names = ", ".join(values["request"] for values, _ in batch)
         try:
             return self.draw([values for values, _ in batch], [sender for _, sender in batch])
-        except NobodyWaits:
+        except AllCancelled:
             pb_utils.Logger.log_info(f"request {names} cancelled")
             return [failure("cancelled", pb_utils.TritonError.CANCELLED) for _ in batch]
-        except Exception as error:  # whatever a runtime raises concerns these requests only, unless it lost the GPU
+        except Exception as error:  # any error of a runtime concerns these requests only, unless the GPU is lost
             pb_utils.Logger.log_error(f"request {names}: drawing failed: {error!r}")
             failures = [failure(f"drawing failed: {error}", pb_utils.TritonError.INTERNAL) for _ in batch]
             if not self.is_device_sound():
@@ -211,7 +175,7 @@ class TritonPythonModel:
             return failures
 
     def is_device_sound(self) -> bool:
-        """CUDA's sticky errors (an illegal address, a launch that timed out) fail every later call of the process."""
+        """False after one of CUDA's sticky errors (an illegal address, a launch that timed out): all later calls fail."""
         try:
             self.now()
         except Exception:
@@ -219,9 +183,10 @@ class TritonPythonModel:
         return True
 
     def draw(self, group: list[dict[str, Any]], senders: list[Any]) -> list[Any]:
-        """A response for each: what was asked for of the pictures (images, height, width, 3), their PNGs, and the
-        milliseconds of text encoding, denoising and decoding of the batch. In decoupled mode every step is told. Raises
-        NobodyWaits once all requests are cancelled."""
+        """A response for each request: its pictures (images, height, width, 3) and PNGs where asked for, and the
+        milliseconds of text encoding, denoising and decoding of the batch. In decoupled mode every step is sent as well.
+
+        Raises AllCancelled once all requests are cancelled."""
         marks = [self.now()]
         first = group[0]
         total = sum(values["images"] for values in group)
@@ -230,7 +195,7 @@ class TritonPythonModel:
         def progress(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             self.wait_for_last_step()
             if all(sender.is_cancelled() for sender in senders):
-                raise NobodyWaits
+                raise AllCancelled
             for sender in senders if self.decoupled else []:
                 sender.send(pb_utils.InferenceResponse(output_tensors=[tensor("step", [[step + 1]], np.int32)]))
             if step + 1 == pipeline.num_timesteps:
@@ -271,16 +236,16 @@ class TritonPythonModel:
         return responses
 
     def wait_for_last_step(self) -> None:
-        """Lets the host be one step ahead of the GPU and no more: it could queue them all at once, and would then tell
-        steps that are not drawn and hear of a cancelled request too late."""
+        """Keeps the host at most one step ahead of the GPU. Else it would queue all steps at once, report steps that are
+        not drawn yet, and notice a cancelled request too late."""
         if self.device != "cpu":
             last, self.step_done = self.step_done, torch.cuda.current_stream(self.device).record_event()
             if last:
                 last.synchronize()
 
     def encode(self, group: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """The four embeddings of diffusers' `encode_prompt`, of all pictures. Each prompt is encoded alone: it costs
-        little, and an absent negative prompt means zeros where an empty one does not."""
+        """The embeddings of diffusers' `encode_prompt`, for all pictures. Each prompt is encoded alone: that costs
+        little, and an absent negative prompt means zeros while an empty one does not."""
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
         encoded = [
             self.pipeline.encode_prompt(
@@ -292,9 +257,10 @@ class TritonPythonModel:
             )
             for values in group
         ]
-        forget_words(self.pipeline.tokenizer)
-        forget_words(self.pipeline.tokenizer_2)
-        parts = dict(zip(names, zip(*encoded, strict=True), strict=True))
+        for name, part in self.pipeline.components.items():
+            if name.startswith("tokenizer"):
+                clear_cache(part)
+        parts = dict(zip(names, zip(*encoded, strict=True), strict=False))  # the pooled ones are SDXL's alone
         return {name: torch.cat(part) for name, part in parts.items() if part[0] is not None}
 
     def now(self) -> float:
@@ -304,20 +270,22 @@ class TritonPythonModel:
         return time.perf_counter()
 
     def finalize(self) -> None:
-        """Ends the process, which is all that Triton still waits for: to take Python and torch down costs seconds of a core,
-        and half a minute where it is busy. What was left for the exit is done (kernels compiled late are kept)."""
+        """Runs the exit handlers (they keep kernels that were compiled late) and ends the process at once. Triton waits for
+        this; to take Python and torch down would cost seconds, and half a minute on a busy machine."""
         atexit._run_exitfuncs()
         os._exit(0)
 
 
 def has_room(size_bytes: int) -> bool:
-    """Whether answers of this size fit into the shared memory that takes them to Triton."""
+    """Whether answers of this size fit into the shared memory that carries them to Triton."""
     return shutil.disk_usage("/dev/shm").free > size_bytes
 
 
 def deliver(batch: list[tuple[dict[str, Any], Any]], responses: list[Any], decoupled: bool) -> None:
-    """Ends each request with its response; in decoupled mode with an error where the shared memory is too full for it.
-    Nothing can follow what was sent as final, even where that failed, so there the end is told apart."""
+    """Sends each request its response, and that it is the last.
+
+    In decoupled mode an error follows where the response does not fit into the shared memory. Nothing can follow a message
+    marked final, even one that failed, so there the mark is sent on its own."""
     for (values, sender), response in zip(batch, responses, strict=True):
         try:
             if not decoupled:
@@ -333,8 +301,8 @@ def deliver(batch: list[tuple[dict[str, Any], Any]], responses: list[Any], decou
             pb_utils.Logger.log_error(f"request {values['request']} could not be answered: {error!r}")
 
 
-def forget_words(tokenizer: Any) -> None:
-    """Of every word it met, transformers 4's tokenizer for CLIP remembers the tokens for ever."""
+def clear_cache(tokenizer: Any) -> None:
+    """Transformers 4's tokenizer for CLIP keeps the tokens of every word it met, for ever."""
     if hasattr(tokenizer, "cache"):
         tokenizer.cache = {word: word for word in tokenizer.all_special_tokens if word in tokenizer.cache}
 
@@ -348,6 +316,6 @@ def tensor(name: str, values: Any, dtype: Any) -> Any:
 
 
 def png(picture: Any) -> bytes:
-    """Compressed lightly: zlib's default takes up to five times as long to save a tenth of the size, and the GPU waits."""
+    """Lightly compressed: zlib's default takes up to five times as long to save a tenth, and the GPU waits for it."""
     picture.save(buffer := io.BytesIO(), "PNG", compress_level=1)
     return buffer.getvalue()

@@ -13,7 +13,9 @@ import torch
 from distill.common.errors import UserError
 from engines.bundle import Engine, Manifest, Profile, ShapeRange
 from engines.flavors import LoadOptions
-from engines.flavors.tensorrt_runtime import ALIGNMENT, Arena, RuntimeCache, TensorRTEngine
+from engines.flavors.kernel_cache import KernelCache
+from engines.flavors.shared_runtime import SharedRuntime
+from engines.flavors.tensorrt_engine import TensorRTEngine
 from engines.onnx_folder import weights_for
 from tests.engines import fake_tensorrt
 from tests.engines.fake_tensorrt import FakeCache, FakeDevice, FakeRefitter, FakeTensorRT
@@ -35,7 +37,7 @@ def profile(index: int, sizes: list[str], exact: bool) -> Profile:
 
 def make(
     manifest: Manifest, tmp_path: Path, flavor: str = "tensorrt", layout: str = "ranged", **options: Any
-) -> tuple[TensorRTEngine, FakeTensorRT, Arena, Engine]:
+) -> tuple[TensorRTEngine, FakeTensorRT, SharedRuntime, Engine]:
     ranged = layout == "ranged"
     profiles = [profile(0, SIZES, False)] if ranged else [profile(i, [s], True) for i, s in enumerate(SIZES)]
     unet = next(engine for engine in manifest.engines if engine.component == "unet")
@@ -49,9 +51,9 @@ def make(
     trt = FakeTensorRT(profiles=len(profiles), **faults)
     folder = options.pop("weights", None)
     settings = LoadOptions(device="cpu", runtime_cache=tmp_path / "cache", **options)
-    arena = Arena(trt, tmp_path, settings, FakeDevice())  # type: ignore[arg-type]
+    shared = SharedRuntime(trt, settings, FakeDevice())  # type: ignore[arg-type]
     weights = weights_for(engine, folder) if folder else None
-    return TensorRTEngine(engine, b"plan", arena, "mend it", weights), trt, arena, engine
+    return TensorRTEngine(engine, b"plan", shared, "rebuild it", weights), trt, shared, engine
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def sample(size: str, value: float = 1.0) -> torch.Tensor:
 def test_every_size_in_any_order(
     toy_manifest: Manifest, tmp_path: Path, flavor: str, layout: str, cuda_graphs: bool
 ) -> None:
-    loaded, trt, arena, engine = make(toy_manifest, tmp_path, flavor, layout, cuda_graphs=cuda_graphs)
+    loaded, trt, shared, engine = make(toy_manifest, tmp_path, flavor, layout, cuda_graphs=cuda_graphs)
     for value, size in enumerate([*SIZES, *reversed(SIZES), SIZES[0]], start=1):
         index = 0 if layout == "ranged" else SIZES.index(size)
         result = loaded.run({"sample": sample(size, value)}, engine.profiles[index])["out_sample"]
@@ -81,7 +83,7 @@ def test_every_size_in_any_order(
     assert [context.profile for context in ran] == ([0, 0, 0] if layout == "ranged" else [0, 1, 2])
     assert len({context.memory for context in ran}) == 1, "all share one activation buffer"
     captured_here = flavor == "tensorrt" and cuda_graphs
-    assert arena.device.captures == (3 if captured_here else 0)  # type: ignore[attr-defined]
+    assert shared.device.captures == (3 if captured_here else 0)  # type: ignore[attr-defined]
 
 
 def test_results_belong_to_the_caller(toy_manifest: Manifest, tmp_path: Path) -> None:
@@ -115,36 +117,36 @@ def test_an_input_changed_in_place_is_copied_again_and_an_unchanged_one_is_not(
             assert torch.equal(result, sample("128x128", 2 * value))
 
 
-def test_arena_holds_the_largest_need_and_a_range_is_asked_for_its_own_sizes(
+def test_activation_memory_holds_the_largest_need_and_a_range_is_asked_for_its_own_sizes(
     toy_manifest: Manifest, tmp_path: Path
 ) -> None:
     _, _, ranged, _ = make(toy_manifest, tmp_path)
-    assert ranged.size_bytes == 16 * 2 * 4 * 12 * 28 + ALIGNMENT, "of 224x96, not of the range's corner 224x224"
+    assert ranged.memory.size_bytes == 16 * 2 * 4 * 12 * 28, "of 224x96, not of the range's corner 224x224"
     _, _, shared, _ = make(toy_manifest, tmp_path, layout="shared")
-    assert shared.size_bytes == 300_000 + ALIGNMENT
+    assert shared.memory.size_bytes == 300_000
 
 
-def test_graph_is_captured_anew_when_the_arena_moves(toy_manifest: Manifest, tmp_path: Path) -> None:
-    loaded, trt, arena, engine = make(toy_manifest, tmp_path)
+def test_graph_is_captured_anew_when_the_memory_moves(toy_manifest: Manifest, tmp_path: Path) -> None:
+    loaded, trt, shared, engine = make(toy_manifest, tmp_path)
     loaded.run({"sample": sample("128x128")}, engine.profiles[0])
     old = next(context.memory for context in trt.plan.contexts if context.enqueued)
-    arena.reserve(10_000_000)
+    shared.memory.reserve(10_000_000)
     result = loaded.run({"sample": sample("128x128", 3)}, engine.profiles[0])["out_sample"]
     assert torch.equal(result, sample("128x128", 6))
-    assert arena.device.captures == 2  # type: ignore[attr-defined]
+    assert shared.device.captures == 2  # type: ignore[attr-defined]
     assert next(context.memory for context in trt.plan.contexts if context.enqueued) != old
 
 
 def test_a_capture_that_failed_is_tried_again(toy_manifest: Manifest, tmp_path: Path) -> None:
-    loaded, _, arena, engine = make(toy_manifest, tmp_path)
-    arena.device.fails_to_capture = True  # type: ignore[attr-defined]
+    loaded, _, shared, engine = make(toy_manifest, tmp_path)
+    shared.device.fails_to_capture = True  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match="while the stream is capturing"):
         loaded.run({"sample": sample("128x128")}, engine.profiles[0])
-    arena.device.fails_to_capture = False  # type: ignore[attr-defined]
+    shared.device.fails_to_capture = False  # type: ignore[attr-defined]
     for value in (1, 3):
         result = loaded.run({"sample": sample("128x128", value)}, engine.profiles[0])["out_sample"]
         assert torch.equal(result, sample("128x128", 2 * value))
-    assert arena.device.captures == 2  # type: ignore[attr-defined]
+    assert shared.device.captures == 2  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_rtx_settings_follow_the_layout(
 
 
 def test_header_is_judged_before_the_plan_is_deserialised(toy_manifest: Manifest, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot run here: version mismatch, old cuda driver; mend it"):
+    with pytest.raises(UserError, match="cannot run here: version mismatch, old cuda driver; rebuild it"):
         make(toy_manifest, tmp_path, "tensorrt-rtx", header_reasons=5)
     with pytest.raises(UserError, match="cannot run here: old cuda driver; update the NVIDIA driver"):
         make(toy_manifest, tmp_path, "tensorrt-rtx", header_reasons=4)
@@ -175,9 +177,9 @@ def test_a_full_gpu_is_an_out_of_memory_error_as_torch_has_it(
     """By the header, by the whole plan, and by a context for another size; a plan that is refused with room left is not."""
     with pytest.raises(torch.OutOfMemoryError, match="finds too little memory free"):
         make(toy_manifest, tmp_path, "tensorrt-rtx", header_reasons=8)
-    with pytest.raises(UserError, match="its own message stands above; mend it"):
+    with pytest.raises(UserError, match="its own message stands above; rebuild it"):
         make(toy_manifest, tmp_path, refuses=True)
-    loaded, trt, arena, engine = make(toy_manifest, tmp_path)
+    loaded, trt, shared, engine = make(toy_manifest, tmp_path)
     trt.plan.is_full = True
 
     def give_back() -> int:
@@ -185,7 +187,7 @@ def test_a_full_gpu_is_an_out_of_memory_error_as_torch_has_it(
         return 1 << 30
 
     with monkeypatch.context() as patch:  # what torch held in reserve was enough
-        patch.setattr(arena.device, "free_bytes", give_back)
+        patch.setattr(shared.device, "free_bytes", give_back)
         loaded.run({"sample": sample("96x224")}, engine.profiles[0])
     trt.plan.is_full = True
     with pytest.raises(
@@ -202,7 +204,7 @@ def test_a_doubtful_gpu_is_decided_by_deserialising(toy_manifest: Manifest, tmp_
     assert torch.equal(
         loaded.run({"sample": sample("128x128")}, engine.profiles[0])["out_sample"], sample("128x128", 2)
     )
-    with pytest.raises(UserError, match=r"refused unet/.* \(unsupported cc\); its own .* above; mend it"):
+    with pytest.raises(UserError, match=r"refused unet/.* \(unsupported cc\); its own .* above; rebuild it"):
         make(toy_manifest, tmp_path, "tensorrt-rtx", header_reasons=2, refuses=True)
 
 
@@ -222,26 +224,26 @@ def test_contexts_go_before_the_settings_and_the_cache_they_use(toy_manifest: Ma
 
 
 def test_runtime_cache_is_kept_and_a_damaged_one_ignored(tmp_path: Path) -> None:
-    first = RuntimeCache(tmp_path, "gpu", FakeCache())
+    first = KernelCache(tmp_path, "gpu", FakeCache())
     first.save()
     again = FakeCache()
-    RuntimeCache(tmp_path, "gpu", again)
+    KernelCache(tmp_path, "gpu", again)
     assert again.loaded == b"compiled"
     path = tmp_path / "gpu.kernels"
     path.write_bytes(path.read_bytes()[:-1] + b"X")
     damaged = FakeCache()
-    RuntimeCache(tmp_path, "gpu", damaged)
+    KernelCache(tmp_path, "gpu", damaged)
     assert damaged.loaded is None
 
 
 def test_runtime_cache_in_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    cache = RuntimeCache(tmp_path / "file", "gpu", FakeCache())
+    cache = KernelCache(tmp_path / "file", "gpu", FakeCache())
     cache.save()
 
 
 def test_a_dropped_bundle_takes_its_kernels_along(tmp_path: Path) -> None:
-    cache = RuntimeCache(tmp_path, "gpu", FakeCache())
+    cache = KernelCache(tmp_path, "gpu", FakeCache())
     kernels = weakref.ref(cache._cache)
     del cache
     gc.collect()
@@ -251,17 +253,17 @@ def test_a_dropped_bundle_takes_its_kernels_along(tmp_path: Path) -> None:
 def test_refit_exchanges_weights_and_keeps_contexts(
     toy_manifest: Manifest, tmp_path: Path, other_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded, trt, arena, engine = make(toy_manifest, tmp_path, built_with={"refit": True})
+    loaded, trt, shared, engine = make(toy_manifest, tmp_path, built_with={"refit": True})
     loaded.run({"sample": sample("128x128", 1)}, engine.profiles[0])
     contexts = len(trt.plan.contexts)
     monkeypatch.setitem(fake_tensorrt.WEIGHTS, "scale", 5.0)
     weights = weights_for(engine, other_weights)
-    assert weights is not None and not weights.made(engine)
+    assert weights is not None and not weights.is_source_of(engine)
     loaded.refit(weights)
     result = loaded.run({"sample": sample("128x128", 1)}, engine.profiles[0])["out_sample"]
     assert torch.equal(result, sample("128x128", 5)) and len(trt.plan.contexts) == contexts
-    assert arena.device.captures == 2, "a graph may hold the old weights"  # type: ignore[attr-defined]
-    assert arena.device.synchronized == 1, "the refitter may go only when its weights have come"  # type: ignore[attr-defined]
+    assert shared.device.captures == 2, "a graph may hold the old weights"  # type: ignore[attr-defined]
+    assert shared.device.synchronized == 1, "the refitter may go only when its weights have come"  # type: ignore[attr-defined]
     monkeypatch.setattr(FakeRefitter, "get_missing_weights", lambda self: ["conv.weight"])
     with pytest.raises(UserError, match=r"does not fit .*\(without conv\.weight\): export the same architecture"):
         loaded.refit(weights)

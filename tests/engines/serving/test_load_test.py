@@ -15,10 +15,11 @@ import pytest
 
 from distill.common.errors import UserError
 from engines.__main__ import main
+from engines.serving.environment import Environment
 from engines.serving.load_file import read_load
-from engines.serving.triton_load import make_request, measure_load
-from engines.serving.triton_options import Workload
-from engines.serving.triton_server import Environment, _is_alive
+from engines.serving.load_test import make_request, measure_load
+from engines.serving.options import Workload
+from engines.serving.server import is_alive
 from tests.engines.serving.triton_here import ROOT
 
 
@@ -44,7 +45,7 @@ def test_bad_load(
 ) -> None:
     """Told before anything is installed or measured."""
     rest = ["--out", str(tmp_path / "x.json"), "--workdir", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", ["engines", "load", *rest, *words])
+    monkeypatch.setattr("sys.argv", ["engines", "load-test", *rest, *words])
     assert main() == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
@@ -58,8 +59,8 @@ def test_what_was_measured_is_written_when_the_clients_end(
     level = {"seconds": 2.0, "latencies_ms": [1.0, 2.0, 3.0], "batches": [2, 2, 1], "failures": 0, "first_error": None}
     request = make_request(Workload(size="128x128"))
     events = [about, {"request": request}, {"started": 1}, {"finished": 1} | level, {"started": 2}]
-    monkeypatch.setattr("engines.serving.triton_load.run_client", lambda python, job: iter(events))
-    monkeypatch.setattr("engines.serving.triton_load.make_client_environment", Environment)
+    monkeypatch.setattr("engines.serving.load_test.run_client", lambda python, job: iter(events))
+    monkeypatch.setattr("engines.serving.load_test.make_client_environment", Environment)
     out = tmp_path / "load.json"
 
     def measure() -> int:
@@ -76,7 +77,7 @@ def test_what_was_measured_is_written_when_the_clients_end(
         yield from events
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("engines.serving.triton_load.run_client", stopped)
+    monkeypatch.setattr("engines.serving.load_test.run_client", stopped)
     out.unlink()
     assert measure() == 130
     assert len(read_load(out).levels) == 1 and "stopped after 1 of 2 levels" in capsys.readouterr().err
@@ -86,13 +87,13 @@ def test_a_killed_load_test_ends_its_clients(tmp_path: Path) -> None:
     script = tmp_path / "client.py"
     script.write_text('import json, os, time; print(json.dumps({"pid": os.getpid()}), flush=True); time.sleep(60)')
     code = (
-        "import sys; from pathlib import Path; from engines import triton_load; triton_load.CLIENT = Path(sys.argv[1])\n"
-        "for event in triton_load.run_client(sys.executable, {}): print(event['pid'], flush=True)"
+        "import sys; from pathlib import Path; from engines.serving import load_test; load_test.CLIENT = Path(sys.argv[1])\n"
+        "for event in load_test.run_client(sys.executable, {}): print(event['pid'], flush=True)"
     )
     with subprocess.Popen([sys.executable, "-c", code, script], stdout=subprocess.PIPE, text=True, cwd=ROOT) as load:
         assert load.stdout
         client = psutil.Process(int(load.stdout.readline()))
         load.kill()
     ends = time.monotonic() + 10
-    while _is_alive(client):
+    while is_alive(client):
         assert time.monotonic() < ends

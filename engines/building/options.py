@@ -1,0 +1,59 @@
+"""Reads the options of the commands: lists of names, numbers and resolutions, and the builder's switches."""
+
+from __future__ import annotations
+
+from distill.common.errors import UserError
+from distill.models.resolution import Resolution
+from engines.bundle import Options
+from engines.gpus import gpu_at_hand
+
+
+def parse_names(text: str) -> list[str]:
+    """Names separated by commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def parse_counts(option: str, text: str) -> list[int]:
+    """Positive numbers separated by commas. Raises UserError for anything else."""
+    parts = parse_names(text)
+    if not parts or not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f"{option} {text!r} is not a list of numbers from 1 up, e.g. 1 or 1,4")
+    return [int(part) for part in parts]
+
+
+def parse_resolutions(text: str, family: list[Resolution]) -> list[Resolution]:
+    """`all`, or some of the family's sizes separated by commas. Raises UserError for any other."""
+    if text == "all":
+        return family
+    chosen = [Resolution.parse(part.strip()) for part in text.split(",")]
+    for resolution in chosen:
+        if resolution not in family:
+            raise UserError(
+                f"resolution {resolution} is not one of this model's: {', '.join(map(str, family))}, or all"
+            )
+    return list(dict.fromkeys(chosen))
+
+
+def builder_options(
+    flavor: str,
+    refit: bool = False,
+    strip: bool = False,
+    version_compatible: bool = False,
+    hardware_compatible: str = "none",
+) -> Options:
+    """The options that are switched on. Raises UserError for those that this flavor or machine does not have."""
+    switches = {"refit": refit, "strip": strip, "version_compatible": version_compatible}
+    options: Options = {name: True for name, on in switches.items() if on}
+    if hardware_compatible != "none":
+        options["hardware_compatible"] = hardware_compatible
+    if flavor != "tensorrt" and (version_compatible or "hardware_compatible" in options):
+        raise UserError(
+            f"--version-compatible and --hardware-compatible belong to --flavor tensorrt, not {flavor}; "
+            "a tensorrt-rtx plan serves several GPUs by naming them: --gpus rtx"
+        )
+    if (refit or strip) and flavor == "tensorrt-rtx" and gpu_at_hand() is None:
+        raise UserError(
+            "--refit and --strip need a GPU while building, found none (TensorRT-RTX compiles such plans on it); build"
+            " on a machine with one, or without them"
+        )
+    return options

@@ -1,0 +1,131 @@
+"""Runs one plan at any shape of its profiles, without making the host wait for the GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from distill.common.errors import UserError
+from engines.bundle import Engine, Profile
+from engines.flavors.kernel_cache import KernelCache
+from engines.flavors.shared_runtime import SharedRuntime
+from engines.flavors.tensorrt_context import ShapeContext, Shapes
+from engines.flavors.tensorrt_plan import create_context, deserialise_plan, refit_plan
+from engines.onnx_folder import OnnxComponent
+
+
+class TensorRTEngine:
+    """One deserialised plan. Each shape gets an execution context at its first call."""
+
+    def __init__(
+        self, engine: Engine, plan: bytes, shared: SharedRuntime, rebuild: str, weights: OnnxComponent | None = None
+    ) -> None:
+        """`rebuild` says what to do where the plan does not run here; `weights` replace the plan's. Raises UserError for a
+        plan that does not run here, and torch.OutOfMemoryError where the GPU's memory is too small."""
+        # CPython frees attributes in the order they were set. Contexts must go before their config, and that before its
+        # kernel cache: TensorRT-RTX does not keep them alive.
+        self._contexts: dict[tuple[int, Shapes], ShapeContext] = {}
+        self._config: Any = None
+        self.record = engine
+        self._shared = shared
+        self._is_rtx = engine.flavor == "tensorrt-rtx"
+        stripped = bool(engine.options.get("strip"))
+        if stripped and weights is None:
+            raise UserError(
+                f"{engine.files[0].path} is a plan without weights: name the ONNX folder that holds them, "
+                "engines.load(bundle, weights=FOLDER)"
+            )
+        with shared.device.current():
+            self._plan = deserialise_plan(shared, plan, engine, rebuild)
+            if weights is not None and (stripped or not weights.is_source_of(engine)):
+                self.refit(weights)
+            if self._is_rtx:
+                self._config = self._make_config()
+            shared.memory.reserve(self._activation_bytes())
+            if self._config:  # only now: measuring a shape must not compile kernels for it
+                self._config.dynamic_shapes_kernel_specialization_strategy = self._specialization()
+
+    def run(self, inputs: dict[str, torch.Tensor], profile: Profile) -> dict[str, torch.Tensor]:
+        """Enqueues one call and returns tensors that the caller owns."""
+        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items())
+        key = (profile.index, shapes)
+        with self._shared.device.current():
+            if (context := self._contexts.get(key)) is not None:
+                return context.run(inputs)
+            context = self._contexts[key] = self._open_context(profile, shapes)
+            outputs = context.run(inputs)
+        if self._is_rtx:
+            self.cache.save()
+        return outputs
+
+    def refit(self, weights: OnnxComponent) -> None:
+        """See `refit_plan`. Contexts stay; their CUDA graphs are captured again, since a graph may hold the old weights."""
+        refit_plan(self._shared, self._plan, self.record, weights)
+        for context in self._contexts.values():
+            context.forget_graph()
+
+    def _make_config(self) -> Any:
+        """TensorRT-RTX's settings for execution contexts; kernels are not specialised yet."""
+        trt, options = self._shared.trt, self._shared.options
+        config = self._plan.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        strategies = trt.CudaGraphStrategy
+        config.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE if options.cuda_graphs else strategies.DISABLED
+        none = trt.DynamicShapesKernelSpecializationStrategy.NONE
+        config.dynamic_shapes_kernel_specialization_strategy = none
+        cache = config.create_runtime_cache()
+        title = f"{self.record.component}-{self.record.key[:8]}_{self._shared.device.title}"
+        self.cache = KernelCache(options.runtime_cache, title, cache)
+        config.set_runtime_cache(cache)
+        return config
+
+    def _specialization(self) -> Any:
+        """How contexts of TensorRT-RTX specialise kernels. By default a ranged profile does it for each shape before its
+        first run; an exact profile was specialised by the build."""
+        exact = all(shape.min == shape.max for profile in self.record.profiles for shape in profile.shapes.values())
+        name = self._shared.options.specialization or ("none" if exact else "eager")
+        return getattr(self._shared.trt.DynamicShapesKernelSpecializationStrategy, name.upper())
+
+    def _activation_bytes(self) -> int:
+        """The activation memory of the largest image size. A ranged profile is measured at each of its sizes, because the
+        range itself reaches further than any of them."""
+        needed = 0
+        for profile in self.record.profiles:
+            if len(profile.resolutions) == 1 or all(s.min[2:] == s.max[2:] for s in profile.shapes.values()):
+                needed = max(needed, int(self._plan.get_device_memory_size_for_profile_v2(profile.index)))
+                continue
+            context = create_context(self._shared, self._plan, self._config, self.record)
+            self._select_profile(context, profile)
+            for resolution in profile.resolutions:
+                for name, shape in _largest_shapes(profile, resolution):
+                    context.set_input_shape(name, shape)
+                needed = max(needed, int(context.update_device_memory_size_for_shapes()))
+        return needed
+
+    def _open_context(self, profile: Profile, shapes: Shapes) -> ShapeContext:
+        context = create_context(self._shared, self._plan, self._config, self.record)
+        with self._shared.device.ordered():
+            self._select_profile(context, profile)
+        return ShapeContext(context, self._shared, self.record, shapes)
+
+    def _select_profile(self, context: Any, profile: Profile) -> None:
+        """Enqueued once for each context."""
+        stream = self._shared.device.stream_handle
+        if len(self.record.profiles) > 1 and not context.set_optimization_profile_async(profile.index, stream):
+            raise RuntimeError(f"{self.record.files[0].path} has no profile {profile.index}")
+
+
+def _largest_shapes(profile: Profile, resolution: str) -> list[tuple[str, tuple[int, ...]]]:
+    """The inputs' shapes at one image size and the largest batch. The scale from image to input is that of the profile's
+    first size, which its `opt` shapes are for."""
+    width, height = map(int, resolution.split("x"))
+    first_width, _ = map(int, profile.resolutions[0].split("x"))
+    shapes = []
+    for name, shape in profile.shapes.items():
+        sides = list(shape.max)
+        if len(sides) == 4:
+            scale = first_width // shape.opt[3]
+            sides[2:] = height // scale, width // scale
+        shapes.append((name, tuple(sides)))
+    return shapes

@@ -1,0 +1,91 @@
+"""Checks of a bundle's files against its manifest, before anything opens them.
+
+A plan is untrusted bytes until its hash was compared. The hashes protect against damage, truncation and mix-ups. They are
+no signature: they do not make a bundle from someone you do not trust safe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from distill.common.errors import UserError
+from distill.common.files import sha256_file
+from engines.bundle import Engine, FileRecord, Manifest, read_manifest, rebuild_command
+from export.components import PIPELINE_PARTS
+
+
+def locate(bundle: Path, record: FileRecord, rebuild: str) -> Path:
+    """The path of a file that exists, has the recorded size and lies in the bundle even after symbolic links.
+
+    Raises UserError with what was found, what is needed, and `rebuild`: the command that builds the file again.
+    """
+    root = Path(bundle).resolve()
+    path = root / record.path
+    if not path.resolve().is_relative_to(root):
+        raise UserError(
+            f"{record.path} leads out of the bundle {bundle} (a link to {path.resolve()}); copy the bundle with its links "
+            f"followed (cp -rL), or {rebuild}"
+        )
+    if not path.is_file():
+        raise UserError(f"{record.path} is missing from {bundle}; {rebuild}")
+    size = path.stat().st_size
+    if size != record.size_bytes:
+        raise UserError(f"{record.path} has {size} bytes, the manifest says {record.size_bytes}; {rebuild}")
+    return path
+
+
+def _compare(record: FileRecord, found: str, rebuild: str) -> None:
+    if found != record.sha256:
+        raise UserError(f"{record.path} has sha256 {found[:12]}…, the manifest says {record.sha256[:12]}…; {rebuild}")
+
+
+def checked_path(bundle: Path, record: FileRecord, rebuild: str) -> Path:
+    """As `locate`; the content's hash is compared too."""
+    path = locate(bundle, record, rebuild)
+    _compare(record, sha256_file(path), rebuild)
+    return path
+
+
+def checked_bytes(bundle: Path, record: FileRecord, rebuild: str) -> bytes:
+    """The bytes that were hashed, so that the file cannot change between the check and its use."""
+    data = locate(bundle, record, rebuild).read_bytes()
+    _compare(record, hashlib.sha256(data).hexdigest(), rebuild)
+    return data
+
+
+def is_intact(bundle: Path, records: list[FileRecord]) -> bool:
+    """Whether every file is there with its recorded content."""
+    try:
+        for record in records:
+            checked_path(bundle, record, "")
+    except UserError:
+        return False
+    return True
+
+
+def unnamed_files(bundle: Path, manifest: Manifest) -> list[str]:
+    """One line for each file that a pipeline would read and the manifest does not name: added by somebody, removed from
+    the manifest, or left by an unfinished build."""
+    named = {record.path for record in manifest.files}
+    parts = (path for part in PIPELINE_PARTS for path in sorted((Path(bundle) / part).rglob("*")) if path.is_file())
+    configs = sorted({f"{engine.component}/config.json" for engine in manifest.engines})
+    read = [path.relative_to(bundle).as_posix() for path in parts if not path.name.startswith(".")]
+    expected = dict.fromkeys(["model_index.json", "scheduler/scheduler_config.json", *configs, *read])
+    rebuild = f"rebuild it with: {rebuild_command(bundle, next(iter(manifest.engines), None))}"
+    return [f"{path} is not named by the manifest of {bundle}; {rebuild}" for path in expected if path not in named]
+
+
+def verify_bundle(bundle: Path) -> list[str]:
+    """One line for each recorded file that is missing or damaged. Raises UserError where the manifest cannot be read."""
+    manifest = read_manifest(bundle)
+    first = next(iter(manifest.engines), None)
+    owners: dict[str, Engine] = {file.path: engine for engine in manifest.engines for file in engine.files}
+    faults = []
+    for record in manifest.all_files:
+        rebuild = f"rebuild it with: {rebuild_command(bundle, owners.get(record.path, first))}"
+        try:
+            checked_path(bundle, record, rebuild)
+        except UserError as error:
+            faults.append(str(error))
+    return faults

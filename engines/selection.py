@@ -1,0 +1,102 @@
+"""Which engines of a bundle are loaded: the flavor that runs on this device, and one layout of each component."""
+
+from __future__ import annotations
+
+from distill.common.errors import UserError
+from distill.models.conditioning import conditioning_named
+from engines.building.layouts import DEFAULT_LAYOUTS
+from engines.bundle import Engine, Manifest
+from engines.flavors import FLAVORS, Flavor, find_flavor
+
+
+def required_components(manifest: Manifest) -> tuple[str, ...]:
+    """What the bundle's pipeline cannot do without."""
+    return ("unet", "vae_decoder", *conditioning_named(manifest.source.pipeline).encoders)
+
+
+def choose_flavor(manifest: Manifest, flavor: str | None, device: str | None = None) -> Flavor:
+    """The named flavor, or the first of tensorrt, tensorrt-rtx, onnxruntime that the bundle has and this machine runs.
+
+    Raises UserError where there is none, with the reason for each flavor of the bundle.
+    """
+    if flavor is not None:
+        found = find_flavor(flavor)
+        if flavor not in manifest.flavors:
+            raise UserError(
+                f"the bundle has no {flavor} engines, it has {', '.join(manifest.flavors) or 'none'}; "
+                f"add them with: python -m engines build --onnx ONNX --out BUNDLE --flavor {flavor}"
+            )
+        return found
+    reasons = []
+    for name in FLAVORS:
+        if name not in manifest.flavors:
+            continue
+        candidate = find_flavor(name)
+        try:
+            select_engines(manifest, candidate, device or candidate.default_device())
+            return candidate
+        except UserError as error:
+            reasons.append(str(error))
+    raise UserError("; ".join(reasons) or "the bundle has no engines; build some with python -m engines build")
+
+
+def select_engines(
+    manifest: Manifest, flavor: Flavor, device: str, layout: str | None = None, with_weights: bool = False
+) -> dict[str, list[Engine]]:
+    """The engines to load for each component, of those of this flavor that fit the device.
+
+    `layout`: only the UNet must have it. By default the layout that serves most sizes is taken, and of several the flavor's
+    own default. With weights (of another ONNX folder) engines built with --refit are preferred, without weights those that
+    were not built with --strip.
+
+    Raises UserError where a component has no engine, or none that fits GPU, driver and version. No file is opened.
+    """
+    selected: dict[str, list[Engine]] = {}
+    refusal: UserError | None = None
+    for engine in manifest.engines:
+        if engine.flavor != flavor.name:
+            continue
+        try:
+            flavor.check_load(engine, device)
+        except UserError as error:
+            refusal = error
+            continue
+        selected.setdefault(engine.component, []).append(engine)
+    missing = [name for name in required_components(manifest) if name not in selected]
+    if missing:
+        raise refusal or UserError(
+            f"the bundle has no {flavor.name} engine for {', '.join(missing)}; build it with: python -m engines build "
+            f"--onnx ONNX --out BUNDLE --flavor {flavor.name} --components {','.join(missing)}"
+        )
+    return {name: _select_layout(engines, flavor.name, layout, with_weights) for name, engines in selected.items()}
+
+
+def _select_layout(engines: list[Engine], flavor: str, layout: str | None, with_weights: bool) -> list[Engine]:
+    """The engines of one component in one layout, without those that `_drop_covered` drops."""
+    layouts = {engine.layout for engine in engines}
+    if layout and engines[0].component == "unet" and layout not in layouts:
+        raise UserError(
+            f"the bundle's unet has no engine in layout {layout}, it has {', '.join(sorted(layouts))}; "
+            f"add it with: python -m engines build --onnx ONNX --out BUNDLE --layout {layout}"
+        )
+    engines = [engine for engine in engines if engine.layout == layout] or engines
+    able = [e for e in engines if (e.options.get("refit") if with_weights else not e.options.get("strip"))]
+    engines = able or engines
+
+    def worth(name: str) -> tuple[int, bool]:
+        sizes = {text for engine in engines if engine.layout == name for text in engine.resolutions}
+        return len(sizes), name == DEFAULT_LAYOUTS[flavor]
+
+    chosen = max((engine.layout for engine in engines), key=worth)
+    return _drop_covered([engine for engine in engines if engine.layout == chosen])
+
+
+def _drop_covered(engines: list[Engine]) -> list[Engine]:
+    """Each plan holds the weights in memory once more, so a plan is left out where others serve all that it does. Of two
+    that serve the same the newer is kept; the manifest names the oldest first."""
+    kept: list[Engine] = []
+    for position, engine in enumerate(engines):
+        others = [profile for other in (*kept, *engines[position + 1 :]) for profile in other.profiles]
+        if not all(any(other.covers(profile) for other in others) for profile in engine.profiles):
+            kept.append(engine)
+    return kept
