@@ -92,8 +92,8 @@ bench-engines: $(READY)  ## LAYOUTS compared (time, memory, disk) on the ONNX fo
 	done
 	$(BIN)/python -m engines compare $(addprefix $(OUT)/bench-engines/$(FOLDER)/,$(LAYOUTS)) --out $(OUT)/bench-engines/$(FOLDER)/layouts.json
 
-bench-gpu: $(READY)  ## everything a GPU can be measured for, within minutes, into bench/results
-	$(BIN)/python -m bench gpu
+bench-gpu: $(READY)  ## everything a GPU can be measured for (MINUTES: begin nothing later), into OUT/bench-gpu
+	$(BIN)/python -m bench gpu --out $(OUT)/bench-gpu $(if $(MINUTES),--minutes $(MINUTES))
 
 serve: $(READY)  ## BUNDLE inside a Triton server, on its GPUs or the CPU; loopback only, unless ADDRESS says otherwise
 	@test -n "$(BUNDLE)" || { echo "error: BUNDLE is not set; e.g. BUNDLE=out/bundles/mini-vega" >&2; exit 2; }

@@ -36,7 +36,7 @@ def report(results: list[Path], out: Path, title: str = "slimxl latency report")
     """Make one self-contained page, its Markdown and its JSON from one or more results files.
 
     Args:
-        results: Results files, the main one first; what `bench gpu`, `distill bench` and `engines load-test` write may join.
+        results: Results files, the main one first; what `distill bench` and `engines load-test` write may join.
         out: Folder to write index.html, report.md and report.json into; it is made where it is absent.
         title: Title of the page.
     """
@@ -60,7 +60,7 @@ def compare(before: tyro.conf.Positional[Path], after: tyro.conf.Positional[Path
 
 
 def gpu(options: Annotated[SuiteOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]) -> int:
-    """Everything one session on a GPU can measure, within minutes, as JSON and a report."""
+    """Everything a GPU can be measured for, job by job, as JSON and a report."""
     from bench.suite import run_suite
 
     return run_suite(options)

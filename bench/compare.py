@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.reading import read_results
-from bench.report.words import milliseconds
-from bench.results import Results, Row
+from bench.report.formatting import milliseconds
+from bench.results import Results, Row, read_results
 from distill.common.errors import UserError
 
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.measure.workload import check_scheduler
 from bench.quality.fidelity import FidelityOptions, check_references
+from bench.workload import check_scheduler
 from distill.common.errors import UserError, require_least, unknown
 from distill.common.files import require_writable_file
 from distill.models.sources import WORKDIR
 
 if TYPE_CHECKING:
-    from bench.contestants.contestants import Spec
+    from bench.contestants.spec import Spec
 
 
 @dataclass(kw_only=True)
@@ -61,8 +61,6 @@ class RunOptions:
     """Seconds each contestant draws while the GPU's energy counter is read; 0 reads none."""
     kernels: bool = False
     """Say by kernel family where the denoise loop's time goes, by torch's profiler, after the timed rounds."""
-    load_seconds: float | None = None
-    """Seconds to load in: who would not be there by then, taking as long as the one before, is left out. None: no limit."""
     reference: bool = True
     """Compare each contestant with its checkpoint in fp32 (for bundle and optimum: one among its --artifacts)."""
     fidelity: FidelityOptions = field(default_factory=FidelityOptions)
@@ -81,17 +79,14 @@ def check_options(options: RunOptions, specs: list[Spec]) -> str:
         seconds=options.seconds,
         pictures=options.pictures,
         energy_seconds=options.energy_seconds,
-        load_seconds=options.load_seconds or 0,
     )
     if options.max_rounds < options.min_rounds:
         raise UserError(f"--max-rounds {options.max_rounds} is below --min-rounds {options.min_rounds}")
-    check_scheduler(options.scheduler)
-    if options.device not in (None, "cpu", "cuda"):
-        raise unknown("device", str(options.device), ("cpu", "cuda"))
-    from bench.contestants.contestants import default_device
+    from bench.contestants.spec import check_device
 
-    if options.device == "cuda" and default_device() != "cuda":
-        raise UserError("device cuda: torch sees no NVIDIA GPU here; leave --device away to run on the CPU")
+    check_scheduler(options.scheduler)
+    if options.device is not None:
+        check_device(options.device)
     check_references(options.fidelity)
     require_writable_file(options.out)
     names = [spec.name for spec in specs]

@@ -1,61 +1,110 @@
-"""The results file: everything a report needs, raw samples included, under a schema with a version."""
+"""The results file: what was measured, raw samples included. Every figure is worked out from the samples when it is read.
+
+The schema has a version. Files also show the figures beside the samples, for people and other programs; reading one
+ignores them and works them out again, so a file cannot disagree with its own samples.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_serializer, model_validator
+from pydantic.functional_serializers import SerializerFunctionWrapHandler
 
-from bench.measure.measure import Sample
-from distill.common.files import write_json
+from bench.floor.peaks import Peak
+from bench.floor.roofline import Costs, total_floor_ms, total_flops
+from bench.measure.clock import Sample
+from bench.measure.faults import is_refused, machine_faults, picture_faults, sample_faults
+from bench.measure.rounds import Cell
+from bench.measure.stats import Estimate, median_interval, speedup, spread, stage_medians
+from distill.common.errors import UserError
+from distill.common.files import read_json, write_json
+from engines.serving.quantiles import percentiles
 
-SCHEMA = "slimxl.bench.results/1"
-TRAINING_SCHEMA = "slimxl.bench.training/1"
-ACCEPTANCE_SCHEMA = "slimxl.bench.acceptance/1"
-SESSION_SCHEMA = "slimxl.bench.session/1"
-LOOPS_SCHEMA = "slimxl.distill.bench/1"  # distill.studies.bench.SCHEMA: a report needs none of what trains
+SCHEMA: Literal["slimxl.bench.results/2"] = "slimxl.bench.results/2"
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class Record(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Estimate(Record):
-    """A value with its 95 % interval, None where the samples do not support one."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    def overlaps(self, other: Estimate) -> bool:
-        """Whether the two intervals share a point; where one has none, nothing says that they do not."""
-        if self.low is None or self.high is None or other.low is None or other.high is None:
-            return True
-        return self.low <= other.high and other.low <= self.high
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Row(Record):
-    """One contestant in one cell. Times in milliseconds; `speedup` is how many times faster than the baseline,
-    `first_ms` the first call of each visit to this cell, from another workload's shapes, `unsettled` the share by which
-    the last two calls of the warm-up differed."""
+    """One contestant at one workload. What was measured is stored, the properties are worked out from it.
+
+    `first_ms` is the first call of each visit to this workload, coming from another's shapes; `unsettled` the share by
+    which the last two calls of the warm-up differed; `flops` and `floor_ms` are of one call; `observed` are faults that
+    the machine and the pictures showed, in words.
+    """
+
+    model_config = ConfigDict(extra="ignore")  # the figures in a file
 
     contestant: str
-    total_ms: Estimate
-    stages_ms: dict[str, float]
-    step_ms: float
-    images_per_s: float
-    cv: float
-    percentiles_ms: dict[str, float | None]
-    speedup: Estimate | None
-    floor_ms: float | None
-    mfu: float | None
-    diagnosis: list[str]
-    refused: bool
+    samples: list[Sample] = Field(min_length=1)
     warmups: int
     unsettled: float | None = None
     first_ms: list[float] = []
-    samples: list[Sample]
+    flops: float | None
+    floor_ms: float | None
+    observed: list[str]
+    _batch: int = PrivateAttr(1)
+    _baseline: list[Sample] = PrivateAttr(default_factory=list)
+    _peak: Peak | None = PrivateAttr(None)
+
+    @property
+    def total_ms(self) -> Estimate:
+        return median_interval([sample.total_ms for sample in self.samples])
+
+    @property
+    def stages_ms(self) -> dict[str, float]:
+        return stage_medians(self.samples)
+
+    @property
+    def step_ms(self) -> float:
+        return median(median(sample.steps_ms) for sample in self.samples)
+
+    @property
+    def images_per_s(self) -> float:
+        return 1e3 * self._batch / self.total_ms.value
+
+    @property
+    def cv(self) -> float:
+        return spread([sample.total_ms for sample in self.samples])
+
+    @property
+    def percentiles_ms(self) -> dict[str, float | None]:
+        return percentiles([sample.total_ms for sample in self.samples])
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation: the arithmetic done per second as a share of the peak."""
+        if self.flops is None or self._peak is None:
+            return None
+        return self.flops / (self.total_ms.value / 1e3) / (self._peak.tflops * 1e12)
+
+    @property
+    def diagnosis(self) -> list[str]:
+        """Everything that speaks against the row."""
+        return self.observed + sample_faults(self.samples, floor_ms=self.floor_ms, unsettled=self.unsettled)
+
+    @property
+    def refused(self) -> bool:
+        return is_refused(self.diagnosis)
+
+    @property
+    def speedup(self) -> Estimate | None:
+        """How many times faster than the baseline; None where either was refused."""
+        return None if self.refused or not self._baseline else speedup(self._baseline, self.samples)
+
+    @model_serializer(mode="wrap")
+    def _with_figures(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return handler(self) | {name: getattr(self, name) for name in FIGURES}
+
+
+FIGURES = tuple(name for name, value in vars(Row).items() if isinstance(value, property) and not name.startswith("_"))
 
 
 class CellRecord(Record):
@@ -67,6 +116,9 @@ class CellRecord(Record):
     rows: list[Row]
     failures: dict[str, str]
     device: dict[str, list[float] | None] = {}
+
+    def row(self, contestant: str) -> Row | None:
+        return next((row for row in self.rows if row.contestant == contestant), None)
 
 
 class ContestantRecord(Record):
@@ -95,6 +147,10 @@ class ContestantRecord(Record):
     def failed_guard(self) -> bool:
         return self.quality.get("passed") is False
 
+    def artifact(self, kind: str) -> dict[str, Any] | None:
+        """The first of its `checkpoint`, `onnx` or `bundle` folders."""
+        return next((one for one in self.artifacts if one["kind"] == kind), None)
+
 
 class PictureRecord(Record):
     contestant: str
@@ -108,9 +164,11 @@ class PictureRecord(Record):
 
 
 class Results(Record):
-    """One run of the bench on one machine."""
+    """One run of the bench on one machine. The first cell is the main workload."""
 
-    schema_version: str = SCHEMA
+    model_config = ConfigDict(validate_assignment=True)  # a run that adds cells as it goes gives their rows a baseline
+
+    schema_version: Literal["slimxl.bench.results/2"] = SCHEMA
     created_utc: str
     command: str
     seconds: float
@@ -118,15 +176,77 @@ class Results(Record):
     family: str
     environment: dict[str, Any]
     gpu: dict[str, Any]
-    peak: dict[str, Any] | None
+    peak: Peak | None
     contestants: list[ContestantRecord]
     cells: list[CellRecord]
     pictures: list[PictureRecord]
     notes: list[str] = []
 
+    @model_validator(mode="after")
+    def _give_rows_what_they_compare_with(self) -> Results:
+        for cell in self.cells:
+            base = cell.row(self.baseline)
+            for row in cell.rows:
+                row._batch, row._peak = cell.workload["batch"], self.peak
+                row._baseline = base.samples if base is not None and not base.refused else []
+        return self
+
     def contestant(self, name: str) -> ContestantRecord:
         return next(one for one in self.contestants if one.name == name)
 
 
+def record_cell(cell: Cell, *, costs: dict[str, Costs | None], peak: Peak | None, faults: dict[str, Any]) -> CellRecord:
+    """What the file keeps of one measured workload. `costs` are by contestant; `faults` are the arguments of
+    `machine_faults`."""
+    rows = []
+    for name, samples in cell.samples.items():
+        if not samples:
+            continue
+        cost = costs.get(name)
+        if cost:  # a scheduler of higher order calls the UNet more often than it has steps
+            cost = cost | {"unet": (len(samples[0].steps_ms), cost["unet"][1])}
+        row = Row(
+            contestant=name,
+            samples=samples,
+            warmups=cell.warmups[name],
+            unsettled=cell.unsettled.get(name),
+            first_ms=cell.first_ms[name],
+            flops=total_flops(cost) if cost else None,
+            floor_ms=total_floor_ms(cost, peak.tflops, peak.terabytes_per_s) if cost and peak else None,
+            observed=picture_faults(cell.faults.get(name, [])) + machine_faults(**faults),
+        )
+        rows.append(row)
+    load = cell.workload
+    workload = vars(load) | {"resolution": str(load.resolution), "prompts": load.batch_prompts()}
+    return CellRecord(workload=workload, name=load.name, rows=rows, failures=dict(cell.failures))
+
+
 def write_results(path: Path, results: Results) -> None:
     write_json(path, results.model_dump(mode="json"))
+
+
+def read_results(path: Path) -> Results:
+    """Raises UserError for a file that is absent, not JSON, of another schema, or without a single finished run."""
+    value = read_json(path)
+    found = value.get("schema_version") if isinstance(value, dict) else None
+    if found != SCHEMA:
+        raise UserError(
+            f"{path} is no results file of this version: it says {found!r}, needed is {SCHEMA!r}; "
+            "make it anew with python -m bench run"
+        )
+    results = keeping_to(SCHEMA, Results, value, path)
+    if not any(cell.rows for cell in results.cells):
+        raise UserError(f"{path} holds no finished run; python -m bench run makes one")
+    return results
+
+
+def keeping_to(schema: str, model: type[ModelT], value: Any, path: Path) -> ModelT:
+    """`value`, read from `path`, as `model`, strictly typed. Raises UserError with the first place where it is not."""
+    try:
+        return model.model_validate_json(json.dumps(value, allow_nan=False), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} does not keep to {schema}: {where}: {first['msg']}; make it anew") from None
+    except ValueError:
+        raise UserError(f"{path} does not keep to {schema}: NaN or infinity stands in it; make it anew") from None

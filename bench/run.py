@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 import time
@@ -13,143 +12,29 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.contestants.contestants import default_device, make_contestant, parse_specs
-from bench.contestants.entrants import Entrant, family_prompts, find_configs, find_family, import_quietly, load_entrant
+from bench.contestants.contestant import Contestant, find_family
 from bench.contestants.inventory import parse_artifacts
-from bench.examine import draw_pictures, energy_of, kernels_of, quality_of
+from bench.contestants.spec import default_device, make_contestant, parse_specs
 from bench.floor.peaks import Peak, find_peak
-from bench.measure.gpu import Gpu, device_ranges, throttled_meanwhile
-from bench.measure.measure import Cell, Rounds, measure_cells
-from bench.measure.workload import Workload, make_workloads, parse_numbers, parse_resolutions, parse_scales
+from bench.floor.roofline import measure_cpu_peak
+from bench.measure.clock import make_clock, timed_draw
+from bench.measure.cold_start import import_libraries, measure_cold_start
+from bench.measure.gpu import Gpu, energy_per_image
+from bench.measure.host import describe_host
+from bench.measure.kernels import kernels_of
+from bench.measure.rounds import Cell, Rounds, measure_cells
+from bench.measure.watch import Watch
 from bench.options import RunOptions, check_options
-from bench.results import CellRecord, ContestantRecord, PictureRecord, Results, write_results
-from bench.summary import summarise
-from distill.common.errors import UserError
+from bench.quality.pictures import draw_pictures
+from bench.quality.reference import judge
+from bench.results import ContestantRecord, Results, record_cell, write_results
+from bench.workload import Workload, family_prompts, make_workloads, parse_numbers, parse_resolutions, parse_scales
+from distill.common.errors import UserError, described
 from distill.common.progress import say
 from distill.data.shapes import shares
+from engines.building.worker import peak_rss_bytes
 
 STOPPED = "the run was stopped before this"
-FAILED = {"passed": False, "words": ["it failed in the timed rounds"], "fidelity": None}
-LEFT_OUT = re.compile(r" (was not loaded|did not load): ")
-"""How a note says that a contestant was left out, for want of time or because it failed."""
-
-
-def _load_all(
-    entrants: list[Entrant], main: Workload, gpu: Gpu, seconds: float | None
-) -> tuple[list[Entrant], list[str]]:
-    """Those that loaded, and a note on each that did not: out of memory on one leaves the others their turn, and none
-    begins to load that would not be done within `seconds`, if it took as long as the one before it.
-
-    Raises UserError where a contestant says itself what is wrong with it, or where none is left.
-    """
-    loaded: list[Entrant] = []
-    notes: list[str] = []
-    begin = last = time.monotonic()
-    for entrant in entrants:
-        now = time.monotonic()
-        last_s, last = now - last, now
-        if loaded and seconds is not None and now + last_s - begin > seconds:
-            notes.append(f"{entrant.name} was not loaded: too little was left of the {seconds:.0f} s for loading")
-            say(f"  {notes[-1]}")
-            continue
-        try:
-            load_entrant(entrant, main, gpu)
-        except UserError:
-            raise
-        except Exception as error:
-            notes.append(f"{entrant.name} did not load: {type(error).__name__}: {error}")
-            say(f"  {notes[-1]}")
-            continue
-        loaded.append(entrant)
-        load_ms, first_ms = entrant.cold["load_ms"], entrant.cold["first_image_ms"]
-        say(f"  {entrant.name}: loaded in {load_ms / 1e3:.1f} s, first image {first_ms / 1e3:.2f} s")
-    if not loaded:
-        raise UserError(f"no contestant could be loaded; {notes[0]}")
-    return loaded, notes
-
-
-def _measure(
-    entrants: list[Entrant],
-    workloads: list[Workload],
-    options: RunOptions,
-    baseline: str,
-    peak: Peak | None,
-    gpu: Gpu,
-    keep: Callable[[list[CellRecord]], None],
-) -> None:
-    """The timed rounds. `keep` is given the records of all cells met so far, after each visit to one."""
-    from bench.measure.host import OtherLoad
-
-    rounds = Rounds(options.min_rounds, options.max_rounds, options.max_warmup)
-    throttled: dict[str, set[str]] = {workload.name: set() for workload in workloads}
-    company: dict[str, list[float]] = {workload.name: [] for workload in workloads}
-    states: dict[str, list[dict[str, Any]]] = {workload.name: [] for workload in workloads}
-    load, visit, seen = OtherLoad(), 0, [gpu.state()]
-    begun, counted = time.monotonic(), gpu.throttled_ns()
-    met: dict[str, Cell] = {}
-
-    def record_of(cell: Cell) -> CellRecord:
-        name = cell.workload.name
-        faults = {
-            "others_cpu_percent": max(company[name]),
-            "throttle_reasons": sorted(throttled[name]),
-            "other_gpu_processes": gpu.other_processes() or 0,
-        }
-        costs = {entrant.name: entrant.costs(cell.workload) for entrant in entrants}
-        record = summarise(cell, baseline, costs=costs, peak=peak, faults=faults)
-        return record.model_copy(update={"device": device_ranges(states[name])})
-
-    def on_round(_: int) -> None:
-        seen.append(gpu.state())
-
-    def on_visit(cell: Cell, last: bool) -> None:
-        nonlocal load, visit, begun, counted
-        now, count = time.monotonic(), gpu.throttled_ns()
-        throttled[cell.workload.name] |= throttled_meanwhile(counted, count, now - begun)
-        company[cell.workload.name].append(load.percent())
-        throttled[cell.workload.name].update(*(state["throttle_reasons"] or [] for state in seen))
-        states[cell.workload.name] += seen
-        seen.clear()
-        met[cell.workload.name] = cell
-        keep([record_of(one) for one in met.values()])
-        load, visit = OtherLoad(), visit + 1
-        begun, counted = now, count
-        totals = {name: median(one.total_ms for one in samples) for name, samples in cell.samples.items() if samples}
-        say(
-            f"  [{visit}/{2 * len(workloads)}] {cell.workload.name}: "
-            + ", ".join(f"{name} {total:.0f} ms" for name, total in totals.items())
-        )
-        for name, why in cell.failures.items() if last else ():
-            say(f"    {name} failed: {why}")
-
-    contestants = [entrant.contestant for entrant in entrants]
-    measure_cells(contestants, workloads, rounds, options.seconds, on_round=on_round, on_visit=on_visit)
-
-
-def _contestant_record(
-    entrant: Entrant, main: Workload, pictures: list[PictureRecord], quality: dict[str, Any], energy: dict[str, Any]
-) -> ContestantRecord:
-    costs = entrant.costs(main)
-    seen = [one.follows for one in pictures if one.contestant == entrant.name and one.follows is not None]
-    return ContestantRecord(
-        name=entrant.name,
-        spec=str(entrant.spec),
-        runtime=entrant.contestant.runtime,
-        precision=entrant.contestant.precision,
-        device=entrant.contestant.device,
-        parameters=costs["unet"][1].parameters if costs else None,
-        costs={name: {"calls": calls} | asdict(cost) for name, (calls, cost) in costs.items()} if costs else None,
-        costs_why=entrant.why_no_costs,
-        cold=entrant.cold,
-        memory=entrant.memory,
-        energy=energy,
-        kernels=entrant.kernels,
-        quality=quality,
-        follows=shares(seen) | {"count": len(seen)} if seen else None,
-        artifacts=entrant.artifacts,
-        configs=asdict(entrant.configs) if entrant.configs is not None else None,
-        engines=getattr(entrant.contestant, "engines", None),
-    )
 
 
 def unfinished(out: Path) -> Path:
@@ -157,21 +42,22 @@ def unfinished(out: Path) -> Path:
     return out.parent / f"{out.stem}.unfinished.json"
 
 
-def run_bench(options: RunOptions, meanwhile: Path | None = None) -> Results:
-    """Raises UserError for bad input before anything is loaded. Writes `meanwhile`, a results file too, after each visit to
-    a workload and again as energy, guard and pictures are done; at the end that becomes `options.out`. Returns what it
-    wrote."""
+def run_bench(options: RunOptions) -> Results:
+    """Raises UserError for bad input before anything is loaded. Writes `unfinished(options.out)`, a results file too, after
+    each visit to a workload and again as kernels, guard, energy and pictures are done; at the end that becomes
+    `options.out`. Returns what it wrote."""
     begin = time.monotonic()
     specs = parse_specs(options.contestants)
     baseline = check_options(options, specs)
-    meanwhile = meanwhile or unfinished(options.out)
-    folders = parse_artifacts(options.artifacts, [spec.name for spec in specs])
+    artifacts = parse_artifacts(options.artifacts, [spec.name for spec in specs])
     device = options.device or default_device()
-    entrants = [Entrant(spec, make_contestant(spec, device), folders[spec.name]) for spec in specs]
-    for entrant in entrants:
-        entrant.contestant.workdir = options.workdir
-        find_configs(entrant)
-    family = find_family(entrants)
+    contestants = [
+        make_contestant(spec, device, workdir=options.workdir, artifacts=artifacts[spec.name]) for spec in specs
+    ]
+    for contestant in contestants:
+        contestant.check()
+        _ = contestant.configs  # what cannot be had is told before anything is loaded
+    family = find_family(contestants)
     workloads = make_workloads(
         parse_resolutions(options.resolutions, family),
         parse_numbers(options.steps, "steps"),
@@ -181,73 +67,173 @@ def run_bench(options: RunOptions, meanwhile: Path | None = None) -> Results:
         seed=options.seed,
         prompts=tuple(family_prompts(family, 6)),
     )
-    main = workloads[0]
-
-    from bench.floor.roofline import measure_cpu_peak
-    from bench.measure.host import describe_host
-    from engines.building.worker import peak_rss_bytes
-
-    gpu = Gpu(device)
-    identity = gpu.identity()
-    precisions = {entrant.contestant.precision for entrant in entrants}
+    main, gpu = workloads[0], Gpu(device)
+    identity, before = gpu.identity(), gpu.state()
+    precisions = {contestant.precision for contestant in contestants}
     peak = find_peak(identity["name"], identity["mig_mode"]) if device == "cuda" else measure_cpu_peak(precisions)
-    before = gpu.state()
-    import_quietly(device)
-    say(f"bench on {device}: {len(entrants)} contestants, {len(workloads)} workloads; cold start")
-    entrants, notes = _load_all(entrants, main, gpu, options.load_seconds)
-    if baseline not in [entrant.name for entrant in entrants]:
-        notes.append(f"the baseline {baseline} did not load; speed-ups are against {entrants[0].name}")
-        baseline = entrants[0].name
-    cells: list[CellRecord] = []
-    after = before
 
-    def save(quality: dict[str, Any], energy: dict[str, Any], pictures: list[PictureRecord]) -> Results:
-        results = Results(
-            created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-            command="python -m bench " + shlex.join(sys.argv[1:]),
-            seconds=time.monotonic() - begin,
-            baseline=baseline,
-            family=family.name,
-            environment=describe_host(device) | {"peak_rss_bytes": peak_rss_bytes()},
-            gpu={"identity": identity, "before": before, "after": after, "missing": gpu.missing, "reason": gpu.reason},
-            peak=asdict(peak) if peak else None,
-            contestants=[
-                _contestant_record(entrant, main, pictures, quality[entrant.name], energy[entrant.name])
-                for entrant in entrants
-            ],
-            cells=cells,
-            pictures=pictures,
-            notes=notes,
-        )
-        write_results(meanwhile, results)
-        return results
+    import_libraries(device)
+    say(f"bench on {device}: {len(contestants)} contestants, {len(workloads)} workloads; cold start")
+    notes: list[str] = []
+    loaded = load_all(contestants, main, gpu, notes)
+    contestants, names = [contestant for contestant, _ in loaded], [record.name for _, record in loaded]
+    if baseline not in names:
+        notes.append(f"the baseline {baseline} did not load; speed-ups are against {names[0]}")
+        baseline = names[0]
+    results = Results(
+        created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+        command="python -m bench " + shlex.join(sys.argv[1:]),
+        seconds=0.0,
+        baseline=baseline,
+        family=family.name,
+        environment=describe_host(device),
+        gpu={"identity": identity, "before": before, "after": before, "missing": gpu.missing, "reason": gpu.reason},
+        peak=peak,
+        contestants=[record for _, record in loaded],
+        cells=[],
+        pictures=[],
+        notes=notes,
+    )
 
-    names = [entrant.name for entrant in entrants]
-    unchecked: dict[str, Any] = {"passed": None, "words": [STOPPED], "fidelity": None}
-    unmeasured: dict[str, dict[str, Any]] = {name: {"j_per_image": None, "why": STOPPED} for name in names}
-
-    def keep(records: list[CellRecord]) -> None:
-        nonlocal after
-        cells[:], after = records, gpu.state()
-        save(dict.fromkeys(names, unchecked), unmeasured, [])
+    def save() -> None:
+        results.seconds = time.monotonic() - begin
+        results.environment["peak_rss_bytes"] = peak_rss_bytes()
+        write_results(unfinished(options.out), results)
 
     say("timed rounds, interleaved")
-    _measure(entrants, workloads, options, baseline, peak, gpu, keep)
-    drawing = [entrant for entrant in entrants if entrant.name not in cells[0].failures]
-    for name, why in cells[0].failures.items():
-        unmeasured[name] = {"j_per_image": None, "why": f"it failed in the timed rounds: {why}"}
+    measure(contestants, workloads, options, results, peak, gpu, save)
+
+    timed = []
+    for contestant, record in loaded:
+        if why := results.cells[0].failures.get(contestant.name):
+            record.energy = {"j_per_image": None, "why": f"it failed in the timed rounds: {why}"}
+            record.quality = {"passed": False, "words": ["it failed in the timed rounds"], "fidelity": None}
+        else:
+            timed.append((contestant, record))
+    drawing = [contestant for contestant, _ in timed]
+
     if options.kernels:
         say("kernels of the denoise loop")
-        for entrant in drawing:
-            entrant.kernels = kernels_of(entrant, main, cells[0])
+        step_ms = {row.contestant: row.step_ms for row in results.cells[0].rows}
+        for contestant, record in timed:
+            record.kernels = kernels_of(contestant, main, step_ms.get(record.name))
+
     say("quality against the fp32 reference")
-    quality = dict.fromkeys(names, FAILED) | quality_of(drawing, main, options, device)
-    save(quality, unmeasured, [])
-    energy = unmeasured | {one.name: energy_of(one, main, gpu, options.energy_seconds, notes) for one in drawing}
-    save(quality, energy, [])
+    verdicts = judge(drawing, main, options.fidelity, options.reference, device)
+    for _, record in timed:
+        record.quality = verdicts[record.name]
+    save()
+
+    for contestant, record in timed:
+        record.energy = energy_of(contestant, main, gpu, options.energy_seconds, results.notes)
+    save()
+
     if options.pictures:
         say(f"pictures: {options.pictures} prompts, the same seeds for all")
-    results = save(quality, energy, draw_pictures(drawing, main, family, options, notes))
-    meanwhile.replace(options.out)
+        results.pictures = draw_pictures(drawing, main, family, options.pictures, options.picture_steps, results.notes)
+        for _, record in timed:
+            seen = [one.follows for one in results.pictures if one.contestant == record.name and one.follows]
+            record.follows = shares(seen) | {"count": len(seen)} if seen else None
+    save()
+    unfinished(options.out).replace(options.out)
     say(f"wrote {options.out} after {results.seconds:.0f} s")
     return results
+
+
+def load_all(
+    contestants: list[Contestant], main: Workload, gpu: Gpu, notes: list[str]
+) -> list[tuple[Contestant, ContestantRecord]]:
+    """Those that loaded, each with the record that the run fills; `notes` say why one did not: out of memory on one leaves
+    the others their turn.
+
+    Raises UserError where a contestant says itself what is wrong with it, or where none is left.
+    """
+    loaded = []
+    for contestant in contestants:
+        try:
+            cold, memory = measure_cold_start(contestant, main, gpu)
+        except UserError:
+            raise
+        except Exception as error:
+            notes.append(f"{contestant.name} did not load: {described(error)}")
+            say(f"  {notes[-1]}")
+            continue
+        loaded.append((contestant, make_record(contestant, main, cold, memory)))
+        load_s, first_s = cold["load_ms"] / 1e3, cold["first_image_ms"] / 1e3
+        say(f"  {contestant.name}: loaded in {load_s:.1f} s, first image {first_s:.2f} s")
+    if not loaded:
+        raise UserError(f"no contestant could be loaded; {notes[0]}")
+    return loaded
+
+
+def make_record(
+    contestant: Contestant, main: Workload, cold: dict[str, float], memory: dict[str, Any]
+) -> ContestantRecord:
+    """What is known of a contestant once it is loaded."""
+    costs = contestant.costs(main)
+    return ContestantRecord(
+        name=contestant.name,
+        spec=contestant.spec,
+        runtime=contestant.runtime,
+        precision=contestant.precision,
+        device=contestant.device,
+        parameters=costs["unet"][1].parameters if costs else None,
+        costs={name: {"calls": calls} | asdict(cost) for name, (calls, cost) in costs.items()} if costs else None,
+        costs_why=contestant.why_no_costs,
+        cold=cold,
+        memory=memory,
+        energy={"j_per_image": None, "why": STOPPED},
+        quality={"passed": None, "words": [STOPPED], "fidelity": None},
+        follows=None,
+        artifacts=list(contestant.artifacts.values()),
+        configs=dict(contestant.configs.networks) if contestant.configs else None,
+        engines=contestant.engines,
+    )
+
+
+def measure(
+    contestants: list[Contestant],
+    workloads: list[Workload],
+    options: RunOptions,
+    results: Results,
+    peak: Peak | None,
+    gpu: Gpu,
+    save: Callable[[], None],
+) -> None:
+    """The timed rounds: fills the cells of `results`, and saves them after each visit to one."""
+    rounds, watch = Rounds(options.min_rounds, options.max_rounds, options.max_warmup), Watch(gpu)
+    records = {}
+    visits = measure_cells(contestants, workloads, rounds, options.seconds, on_round=watch.look)
+    for visit, (cell, is_done) in enumerate(visits, 1):
+        faults, device = watch.visited(cell.workload.name)
+        costs = {contestant.name: contestant.costs(cell.workload) for contestant in contestants}
+        record = record_cell(cell, costs=costs, peak=peak, faults=faults)
+        records[cell.workload.name] = record.model_copy(update={"device": device})
+        results.cells = list(records.values())
+        results.gpu["after"] = gpu.state()
+        save()
+        _say_visit(f"[{visit}/{2 * len(workloads)}]", cell, is_done)
+
+
+def _say_visit(position: str, cell: Cell, is_done: bool) -> None:
+    totals = {name: median(one.total_ms for one in samples) for name, samples in cell.samples.items() if samples}
+    told = ", ".join(f"{name} {total:.0f} ms" for name, total in totals.items())
+    say(f"  {position} {cell.workload.name}: {told}")
+    for name, why in cell.failures.items() if is_done else ():
+        say(f"    {name} failed: {why}")
+
+
+def energy_of(contestant: Contestant, main: Workload, gpu: Gpu, seconds: float, notes: list[str]) -> dict[str, Any]:
+    """Joules an image over at least `seconds` of drawing `main`, or why they are not known; `notes` say what raised."""
+    clock = make_clock(contestant.device)
+
+    def draw() -> int:
+        timed_draw(contestant, main, clock)
+        return main.batch
+
+    try:
+        return energy_per_image(gpu, draw, seconds)
+    except Exception as error:
+        notes.append(f"{contestant.name} failed while its energy was read: {described(error)}")
+        say(f"  {notes[-1]}")
+        return {"j_per_image": None, "why": notes[-1]}

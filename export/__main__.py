@@ -29,7 +29,7 @@ def onnx(
     out: Path,
     precision: Literal["fp16", "fp32"] = "fp16",
     opset: int = 23,
-    components: str = "unet,vae_decoder,vae_encoder,text_encoder,text_encoder_2",
+    components: Annotated[str | None, tyro.conf.arg(help_behavior_hint="(default: all)")] = None,
     resolutions: str = "dynamic",
     batch: int = 1,
     guidance: Literal["always", "never"] = "always",
@@ -77,7 +77,7 @@ def onnx(
     options = ExportOptions(
         precision=precision,
         opset=opset,
-        components=_words(components),
+        components=None if components is None else _words(components),
         resolutions=sizes,
         batch=batch,
         guidance=guidance,

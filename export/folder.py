@@ -28,16 +28,18 @@ from distill.common.files import (
     sha256_json,
     write_json,
 )
+from distill.models.conditioning import conditioning_of
 from distill.models.families import vae_scale_factor
-from distill.models.sources import WORKDIR, file_hashes, find_architecture_of, read_config
+from distill.models.sources import WORKDIR, file_hashes, find_family, read_config
 from distill.models.tensors import component_tensors
 from export.checkpoint import VAE_SOURCES, prepare
-from export.components import COMPONENTS, FLOAT_DTYPES, PIPELINE_PARTS
+from export.components import COMPONENTS, FLOAT_DTYPES
 from export.job import (
     CHECK_BELOW_BYTES,
     SCHEMA,
     ExportOptions,
     Job,
+    chosen_components,
     component_precision,
     library_versions,
     make_job,
@@ -71,10 +73,12 @@ def _refuse_foreign(out: Path) -> None:
             raise UserError(f"{out} is no ONNX folder: its {name} has no export.json; choose another --out")
 
 
-def _refuse_strangers(prepared: Path, out: Path, options: ExportOptions, hashes: Mapping[str, str]) -> None:
+def _refuse_strangers(
+    prepared: Path, out: Path, names: Sequence[str], options: ExportOptions, hashes: Mapping[str, str]
+) -> None:
     """Raises UserError where `out` holds a component that is not to be written now and was made from something else."""
     for name in COMPONENTS:
-        if name in options.components or not (out / name).is_dir():
+        if name in names or not (out / name).is_dir():
             continue
         if not _read_finished(out / name, make_job(prepared, name, options, hashes).key):
             raise UserError(
@@ -115,15 +119,16 @@ def export_checkpoint(
     _refuse_foreign(out)
     source_hashes = file_hashes(checkpoint)
     prepared, hashes = prepare(checkpoint, source_hashes, options.vae, options.loras, workdir)
-    jobs = [make_job(prepared, name, options, hashes) for name in options.components]
-    for part in PIPELINE_PARTS:
+    names = chosen_components(prepared, options)
+    jobs = [make_job(prepared, name, options, hashes) for name in names]
+    for part in pipeline_parts(prepared):
         if not (prepared / part).is_dir():
-            raise UserError(f"{checkpoint} is no whole SDXL checkpoint: it has no {part}/")
+            raise UserError(f"{checkpoint} is no whole checkpoint: it has no {part}/")
     source = {"name": source_name or checkpoint.name, "sha256": sha256_json(source_hashes)}
     about = _about(prepared, source, hashes, options)
     with exclusive(out, progress, out / ".lock"):
         remove_leftovers(out)
-        _refuse_strangers(prepared, out, options, hashes)
+        _refuse_strangers(prepared, out, names, options, hashes)
         _write_components(jobs, out, options.reuse, progress)
         _copy_pipeline_parts(prepared, out)
         write_json(out / "slimxl.json", about)
@@ -166,7 +171,7 @@ def _write_components(jobs: Sequence[Job], out: Path, reuse: Sequence[Path], pro
 def _about(prepared: Path, source: dict[str, str], hashes: Mapping[str, str], options: ExportOptions) -> dict[str, Any]:
     """slimxl.json. `source` is what was given, `hashes` of the checkpoint after the change of VAE and LoRAs."""
     vae_config = read_config(prepared, "vae")
-    resolutions = options.resolutions or find_architecture_of(prepared).family.resolutions
+    resolutions = options.resolutions or find_family(prepared).resolutions
     loras = [(path.resolve(), scale) for path, scale in options.loras]
     is_named = options.vae in ("stock", *VAE_SOURCES)
     return {
@@ -190,8 +195,13 @@ def _about(prepared: Path, source: dict[str, str], hashes: Mapping[str, str], op
     }
 
 
+def pipeline_parts(checkpoint: Path) -> tuple[str, ...]:
+    """The folders of a checkpoint that its pipeline needs beside the networks."""
+    return (*conditioning_of(read_config(checkpoint, "unet")).tokenizers, "scheduler")
+
+
 def _copy_pipeline_parts(checkpoint: Path, out: Path) -> None:
-    for part in PIPELINE_PARTS:
+    for part in pipeline_parts(checkpoint):
         with replacing(out / part) as temporary:
             shutil.copytree(checkpoint / part, temporary)
     with replacing(out / "model_index.json") as temporary:

@@ -12,7 +12,7 @@ from distill.common.errors import UserError, unknown
 from distill.common.files import sha256_file, sha256_json
 from distill.models.conditioning import Config
 from distill.models.resolution import Resolution
-from distill.models.sources import component_weights, find_architecture_of, read_config
+from distill.models.sources import component_weights, find_family, network_folders, read_config
 from export.components import COMPONENTS, FLOAT_DTYPES, unet_config
 
 SCHEMA = 1
@@ -34,12 +34,12 @@ def require_batch(batch: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """How a checkpoint is exported. `resolutions` empty means one graph with open dimensions, for any batch; `batch`, in
-    images, and `guidance` are of static graphs."""
+    """How a checkpoint is exported. `components` None means all that it has. `resolutions` empty means one graph with
+    open dimensions, for any batch; `batch`, in images, and `guidance` are of static graphs."""
 
     precision: str = "fp16"
     opset: int = OPSETS[0]
-    components: tuple[str, ...] = tuple(COMPONENTS)
+    components: tuple[str, ...] | None = None
     resolutions: tuple[Resolution, ...] = ()
     batch: int = 1
     guidance: str = "always"
@@ -50,9 +50,9 @@ class ExportOptions:
     check: bool = True
 
     def __post_init__(self) -> None:
-        if not self.components:
+        if self.components == ():
             raise UserError(f"no component is named: known are {', '.join(COMPONENTS)}")
-        for name in self.components:
+        for name in self.components or ():
             if name not in COMPONENTS:
                 raise unknown("component", name, COMPONENTS)
         if self.precision not in FLOAT_DTYPES:
@@ -114,6 +114,16 @@ def component_precision(name: str, options: ExportOptions, vae_config: Config) -
     return "fp32" if options.vae == "stock" or vae_config.get("force_upcast") else options.precision
 
 
+def chosen_components(checkpoint: Path, options: ExportOptions) -> tuple[str, ...]:
+    """What is to be exported. Raises UserError for a component that the checkpoint's kind of pipeline has not."""
+    folders = network_folders(checkpoint)
+    present = tuple(name for name, component in COMPONENTS.items() if component.source in folders)
+    for name in options.components or ():
+        if name not in present:
+            raise UserError(f"{checkpoint.name} has no {name}; it has {', '.join(present)}")
+    return options.components or present
+
+
 def make_config(checkpoint: Path, name: str) -> dict[str, Any]:
     """config.json of an exported component."""
     config = read_config(checkpoint, COMPONENTS[name].source)
@@ -135,7 +145,7 @@ def make_job(checkpoint: Path, name: str, options: ExportOptions, hashes: Mappin
     rows = options.rows(name)
     for resolution in options.resolutions:  # every size is checked before anything is written
         COMPONENTS[name].inputs(config, resolution, rows, precision)
-    base = find_architecture_of(checkpoint).family.resolutions[0]
+    base = find_family(checkpoint).resolutions[0]
     weights = weights_hashes(checkpoint, COMPONENTS[name].source, hashes)
     inputs = {
         "schema": SCHEMA,

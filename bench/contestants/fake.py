@@ -6,13 +6,13 @@ Busy waiting, not sleeping, because a sleep ends a scheduler's tick late and the
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from bench.measure.measure import STAGES, Mark
-from bench.measure.pictures import Pictures
-from bench.measure.workload import Workload
+from bench.contestants.contestant import STAGES, Contestant, Mark
+from bench.contestants.pictures import Pictures
+from bench.workload import Workload
 from distill.common.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -34,21 +34,19 @@ def _picture(batch: int, height: int, width: int) -> np.ndarray:
 
 
 @dataclass
-class FakeContestant:
+class FakeContestant(Contestant):
     """`delays_ms` holds the duration of each stage; `denoise` is one step's. `jitter` widens each call by up to so
     much of itself, by a fixed sequence."""
 
-    name: str
-    delays_ms: dict[str, float]
-    device: str = "cpu"
+    delays_ms: dict[str, float] = field(default_factory=dict)
     jitter: float = 0.0
     load_ms: float = 0.0
-    precision: str = "none"
+    calls: int = 0
+    _: KW_ONLY
     runtime: str = "fake"
-    calls: int = field(default=0)
 
     @classmethod
-    def parse(cls, name: str, text: str) -> FakeContestant:
+    def parse(cls, name: str, text: str, **about: Any) -> FakeContestant:
         """`denoise=10,vae_decode=25,...` in milliseconds. Raises UserError."""
         delays = {}
         for part in filter(None, text.split(",")):
@@ -61,7 +59,11 @@ class FakeContestant:
                 raise UserError(f"delay {part!r} is not of the form STAGE=MILLISECONDS, e.g. denoise=10") from None
             if not equals or delays[stage] < 0:
                 raise UserError(f"delay {part!r}: milliseconds must not be negative")
-        return cls(name, delays)
+        return cls(name, delays, **about)
+
+    @property
+    def why_no_costs(self) -> str:
+        return "a fake contestant computes nothing"
 
     def load(self) -> None:
         busy_wait(self.load_ms)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distill.common.errors import UserError
+from distill.common.errors import UserError, unknown
 from distill.common.files import read_json
 
 ENGINE_FACTS = (
@@ -150,17 +150,15 @@ def describe(folder: Path) -> dict[str, Any]:
     return DESCRIBE[kind_of(folder)](folder)
 
 
-def parse_artifacts(texts: list[str], names: list[str]) -> dict[str, list[Path]]:
-    """`NAME=FOLDER`, any number per name. Raises UserError."""
-    folders: dict[str, list[Path]] = {name: [] for name in names}
+def parse_artifacts(texts: list[str], names: list[str]) -> dict[str, dict[Path, dict[str, Any]]]:
+    """`NAME=FOLDER`, any number per name: the description of each folder, by name. Raises UserError, for a damaged folder
+    too."""
+    found: dict[str, dict[Path, dict[str, Any]]] = {name: {} for name in names}
     for text in texts:
         name, equals, folder = text.partition("=")
         if not equals or not folder:
             raise UserError(f"artifact {text!r} is not of the form NAME=FOLDER, e.g. vega=out/students/vega")
-        if name not in folders:
-            from distill.common.errors import unknown
-
+        if name not in found:
             raise unknown("contestant", name, names)
-        kind_of(Path(folder))
-        folders[name].append(Path(folder))
-    return folders
+        found[name][Path(folder)] = describe(Path(folder))
+    return found

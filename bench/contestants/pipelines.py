@@ -6,17 +6,16 @@ tokenizers, `encode_prompt`, the progress bar, the end of each step, and the ima
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.measure.measure import Mark
-from bench.measure.pictures import Pictures
-from bench.measure.workload import SCHEDULERS, Workload
+from bench.contestants.contestant import Contestant, Mark
+from bench.contestants.pictures import Pictures
+from bench.workload import SCHEDULERS, Workload
 from distill.common.errors import UserError
 from distill.models.architectures import find_architecture
-from distill.models.sources import WORKDIR
 
 if TYPE_CHECKING:
     import torch
@@ -33,13 +32,13 @@ def _dtype(precision: str) -> torch.dtype:
 
 
 class StageHooks:
-    """Puts marks around the stages of a StableDiffusionXLPipeline. `mark` is set anew for every call."""
+    """Puts marks around the stages of a diffusers pipeline. `mark` is set anew for every call."""
 
     def __init__(self, pipe: Any) -> None:
         self.mark: Mark = lambda _: None
-        for name in ("tokenizer", "tokenizer_2"):
-            if getattr(pipe, name, None) is not None:
-                self._watch_tokenizer(getattr(pipe, name))
+        for name, part in pipe.components.items():
+            if name.startswith("tokenizer") and part is not None:
+                self._watch_tokenizer(part)
         self._after(pipe, "encode_prompt", "prepare", "text_encoders")
         self._after(pipe, "progress_bar", "prepare", None)
         self._after(pipe.image_processor, "postprocess", "vae_decode", None)
@@ -71,19 +70,10 @@ class StageHooks:
 
 
 @dataclass
-class PipelineContestant:
+class PipelineContestant(Contestant):
     """Common part: everything but how the pipeline is made. `source` is a path or any source the project knows."""
 
-    name: str
-    source: str
-    device: str = "cpu"
-    precision: str = "fp32"
-    runtime: str = "diffusers eager"
-    workdir: Path = WORKDIR
-
-    def check(self) -> None:
-        """Raises UserError, before anything is loaded, for a source that cannot be had or is of no use here."""
-        raise NotImplementedError
+    source: str = ""
 
     def make_pipeline(self) -> Any:
         raise NotImplementedError
@@ -95,13 +85,6 @@ class PipelineContestant:
         self._hooks = StageHooks(pipe)
         self._schedulers = {"default": pipe.scheduler}
         return pipe
-
-    @cached_property
-    def folder(self) -> Path:
-        """The diffusers folder of `source`. Raises UserError."""
-        from distill.models.sources import resolve
-
-        return resolve(self.source, self.workdir)
 
     def load(self) -> None:
         _ = self.pipe
@@ -149,12 +132,31 @@ class EagerContestant(PipelineContestant):
     `random:NAME` is made on the device itself, never written to disk.
     """
 
+    _: KW_ONLY
+    precision: str = "fp32"
+    runtime: str = "diffusers eager"
+
+    @cached_property
+    def folder(self) -> Path:
+        """The diffusers folder of `source`. Raises UserError."""
+        from distill.models.sources import resolve
+
+        return resolve(self.source, self.workdir)
+
+    @property
+    def checkpoint(self) -> str:
+        """One among its artifacts, else its source."""
+        return super().checkpoint or self.source
+
+    def checkpoint_folder(self) -> Path:
+        return self.folder if self.checkpoint == self.source else super().checkpoint_folder()
+
     def check(self) -> None:
         kind, _, name = self.source.partition(":")
         _ = find_architecture(name) if kind == "random" else self.folder
 
     def make_pipeline(self) -> Any:
-        from bench.contestants.random_weights import random_pipeline
+        from distill.models.random_weights import random_pipeline
         from distill.models.sources import load_pipeline
 
         kind, _, name = self.source.partition(":")
@@ -172,6 +174,7 @@ class CompiledContestant(EagerContestant):
     error.
     """
 
+    _: KW_ONLY
     runtime: str = "diffusers + torch.compile"
     backend: str = "inductor"
 
@@ -195,6 +198,8 @@ class CompiledContestant(EagerContestant):
 class OptimumContestant(PipelineContestant):
     """optimum's ONNX Runtime pipeline over an ONNX folder."""
 
+    _: KW_ONLY
+    precision: str = "as exported"
     runtime: str = "optimum ONNX Runtime"
 
     def check(self) -> None:
@@ -211,10 +216,13 @@ class OptimumContestant(PipelineContestant):
             ) from None
 
     def make_pipeline(self) -> Any:
-        from optimum.onnxruntime import ORTStableDiffusionXLPipeline
+        import optimum.onnxruntime
 
+        from engines.onnx_folder import read_conditioning
+
+        kind = getattr(optimum.onnxruntime, read_conditioning(Path(self.source)).onnx_pipeline)
         provider = "CUDAExecutionProvider" if self.device.startswith("cuda") else "CPUExecutionProvider"
-        return ORTStableDiffusionXLPipeline.from_pretrained(self.source, provider=provider)
+        return kind.from_pretrained(self.source, provider=provider)
 
 
 @dataclass
@@ -222,6 +230,8 @@ class BundleContestant(PipelineContestant):
     """A slimxl bundle: the sampler is diffusers' own, the networks are engines of one flavor and, where the bundle has
     several, of one layout."""
 
+    _: KW_ONLY
+    precision: str = "as built"
     runtime: str = "slimxl bundle"
     flavor: str | None = None
     layout: Layout | None = None
@@ -229,7 +239,7 @@ class BundleContestant(PipelineContestant):
 
     def check(self) -> None:
         from engines.bundle import read_manifest
-        from engines.pipeline import choose_flavor, select_engines
+        from engines.selection import choose_flavor, select_engines
 
         manifest = read_manifest(Path(self.source))
         select_engines(manifest, choose_flavor(manifest, self.flavor, self.device), self.device, self.layout)
@@ -246,5 +256,5 @@ class BundleContestant(PipelineContestant):
     @property
     def engines(self) -> list[str]:
         """sha256 of every engine that was loaded."""
-        modules = (self.pipe.unet, self.pipe.vae, self.pipe.text_encoder, self.pipe.text_encoder_2)
+        modules = [part for part in self.pipe.components.values() if hasattr(part, "component")]
         return [engine.files[0].sha256 for module in modules for engine, _ in module.component.engines]

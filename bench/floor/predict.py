@@ -14,7 +14,7 @@ from statistics import median
 
 from bench.floor.peaks import PEAKS, PUBLISHED, Published
 from bench.floor.roofline import architecture_configs, component_costs, total_floor_ms, total_flops
-from bench.measure.workload import Workload
+from bench.workload import Workload
 from distill.models.resolution import Resolution
 
 SQUARE = Resolution(1024, 1024)

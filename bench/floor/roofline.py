@@ -10,22 +10,22 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from bench.floor.peaks import Peak
-from bench.measure.workload import Workload
-from distill.common.files import read_json
-from distill.models.architectures import ARCHITECTURES, Architecture
-from distill.models.families import MINI_FAMILY, family_of, vae_scale_factor
+from bench.workload import Workload
+from distill.models.architectures import ARCHITECTURES
+from distill.models.conditioning import conditioning_of
+from distill.models.families import Family, family_of, vae_scale_factor
 from distill.models.resolution import Resolution
+from distill.models.sources import network_folders, read_config
 from export.components import COMPONENTS as EXPORTED
 
 MATRIX_SIDE = 1024
-COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder")
 
 
 @dataclass(frozen=True)
@@ -46,37 +46,36 @@ Costs = dict[str, tuple[int, Cost]]
 
 @dataclass(frozen=True)
 class ModelConfigs:
-    """The configs of a model's components, hashable, so that counts are made once."""
+    """The configs of a model's networks, by the folder of each, as JSON: hashable, so that counts are made once."""
 
-    unet: str
-    vae: str
-    text_encoder: str
-    text_encoder_2: str
+    networks: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, networks: Mapping[str, Mapping[str, Any]]) -> ModelConfigs:
+        return cls(tuple((part, json.dumps(config, sort_keys=True)) for part, config in networks.items()))
 
     @classmethod
     def of_folder(cls, folder: Path) -> ModelConfigs:
         """From a diffusers folder. Raises UserError where a config is missing."""
-        parts = ("unet", "vae", "text_encoder", "text_encoder_2")
-        return cls(*(json.dumps(read_json(folder / part / "config.json"), sort_keys=True) for part in parts))
+        return cls.of({part: read_config(folder, part) for part in network_folders(folder)})
 
-    @classmethod
-    def of_architecture(cls, architecture: Architecture) -> ModelConfigs:
-        family = architecture.family
-        parts = (
-            architecture.unet_config,
-            family.vae,
-            *(family.networks[encoder] for encoder in family.conditioning.encoders),
-        )
-        return cls(*(json.dumps(part, sort_keys=True) for part in parts))
+    @property
+    def family(self) -> Family:
+        """Raises UserError for a UNet that is conditioned otherwise than any family's."""
+        return family_of({part: self.parsed(part) for part, _ in self.networks})
 
     @property
     def is_narrow(self) -> bool:
-        """Whether the UNet is one of the mini family's width."""
-        return family_of(self.parsed("unet")["block_out_channels"]) is MINI_FAMILY
+        """Whether the model is one of the mini families'."""
+        return self.family.name.startswith("mini")
 
     def parsed(self, part: str) -> dict[str, Any]:
-        """The config of `unet`, `vae`, `text_encoder` or `text_encoder_2`."""
-        return {key: value for key, value in json.loads(getattr(self, part)).items() if not key.startswith("_")}
+        """The config of one network."""
+        return {key: value for key, value in json.loads(self.text(part)).items() if not key.startswith("_")}
+
+    def text(self, part: str) -> str:
+        """The config of one network as JSON."""
+        return dict(self.networks)[part]
 
 
 @lru_cache(maxsize=32)
@@ -130,17 +129,20 @@ def _flops_polynomial(component: str, config_json: str, tokens: int, unit: int) 
 
 
 def component_costs(configs: ModelConfigs, workload: Workload) -> Costs:
-    """For each component (calls per image call, cost of one). Without a negative prompt each text encoder runs once,
-    since an SDXL checkpoint takes zeros for the empty prompt (`force_zeros_for_empty_prompt`)."""
+    """For each component in the order of a picture (calls per image call, cost of one). Without a negative prompt each of
+    SDXL's text encoders runs once, since its checkpoints take zeros for the empty prompt; those of other families run for
+    the empty prompt too, if there is guidance."""
+    conditioning = conditioning_of(configs.parsed("unet"))
     scale = vae_scale_factor(configs.parsed("vae"))
     unit = EXPORTED["unet"].size_multiple(configs.parsed("unet"))
-    tokens = configs.parsed("text_encoder")["max_position_embeddings"]
+    tokens = configs.parsed(conditioning.encoders[0])["max_position_embeddings"]
+    prompts = 1 if conditioning.options.get("force_zeros_for_empty_prompt") else workload.unet_batch // workload.batch
     pixels = (workload.resolution.height // scale) * (workload.resolution.width // scale)
     costs = {}
-    for component in COMPONENTS:
-        config_json = configs.vae if component == "vae_decoder" else getattr(configs, component)
-        if component.startswith("text_encoder"):
-            costs[component] = (1, count_cost(component, config_json, tokens, 0, 0, workload.batch))
+    for component in (*conditioning.encoders, "unet", "vae_decoder"):
+        config_json = configs.text(EXPORTED[component].source)
+        if component in conditioning.encoders:
+            costs[component] = (prompts, count_cost(component, config_json, tokens, 0, 0, workload.batch))
             continue
         batch = workload.unet_batch if component == "unet" else workload.batch
         parameters = count_cost(component, config_json, tokens, unit * 2, unit * 2, 1).parameters
@@ -204,4 +206,4 @@ def _least_seconds(work: Callable[[], Any], seconds: float) -> float:
 
 
 def architecture_configs(name: str) -> ModelConfigs:
-    return ModelConfigs.of_architecture(ARCHITECTURES[name])
+    return ModelConfigs.of(ARCHITECTURES[name].configs)

@@ -1,88 +1,38 @@
-"""Where a denoising step's time goes, by family of kernel: what is left to gain, and where.
-
-torch's profiler sees every kernel of the device, whoever launched it (eager, inductor, TensorRT, a CUDA graph). On a CPU
-there are no kernels, so torch's operators stand in for them. The profiler slows the host down, so the time in which
-the device has nothing to do is not read from it: it is the step as it was timed without the profiler, less the time
-its kernels took with it.
-"""
+"""Where a denoising step's time goes, by family of kernel."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any
 
-from bench.measure.measure import make_clock, timed_draw
-from bench.measure.workload import Workload
+from bench.contestants.contestant import Contestant
+from bench.measure.clock import make_clock, timed_draw
+from bench.workload import Workload
+from distill.common.errors import described
+from distill.common.kernels import by_family, kernel_times, make_profiler
 
-FAMILIES = (  # the first that matches a kernel's name; cuDNN's convolutions call themselves gemm too
-    # inductor names its kernels after all that was fused into them; what is no template computes no product
-    ("norm", r"triton_(red|per)_\w*norm"),
-    ("elementwise", r"triton_(poi|red|per)_"),
-    ("optimizer", r"multi_tensor_apply|fused_?adam"),
-    ("attention", r"flash|fmha|attention|sdpa|_mha"),
-    ("convolution", r"conv|implicit|[fdw]prop|dgrad|wgrad|winograd"),
-    # Myelin: _MeaSubMulMea..., mean
-    ("norm", r"norm|rowwisemoments|fusedparams|internalgradients|gammabeta|welford|__myl\w*mea"),
-    ("gemm", r"gemm|gemv|nvjet|cutlass|cublas|splitk|hmma|matmul|triton_tem|aten::(add|b|badd)?mm$|mkldnn_linear"),
-    ("copy", r"memcpy|memset|copy|catarray|aten::cat|transpose|nchwtonhwc|nhwctonchw"),
-    (
-        "elementwise",
-        r"elementwise|triton_|vectorized|reduce|softmax|aten::(mul|add|sub|div|silu|gelu|sigmoid)_?$|__myl",
-    ),
-)
 PROFILED_STEPS = 3
 
 
-def family_of(kernel: str) -> str:
-    """The family of a kernel by its name; `other` where none is known."""
-    name = kernel.lower()
-    return next((family for family, pattern in FAMILIES if re.search(pattern, name)), "other")
+def kernels_of(contestant: Contestant, workload: Workload, step_ms: float | None) -> dict[str, Any]:
+    """Milliseconds by kernel family in the denoise loop, or why there are none."""
+    if contestant.device == "cpu" and contestant.spec.partition("@")[0].partition(":")[0] not in ("eager", "compiled"):
+        return {"families_ms": None, "why": "on a CPU torch's profiler sees torch's own operators alone"}
+    try:
+        return profile_denoise(contestant, workload, step_ms)
+    except Exception as error:  # the profiler is torch's, and what it can read differs from driver to driver
+        return {"families_ms": None, "why": described(error)}
 
 
-def kernel_times(profiler: Any, device: str) -> dict[str, float]:
-    """Kernel name -> microseconds in all; on a CPU operator name -> its own microseconds."""
-    from torch.autograd import DeviceType
-
-    if not device.startswith("cuda"):
-        return {one.key: float(one.self_cpu_time_total) for one in profiler.key_averages()}
-    times: dict[str, float] = {}
-    for event in profiler.events():
-        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
-            times[event.name] = times.get(event.name, 0.0) + event.time_range.elapsed_us()
-    return times
-
-
-def by_family(times_us: dict[str, float], steps: int, step_ms: float | None) -> dict[str, Any]:
-    """{"families_ms": per step, "step_ms", "kernels": the ten largest}. `idle` is what of the timed step no kernel
-    explains: launches the device waited for, gaps, and the host's own work."""
-    families: dict[str, float] = {}
-    for name, microseconds in times_us.items():
-        family = family_of(name)
-        families[family] = families.get(family, 0.0) + microseconds / 1e3 / steps
-    if step_ms is not None:
-        families["idle"] = max(0.0, step_ms - sum(families.values()))
-    largest = sorted(times_us.items(), key=lambda item: -item[1])[:10]
-    return {
-        "families_ms": dict(sorted(families.items(), key=lambda item: -item[1])),
-        "step_ms": step_ms,
-        "kernels": [
-            {"name": name[:120], "ms": microseconds / 1e3 / steps, "family": family_of(name)}
-            for name, microseconds in largest
-        ],
-    }
-
-
-def profile_denoise(contestant: Any, workload: Workload, step_ms: float | None) -> dict[str, Any]:
+def profile_denoise(contestant: Contestant, workload: Workload, step_ms: float | None) -> dict[str, Any]:
     """`by_family` of the denoising steps after the first. `step_ms` is one step as timed without the profiler."""
     import torch
-    from torch.profiler import ProfilerActivity, profile
 
     on_gpu = contestant.device.startswith("cuda")
     short = replace(workload, steps=PROFILED_STEPS + 1)
     clock = make_clock(contestant.device)
     timed_draw(contestant, short, clock)
-    profiler = profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU])
+    profiler = make_profiler(contestant.device)
     done = 0
 
     def mark(stage: str) -> None:

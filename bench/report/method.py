@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from bench.measure.measure import STABLE_WITHIN
-from bench.report import words
+from bench.measure.rounds import STABLE_WITHIN
+from bench.measure.stats import MIN_FOR_INTERVAL
+from bench.report.formatting import seconds, size
 from bench.results import Results
-from bench.stats import MIN_FOR_INTERVAL
 
 
 def machine_name(results: Results) -> str:
@@ -39,7 +39,7 @@ def environment_facts(results: Results) -> list[tuple[str, str]]:
     facts = [
         ("GPU", gpu["name"] or f"none read: {results.gpu['reason']}"),
         ("CPU", f"{cpu['model']}, {cpu['cores_usable']} usable cores, governor {cpu['governor'] or 'unknown'}"),
-        ("memory", f"{words.size(cpu['memory_bytes'])}, at most {words.size(env['peak_rss_bytes'])} used by the run"),
+        ("memory", f"{size(cpu['memory_bytes'])}, at most {size(env['peak_rss_bytes'])} used by the run"),
         ("system", f"{env['system']}, Python {env['python']}"),
         ("packages", packages),
         (
@@ -49,7 +49,7 @@ def environment_facts(results: Results) -> list[tuple[str, str]]:
         ),
         ("commit", env["commit"] or "not in a repository"),
         ("command", results.command),
-        ("when", f"{results.created_utc}, took {words.seconds(results.seconds)}"),
+        ("when", f"{results.created_utc}, took {seconds(results.seconds)}"),
     ]
     if gpu["name"]:
         told = ("uuid", "driver", "compute_capability", "power_limit_w", "max_sm_clock_mhz", "board_part_number")
@@ -68,12 +68,12 @@ def other_facts(results: Results, main: Results) -> list[tuple[str, str]]:
 def _energy_line(all_results: list[Results]) -> str:
     """What a joule an image is; of the runs that read none, that is said where the reading would stand."""
     records = [record for results in all_results for record in results.contestants]
-    seconds = [one.energy["seconds"] for one in records if one.energy["j_per_image"] is not None]
-    if not seconds:
+    taken_s = [one.energy["seconds"] for one in records if one.energy["j_per_image"] is not None]
+    if not taken_s:
         return "Energy: not measured."
     return (
         "Energy: the whole board's own energy counter (not its power sensor) before and after one contestant has drawn "
-        f"the main workload again and again, for at least {min(seconds):.0f} s, by the pictures drawn; what the board "
+        f"the main workload again and again, for at least {min(taken_s):.0f} s, by the pictures drawn; what the board "
         "takes while it waits for the host is part of it."
     )
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from bench.floor.roofline import ModelConfigs, component_costs, total_flops
-from bench.measure.workload import Workload
-from bench.report import words
-from bench.results import CellRecord, ContestantRecord, Estimate, Results, Row
-from bench.summary import speedup
+from bench.measure.stats import Estimate, speedup
+from bench.report.cards import contestant_cell, quality_verdict
+from bench.report.formatting import by_size, interval, joules, milliseconds, percent, seconds, size, times, title_of
+from bench.report.latency import total_cell
+from bench.report.tables import Cell, Column, Table, make_table, measured
+from bench.results import CellRecord, ContestantRecord, Results, Row
+from bench.workload import Workload
 from distill.models.architectures import ARCHITECTURES
 from distill.models.resolution import Resolution
 
@@ -23,21 +28,19 @@ def model_of(record: ContestantRecord) -> str | None:
     return next((name for name, counts in published.items() if counts and record.parameters == counts[0]), None)
 
 
-def _between(baseline: Row, other: Row) -> Estimate | None:
+def _gain(baseline: Row, other: Row) -> Estimate | None:
     """How many times faster `other` is; None where one was refused."""
-    if baseline.refused or other.refused:
-        return None
-    return speedup(baseline.samples, other.samples)
+    return None if baseline.refused or other.refused else speedup(baseline.samples, other.samples)
 
 
-def over(one: Estimate, other: Estimate) -> Estimate:
-    """The quotient of two speed-ups over a common third; its bounds are the widest that both intervals allow."""
+def quotient(one: Estimate, other: Estimate) -> Estimate:
+    """Of two speed-ups over a common third; its bounds are the widest that both intervals allow."""
     if one.low is None or one.high is None or other.low is None or other.high is None:
         return Estimate(value=one.value / other.value)
     return Estimate(value=one.value / other.value, low=one.low / other.high, high=one.high / other.low)
 
 
-def _finished(results: Results, cell: CellRecord) -> list[tuple[ContestantRecord, Row]]:
+def _known_models(results: Results, cell: CellRecord) -> list[tuple[ContestantRecord, Row]]:
     """The rows of one cell whose model is known by its UNet's parameters."""
     pairs = [(results.contestant(row.contestant), row) for row in cell.rows]
     return [(record, row) for record, row in pairs if record.parameters and record.configs]
@@ -47,70 +50,123 @@ def _kind(record: ContestantRecord) -> str:
     return record.spec.partition(":")[0].partition("@")[0]
 
 
-def runtime_table(all_results: list[Results]) -> list[dict[str, Any]]:
+@dataclass(kw_only=True)
+class RuntimeFigures:
+    """One model on one runtime. `over_compiled` goes through eager, which ran in the same rounds as either."""
+
+    record: ContestantRecord
+    row: Row
+    over_eager: Estimate | None
+    denoise_mfu: float | None
+    over_compiled: Estimate | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "contestant": self.record.name,
+            "runtime": self.record.runtime,
+            "precision": self.record.precision,
+            "total_ms": self.row.total_ms,
+            "mfu": self.row.mfu,
+            "denoise_mfu": self.denoise_mfu,
+            "over_eager": self.over_eager,
+            "over_compiled": self.over_compiled,
+        }
+
+
+def runtime_figures(all_results: list[Results]) -> list[RuntimeFigures]:
     """One entry per model, runtime and precision at the main workload, largest model first; empty where no model ran on
-    more than one runtime. `over_compiled` goes through eager, which ran in the same rounds as either."""
+    more than one runtime."""
     main = all_results[0].cells[0].name
-    entries: dict[tuple[Any, ...], dict[str, Any]] = {}
+    entries: dict[tuple[Any, ...], RuntimeFigures] = {}
     for results in all_results:
-        pairs = _finished(results, results.cells[0]) if results.cells[0].name == main else []
+        pairs = _known_models(results, results.cells[0]) if results.cells[0].name == main else []
         eager = {record.parameters: row for record, row in pairs if _kind(record) == "eager"}
         for record, row in pairs:
-            calls = record.costs["unet"] if record.costs else {}
-            peak = results.peak["tflops"] * 1e9 if results.peak else None
             base = eager.get(record.parameters)
-            entry = {
-                "record": record,
-                "row": row,
-                "over_eager": _between(base, row) if base is not None and base is not row else None,
-                "over_compiled": None,
-                "denoise_mfu": calls["flops"] / row.step_ms / peak if peak else None,
-            }
-            entries.setdefault((record.parameters, record.runtime, record.precision), entry)
-    compiled = {
-        one["record"].parameters: one["over_eager"]
-        for one in entries.values()
-        if _kind(one["record"]) == "compiled" and one["over_eager"]
-    }
+            over_eager = _gain(base, row) if base is not None and base is not row else None
+            flops = record.costs["unet"]["flops"] if record.costs and results.peak else None
+            denoise_mfu = flops / row.step_ms / (results.peak.tflops * 1e9) if flops and results.peak else None
+            one = RuntimeFigures(record=record, row=row, over_eager=over_eager, denoise_mfu=denoise_mfu)
+            entries.setdefault((record.parameters, record.runtime, record.precision), one)
+    compiled = {one.record.parameters: one.over_eager for one in entries.values() if _kind(one.record) == "compiled"}
     for one in entries.values():
-        reference = compiled.get(one["record"].parameters)
-        if reference and one["over_eager"] and _kind(one["record"]) == "bundle":
-            one["over_compiled"] = over(one["over_eager"], reference)
-    models = [key[0] for key in entries]
-    rows = sorted(entries.values(), key=lambda one: (-one["record"].parameters, one["row"].total_ms.value))
+        reference = compiled.get(one.record.parameters)
+        if reference and one.over_eager and _kind(one.record) == "bundle":
+            one.over_compiled = quotient(one.over_eager, reference)
+    models = [parameters for parameters, _, _ in entries]
+    rows = sorted(entries.values(), key=lambda one: (-(one.record.parameters or 0), one.row.total_ms.value))
     return rows if len(set(models)) < len(models) else []
 
 
-def limit_table(all_results: list[Results]) -> list[dict[str, Any]]:
-    """Each smaller model against the largest on the same runtime, in the same rounds: `speedup`, the `limit` that
-    arithmetic sets at equal efficiency (the ratio of FLOPs), and the published `claim`, which is against SDXL; which of
-    the two `failed` the quality guard. A speed-up of too few runs for an interval is left to the table by workload; of
-    runs that measured the same the one against the largest model stands, and of those the first."""
-    table: dict[tuple[Any, ...], tuple[int, dict[str, Any]]] = {}
+def gain_cell(gain: Estimate | None) -> Cell | None:
+    return measured(times(gain.value), interval(gain, "x")) if gain else None
+
+
+def runtime_table(figures: list[RuntimeFigures]) -> Table:
+    return make_table(
+        figures,
+        Column("contestant", lambda one: contestant_cell(one.record, precise=True)),
+        Column("median", lambda one: total_cell(one.row, interval(one.row.total_ms))),
+        Column("against eager", lambda one: gain_cell(one.over_eager)),
+        Column("against torch.compile", lambda one: gain_cell(one.over_compiled)),
+        Column("MFU", lambda one: measured(percent(one.row.mfu, 1))),
+        Column("MFU, denoising", lambda one: measured(percent(one.denoise_mfu, 1))),
+        Column("energy an image", lambda one: measured(joules(one.record.energy["j_per_image"]))),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """A smaller model against the largest on the same runtime, in the same rounds. `limit` is what arithmetic gives at
+    equal efficiency (the ratio of FLOPs), `claim` the published speed-up over SDXL; `failed` and `base_failed` say which
+    of the two failed the quality guard."""
+
+    title: str
+    base: str
+    runtime: str
+    failed: bool
+    base_failed: bool
+    cell: str
+    speedup: Estimate
+    limit: float
+    claim: float | None
+
+
+def limits(all_results: list[Results]) -> list[Limit]:
+    """Without those of too few runs for an interval. Of runs that measured the same the one against the largest model
+    stands, and of those the first."""
+    found: dict[tuple[Any, ...], tuple[int, Limit]] = {}
     for results in all_results:
         for cell in results.cells:
-            pairs = _finished(results, cell)
-            for runtime, precision in dict.fromkeys((one.runtime, one.precision) for one, _ in pairs):
-                group = [pair for pair in pairs if (pair[0].runtime, pair[0].precision) == (runtime, precision)]
-                largest, base = max(group, key=lambda pair: pair[0].parameters or 0)
-                for record, row in group:
-                    found = _between(base, row) if record.parameters != largest.parameters else None
-                    if found is not None and found.low is not None:
-                        entry = {
-                            "title": words.title_of(record.name),
-                            "base": words.title_of(largest.name),
-                            "runtime": f"{runtime}, {precision}",
-                            "failed": record.failed_guard,
-                            "base_failed": largest.failed_guard,
-                            "cell": cell.name,
-                            "speedup": found,
-                            "limit": _flops(largest, cell) / _flops(record, cell),
-                            "claim": CLAIMS.get(model_of(record) or "") if model_of(largest) == "sdxl" else None,
-                        }
-                        key, size = (record.parameters, runtime, precision, cell.name), largest.parameters or 0
-                        if key not in table or size > table[key][0]:
-                            table[key] = (size, entry)
-    return [entry for _, entry in table.values()]
+            for record, largest, limit in _limits_of(results, cell):
+                key, base = (record.parameters, limit.runtime, cell.name), largest.parameters or 0
+                if key not in found or base > found[key][0]:
+                    found[key] = (base, limit)
+    return [limit for _, limit in found.values()]
+
+
+def _limits_of(results: Results, cell: CellRecord) -> Iterator[tuple[ContestantRecord, ContestantRecord, Limit]]:
+    """(smaller, largest, limit) of every runtime of one cell."""
+    pairs = _known_models(results, cell)
+    for runtime, precision in dict.fromkeys((one.runtime, one.precision) for one, _ in pairs):
+        group = [pair for pair in pairs if (pair[0].runtime, pair[0].precision) == (runtime, precision)]
+        largest, base = max(group, key=lambda pair: pair[0].parameters or 0)
+        for record, row in group:
+            gain = _gain(base, row) if record.parameters != largest.parameters else None
+            if gain is None or gain.low is None:
+                continue
+            limit = Limit(
+                title=title_of(record.name),
+                base=title_of(largest.name),
+                runtime=f"{runtime}, {precision}",
+                failed=record.failed_guard,
+                base_failed=largest.failed_guard,
+                cell=cell.name,
+                speedup=gain,
+                limit=_flops(largest, cell) / _flops(record, cell),
+                claim=CLAIMS.get(model_of(record) or "") if model_of(largest) == "sdxl" else None,
+            )
+            yield record, largest, limit
 
 
 def _flops(record: ContestantRecord, cell: CellRecord) -> float:
@@ -122,33 +178,57 @@ def _flops(record: ContestantRecord, cell: CellRecord) -> float:
         batch=load["batch"],
         guidance_scale=load["guidance_scale"],
     )
-    return total_flops(component_costs(ModelConfigs(**(record.configs or {})), workload))
+    return total_flops(component_costs(ModelConfigs(tuple((record.configs or {}).items())), workload))
 
 
-def shape_table(all_results: list[Results]) -> dict[str, Any] | None:
-    """What layouts and CUDA graphs cost: cold start, memory, and for each size the median, the `first` picture at it
-    and the first after coming `back` to it; None where no layout was named."""
+def limit_table(found: list[Limit]) -> Table:
+    return make_table(
+        found,
+        Column("model", lambda one: Cell(one.title, small=(f"{one.runtime}; {one.cell}",), failed=one.failed)),
+        Column("against", lambda one: Cell(one.base, failed=one.base_failed), "left"),
+        Column("speed-up", lambda one: gain_cell(one.speedup)),
+        Column("by FLOPs", lambda one: Cell(times(one.limit), "predicted")),
+        Column("claim", lambda one: Cell(times(one.claim), "published") if one.claim else None),
+    )
+
+
+def layout_table(all_results: list[Results]) -> Table:
+    """What layouts and CUDA graphs cost, from the first run whose contestants name one: cold start, memory, and for each
+    size the median, the `first` picture at it and the first after coming `back` to it."""
     for results in all_results:
         named = [one for one in results.contestants if "+" in one.spec.partition(":")[0]]
         cells = [cell for cell in results.cells if cell.workload["batch"] == results.cells[0].workload["batch"]]
         if named:
-            sizes = [cell.workload["resolution"] for cell in cells]
-            rows = [
-                {
-                    "title": words.title_of(one.name),
-                    "record": one,
-                    "sizes": [_visits(one, cell, cells) for cell in cells],
-                }
-                for one in named
-            ]
-            return {"sizes": sizes, "rows": rows, "steps": cells[0].workload["steps"]}
-    return None
+            return make_table(
+                named,
+                Column("contestant", contestant_cell),
+                Column("load + first image", lambda one: measured(_load(one), f"+ {_first_image(one)}")),
+                Column("memory added, device", lambda one: measured(size(one.memory["device_added_bytes"]))),
+                *(_size_column(cell, cells) for cell in cells),
+                Column("against torch in fp32", lambda one: quality_verdict(one).text, "wrap"),
+            )
+    return make_table(())
 
 
-def _visits(record: ContestantRecord, cell: CellRecord, cells: list[CellRecord]) -> dict[str, Any] | None:
-    row = next((row for row in cell.rows if row.contestant == record.name), None)
-    if row is None:
-        return None
-    first = row.first_ms[0] if cell is not cells[0] and row.first_ms else None
-    back = row.first_ms[1] if cell is not cells[-1] and len(row.first_ms) > 1 else None
-    return {"median": row.total_ms.value, "first": first, "back": back}
+def _load(record: ContestantRecord) -> str:
+    return seconds(record.cold["load_ms"] / 1e3)
+
+
+def _first_image(record: ContestantRecord) -> str:
+    return milliseconds(record.cold["first_image_ms"])
+
+
+def _size_column(cell: CellRecord, cells: list[CellRecord]) -> Column[ContestantRecord]:
+    def write(record: ContestantRecord) -> Cell:
+        row = cell.row(record.name)
+        if row is None:
+            return Cell("failed")
+        small = []
+        if cell is not cells[0] and row.first_ms:
+            small.append(f"first {milliseconds(row.first_ms[0])}")
+        if cell is not cells[-1] and len(row.first_ms) > 1:
+            small.append(f"back {milliseconds(row.first_ms[1])}")
+        return total_cell(row, *small)
+
+    steps = f"{cell.workload['steps']} steps"
+    return Column(Cell(by_size(cell.workload["resolution"]), small=(steps,)), write)

@@ -36,6 +36,11 @@ def require_least(least: float, **numbers: float) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {number}; the least is {least}")
 
 
+def described(error: Exception) -> str:
+    """An exception of someone else's code, for a note or a record."""
+    return f"{type(error).__name__}: {error}"
+
+
 @contextmanager
 def explaining_full_memory(advice: str) -> Iterator[None]:
     """A GPU whose memory runs out inside is a UserError: what was wanted and what there is, in torch's words, and

@@ -69,7 +69,7 @@ class BenchOptions:
     """What the training loops are timed on, all at the model's base resolution."""
 
     model: str = "mini:sdxl"
-    """The teacher, as `distill fetch` takes it; random:sdxl has the true size and needs no download."""
+    """The teacher, as `distill fetch` takes it; random:sdxl has the true size and is made on the device itself."""
     student: str | None = None
     """An architecture of the catalogue or a depth pattern; if not given, SSD-1B's depth."""
     batch: int = 8
@@ -79,6 +79,8 @@ class BenchOptions:
     loops: Annotated[tuple[str, ...], arg(help_behavior_hint="(default: all)")] = ()
     """Only these: published, block, sub-block, layer, self-attention, "output only", "sub-block, no cache",
     "sub-block, compiled"."""
+    kernels: bool = False
+    """Say by kernel family where each loop's time goes, by torch's profiler, after the timed steps."""
     mixed_precision: Precision = "no"
     gradient_checkpointing: GradientCheckpointing = False
     optimizer: Optimizer = "adamw"

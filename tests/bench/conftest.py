@@ -26,7 +26,7 @@ class VirtualTime:
 
     def __init__(self, monkeypatch):
         self.now_ns = 0
-        monkeypatch.setattr("bench.measure.measure.time.perf_counter_ns", self.look)
+        monkeypatch.setattr("bench.measure.clock.time.perf_counter_ns", self.look)
         monkeypatch.setattr("bench.contestants.fake.busy_wait", self.wait)
 
     def look(self):

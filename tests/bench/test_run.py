@@ -8,11 +8,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import fake_options
 
-from bench.contestants.contestants import Spec, parse_specs
-from bench.measure.workload import Workload, make_workloads, parse_numbers, parse_resolutions
+from bench.contestants.spec import Spec, parse_specs
 from bench.quality.fidelity import FidelityOptions
-from bench.reading import read_results
+from bench.results import read_results
 from bench.run import run_bench
+from bench.workload import Workload, make_workloads, parse_numbers, parse_resolutions
 from distill.common.errors import UserError
 from distill.models.families import MINI_FAMILY
 from distill.models.resolution import Resolution
@@ -64,7 +64,7 @@ def test_what_was_timed_is_kept_where_the_rest_is_cut_short(tmp_path, monkeypatc
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bench.run.quality_of", killed)
+    monkeypatch.setattr("bench.run.judge", killed)
     with pytest.raises(KeyboardInterrupt):
         run_bench(fake_options(tmp_path / "r.json"))
     results = read_results(tmp_path / "r.unfinished.json")
@@ -83,7 +83,7 @@ def test_a_finished_file_outlives_a_run_that_is_stopped(tmp_path, monkeypatch, v
     assert main() == 0 and [path.name for path in tmp_path.iterdir()] == ["r.json"]
     finished = (tmp_path / "r.json").read_bytes()
     capsys.readouterr()
-    for what, kept in (("_load_all", False), ("quality_of", True), ("_load_all", False)):
+    for what, kept in (("load_all", False), ("judge", True), ("load_all", False)):
         with monkeypatch.context() as patch:
             patch.setattr(f"bench.run.{what}", stopped)
             assert main() == 130
@@ -109,7 +109,7 @@ def test_one_that_raises_after_the_timed_rounds_costs_only_its_own(tmp_path, mon
         raise RuntimeError("the board is gone")
 
     monkeypatch.setattr(FakeContestant, "draw", draw)
-    monkeypatch.setattr("bench.examine.energy_per_image", energy)
+    monkeypatch.setattr("bench.run.energy_per_image", energy)
     results = run_bench(fake_options(tmp_path / "r.json", pictures=2))
     assert [one.contestant for one in results.pictures] == ["vega", "vega"]
     assert "the board is gone" in results.contestants[0].energy["why"]
@@ -118,20 +118,20 @@ def test_one_that_raises_after_the_timed_rounds_costs_only_its_own(tmp_path, mon
 
 
 def test_a_reference_that_cannot_be_drawn_is_told(tmp_path, monkeypatch):
-    from bench import examine
+    from bench.quality import reference
 
     def fail(*_):
         raise RuntimeError("no kernel")
 
-    monkeypatch.setattr(examine, "_reference_pictures", fail)
-    configs, contestant = SimpleNamespace(is_narrow=False), SimpleNamespace(workdir=tmp_path)
-    entrant = SimpleNamespace(name="vega", checkpoint=lambda: "here", configs=configs, contestant=contestant)
-    found = examine._references([entrant], Workload(resolution=Resolution(64, 64), steps=1), "cpu")
+    monkeypatch.setattr(reference, "_reference_pictures", fail)
+    about = {"configs": SimpleNamespace(is_narrow=False), "workdir": tmp_path}
+    contestant = SimpleNamespace(name="vega", checkpoint="here", **about)
+    found = reference._references([contestant], Workload(resolution=Resolution(64, 64), steps=1), "cpu")
     assert found == {"vega": "no fp32 reference: RuntimeError: no kernel"}
 
 
 def test_a_kept_reference_is_of_the_same_files(tmp_path):
-    from bench.examine import _kept_reference
+    from bench.quality.reference import _kept_reference
 
     reference = SimpleNamespace(device="cpu", source=str(tmp_path), folder=tmp_path, workdir=tmp_path / "work")
     scheduler = tmp_path / "scheduler" / "scheduler_config.json"
@@ -149,27 +149,15 @@ def test_a_run_killed_between_two_workloads_keeps_the_first(tmp_path, monkeypatc
 
     real = run.measure_cells
 
-    def killed(*arguments, on_visit, **more):
-        def once(cell, last):
-            on_visit(cell, last)
-            raise KeyboardInterrupt
-
-        return real(*arguments, on_visit=once, **more)
+    def killed(*arguments, **more):
+        yield next(real(*arguments, **more))
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "measure_cells", killed)
     with pytest.raises(KeyboardInterrupt):
         run_bench(fake_options(tmp_path / "r.json"))
     (cell,) = read_results(tmp_path / "r.unfinished.json").cells
     assert [len(row.samples) for row in cell.rows] == [4, 4]
-
-
-def test_no_contestant_begins_to_load_too_late(tmp_path, virtual_time, monkeypatch):
-    from bench.contestants.fake import FakeContestant
-
-    monkeypatch.setattr(FakeContestant, "load", lambda self: None)
-    results = run_bench(fake_options(tmp_path / "r.json", load_seconds=1e-9))
-    assert [record.name for record in results.contestants] == ["teacher"]
-    assert "vega was not loaded" in results.notes[0]
 
 
 def test_the_gpus_state_is_kept_for_every_cell(tmp_path, monkeypatch, virtual_time):
@@ -224,7 +212,7 @@ def test_fid_and_clip_outside_their_bands_fail_the_guard(tmp_path, clip_folder, 
 
 
 def test_damaged_artifacts_are_told_before_anything_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.delattr("bench.run._load_all")
+    monkeypatch.delattr("bench.run.load_all")
     folder = tmp_path / "folder"
     folder.mkdir()
     with pytest.raises(UserError, match="neither a checkpoint"):
@@ -267,7 +255,7 @@ def test_damaged_artifacts_are_told_before_anything_is_loaded(tmp_path, monkeypa
     ],
 )
 def test_bad_input_is_said_before_anything_is_loaded(tmp_path, monkeypatch, changes, word):
-    monkeypatch.delattr("bench.run._load_all")
+    monkeypatch.delattr("bench.run.load_all")
     with pytest.raises(UserError, match=word):
         run_bench(fake_options(**({"out": tmp_path / "r.json"} | changes)))
 

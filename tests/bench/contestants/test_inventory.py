@@ -48,7 +48,8 @@ def test_folders_are_told_by_what_they_hold(tmp_path):
 def test_artifacts_belong_to_contestants(tmp_path):
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text("{}")
-    assert parse_artifacts([f"a={tmp_path}"], ["a", "b"]) == {"a": [tmp_path], "b": []}
+    found = parse_artifacts([f"a={tmp_path}"], ["a", "b"])
+    assert list(found["a"]) == [tmp_path] and found["a"][tmp_path]["kind"] == "checkpoint" and found["b"] == {}
     with pytest.raises(UserError, match="NAME=FOLDER"):
         parse_artifacts(["a"], ["a"])
     with pytest.raises(UserError, match="unknown contestant"):

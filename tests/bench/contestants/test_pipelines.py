@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from bench.contestants.contestants import Spec, make_contestant
 from bench.contestants.fake import FakeContestant
 from bench.contestants.pipelines import CompiledContestant, EagerContestant, OptimumContestant
-from bench.measure.measure import CpuClock, timed_draw
-from bench.measure.workload import Workload
+from bench.contestants.spec import Spec, make_contestant
+from bench.measure.clock import CpuClock, timed_draw
+from bench.workload import Workload
 from distill.common.errors import UserError
 from distill.models.architectures import ARCHITECTURES
 from distill.models.families import MINI_FAMILY
@@ -72,7 +72,7 @@ def test_the_picture_is_diffusers_own(eager, folder):
 
 
 def test_compiled_fused_and_channels_last_draws_the_same_picture(eager, folder):
-    from bench.quality.quality import guard
+    from bench.quality.guard import guard
 
     compiled = make_contestant(Spec.parse(f"vega=compiled@fp32:{folder}"), "cpu")
     compiled.backend = "eager"  # the capture and the fusion are the pipeline's; what inductor makes of them is torch's
@@ -144,7 +144,7 @@ def test_a_bundle_says_which_flavor_and_engines_it_loaded(monkeypatch):
         return SimpleNamespace(component=SimpleNamespace(engines=[(engine, None)]))
 
     parts = {name: part(name) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
-    monkeypatch.setattr("engines.load", lambda *_, **__: SimpleNamespace(**parts))
+    monkeypatch.setattr("engines.load", lambda *_, **__: SimpleNamespace(**parts, components=parts))
     bundle = make_contestant(Spec.parse("a=bundle:some/where"), "cpu")
     bundle.pipe = bundle.make_pipeline()
     assert bundle.runtime == "slimxl bundle, onnxruntime" and bundle.engines == list(parts)

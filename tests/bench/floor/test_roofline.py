@@ -7,6 +7,7 @@ from bench.floor.peaks import PEAKS, PUBLISHED, find_peak
 from bench.floor.predict import Known, check_predictions, find_shares, predict, published_known
 from bench.floor.roofline import (
     Cost,
+    ModelConfigs,
     architecture_configs,
     component_costs,
     count_cost,
@@ -15,7 +16,7 @@ from bench.floor.roofline import (
     total_floor_ms,
     total_flops,
 )
-from bench.measure.workload import Workload
+from bench.workload import Workload
 from distill.models.architectures import ARCHITECTURES
 from distill.models.resolution import Resolution
 
@@ -43,7 +44,7 @@ def test_the_polynomial_gives_what_counting_gives(resolution):
     configs = architecture_configs("mini-vega")
     costs = component_costs(configs, Workload(resolution=resolution, steps=1, batch=1))
     height, width = resolution.height // 8, resolution.width // 8
-    for component, config, batch in (("unet", configs.unet, 2), ("vae_decoder", configs.vae, 1)):
+    for component, config, batch in (("unet", configs.text("unet"), 2), ("vae_decoder", configs.text("vae"), 1)):
         counted = count_cost(component, config, 32, height, width, batch)
         assert costs[component][1].flops == pytest.approx(counted.flops, rel=1e-9)
 
@@ -53,7 +54,8 @@ def test_a_tiny_vae_is_counted_too():
 
     narrow = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
     vae = json.dumps(dict(narrow.config) | {"_class_name": "AutoencoderTiny"})
-    costs = component_costs(replace(architecture_configs("mini-vega"), vae=vae), SQUARE)
+    networks = dict(architecture_configs("mini-vega").networks) | {"vae": vae}
+    costs = component_costs(ModelConfigs(tuple(networks.items())), SQUARE)
     counted = count_cost("vae_decoder", vae, 32, 16, 16, 1)
     assert counted.parameters == sum(one.numel() for one in narrow.decoder.parameters())
     assert costs["vae_decoder"][1].flops == pytest.approx(64 * counted.flops)

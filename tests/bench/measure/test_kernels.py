@@ -1,8 +1,9 @@
 import pytest
 
-from bench.contestants.contestants import Spec, make_contestant
-from bench.measure.kernels import by_family, family_of, profile_denoise
-from bench.measure.workload import Workload
+from bench.contestants.spec import Spec, make_contestant
+from bench.measure.kernels import profile_denoise
+from bench.workload import Workload
+from distill.common.kernels import by_family, family_of
 from distill.models.resolution import Resolution
 
 

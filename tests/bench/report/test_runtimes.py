@@ -8,13 +8,13 @@ import pytest
 from bench.floor.peaks import PEAKS
 from bench.floor.predict import floor_ms
 from bench.floor.roofline import ModelConfigs, component_costs, total_flops
-from bench.measure.measure import Sample
-from bench.measure.workload import Workload
-from bench.reading import read_results
+from bench.measure.clock import Sample
+from bench.measure.stats import Estimate
+from bench.report.formatting import by_size
 from bench.report.report import write_report
-from bench.report.runtimes import limit_table, over, runtime_table, shape_table
-from bench.results import Estimate, Results
-from bench.summary import figures
+from bench.report.runtimes import layout_table, limits, quotient, runtime_figures
+from bench.results import Results, read_results
+from bench.workload import Workload
 from distill.models.architectures import ARCHITECTURES
 from distill.models.resolution import Resolution
 
@@ -24,13 +24,13 @@ SIZES = ("1024x1024", "1536x640")
 @cache
 def about(model):
     """(UNet parameters, costs, configs) of an architecture at the main workload."""
-    configs = ModelConfigs.of_architecture(ARCHITECTURES[model])
+    configs = ModelConfigs.of(ARCHITECTURES[model].configs)
     costs = component_costs(configs, Workload(resolution=Resolution.parse(SIZES[0]), steps=30))
     told = {
         name: {"calls": calls, "parameters": cost.parameters, "flops": cost.flops, "bytes": cost.bytes}
         for name, (calls, cost) in costs.items()
     }
-    return told["unet"]["parameters"], told, {key: getattr(configs, key) for key in ModelConfigs.__dataclass_fields__}
+    return told["unet"]["parameters"], told, dict(configs.networks)
 
 
 def gpu_results(template, contestants, sizes=SIZES[:1], part="x"):
@@ -55,7 +55,7 @@ def gpu_results(template, contestants, sizes=SIZES[:1], part="x"):
     for index, size in enumerate(sizes):
         rows = []
         for name, (_, _, _, totals) in contestants.items():
-            row = dict(cell["rows"][0]) | {"contestant": name, "mfu": 0.44, "speedup": None, "diagnosis": []}
+            row = dict(cell["rows"][0]) | {"contestant": name, "flops": 4e14, "observed": []}
             middle = sorted(totals)[len(totals) // 2]
             row["floor_ms"] = floor_ms("a100-sxm", name.split()[0], 30, Resolution.parse(size))
             row["first_ms"] = [middle + 900 * index, middle + 5]
@@ -63,7 +63,7 @@ def gpu_results(template, contestants, sizes=SIZES[:1], part="x"):
                 Sample(total, {"denoise": 0.94 * total, "vae_decode": 0.06 * total}, [total / 32], 9.0, round=number)
                 for number, total in enumerate(totals)
             ]
-            rows.append(row | figures(samples, batch=1) | {"samples": samples})
+            rows.append(row | {"samples": samples})
         load = cell["workload"] | {"resolution": size, "steps": 30, "guidance_scale": 5.0}
         named = f"{size}, 30 steps, batch 1, guidance 5"
         value["cells"].append(cell | {"workload": load, "name": named, "rows": rows, "failures": {}})
@@ -102,60 +102,63 @@ def suite_results(results_path):
 
 
 def test_the_best_runtime_is_held_against_eager_and_against_torch_compile(suite_results):
-    table = runtime_table(suite_results)
-    assert [one["record"].name.split()[0] for one in table] == ["sdxl"] * 2 + ["ssd-1b"] * 2 + ["vega"] * 7
-    found = {one["record"].name: one for one in table}
-    assert found["vega"]["over_eager"] is None
-    assert found["vega compiled"]["over_eager"].value == pytest.approx(1.25)
+    table = runtime_figures(suite_results)
+    assert [one.record.name.split()[0] for one in table] == ["sdxl"] * 2 + ["ssd-1b"] * 2 + ["vega"] * 7
+    found = {one.record.name: one for one in table}
+    assert found["vega"].over_eager is None
+    assert found["vega compiled"].over_eager.value == pytest.approx(1.25)
     best = found["vega tensorrt"]
-    assert best["over_eager"].value == pytest.approx(1.65)
-    assert best["over_compiled"].value == pytest.approx(1.65 / 1.25)
-    assert best["over_compiled"].low <= best["over_compiled"].value <= best["over_compiled"].high
-    unet = best["record"].costs["unet"]["flops"]
-    assert best["denoise_mfu"] == pytest.approx(unet / (best["row"].step_ms / 1e3) / 312e12)
-    assert found["vega shared"]["over_eager"] is None, "no eager ran in those rounds"
-    assert runtime_table(suite_results[:1]) == [], "one runtime is no comparison"
+    assert best.over_eager.value == pytest.approx(1.65)
+    assert best.over_compiled.value == pytest.approx(1.65 / 1.25)
+    assert best.over_compiled.low <= best.over_compiled.value <= best.over_compiled.high
+    unet = best.record.costs["unet"]["flops"]
+    assert best.denoise_mfu == pytest.approx(unet / (best.row.step_ms / 1e3) / 312e12)
+    assert found["vega shared"].over_eager is None, "no eager ran in those rounds"
+    assert runtime_figures(suite_results[:1]) == [], "one runtime is no comparison"
 
 
 def test_the_quotient_of_two_speedups_has_the_widest_interval():
-    found = over(Estimate(value=3.0, low=2.9, high=3.1), Estimate(value=1.5, low=1.4, high=1.6))
+    found = quotient(Estimate(value=3.0, low=2.9, high=3.1), Estimate(value=1.5, low=1.4, high=1.6))
     assert (found.value, found.low, found.high) == (2.0, 2.9 / 1.6, 3.1 / 1.4)
-    assert over(Estimate(value=3.0), Estimate(value=1.5, low=1.4, high=1.6)).low is None
+    assert quotient(Estimate(value=3.0), Estimate(value=1.5, low=1.4, high=1.6)).low is None
 
 
 def test_the_limit_is_the_ratio_of_arithmetic_and_the_claim_the_makers(suite_results):
-    table = [one for one in limit_table(suite_results) if one["runtime"].startswith("diffusers eager")]
-    main = {one["title"]: one for one in table if one["cell"].startswith(SIZES[0])}
-    assert main["SSD-1B"]["limit"] == pytest.approx(1.58, abs=0.005)
-    assert main["Vega"]["limit"] == pytest.approx(2.31, abs=0.005)
-    assert (main["SSD-1B"]["claim"], main["Vega"]["claim"]) == (1.6, 2.0)
-    assert main["Vega"]["speedup"].value == pytest.approx(2.0)
-    wide = next(one for one in table if one["title"] == "Vega" and one["cell"].startswith(SIZES[1]))
+    table = [one for one in limits(suite_results) if one.runtime.startswith("diffusers eager")]
+    main = {one.title: one for one in table if one.cell.startswith(SIZES[0])}
+    assert main["SSD-1B"].limit == pytest.approx(1.58, abs=0.005)
+    assert main["Vega"].limit == pytest.approx(2.31, abs=0.005)
+    assert (main["SSD-1B"].claim, main["Vega"].claim) == (1.6, 2.0)
+    assert main["Vega"].speedup.value == pytest.approx(2.0)
+    wide = next(one for one in table if one.title == "Vega" and one.cell.startswith(SIZES[1]))
     flops = [
         total_flops(
-            component_costs(ModelConfigs(**about(model)[2]), Workload(resolution=Resolution(1536, 640), steps=30))
+            component_costs(
+                ModelConfigs(tuple(about(model)[2].items())), Workload(resolution=Resolution(1536, 640), steps=30)
+            )
         )
         for model in ("sdxl", "vega")
     ]
-    assert wide["limit"] == pytest.approx(flops[0] / flops[1])
+    assert wide.limit == pytest.approx(flops[0] / flops[1])
 
 
 def test_a_failed_guard_is_told_beside_the_limit(suite_results):
     eager = suite_results[0].model_copy(deep=True)
     eager.contestant("sdxl").quality["passed"] = False
-    table = limit_table([eager])
-    assert all(one["base_failed"] and not one["failed"] for one in table) and table
+    table = limits([eager])
+    assert all(one.base_failed and not one.failed for one in table) and table
 
 
 def test_a_claim_is_against_the_largest_model(results_path, suite_results):
     """A part of the suite that runs the two smaller models comes before the one that has all three."""
     two = {
-        name: ("eager@fp16:x", "diffusers eager", "fp16", rounds(one)) for name, one in (("ssd-1b", 9.0), ("vega", 6.0))
+        name: ("eager@fp16:x", "diffusers eager", "fp16", rounds(one))
+        for name, one in (("ssd-1b", 1800.0), ("vega", 1200.0))
     }
     smaller = gpu_results(results_path, two)
-    assert [(one["base"], one["claim"]) for one in limit_table([smaller])] == [("SSD-1B", None)]
-    found = [one for one in limit_table([smaller, suite_results[0]]) if one["cell"].startswith(SIZES[0])]
-    assert {(one["title"], one["base"], one["claim"]) for one in found} == {
+    assert [(one.base, one.claim) for one in limits([smaller])] == [("SSD-1B", None)]
+    found = [one for one in limits([smaller, suite_results[0]]) if one.cell.startswith(SIZES[0])]
+    assert {(one.title, one.base, one.claim) for one in found} == {
         ("SSD-1B", "SDXL", 1.6),
         ("Vega", "SDXL", 2.0),
     }
@@ -172,41 +175,24 @@ def test_runtimes_of_two_machines_are_not_held_against_each_other(suite_results,
 
 
 def test_layouts_show_the_cost_of_a_change_of_size(suite_results):
-    assert shape_table(suite_results[:3]) is None
-    table = shape_table(suite_results)
-    assert table["sizes"] == list(SIZES) and len(table["rows"]) == 4
-    main, wide = table["rows"][0]["sizes"]
-    assert main["first"] is None and main["back"] == pytest.approx(main["median"] + 5)
-    assert wide["first"] == pytest.approx(wide["median"] + 900) and wide["back"] is None
+    assert not layout_table(suite_results[:3])
+    table = layout_table(suite_results)
+    assert [head.text for head in table.heads[3:5]] == [by_size(size) for size in SIZES] and len(table.rows) == 4
+    main, wide = table.rows[0][3:5]
+    assert (main.text, main.small) == ("1,001 ms", ("back 1,006 ms",))
+    assert (wide.text, wide.small) == ("1,001 ms", ("first 1,901 ms",))
 
 
 def test_the_page_shows_them_all(suite_results, tmp_path):
-    from distill.studies.bench import SCHEMA
-
     paths = []
     for index, results in enumerate(suite_results):
         paths.append(tmp_path / f"{index}.json")
         paths[-1].write_text(results.model_dump_json())
-    loops = {
-        "schema_version": SCHEMA, "teacher": "sdxl", "student": "vega", "resolution": "1024x1024",
-        "options": {"batch": 4, "mixed_precision": "bf16", "rounds": 12},
-        "loops": [
-            {"name": "published", "samples_per_s": 1.0, "peak_memory_bytes": 60_000_000_000},
-            {"name": "sub-block", "samples_per_s": 2.25, "peak_memory_bytes": None},
-        ],
-        "ratios": [
-            {"slower": "published", "faster": "sub-block", "wall": {"median": 2.25, "quartile_1": 2.2, "quartile_3": 2.3}}
-        ],
-    }  # fmt: skip
-    paths.append(tmp_path / "loops.json")
-    paths[-1].write_text(json.dumps(loops))
     write_report(paths, tmp_path / "out")
-    page, text = ((tmp_path / "out" / name).read_text() for name in ("index.html", "report.md"))
-    for section in ("runtimes", "limits", "shapes", "training", "checks"):
+    page = (tmp_path / "out" / "index.html").read_text()
+    for section in ("runtimes", "limits", "layouts", "checks"):
         assert f'<section id="{section}">' in page
-    assert "| Vega against SDXL | diffusers eager, fp16 | 1024x1024" in text and "| *2.31×* | 2.00× |" in text
-    assert "takes 12 steps, in turn" in page
-    assert "published over sub-block: 2.25× (quartiles 2.20–2.30)" in text
+    assert '<span class="predicted">2.31×</span>' in page and '<span class="published">2.00×</span>' in page
     found = json.loads((tmp_path / "out/report.json").read_text())
     assert {one["claim"] for one in found["limits"]} == {1.6, 2.0}
     assert read_results(paths[0]).cells[1].rows[0].first_ms[0] > 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bench.measure.pictures import Pictures
+from bench.contestants.pictures import Pictures
 
 MIN_PSNR_DB = 20.0  # half precision over thirty steps wanders this far and still draws the same picture
 MIN_LATENT_COSINE = 0.95

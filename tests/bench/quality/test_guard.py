@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench.measure.pictures import Pictures
-from bench.quality.quality import cosine, follows_caption, guard, png_base64, psnr_db
+from bench.contestants.pictures import Pictures
+from bench.quality.guard import cosine, follows_caption, guard, png_base64, psnr_db
 from distill.data.shapes import Scene, Thing, render, shares
 from distill.models.resolution import Resolution
 

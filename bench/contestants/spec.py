@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from bench.contestants.contestant import Contestant
 from distill.common.errors import UserError, unknown
 
 KINDS = ("eager", "compiled", "optimum", "bundle", "fake")
@@ -63,40 +64,52 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def make_contestant(spec: Spec, device: str) -> Any:
-    """Nothing is loaded yet. Raises UserError for an option that the kind does not have."""
+def check_device(device: str) -> None:
+    """Raises UserError for an unknown device, and for cuda where torch sees no GPU, with the driver that may be why."""
+    import torch
+
+    from engines.gpus import driver_at_hand
+
+    if device not in ("cpu", "cuda"):
+        raise unknown("device", device, ("cpu", "cuda"))
+    if device == "cuda" and not torch.cuda.is_available():
+        found, made_for = driver_at_hand(), f"torch {torch.__version__} is made for CUDA {torch.version.cuda or 'none'}"
+        driver = f" (driver {found[0]} runs CUDA {found[1]} at most, {made_for})" if found else ""
+        raise UserError(f"device cuda: torch sees no NVIDIA GPU here{driver}; --device cpu runs on the CPU")
+
+
+def make_contestant(spec: Spec, device: str, **about: Any) -> Contestant:
+    """Nothing is loaded yet; `about` is what else a Contestant is told. Raises UserError for an option that the kind does
+    not have."""
     from bench.contestants import pipelines
     from bench.contestants.fake import FakeContestant
 
+    about |= {"spec": str(spec)}
     if spec.kind == "fake":
-        return FakeContestant.parse(spec.name, spec.source)
+        return FakeContestant.parse(spec.name, spec.source, **about)
+    about |= {"device": device}
     if spec.kind in ("eager", "compiled"):
         precision = spec.option or ("fp16" if device.startswith("cuda") else "fp32")
         if precision not in pipelines.PRECISIONS:
             raise unknown("precision", precision, pipelines.PRECISIONS)
         kind = pipelines.EagerContestant if spec.kind == "eager" else pipelines.CompiledContestant
-        return kind(spec.name, spec.source, device, precision)
+        return kind(spec.name, spec.source, precision=precision, **about)
     if spec.kind == "optimum":
-        return pipelines.OptimumContestant(spec.name, spec.source, device, "as exported")
-    return _bundle(spec, device)
+        return pipelines.OptimumContestant(spec.name, spec.source, **about)
+    return pipelines.BundleContestant(spec.name, spec.source, **_bundle_options(spec.option or ""), **about)
 
 
-def _bundle(spec: Spec, device: str) -> Any:
+def _bundle_options(option: str) -> dict[str, Any]:
     """`FLAVOR[+LAYOUT][+no-graphs]`, in any order behind the flavor."""
-    from bench.contestants.pipelines import BundleContestant
     from engines.bundle import LAYOUTS, Layout
 
-    flavor, *words = (spec.option or "").split("+")
-    for word in words:
-        if word not in (*LAYOUTS, "no-graphs"):
-            raise unknown("way to run a bundle", word, (*LAYOUTS, "no-graphs"))
-    return BundleContestant(
-        spec.name,
-        spec.source,
-        device,
-        "as built",
-        runtime=f"slimxl bundle, {', '.join([flavor or 'default flavor', *words])}",
-        flavor=flavor or None,
-        layout=next((layout for layout in get_args(Layout) if layout in words), None),
-        cuda_graphs="no-graphs" not in words,
-    )
+    flavor, *choices = option.split("+")
+    for choice in choices:
+        if choice not in (*LAYOUTS, "no-graphs"):
+            raise unknown("way to run a bundle", choice, (*LAYOUTS, "no-graphs"))
+    return {
+        "runtime": f"slimxl bundle, {', '.join([flavor or 'default flavor', *choices])}",
+        "flavor": flavor or None,
+        "layout": next((layout for layout in get_args(Layout) if layout in choices), None),
+        "cuda_graphs": "no-graphs" not in choices,
+    }

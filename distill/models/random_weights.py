@@ -17,12 +17,12 @@ SEED = 0
 
 
 def random_pipeline(name: str, device: str, dtype: torch.dtype) -> Any:
-    """A diffusers StableDiffusionXLPipeline of an architecture of the catalogue. Raises UserError for an unknown name.
+    """A diffusers pipeline of an architecture of the catalogue. Raises UserError for an unknown name.
 
     The VAE says that it is safe in fp16, as the fixed one of the published figures does: weights of this scale are.
     """
+    import diffusers
     import torch
-    from diffusers import StableDiffusionXLPipeline
 
     from distill.models.assemble import tokenizers_and_scheduler
     from distill.models.networks import make_network
@@ -33,4 +33,6 @@ def random_pipeline(name: str, device: str, dtype: torch.dtype) -> Any:
     torch.manual_seed(SEED)
     with torch.device(device):
         networks = {part: make_network(part, config).to(dtype).eval() for part, config in configs.items()}
-    return StableDiffusionXLPipeline(**networks, **tokenizers_and_scheduler(family), add_watermarker=False)
+    kind = family.conditioning
+    parts = {**networks, **tokenizers_and_scheduler(family), **kind.load_options}
+    return getattr(diffusers, kind.pipeline)(**parts)

@@ -76,6 +76,18 @@ class Workload:
         return replace(self, prompts=(prompt,), seed=seed, batch=1, resolution=resolution)
 
 
+def family_prompts(family: Family, count: int) -> list[str]:
+    """Prompts that the family has learnt: captions of the shapes world for mini, plain prompts otherwise."""
+    if family.name != "mini":
+        return [PROMPTS[index % len(PROMPTS)] for index in range(count)]
+    import numpy as np
+
+    from distill.data.shapes import random_scene
+
+    rng = np.random.default_rng(2024)
+    return [random_scene(rng).caption for _ in range(count)]
+
+
 def parse_resolutions(text: str, family: Family) -> list[Resolution]:
     """`all`, `first`, or a comma-separated list of WIDTHxHEIGHT. Raises UserError."""
     if text == "all":

@@ -1,10 +1,10 @@
-"""How numbers and names are written in a report: one place, so that page, Markdown and terminal agree."""
+"""How numbers and names are written: one place, so that page, Markdown and terminal agree."""
 
 from __future__ import annotations
 
-from bench.results import Estimate
+from bench.measure.stats import Estimate
 
-STAGE_WORDS = {
+STAGE_NAMES = {
     "prepare": "prepare",
     "tokenise": "tokenise",
     "text_encoders": "text encoders",
@@ -13,6 +13,10 @@ STAGE_WORDS = {
     "post_process": "post-process",
 }
 NONE = "–"
+
+
+def stage_name(stage: str) -> str:
+    return STAGE_NAMES.get(stage, stage)
 
 
 def milliseconds(value: float | None) -> str:
@@ -34,7 +38,7 @@ def seconds(value: float | None) -> str:
 
 
 def long_seconds(value_ms: float | None) -> str:
-    """Milliseconds told in seconds with two decimals, for the long times of full-size models."""
+    """Milliseconds written as seconds with two decimals, for the long times of full-size models."""
     return NONE if value_ms is None else f"{value_ms / 1e3:.2f} s"
 
 
@@ -62,6 +66,10 @@ def count(value: float | None) -> str:
     return f"{value:.0f}"
 
 
+def joules(value: float | None, digits: int = 0) -> str:
+    return NONE if value is None else f"{value:.{digits}f} J"
+
+
 def times(value: float | None) -> str:
     return NONE if value is None else f"{value:.2f}×"
 
@@ -82,6 +90,11 @@ def interval(estimate: Estimate | None, unit: str = "ms") -> str:
         return f"{estimate.low / 1e3:.1f}–{estimate.high / 1e3:.1f} s"
     digits = 1 if estimate.value < 99.5 else 0
     return f"{estimate.low:,.{digits}f}–{estimate.high:,.{digits}f} ms"
+
+
+def by_size(resolution: str) -> str:
+    """`1024x1024` with spaces at which no line breaks."""
+    return resolution.replace("x", "\u00a0×\u00a0")
 
 
 def title_of(name: str) -> str:

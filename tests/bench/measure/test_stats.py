@@ -1,14 +1,8 @@
 import numpy as np
 import pytest
 
-from bench.stats import (
-    diagnose,
-    drift,
-    is_refused,
-    median_interval,
-    ratio_interval,
-    spread,
-)
+from bench.measure.clock import Sample
+from bench.measure.stats import drift, median_interval, ratio_interval, spread, stage_medians
 
 
 @pytest.mark.parametrize("count", [6, 7, 8, 12, 25])
@@ -47,25 +41,19 @@ def test_drift_finds_a_slope_and_not_noise():
     assert spread([100.0]) == 0.0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "word"),
-    [
-        ({"floor_ms": 200.0}, "refused"),
-        ({"unaccounted": 0.02}, "unexplained"),
-        ({"queue_ms": 0.1, "step_ms": 10.0}, "enqueue-bound"),
-        ({"throttle_reasons": ["power cap"]}, "power cap"),
-        ({"other_gpu_processes": 2}, "2 other"),
-        ({"others_cpu_percent": 90.0}, "90 %"),
-    ],
-)
-def test_each_fault_is_said_and_a_calm_row_says_nothing(arguments, word):
-    calm = [100.0, 101.0, 100.5, 99.5, 100.2, 100.1]
-    assert diagnose(calm, unaccounted=0.0, queue_ms=5.0, step_ms=10.0, floor_ms=50.0, others_cpu_percent=3.0) == []
-    words = diagnose(calm, **({"unaccounted": 0.0} | arguments))
-    assert len(words) == 1 and word in words[0]
-    assert is_refused(words) == (word == "refused")
+def test_stages_sum_to_the_total_and_hide_nothing():
+    """Shares are not stretched over what the marks leave out: up to 1 % of it is allowed, the rest is told."""
 
+    def samples(unexplained):
+        totals = (100.0, 120.0, 90.0)
+        return [
+            Sample(total, {"denoise": 0.8 * total, "vae_decode": (0.2 - unexplained) * total}, []) for total in totals
+        ]
 
-def test_noise_and_drift_are_said():
-    assert "noisy" in diagnose([100, 130, 90, 140, 95, 120], unaccounted=0)[0]
-    assert any("drifting: slower" in word for word in diagnose(list(range(100, 160, 4)), unaccounted=0))
+    for share in (0.0, 0.008, -0.008):
+        stages = stage_medians(samples(share))
+        assert "unexplained" not in stages
+        assert sum(stages.values()) == pytest.approx(100.0, rel=0.01)
+    stages = stage_medians(samples(0.1))
+    assert stages["unexplained"] == pytest.approx(10.0) and stages["denoise"] == pytest.approx(80.0)
+    assert sum(stages.values()) == pytest.approx(100.0)

@@ -4,11 +4,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from bench.contestants.contestant import STAGES
 from bench.contestants.fake import FakeContestant
-from bench.measure.measure import STAGES, Cell, CpuClock, Rounds, cold_start, measure_cells, measure_rounds, timed_draw
-from bench.measure.pictures import Pictures
-from bench.measure.workload import Workload
-from bench.summary import summarise
+from bench.contestants.pictures import Pictures
+from bench.measure.clock import CpuClock, timed_draw
+from bench.measure.cold_start import cold_start
+from bench.measure.rounds import Cell, Rounds, measure_cells, measure_rounds
+from bench.results import record_cell
+from bench.workload import Workload
 from distill.common.errors import UserError
 from distill.models.resolution import Resolution
 
@@ -76,7 +79,7 @@ def test_what_is_wrong_with_a_picture_refuses_its_row_and_what_is_not_warm_is_to
     cell = Cell(WORKLOAD)
     measure_rounds([Black("black", {"denoise": 0.1}), FakeContestant("good", {"denoise": 0.1})], cell, Rounds(), 0.0)
     cell.unsettled["good"] = 0.2
-    black, good = summarise(cell, "good", costs={}, peak=None, faults={}).rows
+    black, good = record_cell(cell, costs={}, peak=None, faults={}).rows
     assert black.refused and black.speedup is None and black.diagnosis[0].startswith("refused: picture 0 is black")
     assert not good.refused and "still differed by 20%" in "; ".join(good.diagnosis)
 
@@ -94,8 +97,8 @@ def test_a_contestant_that_fails_is_recorded_and_the_others_go_on():
 
 def test_the_cold_start_stands_apart(virtual_time):
     cold = cold_start(FakeContestant("fake", {"denoise": 1.0}, load_ms=30.0), WORKLOAD)
-    assert cold.load_ms == pytest.approx(30, abs=1e-3)
-    assert cold.first_image_ms == pytest.approx(4, abs=1e-3)
+    assert cold["load_ms"] == pytest.approx(30, abs=1e-3)
+    assert cold["first_image_ms"] == pytest.approx(4, abs=1e-3)
 
 
 @pytest.mark.parametrize("text", ["sleep=3", "denoise=fast", "denoise=-1", "denoise"])
@@ -105,21 +108,16 @@ def test_bad_delays_are_a_users_mistake(text):
 
 
 def test_every_workload_is_visited_there_and_back_again():
-    visits = []
     workloads = [WORKLOAD, replace(WORKLOAD, steps=2), replace(WORKLOAD, steps=1)]
-    cells = measure_cells(
-        [FakeContestant("fake", {})],
-        workloads,
-        Rounds(min_rounds=4, max_rounds=4, max_warmup=1),
-        60.0,
-        on_visit=lambda cell, last: visits.append((cell.workload.steps, last)),
-    )
+    rounds = Rounds(min_rounds=4, max_rounds=4, max_warmup=1)
+    cells = list(measure_cells([FakeContestant("fake", {})], workloads, rounds, 60.0))
+    visits = [(cell.workload.steps, is_done) for cell, is_done in cells]
     assert visits == [(4, False), (2, False), (1, False), (1, True), (2, True), (4, True)]
-    assert [sample.round for sample in cells[0].samples["fake"]] == [0, 1, 2, 3]
+    assert [sample.round for sample in cells[0][0].samples["fake"]] == [0, 1, 2, 3]
 
 
 def test_a_machine_far_too_slow_still_gets_every_workload_done():
-    cells = measure_cells(
-        [FakeContestant("fake", {"denoise": 0.2})], [WORKLOAD, replace(WORKLOAD, steps=2)], Rounds(min_rounds=20), 0.0
-    )
-    assert [len(cell.samples["fake"]) for cell in cells] == [20, 2], "the main one gets what an interval needs"
+    workloads = [WORKLOAD, replace(WORKLOAD, steps=2)]
+    visits = list(measure_cells([FakeContestant("fake", {"denoise": 0.2})], workloads, Rounds(min_rounds=20), 0.0))
+    counts = [len(cell.samples["fake"]) for cell, is_done in reversed(visits) if is_done]
+    assert counts == [20, 2], "the main one gets what an interval needs"

@@ -1,0 +1,82 @@
+"""What every contestant is: something that draws, and what is known of it without loading it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bench.contestants.pictures import Pictures
+from bench.floor.roofline import Costs, ModelConfigs, component_costs
+from bench.workload import Workload
+from distill.models.architectures import find_architecture
+from distill.models.families import SDXL_FAMILY, Family
+from distill.models.sources import WORKDIR
+
+STAGES = ("prepare", "tokenise", "text_encoders", "denoise", "vae_decode", "post_process")
+Mark = Callable[[str], None]
+"""Is called with a stage's name when that stage ends."""
+
+
+@dataclass
+class Contestant:
+    """A new kind derives from it, with its own `load` and `draw`. `device` is `cpu` or `cuda`, `runtime` and `precision` are
+    words for the report, `spec` is how the command line named it, and what is fetched or made goes below `workdir`.
+    `artifacts` maps each folder that was made on the model's way to its description by `inventory.describe`."""
+
+    name: str
+    _: KW_ONLY
+    device: str = "cpu"
+    precision: str = "none"
+    runtime: str = ""
+    spec: str = ""
+    workdir: Path = WORKDIR
+    artifacts: dict[Path, dict[str, Any]] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raises UserError, before anything is loaded, for a source that cannot be had or is of no use here."""
+
+    def load(self) -> None:
+        """Is timed as the cold start, and called once."""
+
+    def draw(self, workload: Workload, mark: Mark) -> Pictures:
+        raise NotImplementedError
+
+    @property
+    def engines(self) -> list[str] | None:
+        """sha256 of every engine that was loaded; None where it has none."""
+        return None
+
+    @property
+    def checkpoint(self) -> str | None:
+        """Where its weights come from, as a source that every room knows; None where nobody said."""
+        return next((str(folder) for folder, one in self.artifacts.items() if one["kind"] == "checkpoint"), None)
+
+    @cached_property
+    def configs(self) -> ModelConfigs | None:
+        """Of its checkpoint, None where it has none. Raises UserError for one that cannot be had."""
+        if self.checkpoint is None:
+            return None
+        kind, _, name = self.checkpoint.partition(":")
+        if kind == "random":
+            return ModelConfigs.of(find_architecture(name).configs)
+        return ModelConfigs.of_folder(self.checkpoint_folder())
+
+    def checkpoint_folder(self) -> Path:
+        from distill.models.sources import resolve
+
+        return resolve(str(self.checkpoint), self.workdir)
+
+    @property
+    def why_no_costs(self) -> str | None:
+        return None if self.configs else "no checkpoint among its artifacts, so its FLOPs are not known"
+
+    def costs(self, workload: Workload) -> Costs | None:
+        return component_costs(self.configs, workload) if self.configs else None
+
+
+def find_family(contestants: list[Contestant]) -> Family:
+    """That of the first contestant whose checkpoint is known; SDXL where nobody's is."""
+    return next((one.configs.family for one in contestants if one.configs), SDXL_FAMILY)

@@ -1,0 +1,35 @@
+"""What a report is made from: each file by its schema."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.report.training import LOOPS_SCHEMAS, LoopsFile
+from bench.results import Results, keeping_to, read_results
+from distill.common.files import read_json
+from engines.serving.load_file import LOAD_SCHEMA, LoadFile, read_load
+
+
+@dataclass
+class Inputs:
+    """Results of `bench run`, training loops of `distill bench`, load tests of `engines load`."""
+
+    results: list[Results] = field(default_factory=list)
+    loops: list[LoopsFile] = field(default_factory=list)
+    loads: list[LoadFile] = field(default_factory=list)
+
+
+def read_inputs(paths: list[Path]) -> Inputs:
+    """Raises UserError for a file of none of the three schemas, or that does not keep to its own."""
+    inputs = Inputs()
+    for path in paths:
+        value = read_json(path)
+        schema = value.get("schema_version") if isinstance(value, dict) else None
+        if schema == LOAD_SCHEMA:
+            inputs.loads.append(read_load(path))
+        elif schema in LOOPS_SCHEMAS:
+            inputs.loops.append(keeping_to(schema, LoopsFile, value, path))
+        else:
+            inputs.results.append(read_results(path))
+    return inputs

@@ -1,0 +1,121 @@
+"""What else is known of each contestant of each run: quality guard, energy, memory, cold start, and every fault found."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from bench.report.cards import Card, Verdict, quality_verdict, runtime_and_machine
+from bench.report.formatting import joules, milliseconds, seconds, size, title_of
+from bench.report.tables import Cell, Column, Table, make_table, measured
+from bench.results import ContestantRecord, Results
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One contestant of one run; `colour` is None outside of the main run, `where` empty where there is no other."""
+
+    record: ContestantRecord
+    where: str
+    colour: int | None
+
+    @property
+    def name(self) -> Cell:
+        small = (self.where,)
+        return Cell(title_of(self.record.name), "", small, self.record.failed_guard, self.colour)
+
+    @property
+    def quality(self) -> Verdict:
+        return quality_verdict(self.record)
+
+
+def entries(all_results: list[Results], cards: list[Card]) -> list[Entry]:
+    colours = {card.name: card.colour for card in cards}
+    return [
+        Entry(
+            record,
+            runtime_and_machine(record, results, all_results) if len(all_results) > 1 else "",
+            colours[record.name] if results is all_results[0] else None,
+        )
+        for results in all_results
+        for record in results.contestants
+    ]
+
+
+def quality_table(found: list[Entry]) -> Table:
+    return make_table(
+        found,
+        Column("model", lambda one: one.name),
+        Column("guard", lambda one: one.quality.cell, "left"),
+        Column("what was found", lambda one: one.quality.text, "wrap"),
+    )
+
+
+def device_table(found: list[Entry]) -> Table:
+    def device(one: Entry) -> Cell:
+        peak = one.record.memory["allocator_peak_bytes"]
+        return measured(size(one.record.memory["device_added_bytes"]), f"allocator peak {size(peak)}" if peak else "")
+
+    return make_table(
+        found,
+        Column("model", lambda one: one.name),
+        Column("energy an image", lambda one: measured(joules(one.record.energy["j_per_image"], 1))),
+        Column("memory added, host", lambda one: measured(size(one.record.memory["rss_added_bytes"]))),
+        Column("memory added, device", device),
+        Column("load", lambda one: measured(seconds(one.record.cold["load_ms"] / 1e3))),
+        Column("first image", lambda one: measured(milliseconds(one.record.cold["first_image_ms"]))),
+    )
+
+
+@dataclass(frozen=True)
+class RowFaults:
+    """What speaks against one contestant at one workload."""
+
+    cell: str
+    title: str
+    where: str
+    faults: list[str]
+
+
+def all_faults(all_results: list[Results]) -> list[RowFaults]:
+    """Every fault the harness found, of all runs; a contestant that did not finish is one."""
+    found = []
+    for results in all_results:
+        for cell in results.cells:
+            said = [(row.contestant, row.diagnosis) for row in cell.rows if row.diagnosis]
+            said += [(name, [f"failed: {why}"]) for name, why in cell.failures.items()]
+            for name, faults in said:
+                where = runtime_and_machine(results.contestant(name), results, all_results)
+                found.append(RowFaults(cell.name, title_of(name), where, faults))
+    return found
+
+
+def fault_counts(found: list[RowFaults]) -> list[tuple[str, int]]:
+    """How many rows each kind of fault was said of, the most frequent first."""
+    return Counter(fault.partition(":")[0] for one in found for fault in one.faults).most_common()
+
+
+def fault_table(found: list[RowFaults]) -> Table:
+    return make_table(
+        found,
+        Column("workload", lambda one: one.cell),
+        Column("model", lambda one: Cell(one.title, small=(one.where,)), "left"),
+        Column("what was found", lambda one: "; ".join(one.faults), "wrap"),
+    )
+
+
+def device_ranges(device: dict[str, list[float] | None]) -> list[str]:
+    """What the GPU showed between the timed calls, each reading from its least to its most."""
+    names = {
+        "sm_clock_mhz": ("SM clock", "MHz"),
+        "memory_clock_mhz": ("memory clock", "MHz"),
+        "temperature_c": ("", "°C"),
+        "power_w": ("", "W"),
+    }
+    told = []
+    for key, (name, unit) in names.items():
+        values = device.get(key)
+        if values:
+            least, _, most = values
+            told.append(f"{name} {least:,.0f}{f'–{most:,.0f}' if most > least else ''} {unit}".strip())
+    return told

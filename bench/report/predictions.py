@@ -1,0 +1,131 @@
+"""Floors and predictions of every GPU of the list, and how far the method is from published and from measured figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+from bench.floor.peaks import PEAKS
+from bench.floor.predict import Check, Known, Prediction, predict, published_known
+from bench.report.formatting import by_size, long_seconds, percent, signed_percent, title_of
+from bench.report.runtimes import MODELS, model_of
+from bench.report.tables import Cell, Column, Table, make_table, measured
+from bench.results import ContestantRecord, Results
+
+STEPS = 30
+RUNTIME = "TensorRT"
+MEASURED = "measured by slimxl"
+
+
+def measured_latencies(all_results: list[Results]) -> list[Known]:
+    """What was measured with guidance on a GPU of the catalogue, of models of the catalogue, the baseline first.
+
+    Rows that were refused or failed the quality guard take no part; of runs that measured the same the first stands.
+    The floor is the row's own, which counts the UNet calls that were made: some schedulers make more than they have
+    steps.
+    """
+    known: dict[tuple[Any, ...], Known] = {}
+    for results in all_results:
+        gpu = next((key for key, peak in PEAKS.items() if results.peak and peak.name == results.peak.name), None)
+        if gpu is None:
+            continue
+        for cell in results.cells:
+            load = cell.workload
+            for row in sorted(cell.rows, key=lambda row: row.contestant != results.baseline):
+                record = results.contestant(row.contestant)
+                model, runtime = model_of(record), runtime_class(record)
+                sound = not (row.refused or record.failed_guard)
+                if model is None or row.floor_ms is None or not sound or load["guidance_scale"] <= 1:
+                    continue
+                one = Known(gpu, model, load["steps"], runtime, row.total_ms.value, row.floor_ms, MEASURED)
+                one = replace(one, resolution=load["resolution"], batch=load["batch"])
+                known.setdefault((gpu, model, runtime, one.steps, one.resolution, one.batch), one)
+    return list(known.values())
+
+
+def known_latencies(measured: list[Known]) -> list[Known]:
+    """Published figures, and those measured at the size that predictions are made for."""
+    return published_known() + [one for one in measured if (one.resolution, one.batch) == ("1024x1024", 1)]
+
+
+def runtime_class(record: ContestantRecord) -> str:
+    """The published figures' name for a runtime of ours; they are of fp16, so another precision is told with it."""
+    classes = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT", "compile": "compiled", "eager": "diffusers"}
+    name = next((title for part, title in classes.items() if part in record.runtime), record.runtime)
+    return f"{name}, {record.precision}" if record.precision in ("bf16", "fp32") else name
+
+
+def all_predictions(known: list[Known]) -> dict[str, list[Prediction]]:
+    """Of every GPU of the list, one for each model."""
+    return {gpu: [predict(gpu, model, STEPS, RUNTIME, known) for model in MODELS] for gpu in PEAKS}
+
+
+def calibration(known: list[Known]) -> str:
+    """The share of its floor that TensorRT is known to reach, by GPU."""
+    told = [f"{percent(one.efficiency)} on {PEAKS[one.gpu].name}" for one in known if one.runtime == RUNTIME]
+    return ", ".join(told)
+
+
+def about(predicted_ms: float) -> str:
+    return f"≈ {long_seconds(predicted_ms)}"
+
+
+def prediction_table(predictions: dict[str, list[Prediction]]) -> Table:
+    def gpu(key: str) -> Cell:
+        peak = PEAKS[key]
+        return Cell(peak.name, small=(f"{peak.tflops:.0f} TFLOP/s, {peak.terabytes_per_s:.2f} TB/s",))
+
+    def column(index: int, model: str) -> Column[str]:
+        def write(key: str) -> Cell:
+            one = predictions[key][index]
+            floor = f"floor {long_seconds(one.floor_ms)}"
+            if one.total_ms is None:
+                return Cell("–", "predicted", (floor,))
+            within = f"{long_seconds(one.low_ms)[:-2]} – {long_seconds(one.high_ms)}" if one.low_ms else ""
+            return Cell(about(one.total_ms), "predicted", (within, floor))
+
+        return Column(title_of(model), write)
+
+    return make_table(predictions, Column("GPU", gpu), *(column(*pair) for pair in enumerate(MODELS)))
+
+
+def published_table(checks: list[Check], sources: list[str]) -> Table:
+    """`sources` are numbered from 1, as the notes below the table are."""
+
+    def what(one: Check) -> Cell:
+        known = one.known
+        return Cell(PEAKS[known.gpu].name, small=(f"{title_of(known.model)}, {known.runtime}, {known.steps} steps",))
+
+    def error(one: Check) -> Cell:
+        blind = "" if one.blind_error is None else f"blind {signed_percent(one.blind_error)}"
+        return Cell(signed_percent(one.error), "predicted", (blind,))
+
+    return make_table(
+        checks,
+        Column("GPU, model, runtime", what),
+        Column("published", lambda one: Cell(long_seconds(one.known.total_ms), "published")),
+        Column("source", lambda one: str(sources.index(one.known.origin) + 1)),
+        Column("share of the floor", lambda one: percent(one.known.efficiency)),
+        Column("predicted", lambda one: Cell(about(one.predicted_ms), "predicted")),
+        Column("error", error),
+    )
+
+
+def measured_table(checks: list[Check]) -> Table:
+    return make_table(
+        checks,
+        Column("model, runtime", lambda one: f"{title_of(one.known.model)}, {one.known.runtime}"),
+        Column("size", lambda one: by_size(one.known.resolution)),
+        Column("batch", lambda one: str(one.known.batch)),
+        Column("steps", lambda one: str(one.known.steps)),
+        Column("measured", lambda one: measured(long_seconds(one.known.total_ms))),
+        Column("predicted", lambda one: Cell(about(one.predicted_ms), "predicted")),
+        Column("error", lambda one: Cell(signed_percent(one.error), "predicted")),
+    )
+
+
+def error_sizes(errors: list[float]) -> dict[str, float]:
+    """Median and worst, whatever the sign."""
+    sizes = [abs(error) for error in errors] or [0.0]
+    return {"median": median(sizes), "worst": max(sizes)}
