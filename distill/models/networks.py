@@ -51,8 +51,10 @@ def stated_config(component: str, config: Mapping[str, Any], where: object) -> d
     return DEFAULTS.get(_class_name(component, config), {}) | dict(config)
 
 
-def _class_name(component: str, config: Mapping[str, Any]) -> str:
-    return "AutoencoderTiny" if config.get("_class_name") == "AutoencoderTiny" else NETWORKS[component][1]
+def _class_name(component: str, config: Mapping[str, Any]) -> Any:
+    """A VAE may be an AutoencoderTiny too, and lie in a folder of any name."""
+    stated = config.get("_class_name")
+    return stated if stated == "AutoencoderTiny" or component not in NETWORKS else NETWORKS[component][1]
 
 
 def network_class(component: str, config: Mapping[str, Any]) -> Any:

@@ -191,7 +191,10 @@ def load_component(folder: Path, component: str, dtype: torch.dtype) -> Any:
     files = component_weights(place, "fp16" if dtype == torch.float16 else "fp32")
     if others := other_variants(place, files):
         say(f"{place}: read from {files[0].name}, not from {others[0]}")
-    with TemporaryDirectory() as temporary, _explaining(place):  # links to what is read, and to nothing else beside it
+    with (
+        TemporaryDirectory() as temporary,
+        explaining_library(place),
+    ):  # links to what is read, and to nothing else beside it
         (Path(temporary) / "config.json").symlink_to((place / "config.json").resolve())
         names = plain_names(files)
         for name, file in names.items():
@@ -208,7 +211,7 @@ def load_component(folder: Path, component: str, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def _explaining(what: Path) -> Iterator[None]:
+def explaining_library(what: Path) -> Iterator[None]:
     """Whatever diffusers or transformers raise while they load `what` is a UserError; what the system refuses is not."""
     try:
         yield
@@ -242,7 +245,7 @@ def _load_part(folder: Path, name: str, stated: Any) -> Any:
         )
     if name == "scheduler":
         read_object(folder / name / "scheduler_config.json")
-    with _explaining(folder / name):
+    with explaining_library(folder / name):
         return found.from_pretrained(folder / name)
 
 
@@ -256,7 +259,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype, without: Collection[str] = (
     for name in conditioning.networks:
         components[name] = None if name in without else load_component(folder, name, dtype)
     kind = getattr(diffusers, conditioning.pipeline)
-    with _explaining(folder):
+    with explaining_library(folder):
         return kind.from_pretrained(folder, torch_dtype=dtype, **components, **conditioning.load_options)
 
 
