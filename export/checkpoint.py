@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from distill.common.errors import UserError
-from distill.common.files import read_json, require_free_disk, sha256_file, sha256_json
+from distill.common.files import read_json, read_object, require_free_disk, sha256_file, sha256_json
 from distill.common.hub import explaining_hub
 from distill.models.sources import file_hashes, load_pipeline, make_checkpoint, network_folders, read_config
-from distill.models.tensors import component_tensors, component_weights, read_safetensors_header
+from distill.models.tensors import component_tensors, component_weights
+from export.lora import Lora, check_lora, load_lora
 
 VAE_SOURCES = {"fp16-fix": "madebyollin/sdxl-vae-fp16-fix", "tiny": "madebyollin/taesdxl"}
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
-LORA_ENDINGS = ("lora_A.weight", "lora_down.weight", "lora.down.weight", "lora_linear_layer.down.weight")
-"""What a LoRA calls the first of its two matrices: peft, kohya, and diffusers of old."""
-Lora = tuple[Path, float]
 
 
 def vae_folder(vae: str) -> Path:
@@ -42,7 +40,7 @@ def vae_folder(vae: str) -> Path:
         raise UserError(
             f"there is no VAE {vae!r}: allowed are stock, {', '.join(VAE_SOURCES)}, or a folder with config.json"
         )
-    kind = read_json(folder / "config.json").get("_class_name")
+    kind = read_object(folder / "config.json").get("_class_name")
     if kind not in VAE_CLASSES:
         raise UserError(f"the VAE {vae}: its config.json says {kind!r}, allowed are {', '.join(VAE_CLASSES)}")
     component_weights(folder)
@@ -63,7 +61,7 @@ def with_vae(checkpoint: Path, vae: str, workdir: Path) -> Path:
     if vae == "stock":
         return checkpoint
     source = vae_folder(vae).resolve()
-    config, wanted = read_json(source / "config.json"), read_config(checkpoint, "unet")["out_channels"]
+    config, wanted = read_config(source.parent, source.name), read_config(checkpoint, "unet")["out_channels"]
     if (channels := config.get("latent_channels", 4)) != wanted:
         raise UserError(
             f"the VAE {vae} has {channels} latent channels, the UNet of {checkpoint.name} {wanted}; give one made for SDXL"
@@ -89,17 +87,8 @@ def with_loras(checkpoint: Path, sha256: str, loras: Sequence[Lora], workdir: Pa
     """
     if not loras:
         return checkpoint
-    for path, _ in loras:
-        if not path.is_file():
-            raise UserError(f"the LoRA {path} does not exist: a .safetensors file is wanted there")
-        keys = read_safetensors_header(path)
-        if not any(key.endswith(LORA_ENDINGS) for key in keys):
-            raise UserError(f"{path} holds no LoRA weights: none of its keys names one")
-        if any("dora_scale" in key for key in keys):
-            raise UserError(
-                f"the LoRA {path} is a DoRA in kohya's format, whose scales diffusers would drop; merge it with its own "
-                "trainer"
-            )
+    for path, scale in loras:
+        check_lora(path, scale)
     recipe = [str(checkpoint.resolve()), sha256, *((sha256_file(path), scale) for path, scale in loras)]
     folder = workdir / f"{checkpoint.name}-lora-{sha256_json(recipe)[:12]}"
     return make_checkpoint(folder, lambda temporary: _fuse(checkpoint, loras, temporary))
@@ -118,18 +107,7 @@ def _fuse(checkpoint: Path, loras: Sequence[Lora], folder: Path) -> None:
     parts: dict[str, Any] = {name: getattr(pipe, name) for name in dtypes}
     for index, (path, scale) in enumerate(loras):
         name = f"lora_{index}"
-        try:
-            pipe.load_lora_weights(str(path.resolve().parent), weight_name=path.name, adapter_name=name)
-        except (ValueError, RuntimeError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
-            raise UserError(f"the LoRA {path} does not fit {checkpoint.name}: {reason}") from None
-        fused = [part for part in parts if name in getattr(getattr(pipe, part), "peft_config", {})]
-        stored = sum(key.endswith(LORA_ENDINGS) for key in read_safetensors_header(path))
-        loaded = sum(name in getattr(module, "lora_A", ()) for part in fused for module in parts[part].modules())
-        if loaded != stored:  # diffusers only warns
-            raise UserError(
-                f"the LoRA {path} does not fit {checkpoint.name}: {stored - loaded} of its {stored} layers are not there"
-            )
+        fused = load_lora(pipe, path, name, checkpoint.name)
         pipe.fuse_lora(components=fused, lora_scale=scale, adapter_names=[name])
         pipe.unload_lora_weights()
     _link(checkpoint, folder, list(parts))

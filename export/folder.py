@@ -10,6 +10,7 @@ Each component is written under a temporary name, checked, and renamed: a folder
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 from distill.common.errors import UserError
 from distill.common.files import (
     exclusive,
-    read_json,
+    read_object,
     remove_leftovers,
     replacing,
     require_free_disk,
@@ -30,7 +31,7 @@ from distill.common.files import (
 )
 from distill.models.conditioning import conditioning_of
 from distill.models.families import vae_scale_factor
-from distill.models.sources import WORKDIR, file_hashes, find_family, read_config
+from distill.models.sources import WORKDIR, file_hashes, find_family, load_parts, read_config
 from distill.models.tensors import component_tensors
 from export.checkpoint import VAE_SOURCES, prepare
 from export.components import COMPONENTS, FLOAT_DTYPES
@@ -47,13 +48,54 @@ from export.job import (
 )
 
 
+def _read_record(folder: Path) -> dict[str, Any]:
+    """export.json of a component. Raises UserError where it is damaged."""
+    record = read_object(folder / "export.json")
+    tables = [record.get(name) for name in ("bytes", "sha256")]
+    whole = all(isinstance(table, dict) and all(map(_is_file_name, table)) for table in tables)
+    if not whole or not all(type(size) is int for size in record["bytes"].values()):
+        raise UserError(
+            f"{folder / 'export.json'} is damaged: it does not say what files there are; export {folder.name} again"
+        )
+    return record
+
+
+def _is_file_name(name: str) -> bool:
+    return Path(name).name == name
+
+
 def _read_finished(folder: Path, key: str) -> dict[str, Any] | None:
-    """export.json of a component made from the same inputs, if all its files are there in their sizes."""
-    about = folder / "export.json"
-    if not about.is_file() or (record := read_json(about)).get("key") != key:
+    """The record of a component made from the same inputs, if all its files are there in their sizes."""
+    if not (folder / "export.json").is_file() or (record := _read_record(folder)).get("key") != key:
         return None
     files = ((folder / name, size) for name, size in record["bytes"].items())
     return record if all(file.is_file() and file.stat().st_size == size for file, size in files) else None
+
+
+def check_files(folder: Path, components: Sequence[str] = ()) -> None:
+    """Compares every file that an export wrote for some components, or for all and beside them, with the sha256 that was
+    recorded then.
+
+    Raises UserError, which names the file, for one that is missing or has changed, and where there is no component.
+    """
+    names = components or [name for name in COMPONENTS if (folder / name / "export.json").is_file()]
+    if not names:
+        raise UserError(f"{folder} is no ONNX folder: no component in it has an export.json; make one with export onnx")
+    recorded = {
+        f"{name}/{file}": digest for name in names for file, digest in _read_record(folder / name)["sha256"].items()
+    }
+    if not components and (folder / "slimxl.json").is_file():
+        beside = read_object(folder / "slimxl.json").get("files", {})
+        recorded |= beside if isinstance(beside, dict) else {}
+    for file, digest in recorded.items():
+        path = folder / file
+        if not path.is_file():
+            raise UserError(f"{path} is missing; export again (python -m export onnx)")
+        if sha256_file(path) != digest:
+            raise UserError(
+                f"{path} has changed since it was exported: its sha256 is another one than was recorded; remove "
+                f"{path.parent} and export again (python -m export onnx)"
+            )
 
 
 def is_current(folder: Path, job: Job) -> bool:
@@ -65,12 +107,27 @@ def is_current(folder: Path, job: Job) -> bool:
 
 
 def _refuse_foreign(out: Path) -> None:
-    """Raises UserError where `out` is a file, or holds networks that no export has written: a checkpoint, say."""
+    """Raises UserError where `out` is a file, or a folder with anything in it that no export has made."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; --out takes a folder to write the components into")
     for name in COMPONENTS:
         if (out / name).exists() and not (out / name / "export.json").is_file():
             raise UserError(f"{out} is no ONNX folder: its {name} has no export.json; choose another --out")
+    strangers = sorted(path.name for path in out.glob("*") if not OWN_LEFTOVERS.fullmatch(path.name))
+    if strangers and not _is_ours(out):
+        raise UserError(f"{out} is no ONNX folder and not empty (it holds {strangers[0]}); choose another --out")
+
+
+OWN_LEFTOVERS = re.compile(rf"\.lock|\..+\.(partial|old)|({'|'.join(COMPONENTS)})\.failed")
+"""What an export or a verify leaves in a folder beside whole components."""
+
+
+def _is_ours(out: Path) -> bool:
+    """Whether an export has finished here, or has finished a component and was stopped then."""
+    about = out / "slimxl.json"
+    if about.is_file():
+        return isinstance(read_object(about).get("source"), dict)
+    return any((out / name / "export.json").is_file() for name in COMPONENTS)
 
 
 def _refuse_strangers(
@@ -91,7 +148,7 @@ def _check_free_disk(jobs: Sequence[Job], out: Path) -> None:
     needed = 50_000_000
     for job in jobs:
         component = COMPONENTS[job.name]
-        tensors = component_tensors(job.checkpoint / component.source)
+        tensors = component_tensors(job.checkpoint / component.source, job.precision)
         numbers = sum(
             math.prod(tensor.shape) for key, tensor in tensors.items() if not key.startswith(component.unused)
         )
@@ -121,17 +178,15 @@ def export_checkpoint(
     prepared, hashes = prepare(checkpoint, source_hashes, options.vae, options.loras, workdir)
     names = chosen_components(prepared, options)
     jobs = [make_job(prepared, name, options, hashes) for name in names]
-    for part in pipeline_parts(prepared):
-        if not (prepared / part).is_dir():
-            raise UserError(f"{checkpoint} is no whole checkpoint: it has no {part}/")
+    load_parts(prepared)  # what cannot be loaded is told now, not at the first picture
     source = {"name": source_name or checkpoint.name, "sha256": sha256_json(source_hashes)}
     about = _about(prepared, source, hashes, options)
     with exclusive(out, progress, out / ".lock"):
         remove_leftovers(out)
         _refuse_strangers(prepared, out, names, options, hashes)
         _write_components(jobs, out, options.reuse, progress)
-        _copy_pipeline_parts(prepared, out)
-        write_json(out / "slimxl.json", about)
+        parts = _copy_pipeline_parts(prepared, out)
+        write_json(out / "slimxl.json", about | {"files": parts})
 
 
 def _write_components(jobs: Sequence[Job], out: Path, reuse: Sequence[Path], progress: Callable[[str], None]) -> None:
@@ -150,14 +205,13 @@ def _write_components(jobs: Sequence[Job], out: Path, reuse: Sequence[Path], pro
     from export.wrappers import TORCH_DTYPES
     from export.write import write_component
 
-    for source in sorted({COMPONENTS[job.name].source for job in stale}):
-        load_shapes(
-            stale[0].checkpoint, source, TORCH_DTYPES[stale[0].precision]
-        )  # what is missing is told before it begins
+    for source, precision in sorted({(COMPONENTS[job.name].source, job.precision) for job in stale}):
+        load_shapes(stale[0].checkpoint, source, TORCH_DTYPES[precision])  # what is missing is told before it begins
     _check_free_disk(stale, out)
     (out / "slimxl.json").unlink(missing_ok=True)
     for job in stale:
         if job.name in donors:
+            check_files(donors[job.name], [job.name])
             with replacing(out / job.name) as temporary:
                 shutil.copytree(donors[job.name] / job.name, temporary)
             progress(f"{job.name}: taken from {donors[job.name]}")
@@ -173,6 +227,7 @@ def _about(prepared: Path, source: dict[str, str], hashes: Mapping[str, str], op
     vae_config = read_config(prepared, "vae")
     resolutions = options.resolutions or find_family(prepared).resolutions
     loras = [(path.resolve(), scale) for path, scale in options.loras]
+    vae_precision = component_precision("vae_decoder", options, vae_config)
     is_named = options.vae in ("stock", *VAE_SOURCES)
     return {
         "schema": SCHEMA,
@@ -185,10 +240,10 @@ def _about(prepared: Path, source: dict[str, str], hashes: Mapping[str, str], op
         "vae": {
             "identity": options.vae if is_named else str(Path(options.vae).resolve()),
             "class": vae_config.get("_class_name"),
-            "precision": component_precision("vae_decoder", options, vae_config),
+            "precision": vae_precision,
             "scaling_factor": vae_config.get("scaling_factor"),
             "pixels_per_latent": vae_scale_factor(vae_config),
-            "sha256": list(weights_hashes(prepared, "vae", hashes).values()),
+            "sha256": list(weights_hashes(prepared, "vae", hashes, vae_precision).values()),
         },
         "loras": [{"file": str(path), "sha256": sha256_file(path), "scale": scale} for path, scale in loras],
         "versions": library_versions(),
@@ -200,9 +255,12 @@ def pipeline_parts(checkpoint: Path) -> tuple[str, ...]:
     return (*conditioning_of(read_config(checkpoint, "unet")).tokenizers, "scheduler")
 
 
-def _copy_pipeline_parts(checkpoint: Path, out: Path) -> None:
+def _copy_pipeline_parts(checkpoint: Path, out: Path) -> dict[str, str]:
+    """Returns the sha256 of each file that was copied, by its path in `out`."""
     for part in pipeline_parts(checkpoint):
         with replacing(out / part) as temporary:
             shutil.copytree(checkpoint / part, temporary)
     with replacing(out / "model_index.json") as temporary:
         shutil.copyfile(checkpoint / "model_index.json", temporary)
+    files = [path for part in pipeline_parts(checkpoint) for path in (out / part).rglob("*") if path.is_file()]
+    return {str(path.relative_to(out)): sha256_file(path) for path in sorted([*files, out / "model_index.json"])}

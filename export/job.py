@@ -133,9 +133,10 @@ def make_config(checkpoint: Path, name: str) -> dict[str, Any]:
     return unet_config(config, vae_config=vae, text_config=text)
 
 
-def weights_hashes(checkpoint: Path, component: str, hashes: Mapping[str, str]) -> dict[str, str]:
-    """Of `hashes`, those of a component's weights, by file name."""
-    return {path.name: hashes[f"{component}/{path.name}"] for path in component_weights(checkpoint / component)}
+def weights_hashes(checkpoint: Path, component: str, hashes: Mapping[str, str], precision: str) -> dict[str, str]:
+    """Of `hashes`, those of the weights that are read for a component in `precision`, by file name."""
+    files = component_weights(checkpoint / component, precision)
+    return {path.name: hashes[f"{component}/{path.name}"] for path in files}
 
 
 def make_job(checkpoint: Path, name: str, options: ExportOptions, hashes: Mapping[str, str]) -> Job:
@@ -146,7 +147,7 @@ def make_job(checkpoint: Path, name: str, options: ExportOptions, hashes: Mappin
     for resolution in options.resolutions:  # every size is checked before anything is written
         COMPONENTS[name].inputs(config, resolution, rows, precision)
     base = find_family(checkpoint).resolutions[0]
-    weights = weights_hashes(checkpoint, COMPONENTS[name].source, hashes)
+    weights = weights_hashes(checkpoint, COMPONENTS[name].source, hashes, precision)
     inputs = {
         "schema": SCHEMA,
         "code": [sha256_file(Path(__file__).parent / f"{module}.py") for module in GRAPH_MODULES],

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.common.errors import UserError, unknown
-from distill.common.files import read_json, sha256_file, sha256_json
+from distill.common.files import read_json, read_object, sha256_file, sha256_json
 from distill.models.resolution import Resolution
 from distill.models.sources import WORKDIR, file_hashes, load_component
 from export.checkpoint import prepare
@@ -21,8 +21,8 @@ from export.parity import Parity, compare
 def read_about(folder: Path) -> dict[str, Any]:
     """slimxl.json of an ONNX folder. Raises UserError where there is none, or a student's."""
     path = folder / "slimxl.json"
-    about = read_json(path) if path.is_file() else {}
-    if "source" not in about:
+    about = read_object(path) if path.is_file() else {}
+    if not isinstance(about.get("source"), dict):
         raise UserError(f"{folder} is no ONNX folder that python -m export onnx has finished: {path} does not say so")
     return about
 
@@ -110,6 +110,6 @@ def _prepare_again(folder: Path, about: Any, checkpoint: Path, hashes: dict[str,
         if path.is_file() and sha256_file(path) != lora["sha256"]:
             raise UserError(f"the LoRA {path} {again}")
     prepared, hashes = prepare(checkpoint, hashes, about["vae"]["identity"], loras, workdir)
-    if list(weights_hashes(prepared, "vae", hashes).values()) != about["vae"]["sha256"]:
+    if list(weights_hashes(prepared, "vae", hashes, about["vae"]["precision"]).values()) != about["vae"]["sha256"]:
         raise UserError(f"the VAE {about['vae']['identity']} {again}")
     return prepared

@@ -17,10 +17,10 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 
 from distill.common.errors import UserError
 from distill.models.networks import make_network
-from distill.models.sources import component_tensors, read_config
+from distill.models.sources import component_tensors, explaining_library, read_config
 from distill.models.tensors import TensorRecord
 
-STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def _modern(key: str) -> str:
@@ -34,7 +34,7 @@ def on_meta(folder: Path, component: str) -> nn.Module:
     """The network of a checkpoint folder without weights; its buffers, which no file holds, are real."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), explaining_library(folder / component):
         return make_network(component, read_config(folder, component)).eval()
 
 
@@ -45,7 +45,8 @@ def load_shapes(folder: Path, component: str, dtype: torch.dtype) -> nn.Module:
     Raises UserError where a weight is missing or of another shape.
     """
     network = on_meta(folder, component)
-    found = {_modern(key): record for key, record in component_tensors(folder / component).items()}
+    precision = "fp16" if dtype == torch.float16 else "fp32"
+    found = {_modern(key): record for key, record in component_tensors(folder / component, precision).items()}
     names = [name for name, _ in network.named_parameters()]
     missing = sorted(_modern(name) for name in names if _modern(name) not in found)
     if missing:

@@ -137,7 +137,7 @@ def write_component(job: Job, folder: Path, progress: Callable[[str], None]) -> 
             "flops_per_call": flops,
             "flops_at": {"resolution": str(job.base), "batch": 1},
             "bytes": _sizes(temporary),
-            "sha256": {path.name: sha256_file(path) for path in sorted(temporary.glob("model*.onnx*"))},
+            "sha256": {path.name: sha256_file(path) for path in sorted(temporary.iterdir())},
             "checked": [asdict(result) for result in checked],
             "versions": library_versions(),
         }
@@ -145,7 +145,8 @@ def write_component(job: Job, folder: Path, progress: Callable[[str], None]) -> 
         write_json(temporary / "export.json", described | {"seconds": seconds})
     steps = {"trace": traced - started, "save": saved - traced, "check": verified - saved}
     told = ", ".join(f"{step} {duration:.1f}" for step, duration in steps.items())
-    progress(f"{name}: {job.precision}, {nodes} nodes, {seconds:.1f} s ({told})")
+    weights = ", ".join(job.source_sha256)
+    progress(f"{name}: {job.precision} from {weights}, {nodes} nodes, {seconds:.1f} s ({told})")
 
 
 def _sizes(folder: Path) -> dict[str, int]:

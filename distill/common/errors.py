@@ -82,8 +82,11 @@ def exit_on_user_error(command: Callable[[], int | None]) -> int:
     becomes 130."""
     quiet_libraries()
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    from distill.common.paths import registry
+
     try:
-        return command() or 0
+        with registry:
+            return command() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

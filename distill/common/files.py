@@ -53,8 +53,21 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} does not exist") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, a JSON file is needed") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no text, too deep a nesting, a number of too many digits
         raise UserError(f"{path} is not valid JSON ({error})") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A config: a JSON object whose numbers are finite. Raises UserError where the file holds something else."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        kind = "nothing (null)" if value is None else f"a {type(value).__name__}"
+        raise UserError(f"{path} holds {kind}, a JSON object of names and values is needed; fetch it again")
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise UserError(f"{path} holds NaN or Infinity, which is no number that can be used") from None
+    return value
 
 
 @contextmanager

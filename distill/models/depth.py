@@ -8,6 +8,7 @@ Small-SD), no middle (BK-SDM-Small) and fewer levels (Tiny-SD).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,26 +85,40 @@ class Depth:
         return depth
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Depth:
-        """The depth that a UNet's config.json states, in any of the forms diffusers accepts."""
-        types = config["down_block_types"]
-        layers = _per_level(config["layers_per_block"], len(types))
-        stated = _per_level(config["transformer_layers_per_block"], len(types))
-        reverse = config.get("reverse_transformer_layers_per_block") or stated[::-1]
+    def from_config(cls, config: Mapping[str, Any], model: object = "the model") -> Depth:
+        """The depth that a UNet's config.json states, in any of the forms diffusers accepts.
 
-        def side(types: Sequence[str], transformers: Sequence[Any], counts: Sequence[int]) -> tuple[Level, ...]:
-            return tuple(
-                (0,) * count if "CrossAttn" not in kind else (n,) * count if isinstance(n, int) else tuple(n)
-                for kind, n, count in zip(types, transformers, counts, strict=True)
-            )
+        Raises UserError, which names the key, for what diffusers or a depth cannot express.
+        """
+        config = stated_unet(config, model)
+        down, up = config["down_block_types"], config["up_block_types"]
+        layers = _per_level("layers_per_block", config, model)
+        stated = _per_level("transformer_layers_per_block", config, model)
+        reverse = stated[::-1]
+        if config["reverse_transformer_layers_per_block"] is not None:
+            reverse = _per_level("reverse_transformer_layers_per_block", config, model)
+
+        def side(
+            key: str, types: Sequence[str], transformers: Sequence[Any], counts: Sequence[int]
+        ) -> tuple[Level, ...]:
+            levels = []
+            for kind, n, count in zip(types, transformers, counts, strict=True):
+                level = (n,) * count if isinstance(n, int) else tuple(n)
+                if "CrossAttn" not in kind:
+                    level = (0,) * count
+                if len(level) != count:
+                    raise UserError(f"{model}: its UNet's {key} says {list(level)} for a level of {count} layers")
+                levels.append(level)
+            return tuple(levels)
 
         last = stated[-1] if isinstance(stated[-1], int) else stated[-1][0]
-        mid = {"UNetMidBlock2DCrossAttn": last, None: None}.get(config["mid_block_type"], 0)
-        return cls(
-            down=side(types, stated, layers),
-            mid=mid,
-            up=side(config["up_block_types"], reverse, [count + 1 for count in layers[::-1]]),
+        depth = cls(
+            down=side("transformer_layers_per_block", down, stated, layers),
+            mid={"UNetMidBlock2DCrossAttn": last, None: None}.get(config["mid_block_type"], 0),
+            up=side("reverse_transformer_layers_per_block", up, reverse, [count + 1 for count in layers[::-1]]),
         )
+        depth.check()
+        return depth
 
     def check(self) -> None:
         """Raises UserError where diffusers' UNet2DConditionModel cannot express the pattern."""
@@ -141,7 +156,7 @@ class Depth:
         kinds = ("UNetMidBlock2DCrossAttn" if self.mid else "UNetMidBlock2D") if self.mid is not None else None
         return {
             **config,
-            **{key: cut(config[key]) for key in ("block_out_channels", "attention_head_dim") if key in config},
+            **{key: cut(config[key]) for key in PER_LEVEL if key in config},
             "layers_per_block": layers[0] if len(set(layers)) == 1 else layers,
             "down_block_types": ["CrossAttnDownBlock2D" if any(level) else "DownBlock2D" for level in self.down],
             "mid_block_type": kinds,
@@ -151,5 +166,99 @@ class Depth:
         }
 
 
-def _per_level(value: Any, count: int) -> list[Any]:
-    return [value] * count if isinstance(value, int) else list(value)
+UNET_DEFAULTS: dict[str, Any] = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "cross_attention_dim": 1280,
+    "transformer_layers_per_block": 1,
+    "reverse_transformer_layers_per_block": None,
+    "attention_head_dim": 8,
+    "addition_time_embed_dim": None,
+    "projection_class_embeddings_input_dim": None,
+    "sample_size": None,
+}
+"""What diffusers takes for a key that a UNet's config.json leaves out: those keys that are read here."""
+BLOCK_TYPES = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn", None),
+}
+PER_LEVEL = (
+    "block_out_channels",
+    "attention_head_dim",
+    "num_attention_heads",
+    "cross_attention_dim",
+    "only_cross_attention",
+)
+"""Keys that may hold a list with an entry for each level."""
+
+
+def stated_unet(config: Mapping[str, Any], model: object = "the model") -> dict[str, Any]:
+    """A UNet's config with diffusers' defaults for the keys it leaves out. Raises UserError, which names the key, for
+    values that no UNet can have and for blocks that are not read."""
+    stated = UNET_DEFAULTS | dict(config)
+
+    def refuse(key: str, wanted: str) -> UserError:
+        return UserError(f"{model}: its UNet's {key} is {json.dumps(stated[key])}; {wanted}")
+
+    for key, known in BLOCK_TYPES.items():
+        is_list = key != "mid_block_type"
+        if is_list and (not isinstance(stated[key], list | tuple) or not stated[key]):
+            raise refuse(key, "it must be a list with a block for each level")
+        for kind in stated[key] if is_list else [stated[key]]:
+            if kind not in known:
+                raise refuse(key, f"read are {', '.join(map(json.dumps, known))}")
+    levels = len(stated["down_block_types"])
+    if len(stated["up_block_types"]) != levels:
+        raise refuse("up_block_types", f"there must be as many as down_block_types, {levels}")
+    widths = stated["block_out_channels"]
+    if not isinstance(widths, list | tuple) or len(widths) != levels or not all(map(_is_count, widths)):
+        raise refuse("block_out_channels", f"it must be a list of {levels} numbers from 1 up, one for each level")
+    for key in (
+        "in_channels",
+        "out_channels",
+        "layers_per_block",
+        "cross_attention_dim",
+        "transformer_layers_per_block",
+    ):
+        if not _holds_counts(stated[key]):
+            raise refuse(key, "numbers from 1 up are needed")
+    for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim", "sample_size"):
+        if stated[key] is not None and not _holds_counts(stated[key]):
+            raise refuse(key, "a number from 1 up is needed")
+    reverse = stated["reverse_transformer_layers_per_block"]
+    if reverse is not None and not _holds_counts(reverse):
+        raise refuse("reverse_transformer_layers_per_block", "numbers from 1 up, or null, are needed")
+    per_level = stated["transformer_layers_per_block"]
+    if reverse is None and isinstance(per_level, list | tuple) and any(isinstance(n, list | tuple) for n in per_level):
+        raise refuse(
+            "transformer_layers_per_block",
+            "where a level has a list, reverse_transformer_layers_per_block is needed too",
+        )
+    for key in PER_LEVEL:
+        if isinstance(stated.get(key), list | tuple) and len(stated[key]) != levels:
+            raise refuse(key, f"the UNet has {levels} levels")
+    if isinstance(stated["cross_attention_dim"], list | tuple) and len(set(stated["cross_attention_dim"])) != 1:
+        raise refuse("cross_attention_dim", "all levels read the same text, so they must be alike")
+    return stated
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _holds_counts(value: Any) -> bool:
+    """Whether it is a number from 1 up, or a list of such, or of lists of such."""
+    return _is_count(value) or (isinstance(value, list | tuple) and bool(value) and all(map(_holds_counts, value)))
+
+
+def _per_level(key: str, config: Mapping[str, Any], model: object) -> list[Any]:
+    value, levels = config[key], len(config["down_block_types"])
+    if not isinstance(value, int) and len(value) != levels:
+        raise UserError(f"{model}: its UNet's {key} is {json.dumps(value)}; the UNet has {levels} levels")
+    return [value] * levels if isinstance(value, int) else list(value)

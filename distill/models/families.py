@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
+from distill.common.errors import UserError
 from distill.models.conditioning import (
     SD,
     SDXL,
@@ -38,6 +40,16 @@ class Family:
     resolutions: tuple[Resolution, ...]
     vocabulary: tuple[str, ...] | None = None
     dtype: str = "float16"
+
+    def fits(self, unet: Config) -> bool:
+        """Whether a UNet, at any depth, is of this family: its conditioning, the width of its text and those of its
+        levels are the family's, but for levels left out at the end."""
+        widths = tuple(unet["block_out_channels"])
+        return (
+            self.conditioning is conditioning_of(unet)
+            and context_width(self.unet) == context_width(unet)
+            and tuple(self.unet["block_out_channels"])[: len(widths)] == widths
+        )
 
     @property
     def unet(self) -> dict[str, Any]:
@@ -229,19 +241,50 @@ MINI_SD_FAMILY = Family(
 FAMILIES = {family.name: family for family in (SDXL_FAMILY, MINI_FAMILY, SD_1_FAMILY, MINI_SD_FAMILY)}
 
 
+def check_fit(networks: Mapping[str, Config], model: object = "the model") -> None:
+    """Raises UserError, which names the keys, where the networks of a checkpoint do not fit one another."""
+    unet, vae = networks["unet"], networks["vae"]
+    conditioning = conditioning_of(unet, model)
+    encoders = {name: networks[name] for name in conditioning.encoders}
+    sizes = ("hidden_size", "projection_dim", "num_hidden_layers", "max_position_embeddings")
+    for name, key in [("vae", "latent_channels"), *product(encoders, sizes)]:
+        value = networks[name].get(key)
+        if type(value) is not int or value < 1:
+            raise UserError(f"{model}: {key} of its {name} is {value!r}; a number from 1 up is needed")
+    widths = vae.get("block_out_channels", vae.get("decoder_block_out_channels"))
+    if not isinstance(widths, list | tuple) or not widths:
+        raise UserError(f"{model}: block_out_channels of its vae is {widths!r}; a list of numbers is needed")
+    facts = [
+        ("in_channels", unet["in_channels"], "the vae's latent_channels", vae["latent_channels"]),
+        (
+            "cross_attention_dim",
+            context_width(unet),
+            f"the hidden_size of {' and '.join(encoders)} together",
+            sum(encoder["hidden_size"] for encoder in encoders.values()),
+        ),
+    ]
+    if conditioning.pooled_from:
+        pooled = (unet["projection_class_embeddings_input_dim"] or 0) - 6 * (unet["addition_time_embed_dim"] or 0)
+        what = "projection_class_embeddings_input_dim less 6 times its addition_time_embed_dim"
+        encoder = conditioning.pooled_from
+        facts.append((what, pooled, f"the projection_dim of {encoder}", encoders[encoder]["projection_dim"]))
+    for key, value, other, its in facts:
+        if value != its:
+            raise UserError(f"{model}: its UNet's {key} is {value}, {other} is {its}: they do not belong together")
+
+
 def family_of(networks: Mapping[str, dict[str, Any]], model: object = "the model") -> Family:
-    """The family of a checkpoint by its networks' configs: the entry with this conditioning, context and widths (those
-    of fewer levels too), else one of its own, whose sizes are SDXL's at its `sample_size`.
+    """The family of a checkpoint by its networks' configs: the entry that its UNet `fits`, else one of its own, whose
+    sizes are SDXL's at its `sample_size`.
 
     Raises UserError for a UNet that is conditioned otherwise than any family's.
     """
     unet = networks["unet"]
     conditioning = conditioning_of(unet, model)
-    widths = tuple(unet["block_out_channels"])
     for family in FAMILIES.values():
-        same = family.conditioning is conditioning and context_width(family.unet) == context_width(unet)
-        if same and family.unet["block_out_channels"][: len(widths)] == widths:
+        if family.fits(unet):
             return family
+    widths = unet["block_out_channels"]
     scale = vae_scale_factor(networks["vae"])
     size = unet.get("sample_size") or 128
     base = scale * (size if isinstance(size, int) else max(size))

@@ -8,13 +8,14 @@ by it, importance proposes its layer map.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distill.common.errors import UserError, unknown
-from distill.common.files import read_json
+from distill.common.files import read_json, read_object
 from distill.models.depth import Depth
 
 LayerMap = Mapping[str, tuple[int, ...] | str]
@@ -73,11 +74,25 @@ class ModuleMap:
         path = folder / "slimxl.json"
         if not path.is_file():
             return None
-        stated = read_json(path)
-        record = stated.get("module_map") if isinstance(stated, dict) else None
-        if not isinstance(record, dict) or not isinstance(record.get("paths"), dict):
-            raise UserError(f"{path} has no module_map: it is damaged, or of another version; distil the student again")
-        return cls(Depth.parse(str(record["teacher"])), Depth.parse(str(record["student"])), record["paths"])
+        record = read_object(path).get("module_map")
+        fields = (
+            [record.get(key) for key in ("teacher", "student", "paths")] if isinstance(record, dict) else [None] * 3
+        )
+        teacher, student, paths = fields
+        if isinstance(teacher, str) and isinstance(student, str) and isinstance(paths, dict):
+            made = cls(Depth.parse(teacher), Depth.parse(student), paths)
+            blocks = {
+                f"{name}.transformer_blocks.{i}" for name, n in made.student.transformers.items() for i in range(n)
+            }
+            if all(re.fullmatch(r"[a-z_]+[0-9]*(\.\w+)*", str(source)) for source in paths.values()) and blocks <= set(
+                paths
+            ):
+                return made
+        raise UserError(f"{path} has no module_map: it is damaged, or of another version; distil the student again")
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[a-z]\w*(\.\w+)*", value) is not None
 
 
 def _index(path: str) -> int:

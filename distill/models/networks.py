@@ -7,17 +7,59 @@ from importlib import import_module
 from typing import Any
 
 from distill.models.conditioning import SDXL
+from distill.models.depth import stated_unet
 
 NETWORKS = SDXL.networks
 """Library and class by folder: those of every family, since no other has one that SDXL lacks."""
 
 
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "AutoencoderKL": {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 4,
+        "block_out_channels": [64],
+        "scaling_factor": 0.18215,
+    },
+    "AutoencoderTiny": {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 4,
+        "encoder_block_out_channels": [64] * 4,
+        "decoder_block_out_channels": [64] * 4,
+        "scaling_factor": 1.0,
+    },
+    "CLIPTextModel": {
+        "vocab_size": 49408,
+        "hidden_size": 512,
+        "projection_dim": 512,
+        "num_hidden_layers": 12,
+        "max_position_embeddings": 77,
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+    },
+}
+DEFAULTS["CLIPTextModelWithProjection"] = DEFAULTS["CLIPTextModel"]
+"""What diffusers and transformers take for a key that a config.json leaves out: those keys that are read here."""
+
+
+def stated_config(component: str, config: Mapping[str, Any], where: object) -> dict[str, Any]:
+    """A network's config with the library's defaults for the keys it leaves out. Raises UserError for a UNet's values
+    that cannot be, see `stated_unet`."""
+    if component == "unet":
+        return stated_unet(config, where)
+    return DEFAULTS.get(_class_name(component, config), {}) | dict(config)
+
+
+def _class_name(component: str, config: Mapping[str, Any]) -> Any:
+    """A VAE may be an AutoencoderTiny too, and lie in a folder of any name."""
+    stated = config.get("_class_name")
+    return stated if stated == "AutoencoderTiny" or component not in NETWORKS else NETWORKS[component][1]
+
+
 def network_class(component: str, config: Mapping[str, Any]) -> Any:
     """The class of the network whose config.json is `config`: a VAE may be an AutoencoderTiny too."""
-    library, name = NETWORKS[component]
-    return getattr(
-        import_module(library), "AutoencoderTiny" if config.get("_class_name") == "AutoencoderTiny" else name
-    )
+    return getattr(import_module(NETWORKS[component][0]), _class_name(component, config))
 
 
 def make_network(component: str, config: Mapping[str, Any]) -> Any:

@@ -1,9 +1,13 @@
 """A single-file SDXL checkpoint (Stability's LDM/SGM layout, as ZavyChromaXL and JuggernautXL ship) into a folder.
 
-The layout differs from diffusers' in names alone, but for the second text encoder, whose query, key and value lie in
-one tensor and whose projection is transposed. So the bytes are copied, in constant memory, and nothing is downloaded:
-the depth is read from the file's own tensors and the rest is SDXL's. Names as in diffusers'
-`scripts/convert_diffusers_to_original_sdxl.py`.
+diffusers' own `from_single_file(config=FOLDER)` does the same where memory holds the whole pipeline and a folder with
+the right configs and tokenizers is at hand. What it cannot do, and this does: read the depth from the file's own
+tensors (SSD-1B, Vega, any student); take the same memory at any size, since bytes are copied from file to file; ask no
+hub for configs and tokenizers; refuse a file that lacks tensors, has others, or was trained on EDM's noise levels,
+where diffusers warns at most.
+
+The layout differs from diffusers' in names alone, but for the second text encoder: its query, key and value lie in one
+tensor, and its projection is transposed. Names as in diffusers' `scripts/convert_diffusers_to_original_sdxl.py`.
 """
 
 from __future__ import annotations
@@ -18,9 +22,17 @@ from typing import Any
 from distill.common.errors import UserError
 from distill.models.architectures import Architecture, architecture_at
 from distill.models.assemble import assemble, component_shapes, meta_components
+from distill.models.conditioning import SDXL
 from distill.models.depth import Depth
 from distill.models.families import FAMILIES
-from distill.models.tensors import MadeTensor, TensorRecord, check_stored, read_safetensors_header, transposed
+from distill.models.tensors import (
+    MadeTensor,
+    TensorRecord,
+    check_stored,
+    read_metadata,
+    read_safetensors_header,
+    transposed,
+)
 
 PREFIXES = {
     "unet": "model.diffusion_model.",
@@ -28,6 +40,8 @@ PREFIXES = {
     "text_encoder": "conditioner.embedders.0.transformer.",
     "text_encoder_2": "conditioner.embedders.1.model.",
 }
+PREDICTION_KEYS = ("modelspec.prediction_type", "prediction_type")
+"""In a file's metadata: `epsilon` or `v` (https://github.com/Stability-AI/ModelSpec)."""
 CONSTANTS = ("position_ids", "logit_scale", "attn_mask")  # buffers that diffusers' networks do not keep
 
 _RESNET = {
@@ -116,19 +130,23 @@ def find_single_file_architecture(records: Mapping[str, TensorRecord], path: Pat
         raise UserError(f"{path} is no SDXL single-file checkpoint: it has no {' and no '.join(missing)}")
     unet = PREFIXES["unet"]
     entries = (f"{unet}input_blocks.{place}.0.out_layers.3.weight" for place in (1, 4, 7))
-    widths = [records[entry].shape[0] for entry in entries if entry in records]
-    family = next((f for f in FAMILIES.values() if [*f.unet["block_out_channels"]] == widths), None)
+    widths = [records[entry].shape[0] for entry in entries if entry in records and records[entry].shape]
+    known = [family for family in FAMILIES.values() if family.conditioning is SDXL]
+    family = next((family for family in known if [*family.unet["block_out_channels"]] == widths), None)
     if family is None:
-        raise UserError(f"{path} is no SDXL checkpoint: its UNet's widths are {widths}, SDXL's [320, 640, 1280]")
+        raise UserError(
+            f"{path}: its UNet's widths are {widths}, SDXL's [320, 640, 1280]; a single file does not say how many heads "
+            "others have: give a diffusers folder, whose config.json does"
+        )
     blocks = {match[1] for key in records if (match := re.match(rf"{unet}(.+?\.1\.transformer_blocks\.\d+)\.", key))}
 
     def depth(place: str) -> int:
         return sum(block.startswith(f"{place}.1.") for block in blocks)
 
     found = Depth(
-        down=((), *(tuple(depth(f"input_blocks.{3 * i + j}") for j in (1, 2)) for i in (1, 2))),
+        down=tuple(tuple(depth(f"input_blocks.{3 * i + j}") for j in (1, 2)) for i in range(3)),
         mid=depth("middle_block"),
-        up=(*(tuple(depth(f"output_blocks.{3 * i + j}") for j in range(3)) for i in (0, 1)), ()),
+        up=tuple(tuple(depth(f"output_blocks.{3 * i + j}") for j in range(3)) for i in range(3)),
     )
     found.check()
     return architecture_at(family, found)
@@ -143,14 +161,17 @@ def _text_encoder_2_tensor(key: str, take: Callable[[str], TensorRecord]) -> Ten
 
 
 def _scheduler_of(records: Mapping[str, TensorRecord], path: Path) -> dict[str, Any]:
-    """In what the scheduler differs from SDXL's, as empty tensors say by their names (v_pred, ztsnr; ComfyUI's).
+    """In what the scheduler differs from SDXL's: as empty tensors say by their names (v_pred, ztsnr; ComfyUI's), or the
+    file's metadata by the ModelSpec standard.
 
     Zero terminal SNR needs `trailing` timesteps, or the last is never asked for (arXiv 2305.08891, section 3.3).
     Raises UserError for the names of EDM's noise levels (Playground v2.5, CosXL).
     """
     if edm := [key for key in records if key.startswith("edm_")]:
         raise UserError(f"{path} was trained on EDM's noise levels (it holds {edm[0]}), not on SDXL's: it is not read")
-    if "v_pred" not in records:
+    about = read_metadata(path)
+    said = [about.get(key, "").lower() for key in PREDICTION_KEYS]
+    if "v_pred" not in records and not any(word in ("v", "v_prediction", "v-prediction") for word in said):
         return {}
     zero_snr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in records else {}
     return {"prediction_type": "v_prediction"} | zero_snr

@@ -12,14 +12,19 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from distill.common.errors import UserError, unknown
 from distill.common.files import (
     exclusive,
     read_json,
+    read_object,
     remove_leftovers,
     replacing,
     sha256_file,
@@ -28,12 +33,20 @@ from distill.common.files import (
     write_json,
 )
 from distill.common.hub import NO_SAFETENSORS, explaining_hub
+from distill.common.progress import say
 from distill.models.architectures import ARCHITECTURES, Architecture, architecture_at, find_architecture
 from distill.models.conditioning import Conditioning, conditioning_of
 from distill.models.depth import Depth
-from distill.models.families import Family, family_of
-from distill.models.networks import network_class
-from distill.models.tensors import component_tensors, component_weights, read_safetensors_header, weights_variant
+from distill.models.families import Family, check_fit, family_of
+from distill.models.networks import network_class, stated_config
+from distill.models.tensors import (
+    component_tensors,
+    component_weights,
+    other_variants,
+    plain_names,
+    read_safetensors_header,
+    write_index,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -43,24 +56,30 @@ WORKDIR = Path("out/models")
 """Where every room keeps what `resolve` has to make, if not told otherwise: once."""
 CONVERSION = 1
 """Raised whenever a random, converted or fused checkpoint comes out otherwise than before: older ones are made again."""
+PART_CLASSES = {"diffusers": "EulerDiscreteScheduler", "transformers": "CLIPTokenizer"}
+"""What the parts beside the networks usually are."""
 FORMS = "a Hugging Face id, a diffusers folder, a single .safetensors file, random:NAME or mini:sdxl"
 
 
 def read_config(folder: Path, component: str) -> dict[str, Any]:
-    """config.json of a component. Raises UserError where it is missing or not JSON."""
+    """config.json of a component, with the library's defaults for what it leaves out. Raises UserError where it is
+    missing or no JSON object, and for a UNet that is not expressible here."""
     path = folder / component / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{folder} is no checkpoint: {component}/config.json is missing or not JSON") from None
+    if not path.is_file():
+        raise UserError(f"{folder} is no checkpoint: {component}/config.json is missing; allowed are {FORMS}")
+    return stated_config(component, read_object(path), path)
 
 
 def check_checkpoint(folder: Path) -> None:
     """Raises UserError, with what is missing, where `folder` is no whole diffusers pipeline of a known kind."""
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} is no checkpoint: it has no model_index.json; allowed are {FORMS}")
-    for component in _text_to_image(read_config(folder, "unet"), folder).networks:
-        read_config(folder, component)
+    read_object(folder / "model_index.json")
+    unet = read_config(folder, "unet")
+    conditioning = _text_to_image(unet, folder)
+    Depth.from_config(unet, folder)
+    check_fit({component: read_config(folder, component) for component in conditioning.networks}, folder)
+    for component in conditioning.networks:
         component_tensors(folder / component)
 
 
@@ -108,7 +127,7 @@ def check_successor(first: Path, teacher: Path) -> None:
                 f"teacher {teacher} cannot succeed {first}: UNet {key} is {now[key]!r}, was {before[key]!r}"
             )
     for folder in (first, teacher):
-        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+        scheduler = read_object(folder / "scheduler" / "scheduler_config.json")
         if scheduler.get("prediction_type", "epsilon") != "epsilon":
             raise UserError(
                 f"teacher {folder} predicts {scheduler['prediction_type']!r}; SDXL's distillation needs 'epsilon'"
@@ -122,12 +141,15 @@ def check_successor(first: Path, teacher: Path) -> None:
 
 
 def file_hashes(folder: Path, components: Collection[str] | None = None) -> dict[str, str]:
-    """sha256 of every config and weights file of its networks, or of some, by its path inside the checkpoint."""
-    return {
-        f"{component}/{path.name}": sha256_file_once(path)
+    """sha256 of every config and weights file of its networks, or of some, by its path inside the checkpoint; where it
+    has weights for fp16 and others, of both."""
+    files = {
+        f"{component}/{path.name}": path
         for component in (network_folders(folder) if components is None else components)
-        for path in [folder / component / "config.json", *component_weights(folder / component)]
+        for precision in ("fp32", "fp16")
+        for path in [folder / component / "config.json", *component_weights(folder / component, precision)]
     }
+    return {name: sha256_file_once(path) for name, path in files.items()}
 
 
 def checkpoint_hash(folder: Path) -> str:
@@ -159,23 +181,87 @@ def peek_architecture(source: str) -> Architecture:
 
 
 def load_component(folder: Path, component: str, dtype: torch.dtype) -> Any:
-    """One network of a checkpoint folder in eval mode: `unet`, `vae`, `text_encoder` or `text_encoder_2`."""
+    """One network of a checkpoint folder in eval mode: `unet`, `vae`, `text_encoder` or `text_encoder_2`.
+
+    Weights named fp16 are read for float16 alone, where there are others. Raises UserError where weights are missing.
+    """
+    import torch
+
     kind = network_class(component, read_config(folder, component))
-    variant = weights_variant(component_weights(folder / component)[0]) or None
-    return kind.from_pretrained(folder / component, torch_dtype=dtype, variant=variant).eval()
+    place = folder / component
+    files = component_weights(place, "fp16" if dtype == torch.float16 else "fp32")
+    if others := other_variants(place, files):
+        say(f"{place}: read from {files[0].name}, not from {others[0]}")
+    with (
+        TemporaryDirectory() as temporary,
+        explaining_library(place),
+    ):  # links to what is read, and to nothing else beside it
+        (Path(temporary) / "config.json").symlink_to((place / "config.json").resolve())
+        names = plain_names(files)
+        for name, file in names.items():
+            (Path(temporary) / name).symlink_to(file.resolve())
+        write_index(Path(temporary), names)
+        network, info = kind.from_pretrained(temporary, torch_dtype=dtype, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{place} lacks {len(missing)} weights, the first is {missing[0]}; fetch the checkpoint again")
+    if hasattr(network, "register_to_config"):
+        network.register_to_config(_name_or_path=str(place))
+    else:
+        network.config._name_or_path = str(place)
+    return network.eval()
+
+
+@contextmanager
+def explaining_library(what: Path) -> Iterator[None]:
+    """Whatever diffusers or transformers raise while they load `what` is a UserError; what the system refuses is not."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = " ".join((str(error).strip() or type(error).__name__).split())[:300]
+        raise UserError(f"{what} cannot be loaded: {reason}") from None
+
+
+def load_parts(folder: Path) -> dict[str, Any]:
+    """The scheduler and the tokenizers of a checkpoint, as model_index.json names them. Raises UserError where one is
+    missing or cannot be loaded, or its class is unknown."""
+    index = read_object(folder / "model_index.json")
+    names = (*conditioning_of(read_config(folder, "unet"), folder).tokenizers, "scheduler")
+    return {name: _load_part(folder, name, index.get(name)) for name in names}
+
+
+def _load_part(folder: Path, name: str, stated: Any) -> Any:
+    library = "diffusers" if name == "scheduler" else "transformers"
+    if not (folder / name).is_dir():
+        raise UserError(f"{folder} is no whole checkpoint: it has no {name}/")
+    kind = stated[1] if isinstance(stated, list) and len(stated) == 2 else None
+    found = getattr(import_module(library), kind, None) if isinstance(kind, str) else None
+    if found is None or not hasattr(found, "from_pretrained"):
+        raise UserError(
+            f"{folder / 'model_index.json'} says that its {name} is {json.dumps(stated)}, which {library} "
+            f"{version(library)} does not have; name one that it has, as {json.dumps([library, PART_CLASSES[library]])}"
+        )
+    if name == "scheduler":
+        read_object(folder / name / "scheduler_config.json")
+    with explaining_library(folder / name):
+        return found.from_pretrained(folder / name)
 
 
 def load_pipeline(folder: Path, dtype: torch.dtype, without: Collection[str] = ()) -> Any:
-    """The checkpoint folder as a diffusers pipeline on the CPU; the networks in `without` are None."""
+    """The checkpoint folder as a diffusers pipeline on the CPU; the networks in `without` are None. Raises UserError."""
     import diffusers
 
     diffusers.utils.logging.disable_progress_bar()
     conditioning = conditioning_of(read_config(folder, "unet"), folder)
-    components: dict[str, Any] = {
-        name: None if name in without else load_component(folder, name, dtype) for name in conditioning.networks
-    }
+    components: dict[str, Any] = load_parts(folder)
+    for name in conditioning.networks:
+        components[name] = None if name in without else load_component(folder, name, dtype)
     kind = getattr(diffusers, conditioning.pipeline)
-    return kind.from_pretrained(folder, torch_dtype=dtype, **components, **conditioning.load_options)
+    with explaining_library(folder):
+        return kind.from_pretrained(folder, torch_dtype=dtype, **components, **conditioning.load_options)
 
 
 def resolve(source: str, workdir: Path) -> Path:
@@ -211,7 +297,7 @@ def _check_on_hub(repo_id: str) -> None:
     except Exception:  # the download meets it as well, and may find all in its cache
         return
     model, config = f"model {repo_id!r}", "unet/config.json"
-    known = read_json(Path(hf_hub_download(repo_id, config))) if config in files else {}
+    known = stated_config("unet", read_object(Path(hf_hub_download(repo_id, config))), model) if config in files else {}
     networks = _text_to_image(known, model).networks
     for needed in ("model_index.json", *(f"{component}/config.json" for component in networks)):
         if needed not in files:

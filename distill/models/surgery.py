@@ -15,8 +15,8 @@ from distill.common.files import read_json, replacing, require_free_disk, write_
 from distill.models.architectures import Architecture
 from distill.models.depth import Depth
 from distill.models.module_map import LayerMap, ModuleMap, make_module_map
-from distill.models.sources import find_family, network_folders, read_config
-from distill.models.tensors import component_tensors, component_weights, weights_variant, write_safetensors
+from distill.models.sources import network_folders, read_config
+from distill.models.tensors import component_tensors, component_weights, plain_names, write_index, write_safetensors
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,11 @@ def files_but_unet(checkpoint: Path) -> dict[str, Path]:
             continue
         folder = checkpoint / component
         if component in networks:
-            needed = [folder / "config.json", *component_weights(folder)]
+            needed = {"config.json": folder / "config.json", **plain_names(component_weights(folder))}
         else:
-            needed = [path for path in folder.iterdir() if path.is_file()]
-        files |= {f"{component}/{_plain_name(path)}": path for path in needed}
+            needed = {path.name: path for path in folder.iterdir() if path.is_file()}
+        files |= {f"{component}/{name}": path for name, path in needed.items()}
     return files
-
-
-def _plain_name(path: Path) -> str:
-    variant = weights_variant(path) if path.suffix == ".safetensors" else ""
-    return path.name.replace(f".{variant}", "", 1) if variant else path.name
 
 
 def copy_all_but_unet(checkpoint: Path, out: Path) -> None:
@@ -83,15 +78,8 @@ def copy_all_but_unet(checkpoint: Path, out: Path) -> None:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, out / name)
     for component in network_folders(checkpoint):
-        shards = sorted((out / component).glob("*.safetensors"))
-        if len(shards) > 1:
-            records = component_tensors(out / component)
-            total = sum(record.nbytes for record in records.values())
-            index = {
-                "metadata": {"total_size": total},
-                "weight_map": {key: record.file.name for key, record in records.items()},
-            }
-            write_json(out / component / f"{shards[0].name.partition('-')[0]}.safetensors.index.json", index)
+        if component != "unet":
+            write_index(out / component, plain_names(component_weights(checkpoint / component)))
 
 
 def make_student_unet(
@@ -125,7 +113,7 @@ def student_modules(checkpoint: Path, student: Architecture, layer_map: str | La
     Raises UserError for a student of another family, one that the checkpoint is not deep enough for, and a layer map
     that is not nested in its own.
     """
-    if student.family != find_family(checkpoint):
+    if not student.family.fits(read_config(checkpoint, "unet")):
         raise UserError(
             f"{student.name} is of the family {student.family.name}, {checkpoint} is not: give a student of its family, or "
             "a depth"

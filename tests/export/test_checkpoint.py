@@ -189,14 +189,6 @@ def test_a_vae_of_another_latent_space_is_refused(mini_vega: Path, tmp_path: Pat
         with_vae(mini_vega, str(tmp_path / "flux"), tmp_path)
 
 
-def test_a_file_that_is_no_lora_is_refused(mini_vega: Path, tmp_path: Path) -> None:
-    weights = mini_vega / "vae" / "diffusion_pytorch_model.safetensors"
-    with pytest.raises(UserError, match="no LoRA weights"):
-        with_loras(mini_vega, HASH, [(weights, 1.0)], tmp_path)
-    with pytest.raises(UserError, match="does not exist"):
-        with_loras(mini_vega, HASH, [(tmp_path / "absent.safetensors", 1.0)], tmp_path)
-
-
 @pytest.mark.parametrize("layers", [r"mid_block.*to_q", r".*to_q"])  # none of them is there, and some are
 def test_a_lora_of_another_architecture_is_refused(
     mini_sdxl: Path, mini_vega: Path, layers: str, tmp_path: Path
@@ -253,14 +245,6 @@ def test_a_named_vae_out_of_reach_is_one_line(
     with pytest.raises(UserError, match=r"cannot be had from the Hugging Face hub.*local folder") as refusal:
         with_vae(mini_vega, vae, tmp_path / "work")
     assert "\n" not in str(refusal.value) and not (tmp_path / "work").exists()
-
-
-def test_what_diffusers_would_drop_is_refused(mini_vega: Path, tmp_path: Path) -> None:
-    name = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
-    tensors = {f"{name}.{part}": torch.ones(1, 1) for part in ("lora_down.weight", "lora_up.weight", "dora_scale")}
-    save_file(tensors, tmp_path / "dora.safetensors")
-    with pytest.raises(UserError, match="is a DoRA"):
-        with_loras(mini_vega, HASH, [(tmp_path / "dora.safetensors", 1.0)], tmp_path)
 
 
 def test_what_is_no_vae_is_refused(mini_vega: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from export.components import COMPONENTS
 SDXL_UNET = {
     "in_channels": 4,
     "out_channels": 4,
+    "addition_embed_type": "text_time",
     "block_out_channels": [320, 640, 1280],
     "cross_attention_dim": 2048,
     "projection_class_embeddings_input_dim": 2816,

@@ -27,7 +27,7 @@ from distill.models.families import MINI_FAMILY
 from distill.models.resolution import Resolution
 from distill.models.sources import file_hashes, load_component
 from export.components import COMPONENTS
-from export.folder import export_checkpoint
+from export.folder import check_files, export_checkpoint
 from export.job import ExportOptions, make_job
 from export.parity import cpu_session
 from export.trace import trace
@@ -78,7 +78,7 @@ def test_metadata_says_what_is_there(onnx_fp16: Path, mini_vega: Path) -> None:
     unet = read_json(onnx_fp16 / "unet" / "export.json")
     for name, digest in unet["sha256"].items():
         assert sha256_file(onnx_fp16 / "unet" / name) == digest
-    assert set(unet["sha256"]) == {"model.onnx", "model.onnx.data"}
+    assert set(unet["sha256"]) == {"model.onnx", "model.onnx.data", "config.json"}
     assert unet["parameters"] == count_parameters(load_component(mini_vega, "unet", torch.float32))
     assert unet["parameters"] * 2 <= (onnx_fp16 / "unet" / "model.onnx.data").stat().st_size * 1.02
     halves = [read_json(onnx_fp16 / half / "export.json")["parameters"] for half in ("vae_decoder", "vae_encoder")]
@@ -134,6 +134,75 @@ def test_a_checkpoint_is_not_exported_over_itself(mini_vega: Path, tmp_path: Pat
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+@pytest.mark.parametrize("file", ["notes.txt", "scheduler/scheduler_config.json", "model_index.json", "slimxl.json"])
+def test_a_folder_that_no_export_made_is_not_touched(mini_vega: Path, file: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / file).parent.mkdir(parents=True)
+    (out / file).write_text("{}")
+    with pytest.raises(UserError, match="is no ONNX folder and not empty"):
+        export_checkpoint(mini_vega, out, options=ExportOptions(components=SMALL))
+    assert [path for path in out.rglob("*") if path.is_file()] == [out / file]
+
+
+@pytest.mark.parametrize(
+    "file", ["text_encoder/model.onnx.data", "text_encoder/config.json", "tokenizer/merges.txt", "model_index.json"]
+)
+def test_a_flipped_byte_is_named(mini_vega: Path, onnx_fp32: Path, file: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(onnx_fp32, tmp_path / "onnx"))
+    check_files(folder)
+    data = bytearray((folder / file).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / file).write_bytes(data)
+    with pytest.raises(UserError, match=f"{file} has changed since it was exported"):
+        check_files(folder)
+    check_files(folder, ["unet"])
+    if file.endswith(".data"):
+        options = ExportOptions(components=SMALL, precision="fp32", reuse=(folder,))
+        with pytest.raises(UserError, match=f"{file} has changed"):
+            export_checkpoint(mini_vega, tmp_path / "out", options=options)
+    (folder / file).unlink()
+    with pytest.raises(UserError, match=f"{file} is missing"):
+        check_files(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{}", '{"bytes": 3}', '{"bytes": {}, "sha256": {"../x": "y"}}', "{"])
+def test_a_damaged_record_is_one_line(mini_vega: Path, text: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "text_encoder").mkdir(parents=True)
+    (out / "text_encoder" / "export.json").write_text(text)
+    for call in (check_files, lambda out: export_checkpoint(mini_vega, out, options=ExportOptions(components=SMALL))):
+        with pytest.raises(UserError, match=r"export\.json"):
+            call(out)
+
+
+def test_a_scheduler_that_cannot_load_is_refused_at_export(mini_vega: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(mini_vega, tmp_path / "checkpoint"))
+    index = read_json(checkpoint / "model_index.json") | {"scheduler": ["diffusers", "NoSuchScheduler"]}
+    (checkpoint / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"scheduler is .*NoSuchScheduler"):
+        export_checkpoint(checkpoint, tmp_path / "out", options=ExportOptions(components=SMALL))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("precision", "value"), [("fp32", 2.0), ("fp16", 1.0)])
+def test_the_file_named_fp16_is_read_for_fp16_alone(
+    mini_vega: Path, precision: str, value: float, tmp_path: Path
+) -> None:
+    checkpoint = Path(shutil.copytree(mini_vega, tmp_path / "checkpoint"))
+    plain = checkpoint / "text_encoder" / "model.safetensors"
+    tensors, key = load_file(plain), "text_model.final_layer_norm.bias"
+    for name, number in (("model.safetensors", 2.0), ("model.fp16.safetensors", 1.0)):
+        save_file(tensors | {key: torch.full_like(tensors[key], number)}, plain.with_name(name), {"format": "pt"})
+    said: list[str] = []
+    options = ExportOptions(components=SMALL, precision=precision)
+    export_checkpoint(checkpoint, tmp_path / "out", options=options, progress=said.append)
+    model = ir.load(tmp_path / "out" / "text_encoder" / "model.onnx")
+    [bias] = [v for name, v in model.graph.initializers.items() if name.endswith("final_layer_norm.bias")]
+    assert (bias.const_value.numpy() == value).all()
+    read = {"fp32": "model.safetensors", "fp16": "model.fp16.safetensors"}[precision]
+    assert any(f"text_encoder: {precision} from {read}," in line for line in said)
+
+
 def test_a_folder_is_not_whole_while_components_are_copied_into_it(
     mini_vega: Path, onnx_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,7 +211,7 @@ def test_a_folder_is_not_whole_while_components_are_copied_into_it(
 
     monkeypatch.setattr(shutil, "copytree", copytree)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "slimxl.json").write_text("{}")  # of an earlier run
+    (tmp_path / "out" / "slimxl.json").write_text('{"source": {}}')  # of an earlier run
     options = ExportOptions(components=SMALL, precision="fp32", reuse=(onnx_fp32,))
     with pytest.raises(KeyboardInterrupt):
         export_checkpoint(mini_vega, tmp_path / "out", options=options)
@@ -215,7 +284,7 @@ def test_a_graph_that_disagrees_never_gets_its_name(
         return model
 
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "slimxl.json").write_text("{}")  # of an earlier run
+    (tmp_path / "out" / "slimxl.json").write_text('{"source": {}}')  # of an earlier run
     monkeypatch.setattr(export.write, "trace", sabotaged)
     with pytest.raises(UserError, match=r"text_encoder: .*disagrees with torch.*last_hidden_state.*--opset 18"):
         export_checkpoint(mini_vega, tmp_path / "out", options=ExportOptions(components=SMALL))

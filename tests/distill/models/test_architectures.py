@@ -55,8 +55,8 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda f: f.name)
-def test_nine_resolutions_that_fit_the_unet(family) -> None:
-    assert len(set(family.resolutions)) == 9
+def test_its_resolutions_fit_the_unet(family) -> None:
+    assert len(set(family.resolutions)) == len(family.resolutions) >= 5
     assert all(r.width % family.size_multiple == 0 == r.height % family.size_multiple for r in family.resolutions)
 
 

@@ -16,8 +16,9 @@ from distill.data.cache import make_cache
 from distill.models.architectures import ARCHITECTURES
 from distill.models.assemble import component_shapes, meta_components
 from distill.models.depth import Depth
+from distill.models.networks import NETWORKS
 from distill.models.single_file import _unet_name
-from distill.models.sources import COMPONENT_FOLDERS, find_architecture_of, load_pipeline, read_config, resolve
+from distill.models.sources import find_architecture_of, load_pipeline, read_config, resolve
 from distill.models.tensors import component_tensors, component_weights
 from distill.training.recipes import Recipe, Stage
 from distill.training.student import Pruned
@@ -105,7 +106,7 @@ def open_clip(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def ldm_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """A checkpoint folder in the single-file layout, with the extras that such files carry."""
-    loaded = {component: load_file(component_weights(folder / component)[0]) for component in COMPONENT_FOLDERS}
+    loaded = {component: load_file(component_weights(folder / component)[0]) for component in NETWORKS}
     vae = read_config(folder, "vae")
     clip = {f"conditioner.embedders.0.transformer.{key}": value for key, value in loaded["text_encoder"].items()}
     extras = {
@@ -137,7 +138,7 @@ def test_a_single_file_becomes_what_diffusers_makes_of_it(single_file: Path, min
         CLIPTextModelWithProjection, second, subfolder="text_encoder_2", config=str(mini_sdxl), local_files_only=True
     )
     ours = load_pipeline(folder, torch.float32)
-    for component in COMPONENT_FOLDERS:
+    for component in NETWORKS:
         expected = getattr(judge, component).state_dict()
         got = getattr(ours, component).state_dict()
         assert got.keys() == expected.keys()

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -12,17 +14,21 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig
 
 from distill.common.errors import UserError, exit_on_user_error
 from distill.common.files import remove_leftovers, replacing, write_json
 from distill.models.architectures import ARCHITECTURES, find_architecture
+from distill.models.depth import UNET_DEFAULTS
+from distill.models.networks import DEFAULTS
 from distill.models.sources import (
     MINI_TEACHER,
     check_checkpoint,
@@ -30,11 +36,13 @@ from distill.models.sources import (
     checkpoint_hash,
     find_architecture_of,
     load_component,
+    load_parts,
     load_pipeline,
     peek_architecture,
     read_safetensors_header,
     resolve,
 )
+from distill.models.surgery import make_student, make_student_unet, student_modules
 
 
 @pytest.fixture
@@ -107,12 +115,10 @@ def test_a_made_checkpoint_that_lost_a_part_or_is_of_another_version_is_made_aga
 
 
 def test_a_depth_of_ones_own_is_recognised(tmp_path: Path) -> None:
-    from distill.models.surgery import make_student_unet
-
     vega = resolve("random:mini-vega", tmp_path)
     depth = "-/1,1/1,1:0:1,1,1/1,1,1/-"
     student = find_architecture(depth, ARCHITECTURES["mini-vega"].family)
-    make_student_unet(vega, student, "first", tmp_path / "unet")
+    make_student_unet(vega, student, student_modules(vega, student, "first")[1], tmp_path / "unet")
     shutil.rmtree(vega / "unet")
     (tmp_path / "unet").rename(vega / "unet")
     assert find_architecture_of(vega).name == depth
@@ -152,7 +158,11 @@ def test_what_is_missing_is_named(copy: Path, damage, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"addition_embed_type": None}, "addition_embed_type None"), ({"in_channels": 9}, "9 channels in and 4 out")],
+    [
+        ({"addition_embed_type": "text_image"}, "addition_embed_type 'text_image'"),
+        ({"class_embed_type": "timestep"}, "takes more than text .class_embed_type"),
+        ({"in_channels": 9}, "9 channels in and 4 out"),
+    ],
 )
 def test_a_pipeline_of_another_kind_is_refused(copy: Path, change: dict, message: str) -> None:
     config = copy / "unet" / "config.json"
@@ -210,28 +220,148 @@ def test_a_teacher_of_other_noise_levels_is_refused(scheduler: dict, tmp_path: P
         check_successor(teacher, teacher)
 
 
-def _renamed(component: Path, variant: str) -> None:
-    [weights] = component.glob("*.safetensors")
-    weights.rename(weights.with_suffix(f".{variant}.safetensors"))
-
-
-def test_one_variant_is_read_the_half_precision_one_where_there_is_one(copy: Path) -> None:
-    _renamed(copy / "text_encoder", "bf16")
-    _renamed(copy / "unet", "fp16")
-    (copy / "unet" / "diffusion_pytorch_model-00001-of-00002.safetensors").write_bytes(b"half a download")
-    check_checkpoint(copy)
-    assert [load_component(copy, part, torch.float32).dtype for part in ("unet", "text_encoder")] == [torch.float32] * 2
-    (copy / "unet" / "diffusion_pytorch_model.fp16.safetensors").unlink()
-    with pytest.raises(UserError, match="holds 1 of the 2 parts of its weights"):
-        check_checkpoint(copy)
-
-
 def test_weights_in_a_format_that_is_not_read_are_named(copy: Path) -> None:
     [weights] = (copy / "vae").glob("*.safetensors")
     tensors = load_file(weights)
-    save_file(tensors | {"encoder.conv_in.bias": tensors["encoder.conv_in.bias"].double()}, weights)
-    with pytest.raises(UserError, match=r"encoder.conv_in.bias is stored as F64; read are F32, F16, BF16"):
+    save_file(tensors | {"encoder.conv_in.bias": tensors["encoder.conv_in.bias"].to(torch.float8_e4m3fn)}, weights)
+    with pytest.raises(UserError, match=r"encoder.conv_in.bias is stored as F8_E4M3; read are F64, F32, F16, BF16"):
         check_checkpoint(copy)
+
+
+def change_config(copy: Path, component: str, change: dict[str, Any], drop: tuple[str, ...] = ()) -> None:
+    path = copy / component / "config.json"
+    config = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in config.items() if key not in drop}))
+
+
+def test_the_defaults_for_absent_keys_are_the_libraries_own() -> None:
+    unet = inspect.signature(UNet2DConditionModel).parameters
+    assert {key: as_list(unet[key].default) for key in UNET_DEFAULTS} == UNET_DEFAULTS
+    for kind in (AutoencoderKL, AutoencoderTiny):
+        parameters = inspect.signature(kind).parameters
+        assert {key: as_list(parameters[key].default) for key in DEFAULTS[kind.__name__]} == DEFAULTS[kind.__name__]
+    clip = CLIPTextConfig()
+    assert {key: getattr(clip, key) for key in DEFAULTS["CLIPTextModel"]} == DEFAULTS["CLIPTextModel"]
+
+
+def as_list(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize(
+    ("change", "drop"),
+    [
+        ({}, ("in_channels", "out_channels", "layers_per_block", "sample_size")),
+        ({"layers_per_block": [2, 2, 2], "cross_attention_dim": [128] * 3}, ()),
+        ({"only_cross_attention": [False] * 3, "attention_head_dim": [1, 2, 2], "sample_size": [16, 16]}, ()),
+    ],
+)
+def test_any_way_to_state_a_unet_is_the_same_unet(change: dict, drop: tuple[str, ...], copy: Path) -> None:
+    change_config(copy, "unet", change, drop)
+    check_checkpoint(copy)
+    assert find_architecture_of(copy).name == "mini-vega"
+    expected = load_component(copy, "unet", torch.float32)
+    student = ARCHITECTURES["mini-vega"]
+    make_student(copy, student, "first", copy.parent / "student")
+    made = load_component(copy.parent / "student", "unet", torch.float32).state_dict()
+    assert all(torch.equal(made[key], value) for key, value in expected.state_dict().items())
+
+
+def test_a_unet_without_its_middle_block_type_has_diffusers_own(mini_sdxl: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(mini_sdxl, tmp_path / "copy"))
+    change_config(copy, "unet", {}, ("mid_block_type", "_diffusers_version"))
+    assert find_architecture_of(copy).name == "mini-sdxl"
+    load_component(copy, "unet", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("component", "change", "message"),
+    [
+        ("unet", {"down_block_types": ["AttnDownBlock2D"] * 3}, 'down_block_types is .*AttnDownBlock2D.*read are "DownB'),
+        ("unet", {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type is .*SimpleCrossAttn"),
+        ("unet", {"mid_block_type": [1]}, r"mid_block_type is \[1\]"),
+        ("unet", {"block_out_channels": []}, "block_out_channels is .*3 numbers"),
+        ("unet", {"block_out_channels": None}, "block_out_channels is null"),
+        ("unet", {"block_out_channels": "abc"}, "block_out_channels is .*abc"),
+        ("unet", {"block_out_channels": [32, 64]}, "block_out_channels is .*3 numbers"),
+        ("unet", {"layers_per_block": None}, "layers_per_block is null"),
+        ("unet", {"layers_per_block": [2, 2]}, "layers_per_block is .*3 levels"),
+        ("unet", {"layers_per_block": "2"}, 'layers_per_block is "2"'),
+        ("unet", {"cross_attention_dim": [128, 64, 128]}, "cross_attention_dim is .*must be alike"),
+        ("unet", {"cross_attention_dim": 0}, "cross_attention_dim is 0"),
+        ("unet", {"cross_attention_dim": 64}, "cross_attention_dim is 64, the hidden_size of .* together is 128"),
+        ("unet", {"sample_size": -1}, "sample_size is -1"),
+        ("unet", {"attention_head_dim": [1, 2]}, "attention_head_dim is .*3 levels"),
+        ("unet", {"transformer_layers_per_block": [[1, 1], [1, 1], [2, 2]], "reverse_transformer_layers_per_block": None},
+         "reverse_transformer_layers_per_block is needed"),
+        ("unet", {"reverse_transformer_layers_per_block": [[2, 2], [1, 1, 1], 1]}, "reverse_.* for a level of 3 layers"),
+        ("unet", {"projection_class_embeddings_input_dim": 2560}, "do not belong together"),
+        ("unet", {"up_block_types": ["UpBlock2D"]}, "up_block_types is .*as many as down_block_types"),
+        ("unet", {"in_channels": 9}, "9 channels in and 4 out"),
+        ("vae", {"latent_channels": 16}, "in_channels is 4, the vae's latent_channels is 16"),
+        ("vae", {"block_out_channels": None}, "block_out_channels of its vae is None"),
+        ("text_encoder", {"hidden_size": "64"}, "hidden_size of its text_encoder is '64'"),
+    ],
+)  # fmt: skip
+def test_what_no_unet_can_be_is_named_by_its_key(component: str, change: dict, message: str, copy: Path) -> None:
+    change_config(copy, component, change)
+    with pytest.raises(UserError, match=message) as refusal:
+        check_checkpoint(copy)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "", "3", '"x"', "{", "[" * 100_000, "\ufeff{}", '{"a": NaN}'])
+@pytest.mark.parametrize(
+    "name", ["unet/config.json", "text_encoder/config.json", "vae/config.json", "model_index.json"]
+)
+def test_a_config_that_holds_something_else_is_one_line(name: str, text: str, copy: Path) -> None:
+    (copy / name).write_text(text)
+    with pytest.raises(UserError, match=name) as refusal:
+        check_checkpoint(copy)
+    assert "\n" not in str(refusal.value)
+
+
+def change_index(copy: Path, **stated: object) -> None:
+    path = copy / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | stated))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda c: change_index(c, scheduler=["diffusers", "NoSuchScheduler"]), "scheduler is .*NoSuchScheduler"),
+        (lambda c: change_index(c, scheduler=None), "its scheduler is null"),
+        (lambda c: change_index(c, tokenizer=["transformers", 3]), "its tokenizer is"),
+        (lambda c: change_index(c, tokenizer=["transformers", "NoTokenizer"]), "its tokenizer is .*NoTokenizer"),
+        (lambda c: shutil.rmtree(c / "tokenizer_2"), "it has no tokenizer_2/"),
+        (lambda c: (c / "scheduler/scheduler_config.json").write_text("[]"), "holds a list"),
+        (lambda c: (c / "scheduler/scheduler_config.json").unlink(), "does not exist"),
+        (lambda c: change_scheduler(c, beta_schedule="none"), "scheduler cannot be loaded"),
+        (lambda c: change_scheduler(c, num_train_timesteps="x"), "scheduler cannot be loaded"),
+        (lambda c: (c / "tokenizer/vocab.json").write_text("["), "tokenizer cannot be loaded"),
+        (lambda c: (c / "tokenizer/merges.txt").unlink(), "tokenizer cannot be loaded"),
+    ],
+)
+def test_a_scheduler_or_tokenizer_that_cannot_load_is_one_line(damage, message: str, copy: Path) -> None:
+    damage(copy)
+    with pytest.raises(UserError, match=message) as refusal:
+        load_parts(copy)
+    assert "\n" not in str(refusal.value)
+
+
+def change_scheduler(copy: Path, **stated: object) -> None:
+    path = copy / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | stated))
+
+
+def test_weights_that_are_missing_are_named_where_they_are_loaded(copy: Path) -> None:
+    for component in ("unet", "text_encoder_2"):
+        [file] = (copy / component).glob("*.safetensors")
+        tensors = load_file(file)
+        dropped = sorted(key for key in tensors if key.endswith(".bias"))[0]
+        save_file({key: value for key, value in tensors.items() if key != dropped}, file, {"format": "pt"})
+        with pytest.raises(UserError, match=f"{component} lacks 1 weights, the first is {re.escape(dropped)}"):
+            load_component(copy, component, torch.float32)
 
 
 def test_what_is_at_hand_tells_the_architecture_and_nothing_is_fetched(mini_vega: Path) -> None:

@@ -10,11 +10,15 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 from distill.__main__ import main
 from distill.common.errors import UserError
-from distill.models.architectures import ARCHITECTURES, SDXL_DEPTH, SSD_1B_DEPTH, VEGA_DEPTH
-from distill.models.module_map import make_layer_map, read_layer_map, relative_map
+from distill.models.architectures import ARCHITECTURES, SDXL_DEPTH, SSD_1B_DEPTH, VEGA_DEPTH, Architecture
+from distill.models.module_map import ModuleMap, make_module_map, read_layer_map
 from distill.models.sources import component_tensors, find_architecture_of, load_component, load_pipeline
-from distill.models.surgery import make_student, make_student_unet, plan_surgery, unet_shapes
+from distill.models.surgery import make_student, make_student_unet, plan_surgery, student_modules, unet_shapes
 from distill.models.tensors import component_weights
+
+
+def modules_of(checkpoint: Path, student: Architecture, layer_map: str = "first") -> ModuleMap:
+    return student_modules(checkpoint, student, layer_map)[1]
 
 
 @pytest.mark.parametrize("preset", ["first", "spread", "similarity"])
@@ -22,7 +26,7 @@ from distill.models.tensors import component_weights
 def test_every_tensor_is_accounted_for_at_full_size(teacher: str, student: str, preset: str) -> None:
     depths = [ARCHITECTURES[name].depth for name in (teacher, student)]
     shapes = [unet_shapes(ARCHITECTURES[name].unet_config) for name in (teacher, student)]
-    plan = plan_surgery(*shapes, make_layer_map(preset, *depths))
+    plan = plan_surgery(*shapes, make_module_map(preset, *depths))
     assert set(plan.sources) == set(shapes[1])
     assert set(plan.sources.values()).isdisjoint(plan.unused)
     assert set(plan.sources.values()) | set(plan.unused) == set(shapes[0])
@@ -31,14 +35,14 @@ def test_every_tensor_is_accounted_for_at_full_size(teacher: str, student: str, 
 
 @pytest.mark.parametrize("preset", ["first", "spread", "similarity"])
 def test_vegas_blocks_are_among_ssd_1bs(preset: str) -> None:
-    ssd_1b = make_layer_map(preset, SDXL_DEPTH, SSD_1B_DEPTH)
-    relative = relative_map(make_layer_map(preset, SDXL_DEPTH, VEGA_DEPTH), ssd_1b)
-    assert relative.keys() == ssd_1b.keys()
+    ssd_1b = make_module_map(preset, SDXL_DEPTH, SSD_1B_DEPTH)
+    relative = make_module_map(preset, SDXL_DEPTH, VEGA_DEPTH).relative_to(ssd_1b)
+    assert set(relative.paths.values()) <= ssd_1b.paths.keys()
 
 
 def test_copied_weights_are_the_teachers(mini_sdxl: Path, tmp_path: Path) -> None:
     student = ARCHITECTURES["mini-ssd-1b"]
-    plan = make_student_unet(mini_sdxl, student, "similarity", tmp_path / "unet")
+    plan = make_student_unet(mini_sdxl, student, modules_of(mini_sdxl, student, "similarity"), tmp_path / "unet")
     path = "down_blocks.2.attentions.0.transformer_blocks"
     assert plan.sources[f"{path}.3.attn1.to_q.weight"] == f"{path}.6.attn1.to_q.weight"
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
@@ -72,7 +76,8 @@ def test_a_file_that_is_no_layer_map_is_refused(tmp_path: Path) -> None:
 
 
 def test_config_json_says_what_the_weights_are(mini_sdxl: Path, tmp_path: Path) -> None:
-    make_student_unet(mini_sdxl, ARCHITECTURES["mini-vega"], "first", tmp_path / "unet")
+    vega = ARCHITECTURES["mini-vega"]
+    make_student_unet(mini_sdxl, vega, modules_of(mini_sdxl, vega), tmp_path / "unet")
     built = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(tmp_path / "unet"))
     assert built.state_dict().keys() == component_tensors(tmp_path / "unet").keys()
 
@@ -81,7 +86,8 @@ def test_what_a_teacher_has_beyond_its_family_its_student_has_too(mini_vega: Pat
     """As an LCM, whose time embedding takes the guidance scale."""
     config = UNet2DConditionModel.load_config(mini_vega / "unet") | {"time_cond_proj_dim": 16}
     UNet2DConditionModel.from_config(config).save_pretrained(tmp_path / "teacher" / "unet")
-    make_student_unet(tmp_path / "teacher", ARCHITECTURES["mini-vega"], "first", tmp_path / "unet")
+    modules = make_module_map("first", VEGA_DEPTH, VEGA_DEPTH)
+    make_student_unet(tmp_path / "teacher", ARCHITECTURES["mini-vega"], modules, tmp_path / "unet")
     tensors = component_tensors(tmp_path / "unet")
     assert tensors.keys() == UNet2DConditionModel.from_pretrained(tmp_path / "unet").state_dict().keys()
     assert "time_embedding.cond_proj.weight" in tensors
@@ -89,26 +95,27 @@ def test_what_a_teacher_has_beyond_its_family_its_student_has_too(mini_vega: Pat
 
 def test_explicit_indices_are_kept_and_checked() -> None:
     path = "down_blocks.2.attentions.0"
-    assert make_layer_map({path: (0, 3, 5, 9)}, SDXL_DEPTH, SSD_1B_DEPTH)[path] == (0, 3, 5, 9)
-    for wrong in [(0, 1), (0, 1, 2, 10), (3, 2, 1, 0), (1, 1, 2, 3)]:
+    assert make_module_map({path: (0, 3, 5, 9)}, SDXL_DEPTH, SSD_1B_DEPTH).blocks(path) == (0, 3, 5, 9)
+    assert make_module_map({path: (3, 9)}, SDXL_DEPTH, SSD_1B_DEPTH).blocks(path) == (0, 1, 3, 9)  # filled up
+    for wrong in [(0, 1, 2, 10), (3, 2, 1, 0), (1, 1, 2, 3), (0, 1, 2, 3, 4), ()]:
         with pytest.raises(UserError, match="rising indices below 10"):
-            make_layer_map({path: wrong}, SDXL_DEPTH, SSD_1B_DEPTH)
-    with pytest.raises(UserError, match="unknown transformer"):
-        make_layer_map({"mid_block.attentions.0": (0,)}, SDXL_DEPTH, SSD_1B_DEPTH)
+            make_module_map({path: wrong}, SDXL_DEPTH, SSD_1B_DEPTH)
+    with pytest.raises(UserError, match="unknown module of the student in the layer map"):
+        make_module_map({"mid_block.attentions.0": (0,)}, SDXL_DEPTH, SSD_1B_DEPTH)
     with pytest.raises(UserError, match="unknown layer map 'last'"):
-        make_layer_map("last", SDXL_DEPTH, SSD_1B_DEPTH)
+        make_module_map("last", SDXL_DEPTH, SSD_1B_DEPTH)
 
 
 def test_a_student_deeper_than_its_teacher_is_refused() -> None:
     with pytest.raises(UserError, match="its teacher only"):
-        make_layer_map("first", VEGA_DEPTH, SSD_1B_DEPTH)
+        make_module_map("first", VEGA_DEPTH, SSD_1B_DEPTH)
 
 
 def test_maps_that_are_not_nested_are_refused() -> None:
-    held = make_layer_map("first", SDXL_DEPTH, SSD_1B_DEPTH)
-    wanted = make_layer_map("spread", SDXL_DEPTH, VEGA_DEPTH)
+    held = make_module_map("first", SDXL_DEPTH, SSD_1B_DEPTH)
+    wanted = make_module_map("spread", SDXL_DEPTH, VEGA_DEPTH)
     with pytest.raises(UserError, match="nested"):
-        relative_map(wanted, held)
+        wanted.relative_to(held)
 
 
 def test_a_student_takes_from_its_teacher_what_it_needs_under_plain_names(mini_vega: Path, tmp_path: Path) -> None:
