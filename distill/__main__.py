@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from distill.common.errors import UserError, exit_on_user_error
+from distill.common.errors import UserError, exit_on_user_error, require_above, require_least
 from distill.data.samples import SmallPictures
 from distill.models.sources import WORKDIR
 from distill.training.options import Accumulation, BenchOptions, Fsdp, Optimizer, Precision, TrainOptions, Workdir
@@ -150,7 +150,8 @@ def train(
 
     Args:
         recipe: ssd-1b, vega, mini-ssd-1b, mini-vega, or a .json file that `distill recipe` has begun.
-        cache: A latent cache made by `distill cache` with the teacher's VAE and text encoders.
+        cache: A latent cache made by `distill cache` with the teacher's VAE and text encoders; a stage of the recipe may
+            name its own.
         out: Becomes a diffusers pipeline folder; an unfinished run there is continued.
         student: Another student by the same road: an architecture or a depth pattern; if not given, the recipe's own.
         layer_map: Which teacher blocks it keeps: first, spread, similarity, or a JSON file (importance.json); if not
@@ -187,13 +188,13 @@ def plan(
         memory_gb: The GPU's memory in units of 1e9 bytes; if not given, that of the device at hand.
     """
     from distill.models.sources import peek_architecture
-    from distill.training.accelerator import COMPUTE_DTYPE
+    from distill.training.accelerator import COMPUTE_DTYPE, check_fsdp
     from distill.training.memory_plan import describe_plan, device_memory, plan_recipe
     from distill.training.recipes import find_recipe
-    from distill.training.sharding import check_fsdp
 
-    if memory_gb is not None and not memory_gb > 0:
-        raise UserError(f"--memory-gb is {memory_gb}; it must be above 0")
+    require_least(1, processes=processes, accumulation=accumulation)
+    if memory_gb is not None:
+        require_above(0, memory_gb=memory_gb)
     if fsdp:
         check_fsdp(processes, mixed_precision, optimizer)
     chosen = find_recipe(recipe, student=student)

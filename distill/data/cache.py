@@ -31,7 +31,7 @@ from distill.common.files import (
     remove_leftovers,
     replacing,
     require_free_disk,
-    sha256_file,
+    sha256_file_once,
     sha256_json,
     write_json,
 )
@@ -56,7 +56,7 @@ def cache_key(checkpoint: Path, data: str, identity: object, seed: int) -> dict[
 def frozen_hashes(checkpoint: Path) -> dict[str, str]:
     """A hash of the weights of each network that the cache stands for."""
     return {
-        component: sha256_json([sha256_file(file) for file in component_weights(checkpoint / component)])
+        component: sha256_json([sha256_file_once(file) for file in component_weights(checkpoint / component)])
         for component in network_folders(checkpoint)
         if component != "unet"
     }
@@ -318,8 +318,8 @@ class LatentCache:
     def __len__(self) -> int:
         return sum(map(len, self._rows.values()))
 
-    def check_teacher(self, teacher: Path) -> str | None:
-        """A warning where the teacher's VAE or text encoders are other files than those the cache was made with.
+    def check_teacher(self, teacher: Path) -> list[str]:
+        """Those of the teacher's VAE and text encoders that are other files than the ones the cache was made with.
 
         Raises UserError where its UNet takes embeddings of other widths.
         """
@@ -332,13 +332,7 @@ class LatentCache:
                 f"teacher: python -m distill cache --model {teacher}"
             )
         hashes = frozen_hashes(teacher)
-        others = [component for component, digest in hashes.items() if self.key.get(component) != digest]
-        if not others:
-            return None
-        return (
-            f"warning: the cache was made with other files of {', '.join(others)} than {teacher} has; unless they hold the "
-            "same weights (one in fp16, say), give this teacher's stages a recipe and a cache of their own"
-        )
+        return [component for component, digest in hashes.items() if self.key.get(component) != digest]
 
     def _batches_before(self, epoch: int) -> np.ndarray:
         """Of each resolution, how many batches come before an epoch: over the epochs as many as its samples fill."""
@@ -358,15 +352,35 @@ class LatentCache:
         return self._order
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
-        """`latents` and what else the UNet takes of a step's global batch, or of some rows of it, in float32."""
+        """`latents` and what else the UNet takes of a step's global batch, or of some rows of it, in float32.
+
+        Raises UserError for a sample that holds NaN or infinity.
+        """
         epochs = range((step + len(self._sizes) + 1) * self.batch_size)  # enough: each has one sample at least
         epoch = bisect_right(epochs, step, key=lambda epoch: self._batches_before(epoch).sum()) - 1
         resolution, indices = self._order_of(epoch)[step - self._batches_before(epoch).sum()]
         places = [self._rows[resolution][i] for i in indices[rows]]
-        return {
-            name.rpartition("/")[2]: torch.stack([self._shard(path).get_slice(name)[i] for path, i in places]).float()
-            for name in self._names[resolution]
-        }
+        batch = {}
+        for name in self._names[resolution]:
+            rows_of = [self._shard(path).get_slice(name)[i] for path, i in places]
+            whole = torch.stack(rows_of).float()
+            if not whole.sum().isfinite():  # where nothing is wrong, one pass over the numbers
+                for value, (path, i) in zip(rows_of, places, strict=True):
+                    self._check_finite(name, value, path, i)
+            batch[name.rpartition("/")[2]] = whole
+        return batch
+
+    def _check_finite(self, name: str, value: torch.Tensor, path: Path, row: int) -> None:
+        """Raises UserError, with the sample's own name, for a value that holds NaN or infinity."""
+        if value.isfinite().all():
+            return
+        size, _, field = name.partition("/")
+        about = json.loads(self._shard(path).metadata().get("slimxl", "{}"))
+        sample = about.get("samples", {}).get(size, [{}] * (row + 1))[row]
+        raise UserError(
+            f"{path}: the {field} of sample {sample.get('key', row)!r} (row {row} of {size}) are not finite; remove that "
+            "shard, mend or remove the sample, and run the same `distill cache` command again"
+        )
 
     def _shard(self, path: Path) -> Any:
         if path not in self._open:

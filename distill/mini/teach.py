@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
+from distill.common.errors import require_above, require_least
 from distill.mini.judge import judge
 from distill.mini.teach_unet import make_mini_pipeline, teach_unet
 from distill.mini.teach_vae import polish_decoder, teach_vae
@@ -29,7 +30,10 @@ def teach_mini(
 ) -> dict[str, float]:
     """The whole making of the mini teacher, stored in fp16, or the further teaching of the one at `start`; a VAE
     already under `out` is kept. Returns what `judge` says of it. Raises UserError for a `start` that is no SDXL
-    checkpoint."""
+    checkpoint, and for a number out of range."""
+    require_least(0, vae_steps=vae_steps, vae_whole_steps=vae_whole_steps, minutes=minutes, decoder_steps=decoder_steps)
+    require_least(0, seed=seed)
+    require_above(0, learning_rate=learning_rate)
     torch.set_flush_denormal(True)
     began = None if start is None else load_pipeline(resolve(str(start), out), torch.float32)
     out.mkdir(parents=True, exist_ok=True)

@@ -188,8 +188,13 @@ BLOCK_TYPES = {
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn", None),
 }
-PER_LEVEL: tuple[str, ...] = ("block_out_channels", "attention_head_dim", "num_attention_heads", "cross_attention_dim")
-PER_LEVEL += ("only_cross_attention",)
+PER_LEVEL = (
+    "block_out_channels",
+    "attention_head_dim",
+    "num_attention_heads",
+    "cross_attention_dim",
+    "only_cross_attention",
+)
 """Keys that may hold a list with an entry for each level."""
 
 

@@ -28,6 +28,7 @@ from distill.common.files import (
     remove_leftovers,
     replacing,
     sha256_file,
+    sha256_file_once,
     sha256_json,
     write_json,
 )
@@ -148,7 +149,7 @@ def file_hashes(folder: Path, components: Collection[str] | None = None) -> dict
         for precision in ("fp32", "fp16")
         for path in [folder / component / "config.json", *component_weights(folder / component, precision)]
     }
-    return {name: sha256_file(path) for name, path in files.items()}
+    return {name: sha256_file_once(path) for name, path in files.items()}
 
 
 def checkpoint_hash(folder: Path) -> str:

@@ -30,10 +30,13 @@ from distill.data.shapes import ATTRIBUTES
 from distill.mini.judge import READER, check_pictures, judge
 from distill.models.architectures import find_architecture
 from distill.models.sources import checkpoint_hash, find_architecture_of, load_component, load_pipeline
-from distill.training.checkpoints import alphas_cumprod_of
+from distill.training.objectives import Distill
+from distill.training.objectives.taps import Level
 from distill.training.options import TrainOptions
-from distill.training.recipes import Level, LossWeights, Recipe, Stage, shortened
-from distill.training.step import add_noise, predict
+from distill.training.recipes import Recipe, Stage, shortened
+from distill.training.schedule import Schedule
+from distill.training.step import add_noise, alphas_cumprod_of, predict
+from distill.training.student import Pruned
 from distill.training.trainer import train
 
 
@@ -41,26 +44,26 @@ from distill.training.trainer import train
 class Variant:
     """What one row of the table differs in."""
 
-    losses: LossWeights
+    objective: Distill
     from_scratch: bool = False
     progressive: bool = False
 
 
-def _features(level: Level) -> LossWeights:
-    return LossWeights(output=1.0, feature=0.2, level=level, normalize=True)
+def _features(level: Level) -> Distill:
+    return Distill(output=1.0, feature=0.2, level=level, normalize=True)
 
 
 HELD_OUT_BATCH = 20
-_TASK = LossWeights(output=0.0, feature=0.0)
+_TASK = Distill(output=0.0, feature=0.0)
 VARIANTS = {
-    "from-scratch": Variant(losses=_TASK, from_scratch=True),
-    "task": Variant(losses=_TASK),
-    "output": Variant(losses=replace(_TASK, output=1.0)),
-    "block": Variant(losses=_features("block")),
-    "sub-block": Variant(losses=_features("sub-block")),
-    "layer": Variant(losses=_features("layer")),
-    "self-attention": Variant(losses=_features("self-attention")),
-    "layer-progressive": Variant(losses=_features("layer"), progressive=True),
+    "from-scratch": Variant(objective=_TASK, from_scratch=True),
+    "task": Variant(objective=_TASK),
+    "output": Variant(objective=replace(_TASK, output=1.0)),
+    "block": Variant(objective=_features("block")),
+    "sub-block": Variant(objective=_features("sub-block")),
+    "layer": Variant(objective=_features("layer")),
+    "self-attention": Variant(objective=_features("self-attention")),
+    "layer-progressive": Variant(objective=_features("layer"), progressive=True),
 }
 """Each adds to the one before: surgery, the output loss, features from coarse to fine; the last divides
 the same steps into stages."""
@@ -69,15 +72,18 @@ the same steps into stages."""
 def make_recipe(name: str, variant: Variant, *, teacher: str, student: str, steps: int, seed: int) -> Recipe:
     """One-shot, or middle and up shortened first, a sixth of the same `steps` each."""
     source = find_architecture_of(Path(teacher))
-    tuned: dict[str, Any] = {"losses": variant.losses, "learning_rate": 4e-4, "warmup_steps": 10, "layer_map": "first"}
+    tuned: dict[str, Any] = {
+        "objective": variant.objective,
+        "learning_rate": 4e-4,
+        "schedule": Schedule(warmup_steps=10),
+    }
     before: tuple[Stage, ...] = ()
     if variant.progressive:
         target = find_architecture(student, source.family).depth
-        before = shortened(max(1, steps // 6), teacher, target, source.depth, **tuned)[:-1]
+        before = shortened(max(1, steps // 6), teacher, target, source.depth, "first", **tuned)[:-1]
         steps -= sum(stage.steps for stage in before)
-    whole = Stage(
-        name="whole", teacher=teacher, student=student, steps=steps, from_scratch=variant.from_scratch, **tuned
-    )
+    pruned = Pruned(architecture=student, layer_map="first", from_scratch=variant.from_scratch)
+    whole = Stage(name="whole", teacher=teacher, student=pruned, steps=steps, **tuned)
     return Recipe(
         name=name,
         stages=(*before, whole),
@@ -98,7 +104,9 @@ def held_out_loss(checkpoint: Path, cache: Path) -> float:
     alphas_cumprod = alphas_cumprod_of(checkpoint)
     errors = []
     for step in range(len(latents) // HELD_OUT_BATCH):
-        batch = add_noise(latents.batch(step), alphas_cumprod, {}, seed=("held out", step), caption_dropout=0.0)
+        batch = add_noise(
+            Distill(), latents.batch(step), alphas_cumprod, {}, seed=("held out", step), caption_dropout=0.0
+        )
         errors.append((predict(unet, batch) - batch["noise"]).square().mean().item())
     return mean(errors)
 

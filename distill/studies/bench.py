@@ -44,10 +44,11 @@ from distill.models.sources import find_architecture_of, load_pipeline, resolve
 from distill.models.surgery import make_student_unet
 from distill.studies.published import published_steps
 from distill.training.accelerator import COMPUTE_DTYPE, make_accelerator
-from distill.training.checkpoints import alphas_cumprod_of
+from distill.training.objectives import Distill
+from distill.training.objectives.taps import Level
 from distill.training.options import BenchOptions, TrainOptions
-from distill.training.pair import Pair, load_nets
-from distill.training.recipes import Level, LossWeights, Recipe
+from distill.training.recipes import Recipe
+from distill.training.step import Pair, alphas_cumprod_of, load_nets
 
 SCHEMA = "slimxl.distill.bench/1"
 WARMUP_ROUNDS = 2
@@ -169,14 +170,14 @@ class Setup:
             with published_steps(self.pair, self.pipe, self.samples) as step:
                 yield step
             return
-        losses = LossWeights(level=loop.features) if loop.features else LossWeights(feature=0.0)
+        objective = Distill(level=loop.features) if loop.features else Distill(feature=0.0)
         batches = self.cache if loop.cache else Encoding(self.pipe, self.conditioning, self.samples)
-        with self.pair.taught_by(losses) as take_step:
+        with self.pair.taught_by(objective) as take_step:
 
             def step() -> float:
                 self.number += 1
-                noised = self.pair.noised(batches.batch(self.number), (0, self.number))
-                return take_step(noised, learning_rate=LEARNING_RATE)["total"]
+                noised = self.pair.noised(objective, batches.batch(self.number), (0, self.number))
+                return take_step(noised, self.number, learning_rate=LEARNING_RATE)["total"]
 
             yield step
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distill.common.errors import require_least
 from distill.common.files import replacing, write_json
 from distill.common.progress import say, track
 from distill.data.cache import LatentCache
@@ -23,7 +24,7 @@ from distill.models.conditioning import call_unet
 from distill.models.depth import Depth
 from distill.models.module_map import ModuleMap, make_module_map
 from distill.models.sources import find_architecture_of, load_component
-from distill.training.checkpoints import alphas_cumprod_of
+from distill.training.step import alphas_cumprod_of
 
 
 @dataclass(frozen=True)
@@ -104,15 +105,16 @@ def propose_layer_map(scores: Sequence[BlockScore], modules: ModuleMap) -> dict[
 def report_importance(checkpoint: Path, cache: Path, student: str, out: Path, *, samples: int, timesteps: int) -> None:
     """Measures a checkpoint's UNet and writes `importance.json` (scores, proposed layer map) and `importance.svg`.
 
-    Raises UserError for an unknown student, one deeper than the checkpoint, or an empty cache.
+    Raises UserError for an unknown student, one deeper than the checkpoint, a number out of range, or an empty cache.
     """
+    require_least(1, samples=samples, timesteps=timesteps)
     architecture = find_architecture_of(checkpoint)
     depth, target = architecture.depth, find_architecture(student, architecture.family)
     modules = make_module_map("first", depth, target.depth)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     latents = LatentCache(cache, batch_size=samples, seed=0)
-    if told := latents.check_teacher(checkpoint):
-        say(told)
+    if others := latents.check_teacher(checkpoint):
+        say(f"warning: the cache was made with other files of {', '.join(others)} than {checkpoint} has")
     batch = latents.batch(0)
     unet = load_component(checkpoint, "unet", torch.float32).to(device)
     levels = [round((i + 0.5) * 1000 / timesteps) for i in range(timesteps)]

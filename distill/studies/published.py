@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from distill.data.pictures import Sample
 from distill.models.conditioning import call_unet, conditioning_of
-from distill.training.pair import Pair
-from distill.training.taps import Tap, make_taps
+from distill.training.objectives.taps import Tap, make_taps
+from distill.training.step import Pair
 
 
 @contextmanager

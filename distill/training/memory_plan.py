@@ -1,6 +1,6 @@
 """What a stage needs of one GPU's memory, told before it starts.
 
-Nothing is guessed: the step of `step.py` itself, teacher, student, loss and backward, runs on meta tensors, which have
+Nothing is guessed: a step itself, teacher, student, loss and backward, runs on meta tensors, which have
 shapes but no memory, while every tensor that would exist is counted from its birth to its death. What a kernel
 takes for itself (cuDNN's and cuBLAS's workspaces), CUDA's context and the allocator's gaps are not tensors; for them
 `RESERVED_BYTES` stays free.
@@ -27,14 +27,13 @@ from distill.models.architectures import Architecture, find_architecture
 from distill.models.catalogue import count_parameters
 from distill.models.module_map import make_module_map
 from distill.models.resolution import Resolution
-from distill.training.recipes import LossWeights, Recipe
-from distill.training.sharding import SHARDED_TOGETHER
-from distill.training.step import loss_terms
-from distill.training.taps import FeatureRecorder, make_taps
+from distill.training.accelerator import OPTIMIZER_BYTES, SHARDED_TOGETHER
+from distill.training.objectives import Objective
+from distill.training.objectives.interface import Nets
+from distill.training.recipes import Recipe
+from distill.training.step import predict
 
 RESERVED_BYTES = 2_000_000_000
-OPTIMIZER_BYTES = {"adamw": 8.0, "adamw-8bit": 2.0 + 8 / 256}
-"""Per parameter: two moments; in 8 bits with one float32 scale for each 256 of them (bitsandbytes' block)."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -116,7 +115,7 @@ class MemoryPlan:
 def plan_memory(
     teacher: Architecture,
     student: Architecture,
-    losses: LossWeights,
+    objective: Objective,
     *,
     resolution: Resolution,
     micro_batch: int,
@@ -132,47 +131,42 @@ def plan_memory(
     processes: weights, average, moments and gradients are divided by it, and the transformer blocks and ResNets at
     work, with everything outside of them, gathered."""
     family = student.family
+    drawn = objective.draw(micro_batch, 1000, torch.Generator())
     with torch.device("meta"):
-        nets = [UNet2DConditionModel(**a.unet_config).to(d) for a, d in ((teacher, half), (student, torch.float32))]
-        nets[0].requires_grad_(False)
+        teacher_net = UNet2DConditionModel(**teacher.unet_config).to(half).requires_grad_(False)
+        student_net = UNet2DConditionModel(**student.unet_config)
         if gradient_checkpointing:
             again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), AsOnGpu(half)))
-            nets[1].train().enable_gradient_checkpointing(again)
-        modules = make_module_map("first", teacher.depth, student.depth)
-        taps = make_taps(losses.level, modules) if losses.feature else ()
-        recorders = (
-            FeatureRecorder(nets[1], [tap.student for tap in taps]),
-            FeatureRecorder(nets[0], sorted({tap.teacher for tap in taps})),
+            student_net.train().enable_gradient_checkpointing(again)
+        nets = Nets(
+            student=student_net,
+            teacher=teacher_net if objective.needs_teacher else None,
+            modules=make_module_map("first", teacher.depth, student.depth),
+            alphas_cumprod=torch.empty(1000),
+            unconditional={name: torch.empty(shape) for name, shape in family.text_shapes.items()},
         )
         specs = family.unet_inputs(resolution, micro_batch)
-        with LiveBytes(*nets) as count, AsOnGpu(half):
+        with LiveBytes(teacher_net, student_net) as count, AsOnGpu(half), objective.prepare(nets) as terms_of:
             batch = {spec.name: torch.empty(spec.shape) for spec in specs}
-            batch |= {"timestep": torch.zeros(micro_batch, dtype=torch.int64), "noise": torch.empty(specs[0].shape)}
+            batch |= {name: torch.empty_like(value, device="meta") for name, value in drawn.items()}
+            batch["noise"] = torch.empty(specs[0].shape)
             if gradients_stay:
-                for parameter in nets[1].parameters():
+                for parameter in student_net.parameters():
                     parameter.grad = torch.empty_like(parameter)
-            terms = loss_terms(
-                nets[1],
-                nets[0],
-                batch,
-                losses,
-                alphas_cumprod=torch.empty(1000),
-                warm=1.0,
-                taps=taps,
-                recorders=recorders,
-                autocast=nullcontext,
+            terms = terms_of(
+                partial(predict, student_net), torch.no_grad()(partial(predict, teacher_net, dtype=half)), batch, 0
             )
             loss = torch.stack(list(terms.values())).sum()
             torch.autograd.backward(loss)  # the tensor's own method would leave the modes
-    parameters = count_parameters(nets[1])
+    parameters = count_parameters(student_net)
     gradients, work = count.at_peak
     if gradients_stay:
         gradients, work = 4 * parameters, work + gradients - 4 * parameters
     if 4 * parameters > gradients + work:  # the optimiser's step, when all gradients are there and nothing else
         gradients, work = 4 * parameters, 0
-    gathered = _gathered_bytes(nets[1]) if shards > 1 else 0
+    gathered = _gathered_bytes(student_net) if shards > 1 else 0
     return MemoryPlan(
-        teacher=half.itemsize * count_parameters(nets[0]) if losses.needs_teacher else 0,
+        teacher=half.itemsize * count_parameters(teacher_net) if objective.needs_teacher else 0,
         student=4 * parameters // shards,
         ema=4 * parameters // shards if ema else 0,
         optimizer=int(OPTIMIZER_BYTES[optimizer] * parameters) // shards,
@@ -203,7 +197,7 @@ def plan_recipe(
     Raises UserError where the batch cannot be shared so.
     """
     family = teacher.family
-    pairs = [(stage, find_architecture(stage.student, family)) for stage in recipe.stages]
+    pairs = [(stage, find_architecture(stage.student.architecture, family)) for stage in recipe.stages]
     stage, student = max(pairs, key=lambda pair: pair[1].depth.transformer_blocks)
     micro_batch = recipe.micro_batch(processes, accumulation)
     resolution = family.resolutions[0]
@@ -211,7 +205,7 @@ def plan_recipe(
         name: plan_memory(
             teacher,
             student,
-            stage.losses,
+            stage.objective,
             resolution=resolution,
             micro_batch=micro_batch,
             half=half,

@@ -44,8 +44,9 @@ class TrainOptions:
     compile: bool = False
     """Compile each transformer block of both nets by torch.compile."""
     fsdp: Fsdp = False
-    tensorboard: bool = False
-    """Write the losses as curves too, into OUT/tensorboard (package tensorboard)."""
+    report_to: str = ""
+    """Trackers that get the losses as curves too, by accelerate: tensorboard (into OUT/trackers), wandb, mlflow, …, several
+    with commas, or all that are installed."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
     checkpoint_minutes: int = 30

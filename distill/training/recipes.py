@@ -8,37 +8,28 @@ were kept, was not published: both stand here as data to change.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import (
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from distill.common.errors import UserError, unknown
 from distill.common.files import read_json
+from distill.common.validation import STRICT, from_json
 from distill.models.architectures import SDXL_DEPTH, SSD_1B_DEPTH, Architecture, find_architecture
 from distill.models.depth import Depth
 from distill.models.families import MINI_FAMILY
-from distill.models.module_map import LayerMap, ModuleMap, make_module_map, read_layer_map
+from distill.models.module_map import LayerMap, ModuleMap, read_layer_map
 from distill.models.sources import peek_architecture
+from distill.training.objectives import Distill, Objective
+from distill.training.schedule import Schedule
+from distill.training.student import Pruned, Student
 
-Level = Literal["block", "sub-block", "layer", "self-attention"]
-"""Which features are compared; see `taps.py`."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 """It becomes part of a folder's."""
-_WHOLE = ConfigDict(extra="forbid", strict=True)
 
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 ZAVY_CHROMA_XL = "stablediffusionapi/zavychromaxl-v80"
@@ -46,51 +37,30 @@ JUGGERNAUT_XL = "RunDiffusion/Juggernaut-XL-v9"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossWeights:
-    """λ of each loss; `level` and `normalize` say what the feature terms are; `warmup_steps` raises λ from 0."""
-
-    __pydantic_config__ = _WHOLE
-    task: NonNegativeFloat = 1.0
-    output: NonNegativeFloat = 0.5
-    feature: NonNegativeFloat = 0.5
-    level: Level = "sub-block"
-    normalize: bool = False
-    warmup_steps: NonNegativeInt = 0
-    min_snr_gamma: PositiveFloat | None = None
-
-    def __post_init__(self) -> None:
-        """Raises ValueError, which pydantic tells with its place, where nothing teaches the student's last layers."""
-        if not (self.task or self.output):
-            raise ValueError("task or output must be above 0; features alone teach nothing after the last of them")
-
-    @property
-    def needs_teacher(self) -> bool:
-        return bool(self.output or self.feature)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One run of the training loop. `student` is an architecture's name or a depth pattern; `layer_map` says which
-    of the *teacher's* blocks each student block is made from, so maps of successive stages must be nested. A student
-    `from_scratch` copies nothing: it begins with random weights, as a comparison."""
+    """One run of the training loop: `student` says what is trained, `objective` what it is taught by the `teacher`;
+    `learning_rate` is the highest that `schedule` reaches. `cache` is a latent cache of its own, where the teacher has
+    another VAE or other text encoders than the run's cache was made with."""
 
-    __pydantic_config__ = _WHOLE
+    __pydantic_config__ = STRICT
     name: Name
     teacher: str
-    student: str
+    student: Student
     steps: PositiveInt
-    layer_map: str | LayerMap = "similarity"
-    from_scratch: bool = False
-    losses: LossWeights = LossWeights()
+    objective: Objective = field(default_factory=Distill)
     learning_rate: PositiveFloat = 1e-5
-    warmup_steps: NonNegativeInt = 500
+    schedule: Schedule = field(default_factory=Schedule)
+    cache: str | None = None
+
+    def learning_rate_at(self, step: int) -> float:
+        return self.schedule.rate(self.learning_rate, step, self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """`batch_size` is global: over all processes and accumulation steps."""
 
-    __pydantic_config__ = _WHOLE
+    __pydantic_config__ = STRICT
     name: Name
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     batch_size: PositiveInt = 128
@@ -130,7 +100,8 @@ def shortened(
         shorter = replace(depth, **{side: getattr(target, side) for side in sides})
         if shorter != depth:
             name, student = "shorten-" + "-".join(sides), str(shorter)
-            parts.append(Stage(name=name, teacher=teacher, student=student, steps=steps, layer_map=layer_map, **stage))
+            pruned = Pruned(architecture=student, layer_map=layer_map)
+            parts.append(Stage(name=name, teacher=teacher, student=pruned, steps=steps, **stage))
         depth = shorter
     return tuple(parts)
 
@@ -142,22 +113,12 @@ def stage_modules(recipe: Recipe, teacher: Architecture, start: ModuleMap | None
     Raises UserError for a student of another family or deeper than the one before, and for layer maps that do not fit
     the teacher or are not nested: before the first step of the first stage.
     """
-    held, maps = start, []
+    maps: list[ModuleMap] = []
     for stage in recipe.stages:
-        student = find_architecture(stage.student, teacher.family)
-        if student.family != teacher.family:
-            raise UserError(
-                f"stage {stage.name}: {student.name} is of the family {student.family.name}, its teacher of "
-                f"{teacher.family.name}"
-            )
-        modules = make_module_map(stage.layer_map, teacher.depth, student.depth, held)
         try:
-            if not stage.from_scratch:
-                modules.relative_to(held)
+            maps.append(stage.student.modules(teacher, maps[-1] if maps else start))
         except UserError as error:
             raise UserError(f"stage {stage.name}: {error}") from None
-        maps.append(modules)
-        held = modules
     return maps
 
 
@@ -169,14 +130,12 @@ def _published(name: str, student: str, layer_map: str | LayerMap, start: Depth)
         ("juggernaut", JUGGERNAUT_XL, 50_000),
     )
     target = find_architecture(student).depth
+    whole = Pruned(architecture=student, layer_map=layer_map)
     return Recipe(
         name=name,
         stages=(
             *shortened(25_000, SDXL_BASE, target, start, layer_map),
-            *(
-                Stage(name=stage, teacher=teacher, student=student, steps=steps, layer_map=layer_map)
-                for stage, teacher, steps in teachers
-            ),
+            *(Stage(name=stage, teacher=teacher, student=whole, steps=steps) for stage, teacher, steps in teachers),
         ),
     )
 
@@ -202,14 +161,20 @@ MINI_PROMPTS = (
 def _mini(
     name: str, student: str, layer_map: str | LayerMap, start: Depth, shorten_steps: int, whole_steps: int
 ) -> Recipe:
-    losses = LossWeights(output=1.0, feature=0.2, level="layer", normalize=True)
-    tuned: dict[str, Any] = {"losses": losses, "learning_rate": 4e-4, "warmup_steps": 10, "layer_map": layer_map}
+    objective = Distill(output=1.0, feature=0.2, level="layer", normalize=True)
+    tuned: dict[str, Any] = {"objective": objective, "learning_rate": 4e-4, "schedule": Schedule(warmup_steps=10)}
     target = find_architecture(student, MINI_FAMILY).depth
     return Recipe(
         name=name,
         stages=(
-            *shortened(shorten_steps, "mini:sdxl", target, start, **tuned),
-            Stage(name="whole", teacher="mini:sdxl", student=student, steps=whole_steps, **tuned),
+            *shortened(shorten_steps, "mini:sdxl", target, start, layer_map, **tuned),
+            Stage(
+                name="whole",
+                teacher="mini:sdxl",
+                student=Pruned(architecture=student, layer_map=layer_map),
+                steps=whole_steps,
+                **tuned,
+            ),
         ),
         batch_size=16,
         weight_decay=1e-4,
@@ -250,6 +215,8 @@ def find_recipe(name: str, *, student: str | None = None, layer_map: str | Layer
         if changes:
             raise UserError(f"{name} says its own {' and '.join(changes)}: change it there")
         recipe = read_recipe(Path(name))
+        for stage in recipe.stages:  # its layer maps are checked when its teacher is at hand
+            find_architecture(stage.student.architecture)
     elif name in RECIPES:
         recipe = RECIPES[name](**changes)
         stage_modules(recipe, peek_architecture(recipe.stages[0].teacher))
@@ -264,11 +231,6 @@ def read_recipe(path: Path) -> Recipe:
     stated = read_json(path)
     stated = stated.get("recipe", stated) if isinstance(stated, dict) else stated
     try:
-        return TypeAdapter(Recipe).validate_json(json.dumps(stated))
-    except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(map(str, fault["loc"])) or "the whole"
-        raise UserError(
-            f"{path} is no recipe: {where}: {fault['msg'][:1].lower()}{fault['msg'][1:]}; `python -m distill recipe "
-            "ssd-1b` prints one"
-        ) from None
+        return from_json(Recipe, stated)
+    except ValueError as error:
+        raise UserError(f"{path} is no recipe: {error}; `python -m distill recipe ssd-1b` prints one") from None

@@ -1,32 +1,52 @@
-"""One training step as mathematics: the noise, the teacher's and the student's passes, the named loss terms.
+"""One training step: teacher and student side by side on the device, noised samples, the loss terms, the optimiser.
 
 Nothing here depends on history: the batch, the noise, the timesteps and the dropped captions of a step are functions
 of (seed, stage, step, sample). So a run that was killed ends in the same bytes as one that was not, and N processes
-see what one would.
+see what one would. The trainer takes this step over a recipe's stages; the benchmarks take the same one to time it.
 """
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from statistics import median
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from torch.distributed.tensor import DTensor
 
+from distill.common.files import read_json
 from distill.data.cache import seed_of
 from distill.models.conditioning import call_unet
-from distill.training.losses import feature_losses, min_snr_weight, prediction_loss
-from distill.training.recipes import LossWeights, Stage
-from distill.training.taps import FeatureRecorder, Tap
+from distill.models.module_map import ModuleMap
+from distill.models.sources import load_component
+from distill.training.accelerator import make_optimizer, shard
+from distill.training.objectives import Objective
+from distill.training.objectives.interface import Batch, LossTerms, Nets
+from distill.training.options import TrainOptions
+from distill.training.recipes import Recipe
+
+Terms = dict[str, float]
+"""Every loss term by name, their `total`, and the `gradient_norm` before clipping."""
+
+
+def alphas_cumprod_of(checkpoint: Path) -> torch.Tensor:
+    """Signal variance per timestep, from a checkpoint's own scheduler config."""
+    from diffusers import DDPMScheduler
+
+    config = read_json(checkpoint / "scheduler" / "scheduler_config.json")
+    betas = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    names = ("num_train_timesteps", *betas)
+    return DDPMScheduler(**{name: config[name] for name in names if name in config}).alphas_cumprod.float()
 
 
 def add_noise(
-    batch: Mapping[str, torch.Tensor],
+    objective: Objective,
+    cached: Batch,
     alphas_cumprod: torch.Tensor,
-    unconditional: Mapping[str, torch.Tensor],
+    unconditional: Batch,
     *,
     seed: Sequence[object],
     caption_dropout: float,
@@ -34,100 +54,150 @@ def add_noise(
     batch_size: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """A batch of `LatentCache` as the UNet takes it, by the names of its inputs, with the `noise` (n, 4, h, w) that was
-    added; a dropped caption's text becomes `unconditional`.
+    added and whatever else the objective draws; a dropped caption's text becomes `unconditional`.
 
-    Where `batch` is but the `rows` of a global batch, `batch_size` is the size of that: noise is drawn for all of it,
-    so that a sample's own does not depend on how the batch is shared out.
+    Where `cached` is but the `rows` of a global batch, `batch_size` is the size of that: everything is drawn for all of
+    it, so that a sample's own does not depend on how the batch is shared out.
     """
-    batch = dict(batch)
+    batch = dict(cached)
     latents = batch.pop("latents")
     size = batch_size or len(latents)
     generator = torch.Generator().manual_seed(seed_of(*seed))  # type: ignore[arg-type]
     noise = torch.randn((size, *latents.shape[1:]), generator=generator)[rows]
-    timesteps = torch.randint(0, len(alphas_cumprod), (size,), generator=generator)[rows]
+    drawn = {name: value[rows] for name, value in objective.draw(size, len(alphas_cumprod), generator).items()}
     dropped = torch.rand(size, generator=generator)[rows] < caption_dropout
     for name, nothing in unconditional.items():
         batch[name] = torch.where(dropped.view(-1, *[1] * nothing.dim()), nothing, batch[name])
-    signal = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    signal = alphas_cumprod[drawn["timestep"]].view(-1, 1, 1, 1)
     sample = signal.sqrt() * latents + (1 - signal).sqrt() * noise
-    return batch | {"sample": sample, "timestep": timesteps, "noise": noise}
+    return batch | drawn | {"sample": sample, "noise": noise}
 
 
-def predict(unet: Any, batch: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def predict(unet: Any, batch: Batch, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The UNet's noise_pred (batch, 4, height / 8, width / 8) for a noised batch."""
     cast = {name: batch[name].to(dtype) for name in ("sample", "encoder_hidden_states")}
     return call_unet(unet, {**batch, **cast})
 
 
-def loss_terms(
-    student: Any,
-    teacher: Any,
-    batch: Mapping[str, torch.Tensor],
-    losses: LossWeights,
-    *,
-    alphas_cumprod: torch.Tensor,
-    warm: float,
-    taps: Sequence[Tap],
-    recorders: tuple[FeatureRecorder, FeatureRecorder],
-    autocast: Callable[[], AbstractContextManager],
-) -> dict[str, torch.Tensor]:
-    """Every term of the loss by name, each already times its λ; their sum is the loss.
-
-    `recorders` are the student's and the teacher's; `warm` in [0, 1] scales the distillation terms. A term whose λ is
-    0 is left out, and the teacher is not called where no term needs it.
-    """
-    of_student, of_teacher = recorders
-    weight = None
-    if losses.min_snr_gamma:
-        weight = min_snr_weight(alphas_cumprod, batch["timestep"], losses.min_snr_gamma)
-    if losses.needs_teacher:
-        with torch.no_grad(), of_teacher.recording():
-            teacher_pred = predict(teacher, batch, teacher.dtype)
-    with autocast(), of_student.recording():
-        noise_pred = predict(student, batch)
-    terms = {}
-    if losses.task:
-        terms["task"] = losses.task * prediction_loss(noise_pred, batch["noise"], weight)
-    if losses.output:
-        terms["output"] = losses.output * warm * prediction_loss(noise_pred, teacher_pred, weight)
-    if losses.feature:
-        features = feature_losses(taps, of_student.features, of_teacher.features, normalize=losses.normalize)
-        terms |= {f"feature/{name}": losses.feature * warm * value for name, value in features.items()}
-    for recorder in recorders:
-        recorder.features.clear()  # the graph holds what backward needs of them
-    return terms
+def load_nets(
+    teacher: Path | None, student: Path, dtype: torch.dtype
+) -> tuple[UNet2DConditionModel | None, UNet2DConditionModel]:
+    """The UNet of the pipeline folder `teacher` in `dtype`, and the one whose own folder is `student` in fp32, to train."""
+    trained = UNet2DConditionModel.from_pretrained(student, torch_dtype=torch.float32).train()
+    return teacher and load_component(teacher, "unet", dtype), trained
 
 
-def learning_rate(stage: Stage, step: int) -> float:
-    """Linear warm-up, then a half cosine to a tenth."""
-    if step < stage.warmup_steps:
-        return stage.learning_rate * (step + 1) / stage.warmup_steps
-    progress = (step - stage.warmup_steps) / max(1, stage.steps - stage.warmup_steps)
-    return stage.learning_rate * (0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * progress)))
+class Pair:
+    """A frozen teacher (or None, where no loss needs one) and its student, ready to take steps.
 
-
-class DivergenceGuard:
-    """Says when a loss has stayed far above its own running median.
-
-    Single steps are noisy, each at its own timesteps, so one bad step is nothing; `patience` of them in a row, each
-    over `factor` times the median of the last `window` good ones, is a run that has left the road. Those good ones are
-    all it knows: a run that goes on from a checkpoint takes them from there.
+    Public are the `student` itself, the `model` that runs it (under DDP a wrapper), the `teacher` and the `optimizer`.
+    The teacher is never given to accelerate's `prepare`: its save hooks receive every prepared model, and so a teacher
+    was once saved over its student.
     """
 
-    def __init__(self, *, factor: float = 5.0, patience: int = 50, window: int = 500) -> None:
-        self.factor, self.patience, self.bad_steps = factor, patience, 0
-        self.good: deque[float] = deque(maxlen=window)
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        teacher: UNet2DConditionModel | None,
+        student: UNet2DConditionModel,
+        modules: ModuleMap,
+        alphas_cumprod: torch.Tensor,
+        unconditional: Mapping[str, torch.Tensor],
+        recipe: Recipe,
+        options: TrainOptions,
+    ) -> None:
+        """Moves both nets to the device; the student is checkpointed, compiled and wrapped as the options say."""
+        self.accelerator, self.modules, self.recipe, self.options = accelerator, modules, recipe, options
+        self.alphas_cumprod, self.unconditional = alphas_cumprod, unconditional
+        self.student = student.to(accelerator.device)
+        self.teacher: Any = teacher and teacher.to(accelerator.device).requires_grad_(False)
+        if options.gradient_checkpointing:
+            student.enable_gradient_checkpointing()
+        if options.compile:
+            self._compile_blocks()
+        if options.fsdp:
+            shard(student)
+        if accelerator.scaler:  # fp16's loss scale begins anew with each student
+            accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
+        self.model: Any = student if options.fsdp else accelerator.prepare(student)
+        self.optimizer: Any = accelerator.prepare(make_optimizer(options.optimizer, student, recipe.weight_decay))
+
+    def _compile_blocks(self) -> None:
+        """torch.compile for each transformer block of both nets."""
+        torch._dynamo.config.skip_nnmodule_hook_guards = False  # a block that is tapped inside has a graph of its own
+        for unet in filter(None, (self.student, self.teacher)):
+            unet.compile_repeated_blocks()
 
     @property
-    def median(self) -> float:
-        """Of the good losses; infinite while there are too few of them to judge by."""
-        return median(self.good) if len(self.good) >= self.patience else math.inf
+    def rows(self) -> slice:
+        """This process's share of the global batch."""
+        share = self.recipe.batch_size // self.accelerator.num_processes
+        return slice(self.accelerator.process_index * share, (self.accelerator.process_index + 1) * share)
 
-    def diverged(self, loss: float) -> bool:
-        """Takes in the loss of one more step."""
-        if loss > self.factor * self.median:
-            self.bad_steps += 1
-        else:
-            self.bad_steps = 0
-            self.good.append(loss)
-        return self.bad_steps >= self.patience
+    def noised(self, objective: Objective, cached: Batch, seed: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        """What a step takes, from this process's `rows` of a batch of `LatentCache`. All of it is the host's work, so
+        it can be done ahead; for a GPU it ends in page-locked memory."""
+        noised = add_noise(
+            objective,
+            cached,
+            self.alphas_cumprod,
+            self.unconditional,
+            seed=seed,
+            caption_dropout=self.recipe.caption_dropout,
+            rows=self.rows,
+            batch_size=self.recipe.batch_size,
+        )
+        on_gpu = self.accelerator.device.type == "cuda"
+        return {name: value.pin_memory() for name, value in noised.items()} if on_gpu else noised
+
+    @contextmanager
+    def taught_by(self, objective: Objective) -> Iterator[Callable[..., Terms]]:
+        """Makes the nets ready for an objective; yields `take_step(noised, step, learning_rate=…)`, which takes one
+        optimiser step over what `noised` made in each process, and returns its terms, averaged over all processes."""
+        device = self.accelerator.device
+        nets = Nets(
+            student=self.student,
+            teacher=self.teacher if objective.needs_teacher else None,
+            modules=self.modules,
+            alphas_cumprod=self.alphas_cumprod.to(device),
+            unconditional={name: value.to(device) for name, value in self.unconditional.items()},
+        )
+        with objective.prepare(nets) as terms:
+
+            def take_step(noised: Batch, step: int, *, learning_rate: float) -> Terms:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = learning_rate
+                return self._step(terms, noised, step)
+
+            yield take_step
+
+    def _predict_student(self, batch: Batch) -> torch.Tensor:
+        with self.accelerator.autocast():
+            return predict(self.model, batch)
+
+    @torch.no_grad()
+    def _predict_teacher(self, batch: Batch) -> torch.Tensor:
+        return predict(self.teacher, batch, self.teacher.dtype)
+
+    def _step(self, terms_of: LossTerms, noised: Batch, step: int) -> Terms:
+        accelerator, parts = self.accelerator, self.options.accumulation
+        size = len(noised["sample"]) // parts
+        totals: dict[str, torch.Tensor] = {}
+        for begin in range(0, parts * size, size):
+            part = {
+                name: value[begin : begin + size].to(accelerator.device, non_blocking=True)
+                for name, value in noised.items()
+            }
+            with accelerator.accumulate(self.model):
+                terms = terms_of(self._predict_student, self._predict_teacher, part, step)
+                total = torch.stack(list(terms.values())).sum()
+                accelerator.backward(total)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            for name, value in {**terms, "total": total}.items():
+                totals[name] = totals.get(name, 0) + value.detach() / parts
+        totals["gradient_norm"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        values = accelerator.reduce(torch.stack(list(totals.values())), reduction="mean").tolist()
+        return dict(zip(totals, values, strict=True))

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from distill.common.errors import UserError, explaining_full_memory
 from distill.common.files import exclusive, read_json, remove_leftovers, require_free_disk, sha256_json, write_json
@@ -19,13 +17,18 @@ from distill.data.cache import LatentCache
 from distill.models.module_map import ModuleMap
 from distill.models.sources import check_successor, checkpoint_hash, find_architecture_of, load_component, resolve
 from distill.models.surgery import files_but_unet
-from distill.training.accelerator import COMPUTE_DTYPE, make_accelerator
-from distill.training.checkpoints import STATE_FORMAT, draw_validation, stage_folder, student_dtype
+from distill.training.accelerator import COMPUTE_DTYPE, check_fsdp, decided_by_first, make_accelerator
 from distill.training.memory_plan import MemoryPlan, describe_plan, device_memory, plan_recipe
 from distill.training.options import TrainOptions
+from distill.training.output.card import write_card
+from distill.training.output.samples import draw_samples
+from distill.training.output.state import STATE_FORMAT
+from distill.training.output.student_folder import stage_folder, stage_title, student_dtype
 from distill.training.recipes import Recipe, stage_modules
-from distill.training.sharding import check_fsdp
 from distill.training.stage import StageRun
+
+WRITTEN = ("model_index.json", "unet", "vae", "stages", "state", "samples", "losses.jsonl", "README.md")
+"""What a run writes into its folder, beside run.json, which comes first, and slimxl.json, which comes last."""
 
 
 def train(
@@ -37,12 +40,15 @@ def train(
     start: Path | None = None,
     options: TrainOptions | None = None,
 ) -> None:
-    """Runs all stages of `recipe` on the latent cache; `out` becomes a diffusers pipeline folder of the last student.
+    """Runs all stages of `recipe`; `out` becomes a diffusers pipeline folder of the last student.
 
-    `start` is an earlier student to begin from (default: the first stage's teacher). A finished `out` is left as it
-    is; an unfinished one goes on from its last checkpoint. Raises UserError for an `out` of another recipe or that
-    another process is training into, layer maps that are not nested, a teacher that cannot succeed the one before, a
-    disk or GPU too small (the last checkpoint stays), and a loss that is no longer finite or has diverged.
+    `cache` is the latent cache of all stages that name none of their own, `start` an earlier student to begin from
+    (default: the first stage's teacher). A finished `out` is left as it is; an unfinished one goes on from its last
+    checkpoint.
+
+    Raises UserError for an `out` of another recipe, of something else, or that another process is training into; for layer
+    maps that are not nested, a teacher that cannot succeed the one before, or a cache that a teacher does not fit; for a
+    disk or GPU too small (the last checkpoint stays), and for a loss that is no longer finite or has diverged.
     """
     options = options or TrainOptions()
     accelerator = make_accelerator(options, out)
@@ -53,41 +59,89 @@ def train(
         raise UserError(
             "--validate-every draws the recipe's validation_prompts, and it has none: add some, or leave it out"
         )
-    latents = LatentCache(cache, batch_size=recipe.batch_size, seed=recipe.seed)
     teachers = {stage.teacher: resolve(stage.teacher, workdir) for stage in recipe.stages}
+    first = next(iter(teachers.values()))
     for teacher in teachers.values():  # the first too: what it predicts is checked
-        check_successor(next(iter(teachers.values())), teacher)
-        if (told := latents.check_teacher(teacher)) and accelerator.is_main_process:
-            say(told)
-    architecture = find_architecture_of(next(iter(teachers.values())))
-    modules = stage_modules(recipe, architecture, ModuleMap.of_student(start) if start else None)
-    run = {
-        "recipe": recipe.as_dict(),
-        "teachers": {name: checkpoint_hash(folder) for name, folder in teachers.items()},
-        "start": checkpoint_hash(start) if start else None,
-        "cache": latents.key,
-        "mixed_precision": options.mixed_precision,
-        "optimizer": options.optimizer,
-    }
-    run["key"] = sha256_json(run)
+        check_successor(first, teacher)
+    modules = stage_modules(recipe, find_architecture_of(first), ModuleMap.of_student(start) if start else None)
+    folders = {Path(stage.cache) if stage.cache else cache for stage in recipe.stages}
+    caches = {folder: LatentCache(folder, batch_size=recipe.batch_size, seed=recipe.seed) for folder in folders}
+    latents = [caches[Path(stage.cache) if stage.cache else cache] for stage in recipe.stages]
+    pipelines = decided_by_first(lambda: _find_pipelines(recipe, teachers, latents, start))
+    run = decided_by_first(lambda: _describe_run(recipe, teachers, latents, start, options))
+    stages = [
+        StageRun(
+            accelerator=accelerator,
+            recipe=recipe,
+            number=number,
+            teacher=teachers[stage.teacher],
+            pipeline=pipelines[number],
+            modules=modules[number],
+            latents=latents[number],
+            out=out,
+            options=options,
+        )
+        for number, stage in enumerate(recipe.stages)
+    ]
 
     def refuse(_waiting: str) -> None:
         raise UserError(f"another process is training into {out}; wait for its end or choose another --out")
 
-    # the first process alone says: a shared disk may go on hiding from another what that one has missed once
-    [finished] = broadcast_object_list([_is_finished(out, run["key"])])
-    if not finished:
+    # the first process decides: a shared disk may show another an older state
+    if decided_by_first(lambda: _is_finished(out, run["key"])):
+        if accelerator.is_main_process:
+            say(f"{out} is finished, nothing is to do")
+    else:
         with exclusive(out, refuse, out / ".lock") if accelerator.is_main_process else nullcontext():
-            _train_stages(accelerator, recipe, modules, latents, teachers, start, out, run, options)
-    elif accelerator.is_main_process:
-        say(f"{out} is finished, nothing is to do")
+            _train_stages(stages, start, run)
     accelerator.end_training()
+
+
+def _find_pipelines(
+    recipe: Recipe, teachers: dict[str, Path], latents: list[LatentCache], start: Path | None
+) -> list[Path]:
+    """For each stage the folder whose VAE and text encoders its cache was made with: its teacher's as a rule.
+
+    Raises UserError where the teacher has others and the stage does not name that cache itself, or where no teacher has
+    those of the cache.
+    """
+    pipelines = []
+    candidates = [*teachers.values(), *([start] if start else [])]
+    for stage, cache in zip(recipe.stages, latents, strict=True):
+        teacher = teachers[stage.teacher]
+        others = cache.check_teacher(teacher)
+        fitting = [folder for folder in (teacher, *candidates) if not cache.check_teacher(folder)]
+        if others and not (stage.cache and fitting):
+            raise UserError(
+                f"stage {stage.name}: its cache was made with other files of {', '.join(others)} than {stage.teacher} has; "
+                f'make one with `python -m distill cache --model {stage.teacher} …` and name it as that stage\'s "cache" in '
+                "the recipe"
+            )
+        pipelines.append(fitting[0])
+    return pipelines
+
+
+def _describe_run(
+    recipe: Recipe, teachers: dict[str, Path], latents: list[LatentCache], start: Path | None, options: TrainOptions
+) -> dict[str, Any]:
+    """All that the student depends on, and a `key` over it. How the data were called is no part of it, their hash is."""
+    run = {
+        "recipe": recipe.as_dict(),
+        "teachers": {name: checkpoint_hash(folder) for name, folder in teachers.items()},
+        "start": checkpoint_hash(start) if start else None,
+        "caches": [{name: value for name, value in cache.key.items() if name != "data"} for cache in latents],
+        "mixed_precision": options.mixed_precision,
+        "optimizer": options.optimizer,
+    }
+    return run | {"key": sha256_json(run)}
 
 
 def _is_finished(out: Path, key: str) -> bool:
     """Raises UserError where `out` belongs to something else, or was begun by a version whose state is not read."""
-    stated = [out / name for name in ("run.json", "slimxl.json", "model_index.json") if (out / name).exists()]
+    stated = [out / name for name in ("run.json", "slimxl.json") if (out / name).exists()]
     if not stated:
+        if foreign := [name for name in WRITTEN if (out / name).exists()]:
+            raise UserError(f"{out} holds {foreign[0]}, which no training of this recipe wrote; choose another --out")
         return False
     about = read_json(stated[0])
     if about.get("key") != key:
@@ -101,43 +155,39 @@ def _is_finished(out: Path, key: str) -> bool:
     return finished
 
 
-def _train_stages(
-    accelerator: Accelerator,
-    recipe: Recipe,
-    modules: list[ModuleMap],
-    latents: LatentCache,
-    teachers: dict[str, Path],
-    start: Path | None,
-    out: Path,
-    run: dict[str, Any],
-    options: TrainOptions,
-) -> None:
+def _train_stages(stages: list[StageRun], start: Path | None, run: dict[str, Any]) -> None:
     """The stages that `out` does not hold yet; `run` is what it belongs to."""
-    [done] = broadcast_object_list([_stages_done(recipe, out) if accelerator.is_main_process else None])
+    first = stages[0]
+    accelerator, recipe, out, options = first.accelerator, first.recipe, first.out, first.options
+    done = decided_by_first(lambda: _stages_done(recipe, out))
     if done is None:
         return
     plans: dict[str, MemoryPlan] = {}
-    if accelerator.is_main_process and done < len(recipe.stages):
+    if accelerator.is_main_process and done < len(stages):
         remove_leftovers(out / "stages")
         remove_leftovers(out / "state")
-        plans = _look_ahead(recipe, teachers[recipe.stages[0].teacher], out, options, accelerator)
+        plans = _look_ahead(first)
         write_json(out / "run.json", run | {"format": STATE_FORMAT})
-    if options.tensorboard:
-        accelerator.init_trackers("tensorboard")
+    if options.report_to:
+        settings = {"recipe": recipe.name, "batch_size": recipe.batch_size, "seed": recipe.seed}
+        (out / "trackers").mkdir(parents=True, exist_ok=True)
+        accelerator.init_trackers(
+            "slimxl",
+            settings | {"mixed_precision": options.mixed_precision},
+            {"wandb": {"dir": str(out / "trackers"), "name": out.name}},
+        )
     accelerator.wait_for_everyone()
     previous = stage_folder(recipe, done - 1, out) if done else start
     micro_batch = recipe.micro_batch(accelerator.num_processes, options.accumulation)
     with explaining_full_memory(_memory_advice(options, accelerator.num_processes, micro_batch, plans, out)):
-        for number in range(done, len(recipe.stages)):
-            if number and accelerator.is_main_process:
-                _draw_samples(stage_folder(recipe, number - 1, out), recipe)
-            folder = teachers[recipe.stages[number].teacher]
-            run_stage = StageRun(accelerator, recipe, number, folder, modules[number], latents, out, options)
-            previous = run_stage.run(previous)
+        for stage in stages[done:]:
+            if stage.number and accelerator.is_main_process:
+                _draw_samples(stage_folder(recipe, stage.number - 1, out), stages[stage.number - 1])
+            previous = stage.run(previous)
             gc.collect()  # accelerate's wrappers hold the student in a cycle
             torch.cuda.empty_cache()
     if accelerator.is_main_process:
-        _finish(out, recipe, run)
+        _finish(stages, run)
 
 
 def _stages_done(recipe: Recipe, out: Path) -> int | None:
@@ -149,31 +199,30 @@ def _stages_done(recipe: Recipe, out: Path) -> int | None:
     return next((n for n in numbers if (stage_folder(recipe, n - 1, out) / "slimxl.json").exists()), 0)
 
 
-def _look_ahead(
-    recipe: Recipe, teacher: Path, out: Path, options: TrainOptions, accelerator: Accelerator
-) -> dict[str, MemoryPlan]:
-    """Tells the memory plan before anything is loaded, and returns it.
+def _look_ahead(stage: StageRun) -> dict[str, MemoryPlan]:
+    """Tells the memory plan of the run that `stage` is the first of before anything is loaded, and returns it.
 
     Raises UserError where the disk cannot hold the run: its checkpoints and one more while that is written, the student
     that a stage begins with, and whole pipelines of the stage before and of this.
     """
+    options, processes, out = stage.options, stage.accelerator.num_processes, stage.out
     title, plans = plan_recipe(
-        recipe,
-        find_architecture_of(teacher),
+        stage.recipe,
+        find_architecture_of(stage.teacher),
         half=COMPUTE_DTYPE[options.mixed_precision],
         optimizer=options.optimizer,
-        processes=accelerator.num_processes,
+        processes=processes,
         accumulation=options.accumulation,
         fsdp=options.fsdp,
     )
     for line in describe_plan(plans, title, *device_memory()):
         say(line)
     plan = next(iter(plans.values()))
-    shards = accelerator.num_processes if options.fsdp else 1
+    shards = processes if options.fsdp else 1
     state_bytes = (plan.student + plan.ema + plan.optimizer) * shards
     initial_bytes = plan.student * shards
-    unet_bytes = initial_bytes * student_dtype(teacher).itemsize // 4
-    pipeline_bytes = unet_bytes + sum(path.stat().st_size for path in files_but_unet(teacher).values())
+    unet_bytes = initial_bytes * student_dtype(stage.teacher).itemsize // 4
+    pipeline_bytes = unet_bytes + sum(path.stat().st_size for path in files_but_unet(stage.pipeline).values())
     needed = (options.keep_checkpoints + 1) * state_bytes + initial_bytes + 2 * pipeline_bytes
     held = sum(
         path.stat().st_size for kept in ("state", "stages") for path in (out / kept).rglob("*") if path.is_file()
@@ -201,22 +250,25 @@ def _memory_advice(
     )
 
 
-def _draw_samples(folder: Path, recipe: Recipe) -> None:
-    """What the stored student of `folder` draws, unless that is there: a run that goes on makes up for a kill."""
-    path = folder / "samples.png"
-    if recipe.validation_prompts and not path.exists():
+def _draw_samples(folder: Path, stage: StageRun) -> None:
+    """What the student that `stage` left in `folder` draws, unless that picture is there: a run that goes on makes up for
+    a kill. It stays in OUT/samples when later stages end."""
+    path = stage.out / "samples" / f"{stage_title(stage.recipe, stage.number)}.png"
+    if stage.recipe.validation_prompts and not path.exists():
         student = load_component(folder, "unet", student_dtype(folder))
-        draw_validation(student, folder, recipe.validation_prompts, path)
+        draw_samples(student, folder, stage.recipe.validation_prompts, path)
 
 
-def _finish(out: Path, recipe: Recipe, run: dict[str, Any]) -> None:
+def _finish(stages: list[StageRun], run: dict[str, Any]) -> None:
     """Moves the last stage's pipeline up to `out`; slimxl.json comes last and says that all is there."""
-    last = stage_folder(recipe, len(recipe.stages) - 1, out)
-    about = read_json(last / "slimxl.json")
-    for item in last.iterdir():
+    last = stages[-1]
+    folder, out = stage_folder(last.recipe, last.number, last.out), last.out
+    about = read_json(folder / "slimxl.json")
+    for item in folder.iterdir():
         if item.name != "slimxl.json":
             item.rename(out / item.name)
-    _draw_samples(out, recipe)
+    _draw_samples(out, last)
+    write_card(out, last.recipe, about, run, data={str(stage.latents.key.get("data", "")) for stage in stages})
     write_json(out / "slimxl.json", about | run)
     for left in ("stages", "state"):
         shutil.rmtree(out / left, ignore_errors=True)

@@ -9,17 +9,25 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from distill.training.recipes import LossWeights, Recipe, Stage
+from distill.training.objectives import Distill
+from distill.training.recipes import Recipe, Stage
+from distill.training.schedule import Schedule
+from distill.training.student import Pruned
 
 HALF = "-/1,1/1,1:0:1,1,1/1,1,1/-"  # half of Vega's last transformers: a student that trains in a moment
 
 
 def small_recipe(teacher: str, **changes) -> Recipe:
-    losses = LossWeights(level="layer", normalize=True)
     stage = Stage(
-        name="whole", teacher=teacher, student=HALF, steps=6, layer_map="first", losses=losses, warmup_steps=2
+        name="whole",
+        teacher=teacher,
+        student=Pruned(architecture=HALF, layer_map="first"),
+        steps=6,
+        objective=Distill(level="layer", normalize=True),
+        schedule=Schedule(warmup_steps=2),
     )
-    shorter = replace(stage, name="shorten-up", student="-/1,1/2,2:0:1,1,1/1,1,1/-", steps=3, learning_rate=1e-3)
+    longer = replace(stage.student, architecture="-/1,1/2,2:0:1,1,1/1,1,1/-")
+    shorter = replace(stage, name="shorten-up", student=longer, steps=3, learning_rate=1e-3)
     defaults = {"batch_size": 4, "ema_decay": 0.9, "validation_prompts": ("a small red ring at the top",)}
     return Recipe(name="small", stages=(shorter, stage), **defaults | changes)
 

@@ -44,7 +44,10 @@ def pair(down: str = DOWN, up: str = UP) -> Tensors:
         ({DOWN: torch.ones(0, 64), UP: torch.ones(64, 0)}, "do not share a rank"),
         ({DOWN: torch.ones(4), UP: torch.ones(4)}, "do not share a rank"),
         (pair() | pair(f"{LAYER}.lora_down.weight", f"{LAYER}.lora_up.weight"), f"twice, as {DOWN} and as {LAYER}"),
-        (pair() | pair(f"{KOHYA}.lora_down.weight", f"{KOHYA}.lora_up.weight"), f"twice, as {KOHYA}.lora_down.weight and as {DOWN}"),
+        (
+            pair() | pair(f"{KOHYA}.lora_down.weight", f"{KOHYA}.lora_up.weight"),
+            f"twice, as {KOHYA}.lora_down.weight and as {DOWN}",
+        ),
         ({f"{KOHYA}.hada_w1_a": torch.ones(4, 4)}, f"is a LoHa .*{KOHYA}.hada_w1_a"),
         ({f"{KOHYA}.lokr_w1": torch.ones(4, 4)}, "is a LoKr"),
         ({f"{KOHYA}.diff": torch.ones(4, 4)}, "is a LyCORIS 'full' difference"),

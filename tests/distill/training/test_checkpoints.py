@@ -16,7 +16,8 @@ from diffusers.training_utils import EMAModel
 from distill.common.errors import UserError
 from distill.models.architectures import ARCHITECTURES
 from distill.models.sources import load_component
-from distill.training.checkpoints import Progress, TrainingState, draw_validation, gather_student, resume, save_state
+from distill.training.output.samples import draw_samples
+from distill.training.output.state import Progress, TrainingState, gather_student, resume, save_state
 
 ALONE: Any = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
 
@@ -118,9 +119,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(tmp_path: Path)
 def test_all_processes_go_on_from_what_the_first_one_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (1, 2):
         _save(tmp_path, step)
-    monkeypatch.setattr("distill.training.checkpoints.broadcast_object_list", lambda _own: ["01-0000001"])
+    monkeypatch.setattr("distill.training.output.state.broadcast_object_list", lambda _own: ["01-0000001"])
     assert _resume(tmp_path) == ("01-0000001", 1)
-    monkeypatch.setattr("distill.training.checkpoints.broadcast_object_list", lambda _own: ["01-0000003"])
+    monkeypatch.setattr("distill.training.output.state.broadcast_object_list", lambda _own: ["01-0000003"])
     with pytest.raises(UserError, match="01-0000003 is there for the first process and not for this one"):
         _resume(tmp_path)
 
@@ -173,5 +174,5 @@ def test_a_picture_takes_the_student_alone_and_is_left_out_where_the_gpu_is_full
     student = load_component(mini_vega, "unet", torch.float32)
     monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", None)
     monkeypatch.setattr(StableDiffusionXLPipeline, "to", full)
-    draw_validation(student, mini_vega, ("a small red ring",), tmp_path / "one.png")
+    draw_samples(student, mini_vega, ("a small red ring",), tmp_path / "one.png")
     assert "one.png was not drawn" in capsys.readouterr().out and not any(tmp_path.iterdir())

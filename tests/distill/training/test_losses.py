@@ -8,9 +8,9 @@ from diffusers import UNet2DConditionModel
 
 from distill.common.errors import UserError
 from distill.models.architectures import ARCHITECTURES, SDXL_DEPTH, SSD_1B_DEPTH
-from distill.models.module_map import make_layer_map
-from distill.training.losses import feature_loss, feature_losses, min_snr_weight, prediction_loss
-from distill.training.taps import LEVELS, FeatureRecorder, Tap, make_taps
+from distill.models.module_map import make_module_map
+from distill.training.objectives.distill import feature_loss, feature_losses, min_snr_weight, prediction_loss
+from distill.training.objectives.taps import LEVELS, FeatureRecorder, Tap, make_taps
 
 
 def test_half_precision_errors_do_not_overflow() -> None:
@@ -39,7 +39,7 @@ def test_the_teacher_gets_no_gradient() -> None:
 
 
 def test_sub_block_level_has_the_published_26_terms() -> None:
-    taps = make_taps("sub-block", SDXL_DEPTH, SSD_1B_DEPTH, make_layer_map("first", SDXL_DEPTH, SSD_1B_DEPTH))
+    taps = make_taps("sub-block", make_module_map("first", SDXL_DEPTH, SSD_1B_DEPTH))
     assert len(taps) == 26
     assert Tap("mid_block.resnets.0", "mid_block") in taps
 
@@ -51,7 +51,7 @@ def test_every_tap_names_a_module_of_both_nets(level: str, name: str) -> None:
     with torch.device("meta"):
         teacher = UNet2DConditionModel(**ARCHITECTURES["sdxl"].unet_config)
         student = UNet2DConditionModel(**ARCHITECTURES[name].unet_config)
-    taps = make_taps(level, SDXL_DEPTH, student_depth, make_layer_map("similarity", SDXL_DEPTH, student_depth))
+    taps = make_taps(level, make_module_map("similarity", SDXL_DEPTH, student_depth))
     assert len({tap.student for tap in taps}) == len(taps)
     for tap in taps:
         student.get_submodule(tap.student)
@@ -60,7 +60,7 @@ def test_every_tap_names_a_module_of_both_nets(level: str, name: str) -> None:
 
 def test_an_unknown_level_is_refused() -> None:
     with pytest.raises(UserError, match="self-attention"):
-        make_taps("pixel", SDXL_DEPTH, SSD_1B_DEPTH, {})
+        make_taps("pixel", make_module_map("first", SDXL_DEPTH, SSD_1B_DEPTH))
 
 
 def _call(unet: UNet2DConditionModel) -> torch.Tensor:
@@ -76,7 +76,7 @@ def test_features_carry_gradients_with_and_without_checkpointing(level: str, che
     if checkpointing:
         unet.enable_gradient_checkpointing()
     depth = architecture.depth
-    taps = make_taps(level, depth, depth, make_layer_map("first", depth, depth))
+    taps = make_taps(level, make_module_map("first", depth, depth))
     recorder = FeatureRecorder(unet, [tap.student for tap in taps])
     with recorder.recording():
         _call(unet)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,14 +15,15 @@ from distill.__main__ import main
 from distill.common.errors import UserError
 from distill.models.architectures import ARCHITECTURES, Architecture
 from distill.models.catalogue import count_parameters
-from distill.models.module_map import make_layer_map
+from distill.models.module_map import make_module_map
 from distill.training.memory_plan import describe_plan, plan_memory
-from distill.training.recipes import LossWeights, find_recipe
-from distill.training.step import loss_terms
-from distill.training.taps import FeatureRecorder, make_taps
+from distill.training.objectives import Distill
+from distill.training.objectives.interface import Nets
+from distill.training.recipes import find_recipe
+from distill.training.step import predict
 
 TEACHER, STUDENT = ARCHITECTURES["mini-ssd-1b"], ARCHITECTURES["mini-vega"]
-LOSSES = LossWeights(level="layer", normalize=True)
+OBJECTIVE = Distill(level="layer", normalize=True)
 BASE = STUDENT.family.resolutions[0]
 
 
@@ -32,35 +33,28 @@ def _allocated_peak(teacher: Architecture, student: Architecture, batch: int, *,
     nets[0].requires_grad_(False)
     if checkpointing:
         nets[1].train().enable_gradient_checkpointing()
-    layer_map = make_layer_map("first", teacher.depth, student.depth)
-    taps = make_taps(LOSSES.level, teacher.depth, student.depth, layer_map)
-    recorders = (
-        FeatureRecorder(nets[1], [tap.student for tap in taps]),
-        FeatureRecorder(nets[0], sorted({tap.teacher for tap in taps})),
+    both = Nets(
+        student=nets[1],
+        teacher=nets[0],
+        modules=make_module_map("first", teacher.depth, student.depth),
+        alphas_cumprod=torch.linspace(0.99, 0.01, 1000),
+        unconditional={},
     )
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with (
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record,
+        OBJECTIVE.prepare(both) as terms_of,
+    ):
         shape = (batch, 4, 16, 16)
         part = {
             "noise": torch.randn(shape),
-            "noisy": torch.randn(shape),
-            "timesteps": torch.full((batch,), 500),
-            "prompt_embeds": torch.randn(batch, 32, 128),
-            "pooled_prompt_embeds": torch.randn(batch, 64),
+            "sample": torch.randn(shape),
+            "timestep": torch.full((batch,), 500),
+            "encoder_hidden_states": torch.randn(batch, 32, 128),
+            "text_embeds": torch.randn(batch, 64),
             "time_ids": torch.zeros(batch, 6),
         }
-        terms = loss_terms(
-            nets[1],
-            nets[0],
-            part,
-            LOSSES,
-            alphas_cumprod=torch.linspace(0.99, 0.01, 1000),
-            warm=1.0,
-            taps=taps,
-            recorders=recorders,
-            autocast=nullcontext,
-        )
-        assert not any(recorder.features for recorder in recorders), "kept through backward for nothing"
+        terms = terms_of(partial(predict, nets[1]), torch.no_grad()(partial(predict, nets[0])), part, 0)
         torch.stack(list(terms.values())).sum().backward()
     live = peak = 0
     for event in sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
@@ -73,7 +67,7 @@ def _allocated_peak(teacher: Architecture, student: Architecture, batch: int, *,
 @pytest.mark.parametrize(("batch", "checkpointing"), [(2, False), (8, False), (8, True)])
 def test_the_plan_is_what_the_allocator_gives(batch: int, checkpointing: bool) -> None:
     plan = plan_memory(
-        TEACHER, STUDENT, LOSSES, resolution=BASE, micro_batch=batch, gradient_checkpointing=checkpointing
+        TEACHER, STUDENT, OBJECTIVE, resolution=BASE, micro_batch=batch, gradient_checkpointing=checkpointing
     )
     real = _allocated_peak(TEACHER, STUDENT, batch, checkpointing=checkpointing)
     print(f"batch {batch}, checkpointing {checkpointing}: planned {plan.gradients + plan.work:,}, real {real:,} bytes")
@@ -84,24 +78,24 @@ def test_what_lies_still_is_counted_to_the_byte() -> None:
     with torch.device("meta"):
         parameters, of_teacher = (count_parameters(UNet2DConditionModel(**a.unet_config)) for a in (STUDENT, TEACHER))
     options = {"resolution": BASE, "micro_batch": 1, "half": torch.bfloat16, "ema": True}
-    plan = plan_memory(TEACHER, STUDENT, LOSSES, gradients_stay=True, **options)
+    plan = plan_memory(TEACHER, STUDENT, OBJECTIVE, gradients_stay=True, **options)
     assert (plan.teacher, plan.student, plan.ema) == (2 * of_teacher, 4 * parameters, 4 * parameters)
     assert (plan.optimizer, plan.gradients) == (8 * parameters, 4 * parameters)
-    alone = plan_memory(TEACHER, STUDENT, LossWeights(output=0, feature=0), **options)
+    alone = plan_memory(TEACHER, STUDENT, Distill(output=0, feature=0), **options)
     assert alone.teacher == 0 and alone.work < plan.work
-    shared = plan_memory(TEACHER, STUDENT, LOSSES, gradients_stay=True, shards=4, **options)
+    shared = plan_memory(TEACHER, STUDENT, OBJECTIVE, gradients_stay=True, shards=4, **options)
     assert shared.optimizer == 2 * parameters and plan.work < shared.work < plan.work + 4 * parameters
 
 
 def test_half_precision_and_checkpointing_save_activations() -> None:
     sizes = {"resolution": BASE, "micro_batch": 16}
-    full = plan_memory(TEACHER, STUDENT, LOSSES, **sizes)
-    assert plan_memory(TEACHER, STUDENT, LOSSES, half=torch.bfloat16, **sizes).work < 0.85 * full.work
-    assert plan_memory(TEACHER, STUDENT, LOSSES, gradient_checkpointing=True, **sizes).work < 0.6 * full.work
+    full = plan_memory(TEACHER, STUDENT, OBJECTIVE, **sizes)
+    assert plan_memory(TEACHER, STUDENT, OBJECTIVE, half=torch.bfloat16, **sizes).work < 0.85 * full.work
+    assert plan_memory(TEACHER, STUDENT, OBJECTIVE, gradient_checkpointing=True, **sizes).work < 0.6 * full.work
 
 
 def test_whether_it_fits_is_said() -> None:
-    plan = plan_memory(TEACHER, STUDENT, LOSSES, resolution=BASE, micro_batch=1)
+    plan = plan_memory(TEACHER, STUDENT, OBJECTIVE, resolution=BASE, micro_batch=1)
     lines = describe_plan({"small": plan, "large": replace(plan, work=10**11)}, "title", "a GPU", 24_000_000_000)
     assert lines[-2].startswith("small: fits a GPU, 24.0 GB") and lines[-1].startswith("large: does NOT fit")
 

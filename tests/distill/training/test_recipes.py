@@ -7,10 +7,10 @@ import pytest
 
 from distill.__main__ import main
 from distill.common.errors import UserError
-from distill.models.architectures import SDXL_DEPTH, SSD_1B_DEPTH, find_architecture
-from distill.models.depth import Depth
-from distill.models.module_map import inherit_layer_map, make_layer_map, relative_map
-from distill.training.recipes import RECIPES, find_recipe
+from distill.models.architectures import ARCHITECTURES, SDXL_DEPTH, SSD_1B_DEPTH, find_architecture
+from distill.models.module_map import make_module_map
+from distill.training.recipes import RECIPES, find_recipe, stage_modules
+from distill.training.student import Pruned
 
 SHALLOW = "-/1,1/3,3:3:3,3,3/1,1,1/-"  # keeps three blocks of the middle
 INDICES = {"down_blocks.2.attentions.0": (0, 4, 9), "mid_block.attentions.0": (1, 2, 3)}
@@ -19,7 +19,7 @@ INDICES = {"down_blocks.2.attentions.0": (0, 4, 9), "mid_block.attentions.0": (1
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_end_in_the_student_they_are_named_after(name: str) -> None:
     recipe = find_recipe(name)
-    assert recipe.name == name and recipe.stages[-1].student == name
+    assert recipe.name == name and recipe.stages[-1].student.architecture == name
 
 
 def test_published_figures_stand_in_the_published_recipes() -> None:
@@ -31,7 +31,7 @@ def test_published_figures_stand_in_the_published_recipes() -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_only_one_part_gets_shorter_at_a_time(name: str) -> None:
-    depths = [find_architecture(stage.student).depth for stage in find_recipe(name).stages]
+    depths = [find_architecture(stage.student.architecture).depth for stage in find_recipe(name).stages]
     begin = SDXL_DEPTH if "ssd" in name else SSD_1B_DEPTH
     for before, after in zip([begin, *depths[:-1]], depths, strict=True):
         assert sum(getattr(before, side) != getattr(after, side) for side in ("down", "mid", "up")) <= 1
@@ -40,34 +40,30 @@ def test_only_one_part_gets_shorter_at_a_time(name: str) -> None:
 def test_any_depth_goes_the_same_road_by_any_layer_map() -> None:
     recipe = find_recipe("ssd-1b", student=SHALLOW, layer_map=INDICES)
     assert [stage.name for stage in recipe.stages[:2]] == ["shorten-up", "shorten-mid-down"]
-    assert recipe.stages[-1].student == SHALLOW
-    held = None
-    for stage in recipe.stages:
-        depth = Depth.parse(stage.student)
-        layer_map = inherit_layer_map(stage.layer_map, SDXL_DEPTH, depth, held)
-        relative_map(layer_map, held)
-        held = layer_map
-    assert held is not None and {path: held[path] for path in INDICES} == INDICES
-    assert held["up_blocks.0.attentions.0"] == (0, 1, 2)
+    assert recipe.stages[-1].student.architecture == SHALLOW
+    maps = stage_modules(recipe, ARCHITECTURES["sdxl"])
+    assert {path: maps[-1].blocks(path) for path in INDICES} == INDICES
+    assert maps[-1].blocks("up_blocks.0.attentions.0") == (0, 1, 2)
 
 
 def test_what_stays_as_deep_keeps_the_blocks_it_has() -> None:
     """A Vega started from an SSD-1B that was made by another layer map than Vega's recipe has."""
-    held = dict(make_layer_map("first", SDXL_DEPTH, SSD_1B_DEPTH))
-    stage = find_recipe("vega", layer_map="spread").stages[0]
-    layer_map = inherit_layer_map(stage.layer_map, SDXL_DEPTH, find_architecture(stage.student).depth, held)
-    assert layer_map["down_blocks.2.attentions.0"] == (0, 1, 2, 3)
+    held = make_module_map("first", SDXL_DEPTH, SSD_1B_DEPTH)
+    student = find_recipe("vega", layer_map="spread").stages[0].student
+    depth = find_architecture(student.architecture).depth
+    modules = make_module_map(student.layer_map, SDXL_DEPTH, depth, held)
+    assert modules.blocks("down_blocks.2.attentions.0") == (0, 1, 2, 3)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"student": "ssd1b"}, "did you mean 'ssd-1b'"),
-        ({"student": "-/2,2:0:1"}, "not of the form DOWN:MID:UP|SDXL topology"),
+        ({"student": "-/2,2:0:1"}, "depth -/2,2:0:1: each level has one layer more"),
         ({"student": "-/2,2/11,11:0:1,1,1/1,1,1/-", "layer_map": "first"}, "its teacher only 10"),
         ({"layer_map": "last"}, "unknown layer map 'last'"),
-        ({"layer_map": {"down_blocks.2.attentions.0": (0, 1, 1, 2)}}, "4 rising indices below 10"),
-        ({"layer_map": {"down_blocks.0.attentions.0": (0,)}}, "unknown transformer in the layer map"),
+        ({"layer_map": {"down_blocks.2.attentions.0": (0, 1, 1, 2)}}, "rising indices below 10"),
+        ({"layer_map": {"down_blocks.0.attentions.0": (0,)}}, "unknown module of the student in the layer map"),
         ({"student": SHALLOW, "layer_map": "similarity"}, "knows no way from 10 blocks to 3"),
     ],
 )
@@ -104,16 +100,29 @@ def test_a_recipe_printed_and_read_is_the_same_recipe(
         ({"name": "../../mine"}, "no recipe: name: string should match pattern"),
         ({"caption_dropout": 1.0}, "no recipe: caption_dropout: input should be less than 1"),
         ({"ema_decay": "0.9"}, "no recipe: ema_decay: input should be a valid number"),
-        ({"stages/losses/level": "blocks"}, "stages.0.losses.level: input should be 'block', 'sub-block', 'layer' or"),
+        (
+            {"stages/objective/level": "blocks"},
+            "stages.0.objective.level: input should be 'block', 'sub-block', 'layer' or",
+        ),
+        ({"stages/learning_rate": float("nan")}, "stages.0.learning_rate: input should be a finite number"),
+        ({"stages/learning_rate": float("inf")}, "stages.0.learning_rate: input should be a finite number"),
+        ({"max_grad_norm": float("inf")}, "no recipe: max_grad_norm: input should be a finite number"),
+        ({"stages/schedule/floor": 1.5}, "stages.0.schedule.floor: input should be less than or equal to 1"),
+        ({"stages/student/kind": "lora"}, "stages.0.student: input tag 'lora'"),
+        ({"stages/objective/kind": "lcm"}, "stages.0.objective.kind: input should be 'distill'"),
+        ({"stages/student": 3}, "stages.0.student.pruned: input should be an object"),
         ({"stages/steps": 1.5}, "stages.0.steps: input should be a valid integer"),
         (
-            {"stages/losses/task": 0, "stages/losses/output": 0},
-            "stages.0.losses: value error, task or output must be above 0",
+            {"stages/objective/task": 0, "stages/objective/output": 0},
+            "stages.0.objective: value error, task or output must be above 0",
         ),
         ({"stages/teachr": "mine"}, "stages.0.teachr: unexpected keyword argument"),
-        ({"stages/student": "ssd1b"}, "did you mean 'ssd-1b'"),
-        ({"stages/layer_map": {"mid_block.attentions.0": [0]}}, "unknown transformer in the layer map"),
-        ({"stages/layer_map": {"down_blocks.2.attentions.0": [*range(-1, 9)]}}, "10 rising indices below 10"),
+        ({"stages/student/architecture": "ssd1b"}, "did you mean 'ssd-1b'"),
+        (
+            {"stages/student/layer_map": {"mid_block.attentions.0": [0]}},
+            "unknown module of the student in the layer map",
+        ),
+        ({"stages/student/layer_map": {"down_blocks.2.attentions.0": [*range(-1, 9)]}}, "10 rising indices below 10"),
     ],
 )
 def test_a_faulty_recipe_file_is_one_line(change: dict, message: str, tmp_path: Path) -> None:
@@ -127,7 +136,7 @@ def test_a_faulty_recipe_file_is_one_line(change: dict, message: str, tmp_path: 
     file = tmp_path / "mine.json"
     file.write_text(json.dumps(recipe))
     with pytest.raises(UserError, match=message):
-        find_recipe(str(file))
+        stage_modules(find_recipe(str(file)), ARCHITECTURES["sdxl"])
 
 
 def test_what_is_no_recipe_file(tmp_path: Path) -> None:
@@ -144,3 +153,10 @@ def test_what_is_no_recipe_file(tmp_path: Path) -> None:
         find_recipe(str(file), student="vega", layer_map="first")
     with pytest.raises(UserError, match=r"unknown recipe 'vegan': known are FILE\.json, mini.*did you mean 'vega'"):
         find_recipe("vegan")
+
+
+def test_a_student_may_be_named_by_its_architecture_alone(tmp_path: Path) -> None:
+    stated = json.loads(json.dumps(find_recipe("ssd-1b").as_dict()))
+    stated["stages"][-1]["student"] = "vega"
+    (tmp_path / "mine.json").write_text(json.dumps(stated))
+    assert find_recipe(str(tmp_path / "mine.json")).stages[-1].student == Pruned(architecture="vega")

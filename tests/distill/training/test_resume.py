@@ -26,11 +26,12 @@ from safetensors.torch import load_file
 
 from distill.common.errors import UserError, exit_on_user_error
 from distill.common.files import exclusive
-from distill.models.sources import check_checkpoint
-from distill.training.checkpoints import TrainingState
+from distill.models.sources import check_checkpoint, checkpoint_hash
+from distill.training.guard import DivergenceGuard
+from distill.training.objectives import Distill
 from distill.training.options import TrainOptions
-from distill.training.recipes import LossWeights, Stage, find_recipe
-from distill.training.step import DivergenceGuard, learning_rate
+from distill.training.output.state import TrainingState
+from distill.training.recipes import Stage, find_recipe
 from distill.training.trainer import train
 from tests.distill.small_runs import curve, run_alone, short_recipe, small_recipe
 
@@ -63,8 +64,9 @@ def test_killed_at_random_points_the_run_ends_in_the_same_bytes(cache: Path, min
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert run_alone(cache, mini_vega, killed).wait() == 0
-    for name in ("unet/diffusion_pytorch_model.safetensors", "samples.png"):
+    for name in ("unet/diffusion_pytorch_model.safetensors", "samples/01-shorten-up.png", "samples/02-whole.png"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+    assert checkpoint_hash(killed) == checkpoint_hash(whole), "configs too say nothing of the folder"
     steps = [
         [
             (json.loads(line)["stage"], json.loads(line)["step"], json.loads(line)["loss"])
@@ -154,9 +156,11 @@ def test_moments_in_8_bits_learn_alike_and_survive_a_stop(
 def test_a_run_that_diverges_stops_and_keeps_its_last_good_state(
     cache: Path, mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distill.training.stage.DivergenceGuard", lambda: DivergenceGuard(factor=5, patience=2))
-    monkeypatch.setattr("distill.training.stage.learning_rate", lambda _stage, step: 1e-5 if step < 3 else 0.5)
-    recipe = short_recipe(mini_vega, steps=12, losses=LossWeights(output=0.0, feature=0.0))
+    monkeypatch.setattr(
+        "distill.training.stage.DivergenceGuard", lambda good: DivergenceGuard(good, factor=5, patience=2)
+    )
+    monkeypatch.setattr(Stage, "learning_rate_at", lambda _stage, step: 1e-5 if step < 3 else 0.5)
+    recipe = short_recipe(mini_vega, steps=12, objective=Distill(output=0.0, feature=0.0))
     recipe = replace(recipe, max_grad_norm=1e9)
     with pytest.raises(UserError, match=r"has diverged: over 5 times its median .* the last good state is in"):
         train(recipe, cache=cache, out=tmp_path, workdir=tmp_path, options=TrainOptions(checkpoint_every=1))
@@ -193,12 +197,14 @@ def test_a_gradient_that_is_not_finite_leaves_the_state_before(
 def _stopped_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM comes while this step is being taken."""
 
+    learning_rate_at = Stage.learning_rate_at
+
     def rate(stage: Stage, now: int) -> float:
         if now == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return learning_rate(stage, now)
+        return learning_rate_at(stage, now)
 
-    monkeypatch.setattr("distill.training.stage.learning_rate", rate)
+    monkeypatch.setattr(Stage, "learning_rate_at", rate)
 
 
 def test_sigterm_ends_the_step_and_keeps_it(
@@ -248,7 +254,7 @@ def test_a_checkpoint_is_written_by_the_clock_too_and_waits_for_a_good_step(
     monkeypatch.setattr("distill.training.stage.DivergenceGuard", Guard)
     monkeypatch.setattr("distill.training.stage.save_state", lambda *a, **_keep: saved.append(a[4].step))
     monkeypatch.setattr("distill.training.stage.time", SimpleNamespace(monotonic=itertools.count(0, 200).__next__))
-    recipe = short_recipe(mini_vega, steps=12, losses=LossWeights(output=0.0, feature=0.0))
+    recipe = short_recipe(mini_vega, steps=12, objective=Distill(output=0.0, feature=0.0))
     options = TrainOptions(checkpoint_every=3, log_every=100)
     train(recipe, cache=cache, out=tmp_path, workdir=tmp_path, options=options)
     assert saved == [5, 6, 9]

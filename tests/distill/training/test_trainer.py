@@ -10,21 +10,27 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from safetensors.torch import load_file
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill.common.errors import UserError
+from distill.data.cache import make_cache
 from distill.models.architectures import find_architecture
 from distill.models.families import MINI_FAMILY
-from distill.models.sources import check_successor, component_tensors, read_config, resolve
+from distill.models.module_map import make_module_map
+from distill.models.sources import check_successor, component_tensors, file_hashes, read_config, resolve
 from distill.models.surgery import make_student
-from distill.training.checkpoints import TrainingState, gather_student
+from distill.training.accelerator import check_fsdp, make_accelerator
+from distill.training.guard import DivergenceGuard
+from distill.training.objectives import Distill
+from distill.training.objectives.taps import Level
 from distill.training.options import TrainOptions
-from distill.training.pair import Pair
-from distill.training.recipes import Level, LossWeights
-from distill.training.sharding import check_fsdp, check_no_other_fsdp
-from distill.training.step import DivergenceGuard
+from distill.training.output.state import TrainingState, gather_student
+from distill.training.recipes import Recipe, Stage
+from distill.training.step import Pair
 from distill.training.trainer import train
 from tests.distill.small_runs import HALF, curve, short_recipe, small_recipe
 
@@ -41,7 +47,63 @@ def test_a_finished_student_is_a_pipeline_that_draws(finished: Path) -> None:
 def test_the_whole_recipe_is_in_the_checkpoint(finished: Path, mini_vega: Path) -> None:
     about = json.loads((finished / "slimxl.json").read_text())
     assert about["recipe"] == json.loads(json.dumps(small_recipe(str(mini_vega)).as_dict()))
-    assert about["layer_map"]["down_blocks.2.attentions.0"] == [0]
+    assert about["module_map"]["paths"]["down_blocks.2.attentions.0.transformer_blocks.0"].endswith(
+        ".0.transformer_blocks.0"
+    )
+
+
+def test_a_finished_student_says_how_it_was_made_and_not_where(finished: Path, mini_vega: Path) -> None:
+    """The pictures of every stage stay; no config and no card names a folder of this machine."""
+    assert [path.name for path in sorted((finished / "samples").iterdir())] == ["01-shorten-up.png", "02-whole.png"]
+    card = ModelCard.load(finished / "README.md")
+    assert card.data.library_name == "diffusers" and card.data.base_model is None, "the teacher is a local folder"
+    for told in ("shapes:45", "| whole | random-mini-vega |", "feature", "](samples/02-whole.png)", "licences"):
+        assert told in card.text, told
+    for path in [finished / "README.md", *finished.glob("*/*.json"), finished / "model_index.json"]:
+        assert str(mini_vega.parent) not in path.read_text() and str(finished.parent) not in path.read_text(), path
+
+
+def _with_another_vae(teacher: Path, folder: Path) -> Path:
+    shutil.copytree(teacher, folder)
+    [weights] = (folder / "vae").glob("*.safetensors")
+    save_file(
+        {key: value + 0 if "bias" not in key else value + 1 for key, value in load_file(weights).items()}, weights
+    )
+    return folder
+
+
+def test_a_student_ships_the_networks_that_its_cache_was_made_with(
+    cache: Path, mini_vega: Path, tmp_path: Path
+) -> None:
+    """Where a later teacher has another VAE, its stage names its cache, or is refused before training."""
+    other = _with_another_vae(mini_vega, tmp_path / "other")
+    make_cache(other, "shapes:9", tmp_path / "cache")
+    first, second = (
+        replace(stage, steps=1) for stage in small_recipe(str(mini_vega), ema_decay=None, validation_prompts=()).stages
+    )
+    recipe = small_recipe(str(mini_vega), ema_decay=None, validation_prompts=())
+
+    def ships(name: str, stage: Stage) -> Path:
+        options = {"cache": cache, "out": tmp_path / name, "workdir": tmp_path}
+        train(replace(recipe, stages=(first, stage)), **options)
+        hashes = [file_hashes(folder, ["vae"]) for folder in (tmp_path / name, mini_vega, other)]
+        return (mini_vega, other)[hashes[1:].index(hashes[0])]
+
+    with pytest.raises(UserError, match=r'made with other files of vae than .*name it as that stage\'s "cache"'):
+        ships("refused", replace(second, teacher=str(other)))
+    assert not (tmp_path / "refused").exists()
+    assert ships("own", replace(second, teacher=str(other), cache=str(tmp_path / "cache"))) == other
+    assert ships("shared", replace(second, teacher=str(other), cache=str(cache))) == mini_vega
+
+
+def test_the_loss_scale_of_fp16_begins_anew_in_each_stage() -> None:
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    unet = UNet2DConditionModel(**find_architecture("mini-vega").unet_config)
+    depth = find_architecture("mini-vega").depth
+    recipe = Recipe(name="one", stages=())
+    Pair(accelerator, None, unet, make_module_map("first", depth, depth), torch.ones(1), {}, recipe, TrainOptions())
+    assert accelerator.scaler.get_scale() == 65536.0
 
 
 def test_every_term_is_logged_by_name_and_they_sum_to_the_loss(finished: Path) -> None:
@@ -78,7 +140,7 @@ def test_a_model_that_no_training_made_is_not_written_over(cache: Path, mini_veg
     make_student(mini_vega, find_architecture(HALF, MINI_FAMILY), "first", tmp_path / "untrained")
     for out in (tmp_path / "foreign", tmp_path / "untrained"):
         before = sorted(out.rglob("*"))
-        with pytest.raises(UserError, match="belongs to another recipe"):
+        with pytest.raises(UserError, match=r"belongs to another recipe|holds model_index.json, which no training"):
             train(small_recipe(str(mini_vega)), cache=cache, out=out, workdir=tmp_path)
         assert sorted(out.rglob("*")) == before
 
@@ -97,10 +159,10 @@ def test_what_fsdp_cannot_do_is_refused(options: dict[str, str], processes: int,
         check_fsdp(processes, **asked)
 
 
-def test_fsdp_by_accelerates_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsdp_by_accelerates_launcher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="give --fsdp"):
-        check_no_other_fsdp()
+        make_accelerator(TrainOptions(), tmp_path)
 
 
 def test_gradient_checkpointing_and_accumulation_change_no_loss(
@@ -140,7 +202,7 @@ def test_compiled_blocks_are_tapped_as_before(
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
     torch._dynamo.reset()
-    recipe = short_recipe(mini_vega, losses=LossWeights(level=level, normalize=True))
+    recipe = short_recipe(mini_vega, objective=Distill(level=level, normalize=True))
     for name, compile in (("plain", False), ("compiled", True)):
         options = TrainOptions(log_every=1, compile=compile)
         train(recipe, cache=cache, out=tmp_path / name, workdir=tmp_path, options=options)
@@ -162,13 +224,13 @@ def test_pictures_at_fixed_seeds_and_curves_along_the_way(
 
     monkeypatch.setattr("distill.training.stage.gather_student", gathered)
     recipe = replace(short_recipe(mini_vega, learning_rate=0.0), validation_prompts=("a small red ring at the top",))
-    options = TrainOptions(validate_every=1, tensorboard=True, log_every=1)
+    options = TrainOptions(validate_every=1, report_to="tensorboard", log_every=1)
     train(recipe, cache=cache, out=tmp_path / "out", workdir=tmp_path, options=options)
-    pictures = sorted((tmp_path / "out" / "samples").glob("01-whole-*.png"))
+    pictures = sorted((tmp_path / "out" / "samples").glob("01-whole-0*.png"))
     assert [path.stem[-1] for path in pictures] == ["1", "2", "3"]
     assert len(drawing) == 4
     assert len({path.read_bytes() for path in pictures}) == 1, "the same weights, so the same pictures"
-    events = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    events = EventAccumulator(str(tmp_path / "out" / "trackers" / "slimxl")).Reload()
     for line in map(json.loads, (tmp_path / "out" / "losses.jsonl").read_text().splitlines()):
         for name, value in line["terms"].items():
             assert events.Scalars(name)[line["step"] - 1].value == pytest.approx(value)
@@ -195,7 +257,8 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused_first(
     ("options", "message"),
     [
         ({"optimizer": "adamw-8bit"}, "needs the package bitsandbytes"),
-        ({"tensorboard": True}, "needs the package tensorboard"),
+        ({"report_to": "tensorboard"}, "--report-to tensorboard needs the package tensorboard"),
+        ({"report_to": "tensorbord"}, "unknown tracker 'tensorbord'.*did you mean 'tensorboard'"),
         ({"mixed_precision": "fp16"}, "needs a GPU"),
     ],
 )

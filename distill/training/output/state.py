@@ -1,6 +1,6 @@
-"""What a training run leaves on disk: its state to go on from, and each stage's student as a whole pipeline.
+"""What a training run goes on from after a stop: its state, saved and read again.
 
-The state is written by torch.distributed.checkpoint: every process writes its own part, under names free of any
+It is written by torch.distributed.checkpoint: every process writes its own part, under names free of any
 wrapper, so one process, DDP and FSDP read each other's, whatever their number.
 """
 
@@ -31,23 +31,14 @@ from torch.distributed.checkpoint.state_dict import (
 from distill.common.errors import UserError
 from distill.common.files import read_json, remove_leftovers, replacing, write_json
 from distill.common.progress import say
-from distill.models.module_map import ModuleMap
-from distill.models.sources import load_pipeline, read_config
-from distill.models.surgery import copy_all_but_unet
-from distill.training.recipes import Recipe
 
 STATE_FORMAT = 1
 """Stands in run.json; another number is a state that this version does not read."""
 
 
-def stage_folder(recipe: Recipe, number: int, out: Path) -> Path:
-    """Where the student of stage `number`, from 0, is kept until the last one is."""
-    return out / "stages" / f"{number + 1:02d}-{recipe.stages[number].name}"
-
-
 @dataclass
 class TrainingState:
-    """All that a stage goes on from, beside its step: nothing else in a run has a history."""
+    """Everything in a stage that has a history, beside `Progress`: weights, moments, their average, fp16's loss scale."""
 
     student: UNet2DConditionModel
     optimizer: torch.optim.Optimizer
@@ -68,7 +59,7 @@ class TrainingState:
 
     def load(self, folder: Path, step: int) -> None:
         state = self.as_dict()
-        dcp.load(state, checkpoint_id=folder)  # in place, so the average needs nothing more
+        dcp.load(state, checkpoint_id=folder)  # writes into the tensors of `state`: the average has its values now
         set_state_dict(
             self.student, self.optimizer, model_state_dict=state["student"], optim_state_dict=state["optimizer"]
         )
@@ -91,7 +82,7 @@ class TrainingState:
 
     @torch.no_grad()
     def _exchange(self, ema: EMAModel) -> None:
-        """Student and average change places, one tensor at a time: a GPU may have no room for a third set."""
+        """Swaps student and average, one tensor at a time: a GPU may have no room for a third copy."""
         for parameter, average in zip(self.student.parameters(), ema.shadow_params, strict=True):
             held = parameter.detach().clone()
             parameter.copy_(average)
@@ -114,14 +105,14 @@ def save_state(
     Raises UserError where the disk does not take it, and torch.OutOfMemoryError; the checkpoints before stay.
     """
     final = folder / f"{number + 1:02d}-{progress.step:07d}"
-    temporary = folder / f".{final.name}.state.partial"  # of its own: NFS may show a renamed folder by its old name
+    temporary = folder / f".{final.name}.state.partial"  # one name per step: NFS may still show the last one's
     if accelerator.is_main_process:
         remove_leftovers(folder)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one process is told that it is one
+            warnings.simplefilter("ignore")  # torch's note that only one process is running
             state.save(temporary)
         if accelerator.is_main_process:
             write_json(temporary / "progress.json", asdict(progress))
@@ -133,13 +124,14 @@ def save_state(
         ) from None
     if accelerator.is_main_process:
         for old in _states(folder)[:-keep]:
-            old.rename(folder / f".{old.name}.state.old")  # a kill leaves it whole or a leftover
+            old.rename(folder / f".{old.name}.state.old")  # so that a kill leaves no half of it under its name
         remove_leftovers(folder)
     accelerator.wait_for_everyone()
 
 
 def _reason(error: BaseException) -> str:
-    """What a save or a load failed of, in any process, in a few words. Raises what says nothing of the checkpoint."""
+    """Why a save or a load failed, in any process, in a few words. Ctrl-C and a full GPU are not about the checkpoint, and
+    are raised as they are."""
     causes = [cause for cause, _stack in getattr(error, "failures", {}).values()] or [error]
     for cause in causes:
         if isinstance(cause, KeyboardInterrupt | torch.OutOfMemoryError):
@@ -154,10 +146,10 @@ def _states(folder: Path) -> list[Path]:
 
 
 def resume(accelerator: Accelerator, state: TrainingState, folder: Path, number: int, log: Path) -> Progress:
-    """Loads the newest checkpoint of stage `number`; returns how far that is and cuts the log back to it.
+    """Loads the newest checkpoint of stage `number`, cuts the log back to its step, and returns the progress so far.
 
-    The newest is what the first process sees: a shared disk may be slow to show it to the others. Raises UserError
-    where one of them does not see it, or where it is damaged.
+    All processes load the checkpoint that the first one finds, since a shared disk may show it to the others later. Raises
+    UserError where one of them does not see it, or where it is damaged.
     """
     progress = Progress()
     names: list[str | None] = [path.name for path in _states(folder) if path.name.startswith(f"{number + 1:02d}-")]
@@ -201,70 +193,3 @@ def gather_student(state: TrainingState) -> UNet2DConditionModel | None:
             whole = UNet2DConditionModel.from_config(student.config)
         whole.to_empty(device="cpu").load_state_dict(weights)  # copied: on a CPU they are the student's own memory
     return whole.eval()
-
-
-def student_dtype(teacher_folder: Path) -> torch.dtype:
-    """What a student is stored in: fp16 at full size, fp32 where it is small."""
-    return torch.float32 if read_config(teacher_folder, "unet")["block_out_channels"][0] < 320 else torch.float16
-
-
-def save_student(
-    student: UNet2DConditionModel, teacher_folder: Path, folder: Path, modules: ModuleMap, recipe: Recipe, number: int
-) -> None:
-    """A whole pipeline folder or none: the student's UNet, everything else as the teacher has it."""
-    with replacing(folder) as temporary:
-        copy_all_but_unet(teacher_folder, temporary)
-        student.to(student_dtype(teacher_folder)).save_pretrained(temporary / "unet", safe_serialization=True)
-        write_json(
-            temporary / "slimxl.json",
-            {
-                "student": recipe.stages[number].student,
-                "module_map": modules.as_dict(),
-                "stages_done": number + 1,
-                "parameters": sum(p.numel() for p in student.parameters()),
-                "recipe": recipe.as_dict(),
-            },
-        )
-
-
-def draw_validation(
-    student: UNet2DConditionModel,
-    checkpoint: Path,
-    prompts: tuple[str, ...],
-    path: Path,
-    *,
-    steps: int = 20,
-    seed: int = 0,
-) -> None:
-    """One row of pictures of `prompts` by the student in the place of `checkpoint`'s UNet, at its own base resolution and
-    always the same seeds; one at a time, and none where the GPU has no memory left for them beside the training."""
-    from PIL import Image
-
-    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    pipe = load_pipeline(checkpoint, dtype, without=("unet",))
-    pipe.unet, pipe.default_sample_size = student, student.config.sample_size
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        pipe.to(device, dtype)
-        images = [
-            pipe(prompt, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed + i)).images[0]
-            for i, prompt in enumerate(prompts)
-        ]
-    except torch.OutOfMemoryError:
-        say(f"{path.name} was not drawn: the GPU has no memory left for it")
-        return
-    row = Image.new("RGB", (sum(image.width for image in images), images[0].height))
-    for i, image in enumerate(images):
-        row.paste(image, (i * image.width, 0))
-    with replacing(path) as temporary:
-        row.save(temporary, format="PNG")
-
-
-def alphas_cumprod_of(teacher_folder: Path) -> torch.Tensor:
-    """Signal variance per timestep, from the teacher's own scheduler config."""
-    from diffusers import DDPMScheduler
-
-    config = read_json(teacher_folder / "scheduler" / "scheduler_config.json")
-    betas = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-    names = ("num_train_timesteps", *betas)
-    return DDPMScheduler(**{name: config[name] for name in names if name in config}).alphas_cumprod.float()

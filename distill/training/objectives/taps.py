@@ -13,15 +13,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from distill.common.errors import unknown
 from distill.models.module_map import ModuleMap
-from distill.training.recipes import Level
 
+Level = Literal["block", "sub-block", "layer", "self-attention"]
+"""Which features are compared."""
 LEVELS = get_args(Level)
 
 

@@ -1,0 +1,1 @@
+"""What a training run leaves on disk: its state to go on from, the students, their pictures and their card."""

@@ -1,0 +1,56 @@
+"""The student that a stage ends with, as a whole pipeline folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from distill.common.files import read_json, replacing, write_json
+from distill.models.module_map import ModuleMap
+from distill.models.sources import read_config
+from distill.models.surgery import copy_all_but_unet
+from distill.training.recipes import Recipe
+
+LOCAL_PATHS = {"_name_or_path", "name_or_path"}
+"""Under which diffusers and transformers note the folder that a network was loaded from."""
+
+
+def stage_folder(recipe: Recipe, number: int, out: Path) -> Path:
+    """Where the student of stage `number`, from 0, is kept until the next stage has ended."""
+    return out / "stages" / stage_title(recipe, number)
+
+
+def stage_title(recipe: Recipe, number: int) -> str:
+    """As folders and pictures are called."""
+    return f"{number + 1:02d}-{recipe.stages[number].name}"
+
+
+def student_dtype(teacher_folder: Path) -> torch.dtype:
+    """What a student is stored in: fp16 at full size, fp32 where it is small."""
+    return torch.float32 if read_config(teacher_folder, "unet")["block_out_channels"][0] < 320 else torch.float16
+
+
+def save_student(
+    student: UNet2DConditionModel, pipeline: Path, folder: Path, modules: ModuleMap, recipe: Recipe, number: int
+) -> None:
+    """Writes a whole pipeline folder or none: the student's UNet, everything else as in the folder `pipeline`. It depends
+    on nothing but these: no config says where it was made."""
+    with replacing(folder) as temporary:
+        copy_all_but_unet(pipeline, temporary)
+        student.to(student_dtype(pipeline)).save_pretrained(temporary / "unet", safe_serialization=True)
+        for path in temporary.rglob("*.json"):
+            stated = read_json(path)
+            if isinstance(stated, dict) and stated.keys() & LOCAL_PATHS:
+                write_json(path, {key: value for key, value in stated.items() if key not in LOCAL_PATHS})
+        write_json(
+            temporary / "slimxl.json",
+            {
+                "student": recipe.stages[number].student.architecture,
+                "module_map": modules.as_dict(),
+                "stages_done": number + 1,
+                "parameters": sum(p.numel() for p in student.parameters()),
+                "recipe": recipe.as_dict(),
+            },
+        )
