@@ -82,10 +82,10 @@ def exit_on_user_error(command: Callable[[], int | None]) -> int:
     becomes 130."""
     quiet_libraries()
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    from distill.common.paths import registry
+    from distill.common.paths import refusing_empty_paths
 
     try:
-        with registry:
+        with refusing_empty_paths(UserError):
             return command() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,30 +9,33 @@ from pathlib import Path
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from distill.common.errors import UserError
 
-registry = ConstructorRegistry()
-"""For every room's command line: used while one is parsed."""
+def refusing_empty_paths(refusal: type[Exception]) -> ConstructorRegistry:
+    """How tyro reads a path while the registry is entered: an empty one raises `refusal`, which names the option."""
+    registry = ConstructorRegistry()
+
+    def read(words: list[str]) -> Path:
+        if not words[0].strip():
+            raise refusal(f"{_option_of(words[0])} is empty: is a variable unset? name a file or a folder")
+        return Path(words[0])
+
+    @registry.primitive_rule
+    def path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+        if info.type not in (Path, os.PathLike):
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=read,
+            is_instance=lambda value: isinstance(value, os.PathLike),
+            str_from_instance=lambda path: [str(path)],
+        )
+
+    return registry
 
 
-@registry.primitive_rule
-def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
-    if info.type not in (Path, os.PathLike):
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH",
-        instance_from_str=lambda words: _not_empty(words[0]),
-        is_instance=lambda value: isinstance(value, os.PathLike),
-        str_from_instance=lambda path: [str(path)],
-    )
-
-
-def _not_empty(word: str) -> Path:
-    if word.strip():
-        return Path(word)
-    named = [before for before, after in pairwise(sys.argv) if after == word and before.startswith("--")]
-    named += [
-        argument.partition("=")[0] for argument in sys.argv if argument.startswith("--") and argument.endswith("=")
-    ]
-    raise UserError(f"{named[0] if named else 'a path'} is empty: is a variable unset? name a file or a folder")
+def _option_of(word: str) -> str:
+    """The option on the command line that was given the empty `word`."""
+    before = [option for option, value in pairwise(sys.argv) if value == word and option.startswith("--")]
+    joined = [option.removesuffix("=") for option in sys.argv if option.startswith("--") and option.endswith("=")]
+    return next(iter([*before, *joined]), "a path")
