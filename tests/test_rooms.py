@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -70,3 +71,10 @@ def test_no_folder_is_crowded(room: str) -> None:
     """A newcomer finds a file in one guess."""
     for folder in {file.parent for file in (ROOT / room).rglob("*.py")}:
         assert len(list(folder.glob("*.py"))) <= 20, folder
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_public_name_is_there(room: str) -> None:
+    """They are imported when first asked for, so a name that has moved breaks nothing until then."""
+    module = importlib.import_module(room)
+    assert module.__all__ and all(getattr(module, name) is not None for name in module.__all__)

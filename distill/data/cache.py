@@ -2,8 +2,9 @@
 
 A cache is a folder of safetensors shards, each holding some consecutive samples of the source, by resolution:
 `{W}x{H}/latents` (n, 4, H/8, W/8) scaled, and under their own names what else the UNet takes of a sample, as
-`{W}x{H}/encoder_hidden_states` (n, tokens, dim). unconditional.safetensors holds what it takes for no caption. cache.json
-holds the key: the hashes of the VAE and of the text encoders, and the data. Shards are written whole or not at all, so a
+`{W}x{H}/encoder_hidden_states` (n, tokens, dim); `{W}x{H}/crc32` (n,) is a checksum of each sample, compared when it is
+read. unconditional.safetensors holds what the UNet takes for no caption. cache.json holds the key: the hashes of the VAE, of
+the text encoders and tokenizers, and of the data. Shards are written whole or not at all, so a
 killed run goes on where it was, and several processes (torchrun) share the work by shard.
 """
 
@@ -11,9 +12,10 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -28,6 +30,7 @@ from distill.common.ahead import ahead
 from distill.common.errors import UserError, explaining_full_memory, require_least
 from distill.common.files import (
     read_json,
+    read_object,
     remove_leftovers,
     replacing,
     require_free_disk,
@@ -38,13 +41,15 @@ from distill.common.files import (
 from distill.common.progress import say, track
 from distill.data.pictures import Source, open_source
 from distill.data.samples import BadSample, Fitting, Sample
-from distill.models.conditioning import Conditioning
+from distill.models.conditioning import Conditioning, conditioning_of
 from distill.models.families import Family
 from distill.models.resolution import Resolution
 from distill.models.sources import component_weights, find_family, load_pipeline, network_folders, read_config
 
 SAMPLES_PER_SHARD = 512
 UNCONDITIONAL = "unconditional.safetensors"
+CHECKSUM = "crc32"
+TOKENIZER_WORDS = ("vocab.json", "merges.txt", "tokenizer.json")
 MOST_BAD_SAMPLES = 0.2  # of all; more means that the data set is not what it was taken for
 
 
@@ -54,12 +59,20 @@ def cache_key(checkpoint: Path, data: str, identity: object, seed: int) -> dict[
 
 
 def frozen_hashes(checkpoint: Path) -> dict[str, str]:
-    """A hash of the weights of each network that the cache stands for."""
-    return {
-        component: sha256_json([sha256_file_once(file) for file in component_weights(checkpoint / component)])
+    """A hash of each part of a checkpoint that the cache stands for: weights, the VAE's scaling, the tokenizers' words."""
+    hashes: dict[str, Any] = {
+        component: [sha256_file_once(file) for file in component_weights(checkpoint / component)]
         for component in network_folders(checkpoint)
         if component != "unet"
     }
+    vae = read_config(checkpoint, "vae")
+    hashes["vae"] += [vae.get(number) for number in ("scaling_factor", "shift_factor")]
+    for tokenizer in conditioning_of(read_config(checkpoint, "unet")).tokenizers:
+        settings = read_object(checkpoint / tokenizer / "tokenizer_config.json")
+        words = [file for name in TOKENIZER_WORDS if (file := checkpoint / tokenizer / name).is_file()]
+        told = [str(settings.get(key)) for key in ("pad_token", "model_max_length")]
+        hashes[tokenizer] = [*map(sha256_file_once, words), *told]
+    return {part: sha256_json(value) for part, value in hashes.items()}
 
 
 @torch.no_grad()
@@ -104,6 +117,14 @@ def count_too_long(tokenizer: Any, buckets: Mapping[Resolution, list[Sample]]) -
     """How many captions have more tokens than the text encoder reads."""
     captions = [sample.caption for samples in buckets.values() for sample in samples]
     return sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(captions).input_ids) if captions else 0
+
+
+def checksum(tensors: Iterable[torch.Tensor]) -> int:
+    """CRC-32 over the bytes of tensors in order."""
+    crc = 0
+    for tensor in tensors:
+        crc = zlib.crc32(tensor.contiguous().numpy().data, crc)
+    return crc
 
 
 def seed_of(seed: int, *parts: object) -> int:
@@ -269,9 +290,10 @@ def write_shard(
     about: dict[str, Any] = {"skipped": skipped, "samples": {}}
     for resolution, samples in sorted(buckets.items()):
         parts = [encode(pipe, conditioning, samples[i : i + batch], seed) for i in range(0, len(samples), batch)]
-        for field in parts[0]:
-            whole = torch.cat([part[field] for part in parts]).cpu()
-            tensors[f"{resolution}/{field}"] = (whole.half() if whole.is_floating_point() else whole).contiguous()
+        fields = {field: torch.cat([part[field] for part in parts]).cpu() for field in parts[0]}
+        fields = {field: (one.half() if one.is_floating_point() else one).contiguous() for field, one in fields.items()}
+        fields[CHECKSUM] = torch.tensor([checksum([fields[f][i] for f in sorted(fields)]) for i in range(len(samples))])
+        tensors |= {f"{resolution}/{field}": whole for field, whole in fields.items()}
         about["samples"][str(resolution)] = [
             {"key": s.key, "caption": s.caption, "crop": s.crop_top_left, "flipped": s.flipped} for s in samples
         ]
@@ -291,7 +313,7 @@ class LatentCache:
         self.key = read_json(folder / "cache.json")
         self.batch_size, self.seed = batch_size, seed
         self._rows: dict[Resolution, list[tuple[Path, int]]] = defaultdict(list)
-        self._names: dict[Resolution, list[str]] = defaultdict(list)
+        self._fields: dict[Resolution, set[str]] = defaultdict(lambda: {"latents"})
         self._open: dict[Path, Any] = {}
         shards = sorted(folder.glob("shard-*.safetensors"))
         if len(shards) < self.key.get("shards", 0) or not (folder / UNCONDITIONAL).is_file():
@@ -305,8 +327,8 @@ class LatentCache:
                 resolution = Resolution.parse(size)
                 if field == "latents":
                     self._rows[resolution] += [(path, i) for i in range(shape[0])]
-                if name not in self._names[resolution]:
-                    self._names[resolution].append(name)
+                elif field != CHECKSUM:
+                    self._fields[resolution].add(field)
         self.unconditional = {name: value.float() for name, value in load_file(folder / UNCONDITIONAL).items()}
         if not self._rows:
             raise UserError(f"{folder} holds no cached sample; make it with: python -m distill cache")
@@ -360,27 +382,26 @@ class LatentCache:
         epoch = bisect_right(epochs, step, key=lambda epoch: self._batches_before(epoch).sum()) - 1
         resolution, indices = self._order_of(epoch)[step - self._batches_before(epoch).sum()]
         places = [self._rows[resolution][i] for i in indices[rows]]
-        batch = {}
-        for name in self._names[resolution]:
-            rows_of = [self._shard(path).get_slice(name)[i] for path, i in places]
-            whole = torch.stack(rows_of).float()
-            if not whole.sum().isfinite():  # where nothing is wrong, one pass over the numbers
-                for value, (path, i) in zip(rows_of, places, strict=True):
-                    self._check_finite(name, value, path, i)
-            batch[name.rpartition("/")[2]] = whole
-        return batch
+        samples = [self._sample(resolution, path, row) for path, row in places]
+        return {field: torch.stack([sample[field] for sample in samples]).float() for field in samples[0]}
 
-    def _check_finite(self, name: str, value: torch.Tensor, path: Path, row: int) -> None:
-        """Raises UserError, with the sample's own name, for a value that holds NaN or infinity."""
-        if value.isfinite().all():
-            return
-        size, _, field = name.partition("/")
-        about = json.loads(self._shard(path).metadata().get("slimxl", "{}"))
-        sample = about.get("samples", {}).get(size, [{}] * (row + 1))[row]
-        raise UserError(
-            f"{path}: the {field} of sample {sample.get('key', row)!r} (row {row} of {size}) are not finite; remove that "
-            "shard, mend or remove the sample, and run the same `distill cache` command again"
-        )
+    def _sample(self, resolution: Resolution, path: Path, row: int) -> dict[str, torch.Tensor]:
+        """One sample's fields. Raises UserError, which names it, where they are not what was written or not finite."""
+        shard = self._shard(path)
+        sample = {field: shard.get_slice(f"{resolution}/{field}")[row] for field in self._fields[resolution]}
+        if checksum([sample[field] for field in sorted(sample)]) != shard.get_slice(f"{resolution}/{CHECKSUM}")[row]:
+            raise UserError(
+                f"{path}: row {row} of {resolution} is not what was written there; the shard is damaged: remove it and run "
+                "the same `distill cache` command again"
+            )
+        for field, value in sample.items():
+            if not value.sum(dtype=torch.float32).isfinite():
+                about = json.loads(shard.metadata()["slimxl"])["samples"][str(resolution)][row]
+                raise UserError(
+                    f"{path}: the {field} of sample {about['key']!r} (row {row} of {resolution}) are not finite; remove "
+                    "that shard, mend or remove the sample, and run the same `distill cache` command again"
+                )
+        return sample
 
     def _shard(self, path: Path) -> Any:
         if path not in self._open:

@@ -8,12 +8,12 @@ Small-SD), no middle (BK-SDM-Small) and fewer levels (Tiny-SD).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from distill.common.errors import UserError
+from distill.models.unet_config import PER_LEVEL, per_level, stated_unet
 
 Level = tuple[int, ...]
 """Transformer blocks behind each ResNet of a level, all 0 or none."""
@@ -92,11 +92,11 @@ class Depth:
         """
         config = stated_unet(config, model)
         down, up = config["down_block_types"], config["up_block_types"]
-        layers = _per_level("layers_per_block", config, model)
-        stated = _per_level("transformer_layers_per_block", config, model)
+        layers = per_level("layers_per_block", config, model)
+        stated = per_level("transformer_layers_per_block", config, model)
         reverse = stated[::-1]
         if config["reverse_transformer_layers_per_block"] is not None:
-            reverse = _per_level("reverse_transformer_layers_per_block", config, model)
+            reverse = per_level("reverse_transformer_layers_per_block", config, model)
 
         def side(
             key: str, types: Sequence[str], transformers: Sequence[Any], counts: Sequence[int]
@@ -164,102 +164,3 @@ class Depth:
             "transformer_layers_per_block": [list(level) if any(level) else 1 for level in self.down],
             "reverse_transformer_layers_per_block": [list(level) if any(level) else 1 for level in self.up],
         }
-
-
-UNET_DEFAULTS: dict[str, Any] = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2,
-    "cross_attention_dim": 1280,
-    "transformer_layers_per_block": 1,
-    "reverse_transformer_layers_per_block": None,
-    "attention_head_dim": 8,
-    "addition_time_embed_dim": None,
-    "projection_class_embeddings_input_dim": None,
-    "sample_size": None,
-}
-"""What diffusers takes for a key that a UNet's config.json leaves out: those keys that are read here."""
-BLOCK_TYPES = {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn", None),
-}
-PER_LEVEL = (
-    "block_out_channels",
-    "attention_head_dim",
-    "num_attention_heads",
-    "cross_attention_dim",
-    "only_cross_attention",
-)
-"""Keys that may hold a list with an entry for each level."""
-
-
-def stated_unet(config: Mapping[str, Any], model: object = "the model") -> dict[str, Any]:
-    """A UNet's config with diffusers' defaults for the keys it leaves out. Raises UserError, which names the key, for
-    values that no UNet can have and for blocks that are not read."""
-    stated = UNET_DEFAULTS | dict(config)
-
-    def refuse(key: str, wanted: str) -> UserError:
-        return UserError(f"{model}: its UNet's {key} is {json.dumps(stated[key])}; {wanted}")
-
-    for key, known in BLOCK_TYPES.items():
-        is_list = key != "mid_block_type"
-        if is_list and (not isinstance(stated[key], list | tuple) or not stated[key]):
-            raise refuse(key, "it must be a list with a block for each level")
-        for kind in stated[key] if is_list else [stated[key]]:
-            if kind not in known:
-                raise refuse(key, f"read are {', '.join(map(json.dumps, known))}")
-    levels = len(stated["down_block_types"])
-    if len(stated["up_block_types"]) != levels:
-        raise refuse("up_block_types", f"there must be as many as down_block_types, {levels}")
-    widths = stated["block_out_channels"]
-    if not isinstance(widths, list | tuple) or len(widths) != levels or not all(map(_is_count, widths)):
-        raise refuse("block_out_channels", f"it must be a list of {levels} numbers from 1 up, one for each level")
-    for key in (
-        "in_channels",
-        "out_channels",
-        "layers_per_block",
-        "cross_attention_dim",
-        "transformer_layers_per_block",
-    ):
-        if not _holds_counts(stated[key]):
-            raise refuse(key, "numbers from 1 up are needed")
-    optional = ("addition_time_embed_dim", "projection_class_embeddings_input_dim", "sample_size")
-    for key in (*optional, "attention_head_dim", "num_attention_heads", "norm_num_groups"):
-        if stated.get(key) is not None and not _holds_counts(stated[key]):
-            raise refuse(key, "a number from 1 up is needed")
-    reverse = stated["reverse_transformer_layers_per_block"]
-    if reverse is not None and not _holds_counts(reverse):
-        raise refuse("reverse_transformer_layers_per_block", "numbers from 1 up, or null, are needed")
-    per_level = stated["transformer_layers_per_block"]
-    if reverse is None and isinstance(per_level, list | tuple) and any(isinstance(n, list | tuple) for n in per_level):
-        raise refuse(
-            "transformer_layers_per_block",
-            "where a level has a list, reverse_transformer_layers_per_block is needed too",
-        )
-    for key in PER_LEVEL:
-        if isinstance(stated.get(key), list | tuple) and len(stated[key]) != levels:
-            raise refuse(key, f"the UNet has {levels} levels")
-    if isinstance(stated["cross_attention_dim"], list | tuple) and len(set(stated["cross_attention_dim"])) != 1:
-        raise refuse("cross_attention_dim", "all levels read the same text, so they must be alike")
-    return stated
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 1
-
-
-def _holds_counts(value: Any) -> bool:
-    """Whether it is a number from 1 up, or a list of such, or of lists of such."""
-    return _is_count(value) or (isinstance(value, list | tuple) and bool(value) and all(map(_holds_counts, value)))
-
-
-def _per_level(key: str, config: Mapping[str, Any], model: object) -> list[Any]:
-    value, levels = config[key], len(config["down_block_types"])
-    if not isinstance(value, int) and len(value) != levels:
-        raise UserError(f"{model}: its UNet's {key} is {json.dumps(value)}; the UNet has {levels} levels")
-    return [value] * levels if isinstance(value, int) else list(value)

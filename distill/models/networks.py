@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from distill.models.conditioning import SDXL
-from distill.models.depth import stated_unet
+from distill.models.unet_config import stated_unet
 
 NETWORKS = SDXL.networks
 """Library and class by folder: those of every family, since no other has one that SDXL lacks."""

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from distill.common.errors import UserError
-from distill.data.cache import UNCONDITIONAL, LatentCache, encode, make_cache
+from distill.data.cache import UNCONDITIONAL, LatentCache, checksum, encode, make_cache
 from distill.data.pictures import open_source
 from distill.data.samples import Fitting, Sample
 from distill.models.architectures import ARCHITECTURES
@@ -122,7 +122,11 @@ def test_a_resolution_is_seen_as_often_as_its_samples_are_many(tmp_path: Path) -
     sizes = {"128x128": 3, "160x128": 20}
     tensors = {f"{size}/latents": torch.zeros(n, 1) for size, n in sizes.items()}
     for size, n in sizes.items():
-        tensors[f"{size}/time_ids"] = torch.tensor([[n, i] for i in range(n)], dtype=torch.int32)
+        ids = torch.tensor([[n, i] for i in range(n)], dtype=torch.int32)
+        tensors |= {
+            f"{size}/time_ids": ids,
+            f"{size}/crc32": torch.tensor([checksum([torch.zeros(1), i]) for i in ids]),
+        }
     save_file(tensors, tmp_path / "shard-000000.safetensors")
     (tmp_path / "cache.json").write_text('{"shards": 1}')
     save_file({"encoder_hidden_states": torch.zeros(1, 1)}, tmp_path / UNCONDITIONAL)
@@ -185,7 +189,7 @@ def test_a_cache_that_fails_leaves_no_thread_reading(mini_vega: Path, tmp_path: 
     assert len(read) < 300  # of the second shard, those that had begun
 
 
-def test_a_sample_that_is_not_finite_is_named(mini_vega: Path, tmp_path: Path) -> None:
+def test_a_sample_that_is_damaged_or_not_finite_is_named(mini_vega: Path, tmp_path: Path) -> None:
     make_cache(mini_vega, "shapes:1", tmp_path)
     shard = tmp_path / "shard-000000.safetensors"
     with safe_open(shard, "pt") as file:
@@ -194,6 +198,11 @@ def test_a_sample_that_is_not_finite_is_named(mini_vega: Path, tmp_path: Path) -
     key = json.loads(metadata["slimxl"])["samples"][size][0]["key"]
     tensors = load_file(shard)
     tensors[f"{size}/latents"][0, 0, 0, 0] = float("nan")
+    save_file(tensors, shard, metadata=metadata)
+    with pytest.raises(UserError, match=rf"shard-000000.safetensors: row 0 of {size} is not what was written there"):
+        LatentCache(tmp_path, batch_size=1, seed=0).batch(0)
+    fields = sorted(name for name in tensors if not name.endswith("crc32"))
+    tensors[f"{size}/crc32"][0] = checksum([tensors[name][0] for name in fields])
     save_file(tensors, shard, metadata=metadata)
     told = f"shard-000000.safetensors: the latents of sample '{key}' .row 0 of {size}. are not finite"
     with pytest.raises(UserError, match=told):

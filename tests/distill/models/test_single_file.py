@@ -21,6 +21,7 @@ from distill.models.single_file import _unet_name
 from distill.models.sources import find_architecture_of, load_pipeline, read_config, resolve
 from distill.models.tensors import component_tensors, component_weights
 from distill.training.recipes import Recipe, Stage
+from distill.training.student import Pruned
 from distill.training.trainer import train
 
 RESNET = [
@@ -206,7 +207,7 @@ def test_a_file_that_says_v_prediction_is_believed_and_refused_as_a_teacher(mini
     assert scheduler.config.prediction_type == "v_prediction"
     assert scheduler.timesteps[0] == 999 and scheduler.sigmas[0] > 4000  # where nothing of the picture is left
     make_cache(mini_vega, "shapes:9", tmp_path / "cache")
-    stage = Stage(name="whole", teacher=str(folder), student="mini-vega", steps=1)
+    stage = Stage(name="whole", teacher=str(folder), student=Pruned(architecture="mini-vega"), steps=1)
     recipe = Recipe(name="v", stages=(stage,), batch_size=1)
     with pytest.raises(UserError, match="predicts 'v_prediction'"):
         train(recipe, cache=tmp_path / "cache", out=tmp_path / "out", workdir=tmp_path)

@@ -27,7 +27,6 @@ from transformers import CLIPTextConfig
 from distill.common.errors import UserError, exit_on_user_error
 from distill.common.files import remove_leftovers, replacing, write_json
 from distill.models.architectures import ARCHITECTURES, find_architecture
-from distill.models.depth import UNET_DEFAULTS
 from distill.models.networks import DEFAULTS
 from distill.models.sources import (
     MINI_TEACHER,
@@ -43,6 +42,7 @@ from distill.models.sources import (
     resolve,
 )
 from distill.models.surgery import make_student, make_student_unet, student_modules
+from distill.models.unet_config import UNET_DEFAULTS
 
 
 @pytest.fixture
