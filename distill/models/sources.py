@@ -35,7 +35,7 @@ from distill.common.files import (
 from distill.common.hub import NO_SAFETENSORS, explaining_hub
 from distill.common.progress import say
 from distill.models.architectures import ARCHITECTURES, Architecture, architecture_at, find_architecture
-from distill.models.conditioning import Conditioning, conditioning_of
+from distill.models.conditioning import Conditioning, conditioning_of, context_width
 from distill.models.depth import Depth
 from distill.models.families import Family, check_fit, family_of
 from distill.models.networks import network_class, stated_config
@@ -78,9 +78,16 @@ def check_checkpoint(folder: Path) -> None:
     unet = read_config(folder, "unet")
     conditioning = _text_to_image(unet, folder)
     Depth.from_config(unet, folder)
+    if conditioning.pooled_from and not (folder / conditioning.encoders[0]).is_dir() and _is_refiner(folder, unet):
+        raise UserError(f"{folder} is SDXL's refiner, which finishes another model's pictures; give the base model")
     check_fit({component: read_config(folder, component) for component in conditioning.networks}, folder)
     for component in conditioning.networks:
         component_tensors(folder / component)
+
+
+def _is_refiner(folder: Path, unet: Mapping[str, Any]) -> bool:
+    """Whether a UNet of SDXL reads its second text encoder alone."""
+    return context_width(unet) == read_config(folder, "text_encoder_2")["hidden_size"]
 
 
 def network_folders(folder: Path) -> tuple[str, ...]:
@@ -221,8 +228,8 @@ def explaining_library(what: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        reason = " ".join((str(error).strip() or type(error).__name__).split())[:300]
-        raise UserError(f"{what} cannot be loaded: {reason}") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{what} cannot be loaded ({reason}); fetch it again, or mend its config.json") from None
 
 
 def load_parts(folder: Path) -> dict[str, Any]:
@@ -269,6 +276,8 @@ def resolve(source: str, workdir: Path) -> Path:
 
     Raises UserError for an unknown name, a folder that is no checkpoint, a truncated file, or an unreachable hub.
     """
+    if not source.strip():
+        raise UserError(f"the model is empty: is a variable unset? allowed are {FORMS}")
     kind, colon, name = source.partition(":")
     if colon and kind == "random":
         folder = _random_checkpoint(name, workdir)

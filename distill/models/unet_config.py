@@ -70,8 +70,9 @@ def stated_unet(config: Mapping[str, Any], model: object = "the model") -> dict[
     ):
         if not _holds_counts(stated[key]):
             raise refuse(key, "numbers from 1 up are needed")
-    for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim", "sample_size"):
-        if stated[key] is not None and not _holds_counts(stated[key]):
+    optional = ("addition_time_embed_dim", "projection_class_embeddings_input_dim", "sample_size")
+    for key in (*optional, "attention_head_dim", "num_attention_heads", "norm_num_groups"):
+        if stated.get(key) is not None and not _holds_counts(stated[key]):
             raise refuse(key, "a number from 1 up is needed")
     reverse = stated["reverse_transformer_layers_per_block"]
     if reverse is not None and not _holds_counts(reverse):

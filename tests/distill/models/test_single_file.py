@@ -213,6 +213,17 @@ def test_a_file_that_says_v_prediction_is_believed_and_refused_as_a_teacher(mini
         train(recipe, cache=tmp_path / "cache", out=tmp_path / "out", workdir=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("stated", "meant"), [("v", "v_prediction"), ("epsilon", "epsilon"), ("V_prediction", "v_prediction")]
+)
+def test_a_prediction_type_in_the_files_metadata_is_believed(
+    stated: str, meant: str, mini_vega: Path, tmp_path: Path
+) -> None:
+    save_file(ldm_tensors(mini_vega), tmp_path / "v.safetensors", {"modelspec.prediction_type": stated})
+    folder = resolve(str(tmp_path / "v.safetensors"), tmp_path)
+    assert EulerDiscreteScheduler.from_pretrained(folder / "scheduler").config.prediction_type == meant
+
+
 @pytest.mark.parametrize("architecture", ["sdxl", "ssd-1b", "vega"])
 def test_at_full_size_every_name_is_the_inverses(architecture: str) -> None:
     """The names alone, without weights: what diffusers' script calls each tensor of the three UNets."""

@@ -297,6 +297,8 @@ def test_a_unet_without_its_middle_block_type_has_diffusers_own(mini_sdxl: Path,
         ("unet", {"reverse_transformer_layers_per_block": [[2, 2], [1, 1, 1], 1]}, "reverse_.* for a level of 3 layers"),
         ("unet", {"projection_class_embeddings_input_dim": 2560}, "do not belong together"),
         ("unet", {"up_block_types": ["UpBlock2D"]}, "up_block_types is .*as many as down_block_types"),
+        ("unet", {"attention_head_dim": [0, 2, 2]}, r"attention_head_dim is \[0, 2, 2\]"),
+        ("unet", {"norm_num_groups": 0}, "norm_num_groups is 0"),
         ("unet", {"in_channels": 9}, "9 channels in and 4 out"),
         ("vae", {"latent_channels": 16}, "in_channels is 4, the vae's latent_channels is 16"),
         ("vae", {"block_out_channels": None}, "block_out_channels of its vae is None"),
@@ -308,6 +310,27 @@ def test_what_no_unet_can_be_is_named_by_its_key(component: str, change: dict, m
     with pytest.raises(UserError, match=message) as refusal:
         check_checkpoint(copy)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("change", [{"act_fn": "none"}, {"resnet_time_scale_shift": 3}, {"norm_num_groups": 7}])
+def test_what_the_library_cannot_make_is_one_line(change: dict, copy: Path) -> None:
+    change_config(copy, "unet", change)
+    with pytest.raises(UserError, match=r"copy/unet cannot be loaded \(\w+: .*mend its config.json") as refusal:
+        load_component(copy, "unet", torch.float32)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_refiner_is_told_what_it_is(copy: Path) -> None:
+    shutil.rmtree(copy / "text_encoder")
+    change_config(copy, "unet", {"cross_attention_dim": 64})
+    with pytest.raises(UserError, match=r"is SDXL's refiner.*give the base model"):
+        resolve(str(copy), copy)
+
+
+@pytest.mark.parametrize("source", ["", " "])
+def test_a_model_of_no_name_is_no_folder(source: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the model is empty"):
+        resolve(source, tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "", "3", '"x"', "{", "[" * 100_000, "\ufeff{}", '{"a": NaN}'])
