@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING
 from bench.quality.fidelity import FidelityOptions, check_references
 from bench.workload import check_scheduler
 from distill.common.errors import UserError, require_least, unknown
-from distill.common.files import require_writable_file
+from distill.common.ownership import require_writable_file
 from distill.models.sources import WORKDIR
 
 if TYPE_CHECKING:
     from bench.contestants.spec import Spec
+
+
+def unfinished(out: Path) -> Path:
+    """Where a run keeps what it has until it is done: an earlier file of the name stays until then."""
+    return out.parent / f"{out.stem}.unfinished.json"
 
 
 @dataclass(kw_only=True)
@@ -88,7 +93,8 @@ def check_options(options: RunOptions, specs: list[Spec]) -> str:
     if options.device is not None:
         check_device(options.device)
     check_references(options.fidelity)
-    require_writable_file(options.out)
+    for path in (options.out, unfinished(options.out)):
+        require_writable_file(path, ("schema_version", "contestants", "cells"))
     names = [spec.name for spec in specs]
     baseline = options.baseline or names[0]
     if baseline not in names:

@@ -24,7 +24,7 @@ from bench.measure.host import describe_host
 from bench.measure.kernels import kernels_of
 from bench.measure.rounds import Cell, Rounds, measure_cells
 from bench.measure.watch import Watch
-from bench.options import RunOptions, check_options
+from bench.options import RunOptions, check_options, unfinished
 from bench.quality.pictures import draw_pictures
 from bench.quality.reference import judge
 from bench.results import ContestantRecord, Results, record_cell, write_results
@@ -35,11 +35,6 @@ from distill.data.shapes import shares
 from engines.building.worker import peak_rss_bytes
 
 STOPPED = "the run was stopped before this"
-
-
-def unfinished(out: Path) -> Path:
-    """Where a run keeps what it has until it is done: an earlier file of the name stays until then."""
-    return out.parent / f"{out.stem}.unfinished.json"
 
 
 def run_bench(options: RunOptions) -> Results:

@@ -18,6 +18,7 @@ from pathlib import Path
 from bench.jobs import Job, Jobs
 from distill.common.errors import UserError, require_least
 from distill.common.files import read_json, write_json
+from distill.common.ownership import require_our_folder
 from distill.common.progress import say
 from distill.models.architectures import find_architecture
 
@@ -59,6 +60,7 @@ def _check(options: SuiteOptions) -> None:
     check_device(options.device)
     settings = {key: asdict(options)[key] for key in ("models", "resolutions", "steps", "device")}
     kept = options.out / "settings.json"
+    require_our_folder(options.out, "a folder of `bench gpu`", [kept.name], settings)
     if kept.exists() and read_json(kept) != settings:
         raise UserError(f"{options.out} holds results of other settings ({kept}); choose another --out, or remove it")
     write_json(kept, settings)

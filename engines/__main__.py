@@ -113,7 +113,7 @@ def prune(
     keep_newest: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """Remove engines that are not kept, and files that the manifest does not name.
+    """Remove engines that are not kept, and those that the manifest does not name; files of others stay.
 
     Args:
         keep_gpus: Only what serves one of these, separated by commas (a100, rtx4090, ...). Empty: all.

@@ -71,9 +71,11 @@ def unnamed_files(bundle: Path, manifest: Manifest) -> list[str]:
     parts = (path for part in PIPELINE_PARTS for path in sorted((Path(bundle) / part).rglob("*")) if path.is_file())
     configs = sorted({f"{engine.component}/config.json" for engine in manifest.engines})
     read = [path.relative_to(bundle).as_posix() for path in parts if not path.name.startswith(".")]
-    expected = dict.fromkeys(["model_index.json", "scheduler/scheduler_config.json", *configs, *read])
+    needed = ["model_index.json", "scheduler/scheduler_config.json", *configs]
     rebuild = f"rebuild it with: {rebuild_command(bundle, next(iter(manifest.engines), None))}"
-    return [f"{path} is not named by the manifest of {bundle}; {rebuild}" for path in expected if path not in named]
+    advice = dict.fromkeys(read, "remove it") | dict.fromkeys(needed, rebuild)
+    expected = dict.fromkeys([*needed, *read])
+    return [f"{path} is not named by the manifest of {bundle}; {advice[path]}" for path in expected if path not in named]
 
 
 def verify_bundle(bundle: Path) -> list[str]:

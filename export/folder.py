@@ -28,6 +28,7 @@ from distill.common.files import (
     sha256_json,
     write_json,
 )
+from distill.common.ownership import require_our_folder
 from distill.models.families import vae_scale_factor
 from distill.models.sources import WORKDIR, file_hashes, find_architecture_of, read_config
 from distill.models.tensors import component_tensors
@@ -63,9 +64,9 @@ def is_current(folder: Path, job: Job) -> bool:
 
 
 def _refuse_foreign(out: Path) -> None:
-    """Raises UserError where `out` is a file, or holds networks that no export has written: a checkpoint, say."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; --out takes a folder to write the components into")
+    """Raises UserError where `out` is a file, holds something and no export wrote it, or holds a network that no export
+    has written."""
+    require_our_folder(out, "an ONNX folder", ["slimxl.json", "*/export.json"], ("opset", "versions"))
     for name in COMPONENTS:
         if (out / name).exists() and not (out / name / "export.json").is_file():
             raise UserError(f"{out} is no ONNX folder: its {name} has no export.json; choose another --out")

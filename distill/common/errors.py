@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import re
 import sys
@@ -30,10 +31,24 @@ def unknown(kind: str, got: str, allowed: Iterable[str]) -> UserError:
 
 
 def require_least(least: float, **numbers: float) -> None:
-    """Raises UserError for the first option, called as in Python, whose number is below `least`."""
+    """Raises UserError for the first option, called as in Python, whose number is below `least`, NaN or infinite."""
     for name, number in numbers.items():
-        if not number >= least:
+        _require_finite(name, number)
+        if number < least:
             raise UserError(f"--{name.replace('_', '-')} is {number}; the least is {least}")
+
+
+def require_above(limit: float, **numbers: float) -> None:
+    """The same where `limit` itself is too small."""
+    for name, number in numbers.items():
+        _require_finite(name, number)
+        if number <= limit:
+            raise UserError(f"--{name.replace('_', '-')} is {number}; it must be above {limit}")
+
+
+def _require_finite(name: str, number: float) -> None:
+    if not math.isfinite(number):
+        raise UserError(f"--{name.replace('_', '-')} is {number}; it must be a finite number")
 
 
 def described(error: Exception) -> str:
@@ -62,13 +77,17 @@ def quiet_libraries() -> None:
 
 
 def exit_on_user_error(command: Callable[[], int | None]) -> int:
-    """Run `command`, the libraries' notices kept quiet and GPUs numbered as nvidia-smi does; a UserError and what the
+    """Run `command`, its options read as `common.options` says, the libraries' notices kept quiet and GPUs numbered as
+    nvidia-smi does; a UserError and what the
     system refuses (a full disk, a folder that may not be written) become one line on stderr and exit code 2, Ctrl-C
     becomes 130."""
     quiet_libraries()
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    from distill.common.options import OPTIONS
+
     try:
-        return command() or 0
+        with OPTIONS:
+            return command() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
+from distill.common.files import write_json
+from distill.common.ownership import require_our_folder
 from distill.mini.judge import judge
 from distill.mini.teach_unet import make_mini_pipeline, teach_unet
 from distill.mini.teach_vae import polish_decoder, teach_vae
@@ -31,8 +33,9 @@ def teach_mini(
     already under `out` is kept. Returns what `judge` says of it. Raises UserError for a `start` that is no SDXL
     checkpoint."""
     torch.set_flush_denormal(True)
+    require_our_folder(out, "a mini teacher", ["teach.json"], ("seed", "vae_steps"))
+    write_json(out / "teach.json", {"seed": seed, "vae_steps": vae_steps, "vae_whole_steps": vae_whole_steps})
     began = None if start is None else load_pipeline(resolve(str(start), out), torch.float32)
-    out.mkdir(parents=True, exist_ok=True)
     if began is not None:
         pipe = began
     elif (out / "vae" / "config.json").exists():

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from distill.common.files import replacing, write_json
+from distill.common.ownership import require_our_files
 from distill.common.progress import say, track
 from distill.data.cache import LatentCache
 from distill.models.architectures import find_architecture
@@ -106,6 +107,7 @@ def report_importance(checkpoint: Path, cache: Path, student: str, out: Path, *,
 
     Raises UserError for an unknown student, one deeper than the checkpoint, or an empty cache.
     """
+    require_our_files(out, ("importance.json", "importance.svg"), "importance.json", ("blocks", "layer_map"))
     architecture = find_architecture_of(checkpoint)
     depth, target = architecture.depth, find_architecture(student, architecture.family)
     modules = make_module_map("first", depth, target.depth)

@@ -26,7 +26,8 @@ from typing import Any
 import psutil
 
 from distill.common.errors import UserError
-from distill.common.files import require_writable_file, write_json
+from distill.common.files import write_json
+from distill.common.ownership import require_writable_file
 from distill.models.resolution import Resolution
 from engines.memory import MemoryWatch
 from engines.serving.environment import make_client_environment
@@ -127,7 +128,7 @@ def measure_load(
         "seconds": seconds,
         "rate": rate,
     }
-    require_writable_file(out)
+    require_writable_file(out, ("schema_version", "levels"))
     host = host.strip("[]")
     require_listening(host, int(port))
     about: dict[str, Any] = {}
