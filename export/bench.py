@@ -26,7 +26,6 @@ from export.components import COMPONENTS
 from export.job import library_versions, make_config
 from export.parity import cpu_session
 
-
 STATED = "exports.json"
 """Says that a folder of exports is one of ours, which the next comparison makes anew."""
 

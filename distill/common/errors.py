@@ -38,6 +38,14 @@ def require_least(least: float, **numbers: float) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {number}; the least is {least}")
 
 
+def require_between(least: float, most: float, **numbers: float) -> None:
+    """The same for two bounds."""
+    require_least(least, **numbers)
+    for name, number in numbers.items():
+        if number > most:
+            raise UserError(f"--{name.replace('_', '-')} is {number}; the most is {most}")
+
+
 def require_above(limit: float, **numbers: float) -> None:
     """The same where `limit` itself is too small."""
     for name, number in numbers.items():
@@ -49,6 +57,21 @@ def require_above(limit: float, **numbers: float) -> None:
 def _require_finite(name: str, number: float) -> None:
     if not math.isfinite(number):
         raise UserError(f"--{name.replace('_', '-')} is {number}; it must be a finite number")
+
+
+def counts(option: str, text: str, most: int = 1024) -> list[int]:
+    """Whole numbers from 1 to `most` between commas. Raises UserError for anything else."""
+    from distill.common.options import whole_number
+
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        numbers = [whole_number(part) for part in parts]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(1 <= number <= most for number in numbers):
+        shown = text if len(text) < 60 else f"{text[:57]}..."
+        raise UserError(f"{option} {shown!r} is not a list of whole numbers from 1 to {most}, e.g. 1 or 1,4")
+    return numbers
 
 
 def described(error: Exception) -> str:

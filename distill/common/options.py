@@ -13,20 +13,24 @@ from typing import Any
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+LARGEST = 1e15
+
 
 def whole_number(text: str) -> int:
     """Raises ValueError for anything but a number of 64 bits."""
-    number = int(text) if len(text) <= 20 else 1 << 64
+    number = int(text) if len(text) <= 20 or not text.strip("+-").isdecimal() else 1 << 64
     if not -(1 << 63) <= number < 1 << 63:
         raise ValueError(f"{text[:24]} is beyond 64 bits")
     return number
 
 
 def finite_number(text: str) -> float:
-    """Raises ValueError for NaN, infinity and what is no number."""
+    """Raises ValueError for NaN, infinity, what is no number, and numbers beyond any use, whose products are infinite."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text} is not a finite number")
+    if abs(number) > LARGEST:
+        raise ValueError(f"{text} is beyond {LARGEST:g}")
     return number
 
 
@@ -56,7 +60,8 @@ def _read(about: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         nargs=1,
         metavar=metavar,
         instance_from_str=lambda words: read(words[0]),
-        is_instance=lambda value: isinstance(value, (int, float) if kind is float else kind)
-        and not isinstance(value, bool),
+        is_instance=lambda value: (
+            isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+        ),
         str_from_instance=lambda value: [str(value)],
     )

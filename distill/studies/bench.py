@@ -29,8 +29,8 @@ import torch
 
 from distill.common.errors import UserError, explaining_full_memory, quiet_libraries, unknown
 from distill.common.files import write_json
-from distill.common.ownership import require_writable_file
 from distill.common.kernels import by_family, kernel_times, make_profiler
+from distill.common.ownership import require_writable_file
 from distill.common.progress import say, track
 from distill.data.cache import UNCONDITIONAL, LatentCache, encode, write_shard, write_unconditional
 from distill.data.pictures import Sample, ShapesSource

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from distill.common.errors import require_above
-from distill.common.files import require_free_disk, sha256_file
+from distill.common.files import require_free_disk, sha256_file, size_text
 from engines.building.contents import (
     PARTIAL,
     TIMING_CACHE,
@@ -110,11 +110,10 @@ def build_bundle(
 
 def _summary(engine: Engine) -> str:
     ratio = engine.size_bytes / engine.weights_bytes
-    peak = engine.build.peak_rss_bytes / 1e9
     time = f"{duration(engine.build.seconds)} ({engine.build.cpu_seconds or 0:.0f} s of CPU)"
     return (
-        f"{time}, {engine.size_bytes / 1e6:.1f} MB ({ratio:.3f} of the weights), "
-        f"peak memory {peak:.1f} GB -> {engine.files[0].path}"
+        f"{time}, {size_text(engine.size_bytes)} ({ratio:.3f} of the weights), "
+        f"peak memory {size_text(engine.build.peak_rss_bytes)} -> {engine.files[0].path}"
     )
 
 

@@ -70,6 +70,10 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         cells = [row["component"], row["bundle"], " ".join(row["layouts"]), str(row["profiles"])]
         cells += [f"{row['build_s']:.0f} s", x.get("build_s", ""), f"{row['cpu_s']:.0f} s", x.get("cpu_s", "")]
         cells += [size_text(row["peak_rss_bytes"]), x.get("peak_rss_bytes", "")]
-        cells += [size_text(row["disk_bytes"]), x.get("disk_bytes", ""), f"{row['disk_bytes'] / row['weights_bytes']:.3f}"]
+        cells += [
+            size_text(row["disk_bytes"]),
+            x.get("disk_bytes", ""),
+            f"{row['disk_bytes'] / row['weights_bytes']:.3f}",
+        ]
         table.add_row(*cells)
     return table

@@ -144,6 +144,7 @@ def list_jobs(
     jobs = []
     for name in _components(folder, components):
         component = folder.components[name]
+        component.require_as_exported()
         sizes, spread = chosen, layout
         if name in UNSIZED:  # the same engine for every command, so that it is built once
             sizes, spread = folder.resolutions, "per-resolution" if folder.is_static else "ranged"
@@ -187,5 +188,6 @@ def require_memory(jobs: list[Job], budget_bytes: int) -> None:
             raise UserError(
                 f"building {job.label} with {len(job.profiles)} profile(s) needs about "
                 f"{size_text(job.memory_bytes)} of memory for {size_text(job.component.weights_bytes)} of weights, "
-                f"{size_text(budget_bytes)} may be used{leaner}; free memory, raise --memory-gb, or build on a larger machine"
+                f"{size_text(budget_bytes)} may be used{leaner}; free memory, raise --memory-gb, or build on a larger "
+                "machine"
             )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import platform
 import shlex
@@ -25,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from distill.common.errors import UserError
+from distill.common.errors import UserError, require_above
 from distill.common.files import write_json
 from distill.common.ownership import require_writable_file
 from distill.models.resolution import Resolution
@@ -119,8 +118,7 @@ def measure_load(
     host, _, port = server.rpartition(":")
     if not host or not port.isdecimal():
         raise UserError(f"--server {server!r} is not HOST:PORT of a gRPC endpoint, e.g. 127.0.0.1:8001")
-    if not all(0 < number < math.inf for number in (seconds, 1 if rate is None else rate)):
-        raise UserError("--minutes and --rate must be above 0 and finite")
+    require_above(0, minutes=seconds / 60, rate=1 if rate is None else rate)
     job = {
         "server": server,
         "request": make_request(workload),

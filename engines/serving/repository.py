@@ -77,8 +77,8 @@ def _require_ours(out: Path) -> None:
             continue
         if path.relative_to(out).as_posix() not in WRITTEN or not is_ours(out / MODEL / "config.pbtxt"):
             raise UserError(
-                f"{out} holds {path.relative_to(out)}, which slimxl did not write and would remove; choose a folder of its own for "
-                "--out (tritonserver takes several --model-repository)"
+                f"{out} holds {path.relative_to(out)}, which slimxl did not write and would remove; choose a folder of its "
+                "own for --out (tritonserver takes several --model-repository)"
             )
 
 

@@ -34,6 +34,15 @@ def test_verify(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert "1 fault(s)" in printed and "python -m engines build --onnx ONNX" in printed
 
 
+def test_a_bundle_without_engines_is_no_sound_one(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps(manifest | {"engines": []}))
+    assert run(monkeypatch, "verify", bundle) == 2
+    assert "holds no engine; build some with: python -m engines build" in capsys.readouterr().out
+
+
 def test_inspect(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "inspect", bundle) == 0
     printed = capsys.readouterr().out
