@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from bench.quality.fidelity import FidelityOptions, check_references
 from bench.workload import check_scheduler
-from distill.common.errors import UserError, require_least, unknown
+from distill.common.errors import UserError, require_between, require_least, unknown
 from distill.common.ownership import require_writable_file
 from distill.models.sources import WORKDIR
 
@@ -77,7 +77,8 @@ class RunOptions:
 
 def check_options(options: RunOptions, specs: list[Spec]) -> str:
     """Raises UserError for what can be known to be wrong before anything is loaded; returns the baseline's name."""
-    require_least(1, min_rounds=options.min_rounds, max_warmup=options.max_warmup, picture_steps=options.picture_steps)
+    require_least(1, min_rounds=options.min_rounds, max_warmup=options.max_warmup)
+    require_between(1, 1000, picture_steps=options.picture_steps)
     require_least(
         0,
         seed=options.seed,

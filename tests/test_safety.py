@@ -36,8 +36,6 @@ FILES = {  # a trained student, a web page, an editor's settings, pictures: what
     "runs/mine/run.log": "mine",
     "8000/log": "mine",
 }
-RESULTS = ["--contestants", "a=fake:denoise=1", "--seconds", "0"]
-MINI = ["--models", "mini-ssd-1b,mini-vega", "--resolutions", "128x128", "--device", "cpu", "--minutes", "0"]
 WRITERS = {
     "engines build": "build --flavor onnxruntime --onnx {onnx} --out {home}",
     "engines build, over its own ONNX folder": "build --flavor onnxruntime --onnx {onnx} --out {onnx}",
@@ -124,3 +122,92 @@ def test_nobodys_files_are_touched(
     told = capsys.readouterr().err
     assert told.startswith("error: ") and told.count("\n") == 1, told
     assert [content(place) for place in places.values()] == before
+
+
+DIGITS = "9" * 5000
+"""More than Python reads as a number."""
+FAKE = "bench run --out {home}/new.json --contestants a=fake:denoise=1"
+BUILD = "engines build --flavor onnxruntime --onnx {onnx} --out {home}/new"
+LOAD = "engines load-test --out {home}/new.json --server 127.0.0.1:1"
+HOSTILE = {
+    **{
+        f"{command} with an empty {option}": [*command.split(), option, ""]
+        for command, option in (
+            ("engines build --onnx x", "--out"),
+            ("engines build --out x", "--onnx"),
+            ("engines triton --out x", "--bundle"),
+            ("engines triton --bundle x", "--out"),
+            ("engines load-test", "--out"),
+            ("export onnx --model mini:sdxl", "--out"),
+            ("export bench --model mini:sdxl", "--out"),
+            ("export onnx --out {home}/new", "--model"),
+            ("distill cache --data shapes:2", "--out"),
+            ("distill cache --out {home}/new", "--data"),
+            ("distill train --recipe mini-vega --out x", "--cache"),
+            ("distill train --recipe mini-vega --cache x", "--out"),
+            ("distill surgery --model mini:sdxl --student mini-vega", "--out"),
+            ("distill fetch", "--model"),
+            ("bench run --contestants a=fake:denoise=1", "--out"),
+            ("bench report --out x", "--results"),
+            ("bench gpu --device cpu", "--out"),
+        )
+    },
+    "memory, infinite": [*BUILD.split(), "--memory-gb", "inf"],
+    "memory, NaN": [*BUILD.split(), "--memory-gb", "nan"],
+    "memory, negative": [*BUILD.split(), "--memory-gb", "-1"],
+    "memory, beyond any": [*BUILD.split(), "--memory-gb", "1e300"],
+    "memory of a plan": ["distill", "plan", "--recipe", "mini-vega", "--memory-gb", "inf"],
+    "batches, ²": [*BUILD.split(), "--batches", "²"],
+    "batches, 0": [*BUILD.split(), "--batches", "0"],
+    "batches, too many digits": [*BUILD.split(), "--batches", DIGITS],
+    "sizes, ²": [*BUILD.split(), "--resolutions", "²x²"],
+    "sizes, too many digits": [*BUILD.split(), "--resolutions", f"{DIGITS}x8"],
+    "instances, beyond any": [
+        "engines",
+        "triton",
+        "--bundle",
+        "{bundle}",
+        "--out",
+        "{home}/new",
+        "--instances",
+        "99999999",
+    ],
+    "port, too many digits": ["engines", "load-test", "--out", "{home}/new.json", "--server", f"h:{DIGITS}"],
+    "load, steps 0": [*LOAD.split(), "--steps", "0"],
+    "load, guidance NaN": [*LOAD.split(), "--guidance", "nan"],
+    "load, minutes negative": [*LOAD.split(), "--minutes", "-1"],
+    "load, rate Infinity": [*LOAD.split(), "--rate", "Infinity"],
+    "bench, steps ²": [*FAKE.split(), "--steps", "²"],
+    "bench, guidance NaN": [*FAKE.split(), "--guidance", "NaN"],
+    "bench, seconds inf": [*FAKE.split(), "--seconds", "inf"],
+    "bench, seed of too many digits": [*FAKE.split(), "--seed", DIGITS],
+    "bench, energy NaN": [*FAKE.split(), "--energy-seconds", "nan"],
+    "bench, a delay of infinity": ["bench", "run", "--out", "{home}/new.json", "--contestants", "a=fake:denoise=inf"],
+    "bench, minutes NaN": ["bench", "gpu", "--out", "{home}/new", "--device", "cpu", "--minutes", "nan"],
+    "tolerance, NaN": ["bench", "compare", "x", "y", "--tolerance", "nan"],
+    "pictures to cache, ²": ["distill", "cache", "--data", "shapes:²", "--model", "{model}", "--out", "{home}/new"],
+    "samples, 0": ["distill", "cache", "--data", "shapes:0", "--model", "{model}", "--out", "{home}/new"],
+    "JSON too deep": ["bench", "report", "--results", "{home}/deep.json", "--out", "{home}/new"],
+    "JSON with a number too long": ["bench", "report", "--results", "{home}/long.json", "--out", "{home}/new"],
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_input_ends_in_a_traceback(
+    name: str,
+    home: Path,
+    onnx: Path,
+    bundle: Path,
+    mini_vega: Path,
+    run: Callable[[str, list[str]], int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What an option cannot be by its type is told by the command line's own box, all else in one line."""
+    (home / "deep.json").write_text("[" * 200_000)
+    (home / "long.json").write_text(f'{{"schema_version": {DIGITS}}}')
+    before = content(home)
+    room, *words = (word.format(home=home, onnx=onnx, bundle=bundle, model=mini_vega) for word in HOSTILE[name])
+    assert run(room, words) == 2
+    told = capsys.readouterr()
+    assert (told.err.startswith("error: ") and told.err.count("\n") == 1) or "rror" in told.out + told.err
+    assert len(told.err) < 3000 and content(home) == before

@@ -120,8 +120,8 @@ def _remove(path: Path) -> None:
 def size_text(count: int) -> str:
     """Bytes as people read them: `1.51 GB`, `14.2 MB`."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}" if count < 1000 * scale else f"{count / scale:,.0f} {unit}"
+        if count >= 0.9995 * scale:  # what rounds to 1,000 of the next smaller unit
+            return f"{count / scale:.3g} {unit}" if count < 999.5 * scale else f"{count / scale:,.0f} {unit}"
     return f"{count} B"
 
 

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shlex
 import socket
 import statistics
@@ -116,8 +117,8 @@ def measure_load(
     early; the levels finished until then are written first.
     """
     host, _, port = server.rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError(f"--server {server!r} is not HOST:PORT of a gRPC endpoint, e.g. 127.0.0.1:8001")
+    if not host or not re.fullmatch("[0-9]{1,5}", port):
+        raise UserError(f"--server {server[:80]!r} is not HOST:PORT of a gRPC endpoint, e.g. 127.0.0.1:8001")
     require_above(0, minutes=seconds / 60, rate=1 if rate is None else rate)
     job = {
         "server": server,
