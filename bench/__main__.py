@@ -16,7 +16,8 @@ from distill.common.errors import exit_on_user_error
 
 def run(options: Annotated[RunOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]) -> int:
     """Measure contestants on this machine and write one results file."""
-    from bench.run import run_bench, unfinished
+    from bench.options import unfinished
+    from bench.run import run_bench
 
     kept = unfinished(options.out)
     before = kept.stat() if kept.exists() else None

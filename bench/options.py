@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING
 
 from bench.quality.fidelity import FidelityOptions, check_references
 from bench.workload import check_scheduler
-from distill.common.errors import UserError, require_least, unknown
-from distill.common.files import require_writable_file
+from distill.common.errors import UserError, require_between, require_least, unknown
+from distill.common.ownership import require_writable_file
 from distill.models.sources import WORKDIR
 
 if TYPE_CHECKING:
     from bench.contestants.spec import Spec
+
+
+def unfinished(out: Path) -> Path:
+    """Where a run keeps what it has until it is done: an earlier file of the name stays until then."""
+    return out.parent / f"{out.stem}.unfinished.json"
 
 
 @dataclass(kw_only=True)
@@ -72,7 +77,8 @@ class RunOptions:
 
 def check_options(options: RunOptions, specs: list[Spec]) -> str:
     """Raises UserError for what can be known to be wrong before anything is loaded; returns the baseline's name."""
-    require_least(1, min_rounds=options.min_rounds, max_warmup=options.max_warmup, picture_steps=options.picture_steps)
+    require_least(1, min_rounds=options.min_rounds, max_warmup=options.max_warmup)
+    require_between(1, 1000, picture_steps=options.picture_steps)
     require_least(
         0,
         seed=options.seed,
@@ -88,7 +94,8 @@ def check_options(options: RunOptions, specs: list[Spec]) -> str:
     if options.device is not None:
         check_device(options.device)
     check_references(options.fidelity)
-    require_writable_file(options.out)
+    for path in (options.out, unfinished(options.out)):
+        require_writable_file(path, ("schema_version", "contestants", "cells"))
     names = [spec.name for spec in specs]
     baseline = options.baseline or names[0]
     if baseline not in names:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -24,22 +23,17 @@ from bench.measure.host import describe_host
 from bench.measure.kernels import kernels_of
 from bench.measure.rounds import Cell, Rounds, measure_cells
 from bench.measure.watch import Watch
-from bench.options import RunOptions, check_options
+from bench.options import RunOptions, check_options, unfinished
 from bench.quality.pictures import draw_pictures
 from bench.quality.reference import judge
 from bench.results import ContestantRecord, Results, record_cell, write_results
-from bench.workload import Workload, family_prompts, make_workloads, parse_numbers, parse_resolutions, parse_scales
-from distill.common.errors import UserError, described
+from bench.workload import Workload, family_prompts, make_workloads, parse_resolutions, parse_scales
+from distill.common.errors import UserError, counts, described
 from distill.common.progress import say
 from distill.data.shapes import shares
 from engines.building.worker import peak_rss_bytes
 
 STOPPED = "the run was stopped before this"
-
-
-def unfinished(out: Path) -> Path:
-    """Where a run keeps what it has until it is done: an earlier file of the name stays until then."""
-    return out.parent / f"{out.stem}.unfinished.json"
 
 
 def run_bench(options: RunOptions) -> Results:
@@ -60,8 +54,8 @@ def run_bench(options: RunOptions) -> Results:
     family = find_family(contestants)
     workloads = make_workloads(
         parse_resolutions(options.resolutions, family),
-        parse_numbers(options.steps, "steps"),
-        batches=parse_numbers(options.batches, "batches"),
+        counts("--steps", options.steps, most=1000),
+        batches=counts("--batches", options.batches),
         guidance_scales=parse_scales(options.guidance),
         scheduler=options.scheduler,
         seed=options.seed,

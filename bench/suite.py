@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.jobs import Job, Jobs
-from distill.common.errors import UserError, require_least
+from distill.common.errors import UserError, require_between, require_least
 from distill.common.files import read_json, write_json
+from distill.common.ownership import require_our_folder
 from distill.common.progress import say
 from distill.models.architectures import find_architecture
 
@@ -50,7 +51,7 @@ def _check(options: SuiteOptions) -> None:
     from bench.contestants.spec import check_device
     from bench.workload import parse_resolutions
 
-    require_least(1, steps=options.steps)
+    require_between(1, 1000, steps=options.steps)
     require_least(0, minutes=options.minutes)
     architectures = [find_architecture(name) for name in options.models.split(",")]
     if len(architectures) < 2 or len({one.family.name for one in architectures}) > 1:
@@ -59,6 +60,7 @@ def _check(options: SuiteOptions) -> None:
     check_device(options.device)
     settings = {key: asdict(options)[key] for key in ("models", "resolutions", "steps", "device")}
     kept = options.out / "settings.json"
+    require_our_folder(options.out, "a folder of `bench gpu`", [kept.name], settings)
     if kept.exists() and read_json(kept) != settings:
         raise UserError(f"{options.out} holds results of other settings ({kept}); choose another --out, or remove it")
     write_json(kept, settings)

@@ -6,10 +6,10 @@ and the prompts are part of it too, so that two contestants can be asked for the
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from distill.common.errors import UserError, unknown
+from distill.common.options import finite_number
 from distill.models.families import Family
 from distill.models.resolution import Resolution
 
@@ -108,24 +108,13 @@ def parse_resolutions(text: str, family: Family) -> list[Resolution]:
     return resolutions
 
 
-def parse_numbers(text: str, what: str) -> list[int]:
-    """A comma-separated list of positive whole numbers. Raises UserError."""
-    try:
-        numbers = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise UserError(f"{what} {text!r} is not a comma-separated list of whole numbers, e.g. 4,8,30") from None
-    if not numbers or min(numbers) < 1:
-        raise UserError(f"{what} {text!r}: every number must be at least 1")
-    return numbers
-
-
 def parse_scales(text: str) -> list[float]:
     """A comma-separated list of guidance scales. Raises UserError."""
     try:
-        scales = [float(part) for part in text.split(",")]
+        scales = [finite_number(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"guidance {text!r} is not a comma-separated list of numbers, e.g. 5,1") from None
-    if not all(0 <= scale < math.inf for scale in scales):
+        raise UserError(f"guidance {text!r} is not a comma-separated list of finite numbers, e.g. 5,1") from None
+    if not all(scale >= 0 for scale in scales):
         raise UserError(f"guidance {text!r}: every scale must be a number of at least 0, e.g. 5,1")
     return scales
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from distill.common.errors import exit_on_user_error
+from distill.common.errors import counts, exit_on_user_error
 from engines.serving.options import Serving, Workload
 
 Flavors = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
@@ -60,7 +60,7 @@ def build(
         hardware_compatible: Plans for all GPUs of the same compute capability, or from Ampere on (tensorrt only).
     """
     from engines.building.build import build_bundle
-    from engines.building.options import builder_options, parse_counts, parse_names
+    from engines.building.options import builder_options, parse_names
 
     options = builder_options(flavor, refit, strip, version_compatible, hardware_compatible)
     build_bundle(
@@ -70,7 +70,7 @@ def build(
         flavor=flavor,
         layout=layout,
         resolutions=resolutions,
-        batches=parse_counts("--batches", batches),
+        batches=counts("--batches", batches),
         guidance=guidance,
         components=parse_names(components) or None,
         options=options,
@@ -113,7 +113,7 @@ def prune(
     keep_newest: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """Remove engines that are not kept, and files that the manifest does not name.
+    """Remove engines that are not kept, and those that the manifest does not name; files of others stay.
 
     Args:
         keep_gpus: Only what serves one of these, separated by commas (a100, rtx4090, ...). Empty: all.
@@ -211,10 +211,9 @@ def load_test(
         rate: At most so many requests a second, all clients together, above 0. None: no bound.
         workdir: Where the environment of Triton's client is, or goes.
     """
-    from engines.building.options import parse_counts
     from engines.serving.load_test import measure_load
 
-    levels = parse_counts("--concurrency", concurrency)
+    levels = counts("--concurrency", concurrency)
     return measure_load(out, server, workload, levels, minutes * 60, rate, workdir)
 
 

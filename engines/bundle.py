@@ -83,11 +83,18 @@ class ShapeRange(_Record):
 
     @model_validator(mode="after")
     def _ordered(self) -> ShapeRange:
-        if not len(self.min) == len(self.opt) == len(self.max):
-            raise ValueError("min, opt and max differ in rank")
+        if not 0 < len(self.min) == len(self.opt) == len(self.max):
+            raise ValueError("min, opt and max differ in rank, or have none")
         if any(not 0 < a <= b <= c for a, b, c in zip(self.min, self.opt, self.max, strict=True)):
             raise ValueError(f"not ordered min <= opt <= max: {self.min} {self.opt} {self.max}")
         return self
+
+    def fits(self, shape: list[int | str]) -> bool:
+        """Whether an input of this shape, a name for each dimension that varies, can have it."""
+        return len(self.max) == len(shape) and all(
+            isinstance(side, str) or low == side == high
+            for low, high, side in zip(self.min, self.max, shape, strict=True)
+        )
 
     def covers(self, other: ShapeRange) -> bool:
         """Whether every shape of the other range is in this one."""
@@ -103,7 +110,7 @@ class Profile(_Record):
     index: int = Field(ge=0)
     resolutions: list[ResolutionText] = Field(min_length=1)
     batch: int = Field(ge=1)
-    shapes: dict[str, ShapeRange]
+    shapes: dict[str, ShapeRange] = Field(min_length=1)
 
     @property
     def least_rows(self) -> int:
@@ -165,6 +172,48 @@ class Engine(_Record):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _says_what_profiles_say(self) -> Engine:
+        if set(self.resolutions) != {text for profile in self.profiles for text in profile.resolutions}:
+            raise ValueError(f"the resolutions {', '.join(self.resolutions)} are not those of the profiles")
+        most = [profile.batch for profile in self.profiles]
+        if not set(most) <= set(self.batches) or max(most) != max(self.batches):
+            raise ValueError(f"the batches {self.batches} are not those of the profiles, {sorted(set(most))}")
+        shapes = {tensor.name: tensor.shape for tensor in self.inputs}
+        for profile in self.profiles:
+            if profile.most_rows < profile.batch:
+                raise ValueError(
+                    f"profile {profile.index} is for {profile.batch} images and takes {profile.most_rows} rows"
+                )
+            for name, range_ in profile.shapes.items():
+                if not range_.fits(shapes[name]):
+                    raise ValueError(f"profile {profile.index}: input {name} is {shapes[name]}, not {range_.max}")
+        _ = self.pixels_per_row
+        return self
+
+    @property
+    def pixels_per_row(self) -> int | None:
+        """Pixels of the picture for one row of the input that grows with it: 8 for SDXL's latents, 1 for a picture. None
+        where no input does. Raises ValueError where the profiles' shapes are not those of their resolutions."""
+        found: set[int] = set()
+        for profile in self.profiles:
+            sizes = [tuple(map(int, text.split("x"))) for text in profile.resolutions]
+            widths, heights = zip(*sizes, strict=True)
+            for shape in profile.shapes.values():
+                if len(shape.max) != 4:
+                    continue
+                scale = max(1, max(widths) // shape.max[3])
+                found.add(scale)
+                least, most = ([value * scale for value in side[2:]] for side in (shape.min, shape.max))
+                if [min(heights), min(widths)] != least or [max(heights), max(widths)] != most:
+                    raise ValueError(
+                        f"profile {profile.index} takes pictures of {least[1]}x{least[0]} to {most[1]}x{most[0]}, not "
+                        f"{', '.join(profile.resolutions)}"
+                    )
+        if len(found) > 1:
+            raise ValueError(f"its profiles scale their resolutions differently, by {sorted(found)}")
+        return next(iter(found), None)
+
     @property
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files)
@@ -194,10 +243,13 @@ class Manifest(_Record):
     files: list[FileRecord] = []
 
     @model_validator(mode="after")
-    def _paths_are_unique(self) -> Manifest:
+    def _records_agree(self) -> Manifest:
         paths = [file.path for file in self.all_files]
         if len(paths) != len(set(paths)):
             raise ValueError("two records name the same file")
+        latent = {engine.pixels_per_row for engine in self.engines if engine.component in ("unet", "vae_decoder")}
+        if len(latent - {None}) > 1:
+            raise ValueError("the engines scale their resolutions differently")
         return self
 
     @property

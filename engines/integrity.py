@@ -15,16 +15,25 @@ from engines.bundle import Engine, FileRecord, Manifest, read_manifest, rebuild_
 from export.components import PIPELINE_PARTS
 
 
+def hub_blobs(root: Path) -> Path | None:
+    """Where the files of a bundle in a hub's cache (models--ORG--NAME/snapshots/REVISION) lie: they are links to blobs,
+    called by their hashes. None for a bundle anywhere else."""
+    snapshots = (parent for parent in root.parents if parent.name == "snapshots")
+    return next((one.parent / "blobs" for one in snapshots if (one.parent / "blobs").is_dir()), None)
+
+
 def locate(bundle: Path, record: FileRecord, rebuild: str) -> Path:
-    """The path of a file that exists, has the recorded size and lies in the bundle even after symbolic links.
+    """The path of a file that exists, has the recorded size and lies in the bundle even after symbolic links, or among the
+    blobs of the hub's cache that the bundle is in.
 
     Raises UserError with what was found, what is needed, and `rebuild`: the command that builds the file again.
     """
     root = Path(bundle).resolve()
     path = root / record.path
-    if not path.resolve().is_relative_to(root):
+    real, blobs = path.resolve(), hub_blobs(root)
+    if not real.is_relative_to(root) and not (blobs and real.is_relative_to(blobs)):
         raise UserError(
-            f"{record.path} leads out of the bundle {bundle} (a link to {path.resolve()}); copy the bundle with its links "
+            f"{record.path} leads out of the bundle {bundle} (a link to {real}); copy the bundle with its links "
             f"followed (cp -rL), or {rebuild}"
         )
     if not path.is_file():
@@ -71,9 +80,13 @@ def unnamed_files(bundle: Path, manifest: Manifest) -> list[str]:
     parts = (path for part in PIPELINE_PARTS for path in sorted((Path(bundle) / part).rglob("*")) if path.is_file())
     configs = sorted({f"{engine.component}/config.json" for engine in manifest.engines})
     read = [path.relative_to(bundle).as_posix() for path in parts if not path.name.startswith(".")]
-    expected = dict.fromkeys(["model_index.json", "scheduler/scheduler_config.json", *configs, *read])
+    needed = ["model_index.json", "scheduler/scheduler_config.json", *configs]
     rebuild = f"rebuild it with: {rebuild_command(bundle, next(iter(manifest.engines), None))}"
-    return [f"{path} is not named by the manifest of {bundle}; {rebuild}" for path in expected if path not in named]
+    advice = dict.fromkeys(read, "remove it") | dict.fromkeys(needed, rebuild)
+    expected = dict.fromkeys([*needed, *read])
+    return [
+        f"{path} is not named by the manifest of {bundle}; {advice[path]}" for path in expected if path not in named
+    ]
 
 
 def verify_bundle(bundle: Path) -> list[str]:

@@ -130,6 +130,25 @@ class OnnxComponent:
         data = self.files[1:]
         return _sha256(data[0]) if data else None
 
+    def require_as_exported(self) -> None:
+        """Raises UserError where a graph or its weights are not, by their sha256, what export recorded."""
+        about = self.folder / "export.json"
+        record = read_json(about) if about.is_file() else None
+        stated = record.get("sha256") if isinstance(record, dict) else None
+        again = "export it again"
+        if not isinstance(stated, dict):
+            raise UserError(f"{about} holds no sha256 of the graph and its weights; {again}")
+        for path in dict.fromkeys([*self.files, *(self.folder / name for name in stated)]):
+            if path.name not in stated:
+                raise UserError(f"{path} is none of the files that {about.name} names; {again}")
+            if not path.is_file():
+                raise UserError(f"{path} is missing, {about.name} names it; {again}")
+            if (found := _sha256(path)) != stated[path.name]:
+                raise UserError(
+                    f"{path} has sha256 {found[:12]}…, {about.name} says {str(stated[path.name])[:12]}…: it is damaged or "
+                    f"was changed; {again}"
+                )
+
     def is_source_of(self, engine: Engine) -> bool:
         """Whether the engine was built from this graph and these weights."""
         return (self.onnx_sha256, self.weights_sha256) == (engine.onnx_sha256, engine.weights_sha256)

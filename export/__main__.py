@@ -118,14 +118,15 @@ def verify(
     from rich.console import Console
     from rich.table import Table
 
-    from distill.common.files import require_writable_file, write_json
+    from distill.common.files import write_json
+    from distill.common.ownership import require_writable_file
     from distill.models.sources import resolve
     from export.job import library_versions
     from export.parity import BOUNDS
     from export.verify import read_about, verify_folder
 
     if out is not None:
-        require_writable_file(out)
+        require_writable_file(out, ("parity", "bounds"))
     about = read_about(folder)
     checkpoint = resolve(model or about["source"]["name"], workdir)
     sizes = [Resolution.parse(word) for word in _words(resolutions)]
@@ -171,12 +172,13 @@ def bench(*, model: str, out: Path, rounds: int = 3, latency_rounds: int = 20, w
         rounds: Exports by each.
         latency_rounds: UNet calls in ONNX Runtime by each.
     """
-    from distill.common.files import require_writable_file, write_json
+    from distill.common.files import write_json
+    from distill.common.ownership import require_writable_file
     from distill.common.progress import say
     from distill.models.sources import resolve
     from export.bench import bench_export
 
-    require_writable_file(out)
+    require_writable_file(out, ("runs", "ratios"))
     scratch = out.parent / f"{out.stem}-exports"
     result = bench_export(resolve(model, workdir), scratch, rounds=rounds, latency_rounds=latency_rounds, progress=say)
     write_json(out, result)

@@ -20,9 +20,14 @@ from typing import Any
 import numpy as np
 
 from distill.common.errors import UserError, require_least
+from distill.common.files import write_json
+from distill.common.ownership import require_our_folder
 from export.components import COMPONENTS
 from export.job import library_versions, make_config
 from export.parity import cpu_session
+
+STATED = "exports.json"
+"""Says that a folder of exports is one of ours, which the next comparison makes anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +108,7 @@ def bench_export(
     require_least(1, rounds=rounds, latency_rounds=latency_rounds)
     if find_spec("optimum") is None or find_spec("optimum.exporters.onnx") is None:
         raise UserError("optimum is not installed: pip install optimum-onnx 'transformers<4.58'")
+    require_our_folder(workdir, "exports to compare", [STATED], ("checkpoint",))
     folders = {name: workdir / name for name in ("ours", "optimum")}
     model = str(checkpoint)
     commands = {
@@ -110,11 +116,11 @@ def bench_export(
         "optimum": ["-m", "optimum.commands.optimum_cli", "export", "onnx", "--model", model],
     }
     commands["optimum"] += ["--task", "text-to-image", str(folders["optimum"])]
+    write_json(workdir / STATED, {"checkpoint": model})
     runs: list[Run] = []
     for number in range(rounds):
         for name, words in commands.items():
             shutil.rmtree(folders[name], ignore_errors=True)
-            workdir.mkdir(parents=True, exist_ok=True)
             runs.append(_run(name, [sys.executable, *words], workdir / f"{name}.log"))
             run = runs[-1]
             progress(

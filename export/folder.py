@@ -10,7 +10,6 @@ Each component is written under a temporary name, checked, and renamed: a folder
 from __future__ import annotations
 
 import math
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from distill.common.files import (
     sha256_json,
     write_json,
 )
+from distill.common.ownership import require_our_folder
 from distill.models.conditioning import conditioning_of
 from distill.models.families import vae_scale_factor
 from distill.models.sources import WORKDIR, file_hashes, find_family, load_parts, read_config
@@ -107,27 +107,13 @@ def is_current(folder: Path, job: Job) -> bool:
 
 
 def _refuse_foreign(out: Path) -> None:
-    """Raises UserError where `out` is a file, or a folder with anything in it that no export has made."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; --out takes a folder to write the components into")
+    """Raises UserError where `out` is a file, holds something and no export wrote it, or holds a network that no export
+    has written."""
+    failed = [f"{name}.failed" for name in COMPONENTS]
+    require_our_folder(out, "an ONNX folder", ["slimxl.json", "*/export.json"], ("opset", "versions"), leftovers=failed)
     for name in COMPONENTS:
         if (out / name).exists() and not (out / name / "export.json").is_file():
             raise UserError(f"{out} is no ONNX folder: its {name} has no export.json; choose another --out")
-    strangers = sorted(path.name for path in out.glob("*") if not OWN_LEFTOVERS.fullmatch(path.name))
-    if strangers and not _is_ours(out):
-        raise UserError(f"{out} is no ONNX folder and not empty (it holds {strangers[0]}); choose another --out")
-
-
-OWN_LEFTOVERS = re.compile(rf"\.lock|\..+\.(partial|old)|({'|'.join(COMPONENTS)})\.failed")
-"""What an export or a verify leaves in a folder beside whole components."""
-
-
-def _is_ours(out: Path) -> bool:
-    """Whether an export has finished here, or has finished a component and was stopped then."""
-    about = out / "slimxl.json"
-    if about.is_file():
-        return isinstance(read_object(about).get("source"), dict)
-    return any((out / name / "export.json").is_file() for name in COMPONENTS)
 
 
 def _refuse_strangers(

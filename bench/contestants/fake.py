@@ -14,6 +14,7 @@ from bench.contestants.contestant import STAGES, Contestant, Mark
 from bench.contestants.pictures import Pictures
 from bench.workload import Workload
 from distill.common.errors import UserError, unknown
+from distill.common.options import finite_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,7 +55,7 @@ class FakeContestant(Contestant):
             if stage not in STAGES:
                 raise unknown("stage", stage, STAGES)
             try:
-                delays[stage] = float(value)
+                delays[stage] = finite_number(value)
             except ValueError:
                 raise UserError(f"delay {part!r} is not of the form STAGE=MILLISECONDS, e.g. denoise=10") from None
             if not equals or delays[stage] < 0:

@@ -27,7 +27,9 @@ from bench.report.inputs import Inputs, read_inputs
 from bench.results import Results
 from distill.common.errors import UserError
 from distill.common.files import replacing, write_json
+from distill.common.ownership import require_our_files
 
+REPORT, NAMES = "report.json", {"index.html": "report.html.j2", "report.md": "report.md.j2"}
 TEMPLATES = Path(__file__).parent / "templates"
 REPORT_SCHEMA = "slimxl.bench.report/2"
 
@@ -204,12 +206,13 @@ def write_report(paths: list[Path], out: Path, title: str = "slimxl latency repo
 
     Raises UserError for no results, or a results file that cannot be read.
     """
+    require_our_files(out, (*NAMES, REPORT), REPORT, ("schema_version", "headline", "predicted"))
     inputs = read_inputs(paths)
     if not inputs.results:
         raise UserError("no results files: give at least one, made by python -m bench run")
     context = make_context(inputs, title)
-    for template, name in (("report.html.j2", "index.html"), ("report.md.j2", "report.md")):
+    write_json(out / REPORT, report_json(context, inputs))  # first, for it says whose the others are
+    for name, template in NAMES.items():
         with replacing(out / name) as temporary:
             temporary.write_text(render(context, template), encoding="utf-8")
-    write_json(out / "report.json", report_json(context, inputs))
     print(f"wrote {out / 'index.html'}, report.md and report.json")

@@ -38,6 +38,14 @@ def require_least(least: float, **numbers: float) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {number}; the least is {least}")
 
 
+def require_between(least: float, most: float, **numbers: float) -> None:
+    """The same for two bounds."""
+    require_least(least, **numbers)
+    for name, number in numbers.items():
+        if number > most:
+            raise UserError(f"--{name.replace('_', '-')} is {number}; the most is {most}")
+
+
 def require_above(limit: float, **numbers: float) -> None:
     """The same where `limit` itself is too small."""
     for name, number in numbers.items():
@@ -49,6 +57,21 @@ def require_above(limit: float, **numbers: float) -> None:
 def _require_finite(name: str, number: float) -> None:
     if not math.isfinite(number):
         raise UserError(f"--{name.replace('_', '-')} is {number}; it must be a finite number")
+
+
+def counts(option: str, text: str, most: int = 1024) -> list[int]:
+    """Whole numbers from 1 to `most` between commas. Raises UserError for anything else."""
+    from distill.common.options import whole_number
+
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        numbers = [whole_number(part) for part in parts]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(1 <= number <= most for number in numbers):
+        shown = text if len(text) < 60 else f"{text[:57]}..."
+        raise UserError(f"{option} {shown!r} is not a list of whole numbers from 1 to {most}, e.g. 1 or 1,4")
+    return numbers
 
 
 def described(error: Exception) -> str:
@@ -77,15 +100,16 @@ def quiet_libraries() -> None:
 
 
 def exit_on_user_error(command: Callable[[], int | None]) -> int:
-    """Run `command`, the libraries' notices kept quiet and GPUs numbered as nvidia-smi does; a UserError and what the
+    """Run `command`, its options read as `common.options` says, the libraries' notices kept quiet and GPUs numbered as
+    nvidia-smi does; a UserError and what the
     system refuses (a full disk, a folder that may not be written) become one line on stderr and exit code 2, Ctrl-C
     becomes 130."""
     quiet_libraries()
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    from distill.common.paths import refusing_empty_paths
+    from distill.common.options import OPTIONS
 
     try:
-        with refusing_empty_paths(UserError):
+        with OPTIONS:
             return command() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import hashlib
 import json
@@ -18,6 +19,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from distill.common.errors import UserError
+
+FICLONE = 0x40049409
+"""Linux's request (linux/fs.h) for a copy that shares its blocks."""
 
 
 def sha256_file(path: Path) -> str:
@@ -138,22 +142,31 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def size_text(count: int) -> str:
+    """Bytes as people read them: `1.51 GB`, `14.2 MB`."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= 0.9995 * scale:  # what rounds to 1,000 of the next smaller unit
+            return f"{count / scale:.3g} {unit}" if count < 999.5 * scale else f"{count / scale:,.0f} {unit}"
+    return f"{count} B"
+
+
+def clone_file(source: Path, target: Path) -> None:
+    """Copies a file; where the disk can (btrfs, XFS), the copy shares the blocks of `source` until one of them changes."""
+    with source.open("rb") as read, target.open("wb") as written:
+        try:
+            fcntl.ioctl(written.fileno(), FICLONE, read.fileno())
+            return
+        except OSError:  # another disk, or one that has no such copies
+            pass
+    shutil.copyfile(source, target)
+
+
 def require_free_disk(folder: Path, needed_bytes: int, what: str, option: str = "--out") -> None:
     """Raises UserError before anything is written where the disk is too small for `what`, which `option` places there."""
     existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise UserError(
-            f"{what} needs {needed_bytes / 1e9:.1f} GB on the disk of {existing}, which has {free / 1e9:.1f} GB free; "
+            f"{what} needs {size_text(needed_bytes)} on the disk of {existing}, which has {size_text(free)} free; "
             f"free some space or choose another {option}"
         )
-
-
-def require_writable_file(path: Path) -> None:
-    """Raises UserError for an --out that is a folder, or in a place that may not be written: before hours of measuring,
-    not after."""
-    if path.is_dir():
-        raise UserError(f"--out {path} is a folder; it takes the file to write, e.g. {path / 'results.json'}")
-    place = next(parent for parent in path.absolute().parents if parent.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"--out {path} cannot be made: {place} is no folder that may be written")

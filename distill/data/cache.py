@@ -38,6 +38,7 @@ from distill.common.files import (
     sha256_json,
     write_json,
 )
+from distill.common.ownership import require_our_folder
 from distill.common.progress import say, track
 from distill.data.pictures import Source, open_source
 from distill.data.samples import BadSample, Fitting, Sample
@@ -47,6 +48,7 @@ from distill.models.resolution import Resolution
 from distill.models.sources import component_weights, find_family, load_pipeline, network_folders, read_config
 
 SAMPLES_PER_SHARD = 512
+STATED = "cache.json"
 UNCONDITIONAL = "unconditional.safetensors"
 CHECKSUM = "crc32"
 TOKENIZER_WORDS = ("vocab.json", "merges.txt", "tokenizer.json")
@@ -156,11 +158,12 @@ def make_cache(
             f"the VAE of {checkpoint} is an AutoencoderTiny, which has no posterior to draw latents from; give a checkpoint "
             "with an AutoencoderKL"
         )
+    require_our_folder(out, "a latent cache", [STATED], ("seed", "shards"))
     family = find_family(checkpoint)
     source = open_source(data, family, seed, fitting)
     ranges = [range(i, min(i + SAMPLES_PER_SHARD, len(source))) for i in range(0, len(source), SAMPLES_PER_SHARD)]
     key = cache_key(checkpoint, data, source.identity, seed) | {"shards": len(ranges)}
-    stated = out / "cache.json"
+    stated = out / STATED
     held = read_json(stated) if stated.exists() else key
     if not isinstance(held, dict) or held | {"data": data} != key:  # the same data may be spelled otherwise
         raise UserError(

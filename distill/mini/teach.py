@@ -11,6 +11,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from distill.common.errors import require_above, require_least
+from distill.common.files import write_json
+from distill.common.ownership import require_our_folder
 from distill.mini.judge import judge
 from distill.mini.teach_unet import make_mini_pipeline, teach_unet
 from distill.mini.teach_vae import polish_decoder, teach_vae
@@ -35,8 +37,9 @@ def teach_mini(
     require_least(0, seed=seed)
     require_above(0, learning_rate=learning_rate)
     torch.set_flush_denormal(True)
+    require_our_folder(out, "a mini teacher", ["teach.json"], ("seed", "vae_steps"))
+    write_json(out / "teach.json", {"seed": seed, "vae_steps": vae_steps, "vae_whole_steps": vae_whole_steps})
     began = None if start is None else load_pipeline(resolve(str(start), out), torch.float32)
-    out.mkdir(parents=True, exist_ok=True)
     if began is not None:
         pipe = began
     elif (out / "vae" / "config.json").exists():

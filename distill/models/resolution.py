@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from distill.common.errors import UserError
@@ -20,10 +21,11 @@ class Resolution:
     @classmethod
     def parse(cls, text: str) -> Resolution:
         """Raises UserError for anything but WIDTHxHEIGHT."""
-        width, cross, height = text.lower().partition("x")
-        if not (cross and width.isdecimal() and height.isdecimal() and text.isascii()):
-            raise UserError(f"resolution {text!r} is not of the form WIDTHxHEIGHT, e.g. 1024x1024")
-        return cls(int(width), int(height))
+        sides = re.fullmatch(r"([0-9]{1,5})[xX]([0-9]{1,5})", text)
+        if sides is None:
+            shown = text if len(text) < 40 else f"{text[:37]}..."
+            raise UserError(f"resolution {shown!r} is not of the form WIDTHxHEIGHT, e.g. 1024x1024")
+        return cls(int(sides[1]), int(sides[2]))
 
 
 def parse_resolutions(sizes: str) -> tuple[Resolution, ...]:

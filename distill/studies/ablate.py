@@ -24,6 +24,7 @@ import torch
 
 from distill.common.errors import quiet_libraries, require_least, unknown
 from distill.common.files import read_json, replacing, write_json
+from distill.common.ownership import require_our_files, require_our_folder
 from distill.common.progress import say
 from distill.data.cache import LatentCache, make_cache
 from distill.data.shapes import ATTRIBUTES
@@ -164,6 +165,9 @@ def run_ablation(
 
     Raises UserError for an unknown variant, a number out of range, or a cache of something else.
     """
+    require_our_folder(out, "an ablation", ["cache/cache.json"], ("seed", "shards"))
+    written = [f"ablation.{kind}" for kind in ("json", "md", "svg")]
+    require_our_files(results, written, written[0], ("settings", "runs"), "--results")
     check_pictures(pictures, picture_steps)
     require_least(1, seeds=seeds, steps=steps, samples=samples, jobs=jobs)
     require_least(HELD_OUT_BATCH, held_out=held_out)

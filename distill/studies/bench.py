@@ -28,8 +28,9 @@ import numpy as np
 import torch
 
 from distill.common.errors import UserError, explaining_full_memory, quiet_libraries, unknown
-from distill.common.files import require_writable_file, write_json
+from distill.common.files import write_json
 from distill.common.kernels import by_family, kernel_times, make_profiler
+from distill.common.ownership import require_writable_file
 from distill.common.progress import say, track
 from distill.data.cache import UNCONDITIONAL, LatentCache, encode, write_shard, write_unconditional
 from distill.data.pictures import Sample, ShapesSource
@@ -328,7 +329,7 @@ def bench_loops(options: BenchOptions, out: Path) -> dict[str, Any]:
 
     Raises UserError for an unknown model, student or loop, an `out` that cannot be written, and where every loop failed.
     """
-    require_writable_file(out)
+    require_writable_file(out, ("loops", "teacher"))
     teacher, student = architectures_of(options)
     if strange := set(options.loops) - {loop.name for loop in LOOPS}:
         raise unknown("loop", min(strange), [loop.name for loop in LOOPS])

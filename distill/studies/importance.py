@@ -17,6 +17,7 @@ from torch import nn
 
 from distill.common.errors import require_least
 from distill.common.files import replacing, write_json
+from distill.common.ownership import require_our_files
 from distill.common.progress import say, track
 from distill.data.cache import LatentCache
 from distill.models.architectures import find_architecture
@@ -108,6 +109,7 @@ def report_importance(checkpoint: Path, cache: Path, student: str, out: Path, *,
     Raises UserError for an unknown student, one deeper than the checkpoint, a number out of range, or an empty cache.
     """
     require_least(1, samples=samples, timesteps=timesteps)
+    require_our_files(out, ("importance.json", "importance.svg"), "importance.json", ("blocks", "layer_map"))
     architecture = find_architecture_of(checkpoint)
     depth, target = architecture.depth, find_architecture(student, architecture.family)
     modules = make_module_map("first", depth, target.depth)

@@ -6,16 +6,18 @@ build that is killed at any point leaves a manifest whose files are all there, a
 
 from __future__ import annotations
 
-import math
 import shutil
 from pathlib import Path
 
-from distill.common.errors import UserError
-from distill.common.files import require_free_disk, sha256_file
+from distill.common.errors import require_above
+from distill.common.files import require_free_disk, sha256_file, size_text
 from engines.building.contents import (
     PARTIAL,
+    TIMING_CACHE,
     bundle_lock,
+    recorded_manifest,
     remove_strays,
+    require_bundle_folder,
     starting_manifest,
     with_engine,
     with_pipeline_files,
@@ -63,10 +65,11 @@ def build_bundle(
     With `replace` engines of another checkpoint are dropped from the bundle. Raises UserError for bad input, too little
     memory or disk, and a build that failed.
     """
-    if memory_gb is not None and not 0 < memory_gb < math.inf:
-        raise UserError(f"--memory-gb is {memory_gb}; it must be above 0 and finite")
+    if memory_gb is not None:
+        require_above(0, memory_gb=memory_gb)
     out = Path(out)
     folder = read_onnx_folder(Path(onnx))
+    require_bundle_folder(out, folder.root)
     jobs = list_jobs(
         folder,
         gpus=gpus,
@@ -80,13 +83,14 @@ def build_bundle(
     )
     starting_manifest(out, folder, replace)  # refused at once, not after waiting for another build
     with bundle_lock(out):
+        earlier = recorded_manifest(out)
         manifest = starting_manifest(out, folder, replace)
         shutil.rmtree(out / PARTIAL, ignore_errors=True)
         kept = {engine.key: engine for engine in manifest.engines if is_intact(out, engine.files)}
         todo = [job for job in jobs if job.key not in kept]
         budget = available_memory_bytes() if memory_gb is None else int(memory_gb * 1e9)
         require_memory(todo, budget)
-        require_free_disk(out, sum(job.disk_bytes for job in todo if job.flavor != "onnxruntime"), "the bundle")
+        require_free_disk(out, sum(job.disk_bytes for job in todo), "the bundle")
         with BuildProgress([job.cost_seconds for job in todo]) as progress:
             for job in todo:
                 progress.start(job.label)
@@ -98,7 +102,7 @@ def build_bundle(
         manifest = manifest.model_copy(update={"engines": without_superseded(manifest.engines, jobs, out)})
         if not (out / MANIFEST).is_file() or read_manifest(out) != manifest:
             write_manifest(out, manifest)
-        remove_strays(out, manifest)
+        remove_strays(out, manifest, earlier)
         if not todo:
             progress.console.print(f"{out} is up to date: {len(jobs)} engine(s) unchanged", soft_wrap=True)
     return manifest
@@ -106,11 +110,10 @@ def build_bundle(
 
 def _summary(engine: Engine) -> str:
     ratio = engine.size_bytes / engine.weights_bytes
-    peak = engine.build.peak_rss_bytes / 1e9
     time = f"{duration(engine.build.seconds)} ({engine.build.cpu_seconds or 0:.0f} s of CPU)"
     return (
-        f"{time}, {engine.size_bytes / 1e6:.1f} MB ({ratio:.3f} of the weights), "
-        f"peak memory {peak:.1f} GB -> {engine.files[0].path}"
+        f"{time}, {size_text(engine.size_bytes)} ({ratio:.3f} of the weights), "
+        f"peak memory {size_text(engine.build.peak_rss_bytes)} -> {engine.files[0].path}"
     )
 
 
@@ -127,7 +130,7 @@ def _build_one(job: Job, out: Path, budget_bytes: int, progress: BuildProgress) 
         outputs=[tensor.name for tensor in job.component.needed_outputs],
         compute_capabilities=list(job.target.compute_capabilities),
         options=job.options,
-        timing_cache=(out / ".timing-cache" / f"{job.target.label}_{job.flavor_version}.cache").resolve()
+        timing_cache=(out / TIMING_CACHE / f"{job.target.label}_{job.flavor_version}.cache").resolve()
         if job.flavor == "tensorrt"
         else None,
     )

@@ -13,8 +13,9 @@ from typing import Any
 from rich.table import Table
 
 from distill.common.errors import UserError
-from distill.common.files import write_json
-from engines.building.reports import size, wide_console
+from distill.common.files import size_text, write_json
+from distill.common.ownership import require_writable_file
+from engines.building.reports import wide_console
 from engines.bundle import Engine, read_manifest
 
 RATIOS = ("build_s", "cpu_s", "peak_rss_bytes", "disk_bytes")
@@ -24,6 +25,8 @@ def compare_bundles(bundles: Sequence[Path], out: Path | None) -> int:
     """Prints the table and writes it to `out` as JSON. Raises UserError for fewer than two bundles or unlike ones."""
     if len(bundles) < 2:
         raise UserError("compare takes two bundles or more; the first is what the others are compared with")
+    if out:
+        require_writable_file(out, ("model", "rows"))
     manifests = [read_manifest(bundle) for bundle in bundles]
     if len(sources := {manifest.source.sha256: manifest.source.name for manifest in manifests}) > 1:
         raise UserError(f"the bundles are of different checkpoints: {', '.join(sources.values())}")
@@ -66,7 +69,11 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         x = {name: f"{ratio:.3f}" for name, ratio in row.get("ratios", {}).items()}
         cells = [row["component"], row["bundle"], " ".join(row["layouts"]), str(row["profiles"])]
         cells += [f"{row['build_s']:.0f} s", x.get("build_s", ""), f"{row['cpu_s']:.0f} s", x.get("cpu_s", "")]
-        cells += [size(row["peak_rss_bytes"]), x.get("peak_rss_bytes", "")]
-        cells += [size(row["disk_bytes"]), x.get("disk_bytes", ""), f"{row['disk_bytes'] / row['weights_bytes']:.3f}"]
+        cells += [size_text(row["peak_rss_bytes"]), x.get("peak_rss_bytes", "")]
+        cells += [
+            size_text(row["disk_bytes"]),
+            x.get("disk_bytes", ""),
+            f"{row['disk_bytes'] / row['weights_bytes']:.3f}",
+        ]
         table.add_row(*cells)
     return table

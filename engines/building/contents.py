@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from distill.common.errors import UserError
-from distill.common.files import exclusive, sha256_file
-from engines.building.jobs import Job
+from distill.common.files import exclusive, remove_leftovers, replacing, sha256_file
+from distill.common.ownership import require_apart, require_our_folder
+from engines.building.jobs import ENGINE_NAME, Job
 from engines.bundle import MANIFEST, Engine, FileRecord, Manifest, Source, read_manifest
-from engines.onnx_folder import OnnxFolder
-from export.components import PIPELINE_PARTS
+from engines.onnx_folder import BUILD_ORDER, OnnxFolder
 
 LOCK = ".lock"
+TIMING_CACHE = ".timing-cache"
 PARTIAL = ".partial"
 """Folder of unfinished engines, inside the bundle: on the same disk, so that the final rename is atomic."""
 
@@ -24,6 +25,14 @@ def bundle_lock(bundle: Path) -> Iterator[None]:
     """One build at a time in a bundle; a second one waits. The system frees the lock of a killed process."""
     with exclusive(bundle, print, bundle / LOCK):
         yield
+
+
+def require_bundle_folder(out: Path, onnx: Path) -> None:
+    """Raises UserError, before anything is touched, where `out` holds something and is no bundle, or is the ONNX folder.
+    A bundle whose manifest is damaged is known by the names of its engines."""
+    require_apart(out, onnx, ("--out", "--onnx"))
+    if not any(_engine_files(out)):
+        require_our_folder(out, "a bundle", [MANIFEST], ("engines", "schema_version"), leftovers=(TIMING_CACHE,))
 
 
 def starting_manifest(out: Path, folder: OnnxFolder, replace: bool) -> Manifest:
@@ -77,31 +86,54 @@ def with_pipeline_files(manifest: Manifest, folder: OnnxFolder, out: Path) -> Ma
         source, target = folder.root / relative, out / relative
         digest = sha256_file(source)
         if not target.is_file() or sha256_file(target) != digest:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f".{target.name}.copy")
-            shutil.copyfile(source, temporary)
-            temporary.replace(target)
+            with replacing(target) as temporary:
+                shutil.copyfile(source, temporary)
         path = relative.as_posix()
         records[path] = FileRecord(path=path, sha256=digest, size_bytes=source.stat().st_size)
     return Manifest(source=manifest.source, engines=manifest.engines, files=list(records.values()))
 
 
-def remove_strays(out: Path, manifest: Manifest, also: Sequence[Engine] = (), dry_run: bool = False) -> list[Path]:
-    """Deletes and returns the files that the manifest does not name, in the folders of its components, of the engines in
-    `also`, and of tokenizers and scheduler. A dry run only returns them."""
+def _engine_files(out: Path) -> Iterator[Path]:
+    """Files in the folders of components that are engines by their names, whatever the manifest says."""
+    for component in BUILD_ORDER:
+        for path in sorted((out / component).glob(f"{component}_*")):
+            if not ENGINE_NAME.fullmatch(path.name):
+                continue
+            if path.is_dir():
+                yield from (file for file in sorted(path.glob("model*")) if file.is_file())
+            elif path.suffix == ".plan":
+                yield path
+
+
+def recorded_manifest(out: Path) -> Manifest | None:
+    """The manifest as it stands; None where there is none that can be read."""
+    try:
+        return read_manifest(out)
+    except UserError:
+        return None
+
+
+def remove_strays(out: Path, manifest: Manifest, earlier: Manifest | None, dry_run: bool = False) -> list[Path]:
+    """Deletes and returns the files of ours that the manifest does not name: those that an `earlier` one named, and engines
+    by their names. Whatever else lies in the bundle stays. A dry run only returns them."""
     named = {out / record.path for record in manifest.all_files}
-    removed = []
-    for folder in sorted({engine.component for engine in [*manifest.engines, *also]} | set(PIPELINE_PARTS)):
-        for path in sorted((out / folder).rglob("*"), reverse=True):
-            if path.is_file() and path not in named:
-                removed.append(path)
-                if not dry_run:
-                    path.unlink()
-            elif path.is_dir() and not dry_run and not any(path.iterdir()):
-                path.rmdir()
+    before = {out / record.path for record in earlier.all_files} if earlier else set()
+    root = out.resolve()
+    strays = [
+        path
+        for path in sorted((before | set(_engine_files(out))) - named)
+        if path.is_file() and path.parent.resolve().is_relative_to(root)
+    ]
     if dry_run:
-        return removed
-    for path in out.glob(f".{MANIFEST}.*.partial"):  # of a writer that was killed
+        return strays
+    for path in strays:
         path.unlink()
+    for component in BUILD_ORDER:
+        engines = (path for path in (out / component).glob(f"{component}_*") if ENGINE_NAME.fullmatch(path.name))
+        for folder in [*engines, out / component]:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+    for path in [out / MANIFEST, *(out / record.path for record in manifest.files)]:
+        remove_leftovers(path.parent, path.name)
     shutil.rmtree(out / PARTIAL, ignore_errors=True)
-    return removed
+    return strays

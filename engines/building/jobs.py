@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
 from distill.common.errors import UserError
-from distill.common.files import sha256_json
+from distill.common.files import sha256_json, size_text
 from distill.models.resolution import Resolution
 from engines.building.layouts import DEFAULT_LAYOUTS, make_profiles
 from engines.building.options import parse_resolutions
@@ -15,6 +16,10 @@ from engines.flavors import Flavor, find_flavor
 from engines.gpus import Target, resolve_targets
 from engines.onnx_folder import UNSIZED, OnnxComponent, OnnxFolder
 
+ENGINE_NAME = re.compile(
+    r"[a-z_0-9]+_(\d+x\d+|\d+sizes-[a-z-]+)_b\d+(-\d+)*_.+_(onnxruntime_[0-9a-f]{8}|tensorrt(-rtx)?-.+_[0-9a-f]{8}\.plan)"
+)
+"""Of the names that `Job.path` gives, and of no other: a file or folder called so in a bundle was built by slimxl."""
 RECIPE_VERSION = 2
 """Part of every key. Raise it when the same inputs should give another plan."""
 OPTIONAL = ("vae_encoder",)
@@ -85,7 +90,9 @@ class Job:
 
     @property
     def disk_bytes(self) -> int:
-        """An upper estimate of the plan's size. (An ONNX Runtime engine usually links to the weights and takes nothing.)"""
+        """An upper estimate of the plan's size. An ONNX Runtime engine is a graph and a copy of the weights."""
+        if self.flavor == "onnxruntime":
+            return int(10e6 + self.component.weights_bytes)
         return int(50e6 + self.component.weights_bytes * (1.02 + 0.02 * len(self.profiles)))
 
     @property
@@ -137,6 +144,7 @@ def list_jobs(
     jobs = []
     for name in _components(folder, components):
         component = folder.components[name]
+        component.require_as_exported()
         sizes, spread = chosen, layout
         if name in UNSIZED:  # the same engine for every command, so that it is built once
             sizes, spread = folder.resolutions, "per-resolution" if folder.is_static else "ranged"
@@ -178,7 +186,8 @@ def require_memory(jobs: list[Job], budget_bytes: int) -> None:
         if job.memory_bytes > budget_bytes:
             leaner = "" if len(job.profiles) == 1 else "; --layout ranged needs less"
             raise UserError(
-                f"building {job.label} with {len(job.profiles)} profile(s) needs about {job.memory_bytes / 1e9:.1f} GB "
-                f"of memory for {job.component.weights_bytes / 1e9:.1f} GB of weights, {budget_bytes / 1e9:.1f} GB may "
-                f"be used{leaner}; free memory, raise --memory-gb, or build on a larger machine"
+                f"building {job.label} with {len(job.profiles)} profile(s) needs about "
+                f"{size_text(job.memory_bytes)} of memory for {size_text(job.component.weights_bytes)} of weights, "
+                f"{size_text(budget_bytes)} may be used{leaner}; free memory, raise --memory-gb, or build on a larger "
+                "machine"
             )

@@ -13,14 +13,6 @@ def parse_names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def parse_counts(option: str, text: str) -> list[int]:
-    """Positive numbers separated by commas. Raises UserError for anything else."""
-    parts = parse_names(text)
-    if not parts or not all(part.isdecimal() and int(part) for part in parts):
-        raise UserError(f"{option} {text!r} is not a list of numbers from 1 up, e.g. 1 or 1,4")
-    return [int(part) for part in parts]
-
-
 def parse_resolutions(text: str, family: list[Resolution]) -> list[Resolution]:
     """`all`, or some of the family's sizes separated by commas. Raises UserError for any other."""
     if text == "all":

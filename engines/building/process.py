@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from distill.common.errors import UserError
+from distill.common.files import size_text
 from engines.building.progress import BuildProgress
 from engines.flavors import BuildRequest
 from engines.memory import MemoryWatch
@@ -51,7 +52,7 @@ def run_worker(request: BuildRequest, budget_bytes: int, progress: BuildProgress
                 process.wait()
         if over_budget:
             raise UserError(
-                f"building {request.component} went over its memory budget of {budget_bytes / 1e9:.1f} GB and was "
+                f"building {request.component} went over its memory budget of {size_text(budget_bytes)} and was "
                 "stopped; use --layout ranged, fewer resolutions, raise --memory-gb, or build on a larger machine"
             )
         if process.returncode or "outputs" not in result:

@@ -1,12 +1,13 @@
-"""Makes a bundle smaller: removes engines that are not wanted, and files that its manifest does not name."""
+"""Makes a bundle smaller: removes engines that are not wanted, and what builds have left that its manifest does not name."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from distill.common.errors import UserError, unknown
+from distill.common.files import size_text
 from engines.building.contents import bundle_lock, remove_strays
-from engines.building.reports import console, size
+from engines.building.reports import console
 from engines.bundle import Engine, Manifest, read_manifest, write_manifest
 from engines.flavors import FLAVORS
 from engines.gpus import GPUS, version_tuple
@@ -63,14 +64,14 @@ def prune_bundle(
             raise UserError(f"prune would leave no engine in {bundle}; delete the folder if that is what you want")
         word = "would remove" if dry_run else "removed"
         for engine in dropped:
-            console.print(f"{word} {engine.files[0].path} ({size(engine.size_bytes)})")
+            console.print(f"{word} {engine.files[0].path} ({size_text(engine.size_bytes)})")
         freed = sum(engine.size_bytes for engine in dropped)
         lean = Manifest(source=manifest.source, engines=kept, files=manifest.files)
         if not dry_run:
             write_manifest(bundle, lean)
         named = {file.path for engine in dropped for file in engine.files}
-        for path in remove_strays(bundle, lean, also=dropped, dry_run=dry_run):
+        for path in remove_strays(bundle, lean, manifest, dry_run):
             if path.relative_to(bundle).as_posix() not in named:
                 console.print(f"{word} {path.relative_to(bundle)}, which no manifest names")
-        console.print(f"{bundle}: {len(kept)} engine(s) kept, {size(freed)} freed")
+        console.print(f"{bundle}: {len(kept)} engine(s) kept, {size_text(freed)} freed")
     return 0

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from distill.common.errors import UserError
-from engines.bundle import MANIFEST, Engine, Manifest, read_manifest
+from distill.common.files import size_text
+from engines.bundle import MANIFEST, Engine, Manifest, read_manifest, rebuild_command
 from engines.integrity import unnamed_files, verify_bundle
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -19,25 +20,19 @@ def wide_console(width: int) -> Console:
     return Console(highlight=False, markup=False, width=max(console.width, width))
 
 
-def size(count: int) -> str:
-    """Bytes as people read them: `1.51 GB`, `14.2 MB`."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count} B"
-
-
 def print_verification(bundle: Path) -> int:
     """Exit code 0 for a sound bundle; else one line per fault and 2."""
     manifest = read_manifest(bundle)
     faults = verify_bundle(bundle) + unnamed_files(bundle, manifest)
+    if not manifest.engines:
+        faults.append(f"{bundle} holds no engine; build some with: {rebuild_command(bundle)}")
     for fault in faults:
         console.print(f"fault: {fault}")
     if faults:
         console.print(f"{bundle}: {len(faults)} fault(s)")
         return 2
     total = sum(record.size_bytes for record in manifest.all_files)
-    counts = f"{len(manifest.all_files)} files, {size(total)}, {len(manifest.engines)} engines"
+    counts = f"{len(manifest.all_files)} files, {size_text(total)}, {len(manifest.engines)} engines"
     console.print(f"{bundle}: {counts}, every hash as recorded")
     return 0
 
@@ -57,7 +52,7 @@ def engine_table(manifest: Manifest) -> Table:
             str(len(engine.profiles)),
             ",".join(map(str, engine.batches)),
             engine.precision,
-            size(engine.size_bytes),
+            size_text(engine.size_bytes),
             f"{engine.size_bytes / engine.weights_bytes:.3f}",
             f"{engine.build.seconds:.0f} s",
         )
@@ -115,6 +110,6 @@ def print_list(folder: Path) -> int:
         sizes = dict.fromkeys(text for engine in manifest.engines for text in engine.resolutions)
         total = sum(record.size_bytes for record in manifest.all_files)
         cells = [str(bundle), manifest.source.name, " ".join(manifest.flavors), " ".join(gpus) or "any"]
-        table.add_row(*cells, str(len(sizes)), str(len(manifest.engines)), size(total))
+        table.add_row(*cells, str(len(sizes)), str(len(manifest.engines)), size_text(total))
     wide_console(120).print(table)
     return 0

@@ -1,16 +1,15 @@
-"""ONNX Runtime, on the CPU or CUDA. Its engines are ONNX files that link to the exported weights; one serves every
-resolution."""
+"""ONNX Runtime, on the CPU or CUDA. Its engines are ONNX files beside a copy of the exported weights; one serves
+every resolution."""
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.common.errors import UserError
+from distill.common.files import clone_file
 from engines.bundle import Engine, Options, Profile, TensorInfo, rebuild_command
 from engines.flavors import BuildRequest, LoadOptions, Report
 from engines.gpus import gpu_of_device
@@ -101,8 +100,8 @@ class OnnxRuntimeFlavor:
             raise UserError(f"{asked} is for TensorRT's plans, flavor onnxruntime has none: leave it out")
 
     def build(self, request: BuildRequest, report: Report) -> list[TensorInfo]:
-        """Writes the graph with its group norms in the form that is fastest here, beside a hard link to the weights (a copy
-        where the disk has no links), and opens it once to see that it loads."""
+        """Writes the graph with its group norms in the form that is fastest here, beside a copy of the weights, and opens it
+        once to see that it loads. No hard link: onnx refuses to read weights that have a second one, the user's too."""
         import onnx_ir as ir
 
         from export.graph import spell_group_norms
@@ -110,11 +109,8 @@ class OnnxRuntimeFlavor:
         request.out.mkdir()
         graph, *weights = request.onnx_files
         for file in weights:
-            report("linking", 0.1)
-            try:
-                os.link(file.resolve(), request.out / file.name)
-            except OSError:
-                shutil.copyfile(file, request.out / file.name)
+            report("copying", 0.1)
+            clone_file(file, request.out / file.name)
         model = ir.load(graph)
         spell_group_norms(model)
         ir.save(model, request.out / graph.name)

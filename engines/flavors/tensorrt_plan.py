@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from distill.common.errors import UserError
+from distill.common.files import size_text
 from engines.bundle import Engine
 from engines.flavors.cuda import CudaDevice
 from engines.flavors.shared_runtime import SharedRuntime
@@ -26,7 +27,7 @@ def deserialise_plan(shared: SharedRuntime, plan: bytes, engine: Engine, rebuild
         return found
     if free_bytes < len(plan):
         raise torch.OutOfMemoryError(
-            f"{path} takes {_gb(len(plan))} of the GPU's memory, of which {_gb(free_bytes)} are free"
+            f"{path} takes {size_text(len(plan))} of the GPU's memory, of which {size_text(free_bytes)} are free"
         )
     why = f" ({doubt})" if doubt else ""
     raise UserError(f"{engine.flavor} refused {path}{why}; its own message stands above; {rebuild}")
@@ -60,7 +61,7 @@ def create_context(shared: SharedRuntime, plan: Any, config: Any, engine: Engine
     context, free_bytes = _try_twice(lambda: plan.create_execution_context(how), shared.device)
     if context is None:
         raise torch.OutOfMemoryError(
-            f"{engine.flavor} gave {engine.component} no execution context with {_gb(free_bytes)} of the GPU's "
+            f"{engine.flavor} gave {engine.component} no execution context with {size_text(free_bytes)} of the GPU's "
             "memory free; its own message stands above"
         )
     return context
@@ -98,7 +99,3 @@ def refit_plan(shared: SharedRuntime, plan: Any, engine: Engine, weights: OnnxCo
         if not refitter.refit_cuda_engine_async(device.stream_handle):
             raise UserError(f"{engine.flavor} could not refit {path} from {onnx}")
         device.synchronize()  # the copies read memory that the refitter frees
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"

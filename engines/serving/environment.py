@@ -17,6 +17,7 @@ from filelock import FileLock
 
 from distill.common.errors import UserError
 from distill.common.files import sha256_json
+from distill.common.ownership import require_our_folder
 
 SERVER_PACKAGES = ("nvidia-pytriton==0.7.0", "tritonclient[http,grpc]==2.73.0", "numpy==1.26.4")
 CLIENT_PACKAGES = ("tritonclient[grpc]==2.73.0",)
@@ -107,6 +108,8 @@ def _install(
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if environment.is_whole:
             return
+        if not (folder / "pyvenv.cfg").is_file():  # what is begun anew is an installation that was not finished
+            require_our_folder(folder, "a virtual environment", [], (), option="--workdir")
         print(f"installing {what} into {folder}", flush=True)
         venv.create(folder, with_pip=True, clear=True)
         pip = [str(environment.python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages]

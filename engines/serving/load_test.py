@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import platform
+import re
 import shlex
 import socket
 import statistics
@@ -25,8 +25,9 @@ from typing import Any
 
 import psutil
 
-from distill.common.errors import UserError
-from distill.common.files import require_writable_file, write_json
+from distill.common.errors import UserError, require_above
+from distill.common.files import write_json
+from distill.common.ownership import require_writable_file
 from distill.models.resolution import Resolution
 from engines.memory import MemoryWatch
 from engines.serving.environment import make_client_environment
@@ -116,10 +117,9 @@ def measure_load(
     early; the levels finished until then are written first.
     """
     host, _, port = server.rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError(f"--server {server!r} is not HOST:PORT of a gRPC endpoint, e.g. 127.0.0.1:8001")
-    if not all(0 < number < math.inf for number in (seconds, 1 if rate is None else rate)):
-        raise UserError("--minutes and --rate must be above 0 and finite")
+    if not host or not re.fullmatch("[0-9]{1,5}", port):
+        raise UserError(f"--server {server[:80]!r} is not HOST:PORT of a gRPC endpoint, e.g. 127.0.0.1:8001")
+    require_above(0, minutes=seconds / 60, rate=1 if rate is None else rate)
     job = {
         "server": server,
         "request": make_request(workload),
@@ -127,7 +127,7 @@ def measure_load(
         "seconds": seconds,
         "rate": rate,
     }
-    require_writable_file(out)
+    require_writable_file(out, ("schema_version", "levels"))
     host = host.strip("[]")
     require_listening(host, int(port))
     about: dict[str, Any] = {}

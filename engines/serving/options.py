@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill.common.errors import require_least
+from distill.common.errors import require_between, require_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class Serving:
     gpus: str = "auto"
     """CUDA device numbers as in 0,1 or `none` (the CPU), `auto` (every GPU here that runs the bundle, else the CPU)."""
     instances: int = 1
-    """Copies of the model for each GPU, or on the CPU; 1 or more."""
+    """Copies of the model for each GPU, or on the CPU; 1 to 64."""
     decoupled: bool = False
     """Answer with every step's number before the picture (gRPC streams only)."""
     warm_up: bool = True
@@ -31,7 +31,7 @@ class Serving:
 
     def __post_init__(self) -> None:
         """Raises UserError for a number below its least."""
-        require_least(1, instances=self.instances)
+        require_between(1, 64, instances=self.instances)
         require_least(0, queue=self.queue)
 
 
@@ -47,3 +47,9 @@ class Workload:
     """Guidance scale, 0 to 50; up to 1 is no guidance."""
     images: int = 1
     """Pictures for each request, 1 to 16."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for what no server takes."""
+        require_between(1, 200, steps=self.steps)
+        require_between(0, 50, guidance=self.guidance)
+        require_between(1, 16, images=self.images)

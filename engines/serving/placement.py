@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from distill.common.errors import UserError
@@ -32,7 +33,7 @@ def parse_devices(text: str) -> tuple[int, ...] | None:
     if text in ("auto", "none"):
         return None if text == "auto" else ()
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() for part in parts):
+    if not parts or not all(re.fullmatch("[0-9]{1,4}", part) for part in parts):
         raise UserError(
             f"--gpus {text!r} is not a list of CUDA device numbers, e.g. 0,1; auto and none are allowed too"
         )

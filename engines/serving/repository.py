@@ -20,6 +20,8 @@ MODEL_SOURCE = Path(__file__).with_name("model.py")
 MODEL = "slimxl"
 SIGNATURE = "# written by slimxl, which replaces this folder when it writes the repository again"
 """First line of config.pbtxt. A model without it is somebody else's."""
+WRITTEN = (f"{MODEL}/config.pbtxt", f"{MODEL}/1/model.py")
+"""All files of a repository."""
 INPUTS = (
     ("prompt", "TYPE_STRING", False),
     ("negative_prompt", "TYPE_STRING", True),
@@ -70,13 +72,19 @@ def _require_ours(out: Path) -> None:
         raise UserError(
             f"{out} is a mount point or the working directory, which cannot be replaced; pass a folder inside it for --out"
         )
-    for path in sorted(out.iterdir()) if out.is_dir() else []:
-        config = path / "config.pbtxt"
-        if not config.is_file() or not config.read_text(encoding="utf-8", errors="replace").startswith(SIGNATURE):
+    for path in sorted(out.rglob("*")) if out.is_dir() else []:
+        if path.is_dir() or "__pycache__" in path.parts:
+            continue
+        if path.relative_to(out).as_posix() not in WRITTEN or not is_ours(out / MODEL / "config.pbtxt"):
             raise UserError(
-                f"{out} holds {path.name}, which slimxl did not write and would remove; choose a folder of its own for "
-                "--out (tritonserver takes several --model-repository)"
+                f"{out} holds {path.relative_to(out)}, which slimxl did not write and would remove; choose a folder of its "
+                "own for --out (tritonserver takes several --model-repository)"
             )
+
+
+def is_ours(config: Path) -> bool:
+    """Whether slimxl wrote a model's config.pbtxt."""
+    return config.is_file() and config.read_text(encoding="utf-8", errors="replace").startswith(SIGNATURE)
 
 
 def model_config(bundle: Path, manifest: Manifest, place: Placement, serving: Serving) -> str:

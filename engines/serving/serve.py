@@ -11,11 +11,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from distill.common.errors import UserError
+from distill.common.ownership import require_our_folder
 from engines.bundle import read_manifest
 from engines.serving.environment import Environment, find_environment
 from engines.serving.options import Serving
 from engines.serving.placement import choose_placement, parse_devices, require_runs_here
-from engines.serving.repository import write_repository
+from engines.serving.repository import MODEL, is_ours, write_repository
 from engines.serving.server import DRAIN_SECONDS, Address, Server
 
 
@@ -35,10 +36,17 @@ def serve_bundle(bundle: Path, serving: Serving, workdir: Path, address: Address
         serving = replace(serving, execution_env=environment.folder)
     folder = workdir / str(address.http_port)
     with alone_in(folder):
+        require_our_server(folder)
         write_repository(bundle, folder / "models", serving)
         first = "a picture of every size is drawn first" if serving.warm_up else "nothing is drawn first"
         print(f"starting Triton with {bundle} {place}; {first}", flush=True)
         return _run(folder / "models", environment, address, folder / "log")
+
+
+def require_our_server(folder: Path) -> None:
+    """Raises UserError for a folder that holds something and no model repository of ours."""
+    if not is_ours(folder / "models" / MODEL / "config.pbtxt"):
+        require_our_folder(folder, "a server's folder", [], (), option="--workdir")
 
 
 @contextlib.contextmanager

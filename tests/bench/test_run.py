@@ -12,8 +12,8 @@ from bench.contestants.spec import Spec, parse_specs
 from bench.quality.fidelity import FidelityOptions
 from bench.results import read_results
 from bench.run import run_bench
-from bench.workload import Workload, make_workloads, parse_numbers, parse_resolutions
-from distill.common.errors import UserError
+from bench.workload import Workload, make_workloads, parse_resolutions
+from distill.common.errors import UserError, counts
 from distill.models.families import MINI_FAMILY
 from distill.models.resolution import Resolution
 
@@ -239,7 +239,7 @@ def test_damaged_artifacts_are_told_before_anything_is_loaded(tmp_path, monkeypa
         ({"seconds": -1.0}, "--seconds is -1.0; the least is 0"),
         ({"energy_seconds": float("nan")}, "--energy-seconds is nan"),
         ({"picture_steps": 0}, "--picture-steps is 0"),
-        ({"steps": "0"}, "at least 1"),
+        ({"steps": "0"}, "from 1 to 1000"),
         ({"steps": "many"}, "whole numbers"),
         ({"guidance": "strong"}, "guidance"),
         ({"guidance": "5,-1"}, "at least 0"),
@@ -270,7 +270,7 @@ def test_specs_keep_colons_of_the_source():
 def test_workloads_change_one_thing_at_a_time():
     found = make_workloads(
         parse_resolutions("all", MINI_FAMILY),
-        parse_numbers("8,4", "steps"),
+        counts("--steps", "8,4"),
         batches=[1, 2],
         guidance_scales=[5.0, 1.0],
         scheduler="default",

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distill.common.errors import UserError
+from distill.common.files import sha256_file
 from engines.building.reports import print_inspection
 from engines.bundle import Manifest, _inside, read_manifest
 from engines.flavors import find_flavor
@@ -47,6 +48,43 @@ def edit(bundle: Path, change: Any) -> None:
     (bundle / "manifest.json").write_text(json.dumps(content))
 
 
+def all_sizes(engine: Any, sizes: list[str]) -> None:
+    engine.update(resolutions=sizes)
+    engine["profiles"][0].update(resolutions=sizes)
+
+
+def set_shape(manifest: Any, name: str, shape: list[int]) -> None:
+    manifest["engines"][0]["profiles"][0]["shapes"][name] = dict.fromkeys(("min", "opt", "max"), shape)
+
+
+def in_hub_cache(bundle: Path, cache: Path) -> Path:
+    """The bundle as huggingface_hub lays it out: links to blobs that are called by their hashes."""
+    snapshot, blobs = cache / "models--me--bundle" / "snapshots" / "0123abcd", cache / "models--me--bundle" / "blobs"
+    blobs.mkdir(parents=True)
+    for path in bundle.rglob("*"):
+        if path.is_file() and path.name != ".lock":
+            blob, link = blobs / sha256_file(path), snapshot / path.relative_to(bundle)
+            shutil.copyfile(path, blob)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+def test_a_bundle_in_a_hub_cache_loads(toy_bundle: Path, tmp_path: Path) -> None:
+    """Hashes decide: its links to blobs are followed, one that leads out of the cache is not."""
+    snapshot = in_hub_cache(toy_bundle, tmp_path / "hub")
+    assert verify_bundle(snapshot) == []
+    pipe = load(snapshot, flavor="onnxruntime", device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    picture = pipe("a red circle", num_inference_steps=1, width=128, height=128, output_type="np").images
+    assert picture.shape == (1, 128, 128, 3)
+    link = snapshot / read_manifest(snapshot).engines[0].files[0].path
+    outside = shutil.copyfile(link, tmp_path / "outside")
+    link.unlink()
+    link.symlink_to(outside)
+    assert any("leads out of the bundle" in fault for fault in verify_bundle(snapshot))
+
+
 def test_sound_bundle(toy_bundle: Path, toy_manifest: Manifest) -> None:
     assert verify_bundle(toy_bundle) == []
     assert toy_manifest.schema_version == 1 and toy_manifest.source.name == "toy"
@@ -73,6 +111,18 @@ def test_manifest_survives_a_round_trip(toy_manifest: Manifest) -> None:
         (lambda m: m["engines"][0]["profiles"][0].update(index=3), "profile 3 at position 0"),
         (lambda m: m["engines"][0]["profiles"][0]["shapes"]["sample"].update(min=[9, 9, 9, 9]), "min <= opt <= max"),
         (lambda m: m["engines"].append(m["engines"][0]), "two records name the same file"),
+        (lambda m: m["engines"][0].update(resolutions=["999x999"]), "999x999 are not those of the profiles"),
+        (lambda m: m["engines"][0].update(batches=[4]), r"the batches \[4\] are not those of the profiles, \[1\]"),
+        (
+            lambda m: all_sizes(m["engines"][0], ["999x999"]),
+            "profile 0 takes pictures of 96x96 to 224x224, not 999x999",
+        ),
+        (lambda m: all_sizes(m["engines"][0], ["64x64", "128x128"]), "profile 0 takes pictures of"),
+        (lambda m: m["engines"][0]["profiles"][0].update(batch=9), "batches"),
+        (lambda m: m["engines"][0]["profiles"][0].update(shapes={}), "shapes"),
+        (lambda m: set_shape(m, "sample", [1, 4, 12]), "input sample is"),
+        (lambda m: set_shape(m, "encoder_hidden_states", [1, 5, 64]), "input encoder_hidden_states is"),
+        (lambda m: set_shape(m, "sample", []), "differ in rank, or have none"),
     ],
 )
 def test_damaged_manifest_is_refused(bundle: Path, change: Any, message: str) -> None:

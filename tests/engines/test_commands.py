@@ -34,6 +34,15 @@ def test_verify(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert "1 fault(s)" in printed and "python -m engines build --onnx ONNX" in printed
 
 
+def test_a_bundle_without_engines_is_no_sound_one(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps(manifest | {"engines": []}))
+    assert run(monkeypatch, "verify", bundle) == 2
+    assert "holds no engine; build some with: python -m engines build" in capsys.readouterr().out
+
+
 def test_inspect(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "inspect", bundle) == 0
     printed = capsys.readouterr().out
@@ -55,18 +64,21 @@ def test_list(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def test_prune(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    stray = bundle / "unet" / "old.plan"
-    stray.write_bytes(b"old")
+    stray = bundle / "unet" / "unet_128x128_b1_sm80_tensorrt-rtx-1.0_0123abcd.plan"
+    stray.write_bytes(b"of a killed build")
+    users = [bundle / name for name in ("unet/old.plan", "unet/weights.safetensors", "tokenizer/notes.txt", "a.plan")]
+    for path in users:
+        path.write_bytes(b"somebody's")
     assert run(monkeypatch, "prune", bundle, "--keep-flavors", "onnxruntime", "--dry-run") == 0
     printed = capsys.readouterr().out
-    assert printed.count("would remove") == 5 and "would remove unet/old.plan, which no manifest names" in printed
+    assert printed.count("would remove") == 5 and f"would remove unet/{stray.name}, which no manifest names" in printed
     assert stray.exists()
     assert len(read_manifest(bundle).engines) == 8
     assert run(monkeypatch, "prune", bundle, "--keep-flavors", "onnxruntime") == 0
     assert "4 engine(s) kept" in (done := capsys.readouterr().out)
     assert done.replace("removed", "would remove") == printed, "a dry run tells it all"
     assert read_manifest(bundle).flavors == ["onnxruntime"] and verify_bundle(bundle) == []
-    assert not list(bundle.rglob("*.plan"))
+    assert sorted(bundle.rglob("*.plan")) == [users[3], users[0]] and all(path.exists() for path in users)
 
 
 def test_prune_keeps_what_has_no_size(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,15 @@ def _save(folder: Path, config: dict, graph: onnx.GraphProto) -> None:
         model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=256
     )
     (folder / "config.json").write_text(json.dumps(config))
+    record_hashes(folder)
+
+
+def record_hashes(folder: Path, graphs: dict[str, str] | None = None) -> None:
+    """As export leaves them: of the graphs as they are now."""
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("model*.onnx*")}
+    (folder / "export.json").write_text(
+        json.dumps({"sha256": hashes, "graphs": graphs or {}, "opset": 18, "versions": {}})
+    )
 
 
 def _value(name: str, kind: int, *shape: int | str) -> onnx.ValueInfoProto:
@@ -165,5 +174,5 @@ def make_static(root: Path, sizes: list[str], batch: int) -> Path:
                         dim.dim_value = {"batch": batch, "height": height, "width": width}[dim.dim_param]
             graphs[size] = "model.onnx" if position == 0 else f"model.{size}.onnx"
             (folder / graphs[size]).write_bytes(fixed.SerializeToString())
-        (folder / "export.json").write_text(json.dumps({"graphs": graphs}))
+        record_hashes(folder, graphs)
     return root

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from distill.common.errors import UserError
@@ -94,6 +95,34 @@ def test_new_weights_supersede_the_old_engine(tmp_path: Path, toy_bundle: Path) 
     assert verify_bundle(bundle) == []
 
 
+def test_a_build_leaves_the_onnx_folder_readable(tmp_path: Path) -> None:
+    """onnx reads no weights that have a second hard link, and neither does polygraphy."""
+    folder = make_toy_onnx(tmp_path / "onnx")
+    build_bundle(folder, tmp_path / "bundle", gpus=[], flavor="onnxruntime")
+    weights = [*folder.rglob("*.data"), *(tmp_path / "bundle").rglob("*.data")]
+    assert len(weights) == 8 and all(path.stat().st_nlink == 1 for path in weights)
+    for graph in [*folder.glob("*/model.onnx"), *(tmp_path / "bundle").glob("*/*/model.onnx")]:
+        onnx.load(graph)
+    inspect = [sys.executable, "-m", "polygraphy", "inspect", "model", str(folder / "unet" / "model.onnx")]
+    told = subprocess.run(inspect, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+
+
+@pytest.mark.parametrize("victim", ["model.onnx", "model.onnx.data"])
+def test_an_onnx_folder_that_was_changed_is_refused(tmp_path: Path, victim: str) -> None:
+    folder = make_toy_onnx(tmp_path / "onnx")
+    path = folder / "unet" / victim
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=rf"{victim} has sha256 .* export.json says .* export it again"):
+        build_bundle(folder, tmp_path / "bundle", gpus=[], flavor="onnxruntime")
+    (folder / "unet" / "export.json").unlink()
+    with pytest.raises(UserError, match=r"holds no sha256 .* export it again"):
+        build_bundle(folder, tmp_path / "bundle", gpus=[], flavor="onnxruntime")
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_another_checkpoint_needs_replace(tmp_path: Path, toy_bundle: Path) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(toy_bundle, bundle)
@@ -152,13 +181,15 @@ def test_the_command_that_a_fault_names_builds_that_engine_again(
 
 
 def test_the_command_that_is_named_mends(tmp_path: Path, toy_onnx: Path) -> None:
-    """A manifest that cannot be read, and a file that was slipped in."""
+    """A manifest that cannot be read, and a file that was slipped in, which is its owner's to remove."""
     bundle = tmp_path / "bundle"
     settings = {"gpus": [], "flavor": "onnxruntime", "components": ["text_encoder"]}
     build_bundle(toy_onnx, bundle, **settings)  # type: ignore[arg-type]
     (bundle / "tokenizer" / "extra.json").write_text("{}")
-    assert "extra.json is not named" in unnamed_files(bundle, read_manifest(bundle))[0]
     build_bundle(toy_onnx, bundle, **settings)  # type: ignore[arg-type]
+    [fault] = unnamed_files(bundle, read_manifest(bundle))
+    assert "extra.json is not named" in fault and fault.endswith("remove it")
+    (bundle / "tokenizer" / "extra.json").unlink()
     assert unnamed_files(bundle, read_manifest(bundle)) == []
     (bundle / "manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"not valid JSON .* --replace"):
@@ -223,7 +254,7 @@ def test_the_tensorrt_flavor_asks_for_nothing_that_tensorrt_lacks(
         ({"batches": [0]}, "batch 0 is not possible"),
         ({"memory_gb": 0.0}, r"--memory-gb is 0\.0; it must be above 0"),
         ({"memory_gb": float("nan")}, "--memory-gb is nan"),
-        ({"memory_gb": 0.1}, "needs about .* GB of memory .* 0.1 GB may be used"),
+        ({"memory_gb": 0.1}, "needs about .* MB of memory .* 100 MB may be used"),
     ],
 )
 def test_bad_input_is_one_clear_line(
@@ -258,7 +289,7 @@ def test_a_build_over_its_memory_budget_is_stopped(tmp_path: Path, toy_onnx_fp16
 
     with (
         pytest.MonkeyPatch.context() as patch,
-        pytest.raises(UserError, match=r"went over its memory budget of 0\.1 GB"),
+        pytest.raises(UserError, match=r"went over its memory budget of 100 MB"),
     ):
         patch.setattr(build_room, "run_worker", starve)
         build_bundle(toy_onnx_fp16, folder, gpus=["a100"], flavor="tensorrt-rtx", memory_gb=jobs_fit)
