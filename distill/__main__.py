@@ -11,9 +11,9 @@ from typing import Annotated
 
 import tyro
 
+from distill.checkpoints.sources import WORKDIR
 from distill.common.errors import UserError, exit_on_user_error, require_above, require_least
 from distill.data.samples import SmallPictures
-from distill.models.sources import WORKDIR
 from distill.training.options import Accumulation, BenchOptions, Fsdp, Optimizer, Precision, TrainOptions, Workdir
 
 app = tyro.extras.SubcommandApp()
@@ -58,7 +58,7 @@ def fetch(*, model: str, workdir: Workdir = WORKDIR) -> None:
     Args:
         model: A Hugging Face id, a diffusers folder, a .safetensors file, random:NAME or mini:sdxl.
     """
-    from distill.models.sources import resolve
+    from distill.checkpoints.sources import resolve
 
     print(resolve(model, workdir))
 
@@ -73,10 +73,10 @@ def surgery(*, model: str, student: str, layer_map: str = "first", out: Path, wo
         layer_map: Which teacher blocks it keeps: first, spread, similarity, or a JSON file (importance.json).
         out: The folder to write; its surgery.json says where each tensor came from and which are unused.
     """
+    from distill.checkpoints.sources import find_architecture_of, resolve
+    from distill.checkpoints.surgery import make_student
     from distill.models.architectures import find_architecture
     from distill.models.module_map import read_layer_map
-    from distill.models.sources import find_architecture_of, resolve
-    from distill.models.surgery import make_student
 
     teacher = resolve(model, workdir)
     spec = find_architecture(student, find_architecture_of(teacher).family)
@@ -110,9 +110,9 @@ def cache(
         flip: Mirror half of the pictures, never one whose caption names a side or writing.
         variants: Samples made of each picture, each with its own crop, flip and draw of the VAE.
     """
+    from distill.checkpoints.sources import resolve
     from distill.data.cache import make_cache
     from distill.data.samples import Fitting
-    from distill.models.sources import resolve
 
     fitting = Fitting(small_pictures=small_pictures, flip=flip, variants=variants)
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -187,7 +187,7 @@ def plan(
         processes: GPUs that share the batch.
         memory_gb: The GPU's memory in units of 1e9 bytes; if not given, that of the device at hand.
     """
-    from distill.models.sources import peek_architecture
+    from distill.checkpoints.sources import peek_architecture
     from distill.training.accelerator import COMPUTE_DTYPE, check_fsdp
     from distill.training.memory_plan import describe_plan, device_memory, plan_recipe
     from distill.training.recipes import find_recipe
@@ -256,7 +256,7 @@ def ablate(
         out: Where runs and caches are kept.
         results: Where ablation.json, .md and .svg go.
     """
-    from distill.models.sources import resolve
+    from distill.checkpoints.sources import resolve
     from distill.studies.ablate import VARIANTS, run_ablation
 
     run_ablation(
@@ -296,7 +296,7 @@ def importance(
         samples: Pictures to average over.
         timesteps: Noise levels to average over.
     """
-    from distill.models.sources import resolve
+    from distill.checkpoints.sources import resolve
     from distill.studies.importance import report_importance
 
     report_importance(resolve(model, workdir), cache, student, out, samples=samples, timesteps=timesteps)
@@ -352,8 +352,8 @@ def judge(*, model: str, count: int = 90, steps: int = 25, workdir: Workdir = WO
     """
     import torch
 
+    from distill.checkpoints.sources import load_pipeline, resolve
     from distill.mini.judge import judge as judge_pipeline
-    from distill.models.sources import load_pipeline, resolve
 
     pipe = load_pipeline(resolve(model, workdir), torch.float32)
     pipe.set_progress_bar_config(disable=True)

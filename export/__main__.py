@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from distill.checkpoints.sources import WORKDIR
 from distill.common.errors import UserError, exit_on_user_error
 from distill.models.resolution import Resolution
-from distill.models.sources import WORKDIR
 from distill.training.options import Workdir
 
 app = tyro.extras.SubcommandApp()
@@ -59,8 +59,8 @@ def onnx(
         reuse: Other ONNX folders to take equal components from.
         check: Compare with torch before a component gets its name.
     """
+    from distill.checkpoints.sources import find_architecture_of, resolve
     from distill.common.progress import say
-    from distill.models.sources import find_architecture_of, resolve
     from export.folder import export_checkpoint
     from export.job import ExportOptions
 
@@ -118,9 +118,9 @@ def verify(
     from rich.console import Console
     from rich.table import Table
 
+    from distill.checkpoints.sources import resolve
     from distill.common.files import write_json
     from distill.common.ownership import require_writable_file
-    from distill.models.sources import resolve
     from export.job import library_versions
     from export.parity import BOUNDS
     from export.verify import read_about, verify_folder
@@ -172,10 +172,10 @@ def bench(*, model: str, out: Path, rounds: int = 3, latency_rounds: int = 20, w
         rounds: Exports by each.
         latency_rounds: UNet calls in ONNX Runtime by each.
     """
+    from distill.checkpoints.sources import resolve
     from distill.common.files import write_json
     from distill.common.ownership import require_writable_file
     from distill.common.progress import say
-    from distill.models.sources import resolve
     from export.bench import bench_export
 
     require_writable_file(out, ("runs", "ratios"))

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distill.checkpoints.sources import file_hashes, load_pipeline, make_checkpoint, network_folders, read_config
+from distill.checkpoints.tensors import component_tensors, component_weights
 from distill.common.errors import UserError
 from distill.common.files import read_json, read_object, require_free_disk, sha256_file, sha256_json
 from distill.common.hub import explaining_hub
-from distill.models.sources import file_hashes, load_pipeline, make_checkpoint, network_folders, read_config
-from distill.models.tensors import component_tensors, component_weights
 from export.lora import Lora, check_lora, load_lora
 
 VAE_SOURCES = {"fp16-fix": "madebyollin/sdxl-vae-fp16-fix", "tiny": "madebyollin/taesdxl"}

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from distill.checkpoints.sources import WORKDIR, file_hashes, find_family, load_parts, read_config
+from distill.checkpoints.tensors import component_tensors
 from distill.common.errors import UserError
 from distill.common.files import (
     exclusive,
@@ -31,8 +33,6 @@ from distill.common.files import (
 from distill.common.ownership import require_our_folder
 from distill.models.conditioning import conditioning_of
 from distill.models.families import vae_scale_factor
-from distill.models.sources import WORKDIR, file_hashes, find_family, load_parts, read_config
-from distill.models.tensors import component_tensors
 from export.checkpoint import VAE_SOURCES, prepare
 from export.components import COMPONENTS, FLOAT_DTYPES
 from export.job import (

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distill.checkpoints.tensors import read_safetensors_header
 from distill.common.errors import UserError
 from distill.common.files import read_object
-from distill.models.tensors import read_safetensors_header
 
 Lora = tuple[Path, float]
 """A file and the scale it is fused with."""

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from distill.checkpoints.sources import WORKDIR, file_hashes, load_component
 from distill.common.errors import UserError, unknown
 from distill.common.files import read_json, read_object, sha256_file, sha256_json
 from distill.models.resolution import Resolution
-from distill.models.sources import WORKDIR, file_hashes, load_component
 from export.checkpoint import prepare
 from export.components import COMPONENTS
 from export.job import require_batch, weights_hashes

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
+from distill.checkpoints.sources import component_tensors, explaining_library, read_config
+from distill.checkpoints.tensors import TensorRecord
 from distill.common.errors import UserError
 from distill.models.networks import make_network
-from distill.models.sources import component_tensors, explaining_library, read_config
-from distill.models.tensors import TensorRecord
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -12,10 +12,10 @@ import onnx_ir as ir
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from distill.checkpoints.sources import load_component
 from distill.common.errors import UserError
 from distill.common.files import replacing, sha256_file, write_json
 from distill.models.resolution import Resolution
-from distill.models.sources import load_component
 from export.components import COMPONENTS, Config
 from export.graph import specialise
 from export.job import CHECK_BELOW_BYTES, Job, library_versions

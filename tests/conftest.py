@@ -10,7 +10,7 @@ import pytest
 for library in ("DIFFUSERS", "TRANSFORMERS"):
     os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
-from distill.models.sources import resolve  # noqa: E402
+from distill.checkpoints.sources import resolve  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import engines
+from distill.checkpoints.sources import find_architecture_of, load_pipeline, resolve
+from distill.checkpoints.surgery import make_student
 from distill.models.architectures import ARCHITECTURES, find_architecture
 from distill.models.catalogue import count_parameters, meta_unet
 from distill.models.families import MINI_SD_FAMILY
-from distill.models.sources import find_architecture_of, load_pipeline, resolve
-from distill.models.surgery import make_student
 from engines.building.build import build_bundle
 from export import ExportOptions, export_checkpoint
 

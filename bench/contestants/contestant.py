@@ -11,9 +11,9 @@ from typing import Any
 from bench.contestants.pictures import Pictures
 from bench.floor.roofline import Costs, ModelConfigs, component_costs
 from bench.workload import Workload
+from distill.checkpoints.sources import WORKDIR
 from distill.models.architectures import find_architecture
 from distill.models.families import SDXL_FAMILY, Family
-from distill.models.sources import WORKDIR
 
 STAGES = ("prepare", "tokenise", "text_encoders", "denoise", "vae_decode", "post_process")
 Mark = Callable[[str], None]
@@ -65,7 +65,7 @@ class Contestant:
         return ModelConfigs.of_folder(self.checkpoint_folder())
 
     def checkpoint_folder(self) -> Path:
-        from distill.models.sources import resolve
+        from distill.checkpoints.sources import resolve
 
         return resolve(str(self.checkpoint), self.workdir)
 

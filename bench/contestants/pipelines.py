@@ -139,7 +139,7 @@ class EagerContestant(PipelineContestant):
     @cached_property
     def folder(self) -> Path:
         """The diffusers folder of `source`. Raises UserError."""
-        from distill.models.sources import resolve
+        from distill.checkpoints.sources import resolve
 
         return resolve(self.source, self.workdir)
 
@@ -156,8 +156,8 @@ class EagerContestant(PipelineContestant):
         _ = find_architecture(name) if kind == "random" else self.folder
 
     def make_pipeline(self) -> Any:
-        from distill.models.random_weights import random_pipeline
-        from distill.models.sources import load_pipeline
+        from distill.checkpoints.random_weights import random_pipeline
+        from distill.checkpoints.sources import load_pipeline
 
         kind, _, name = self.source.partition(":")
         if kind == "random":

@@ -18,11 +18,11 @@ from typing import Any
 
 from bench.floor.peaks import Peak
 from bench.workload import Workload
+from distill.checkpoints.sources import network_folders, read_config
 from distill.models.architectures import ARCHITECTURES
 from distill.models.conditioning import conditioning_of
 from distill.models.families import Family, family_of, vae_scale_factor
 from distill.models.resolution import Resolution
-from distill.models.sources import network_folders, read_config
 from export.components import COMPONENTS as EXPORTED
 
 MATRIX_SIDE = 1024

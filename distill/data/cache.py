@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from distill.checkpoints.sources import component_weights, find_family, load_pipeline, network_folders, read_config
 from distill.common.ahead import ahead
 from distill.common.errors import UserError, explaining_full_memory, require_least
 from distill.common.files import (
@@ -45,7 +46,6 @@ from distill.data.samples import BadSample, Fitting, Sample
 from distill.models.conditioning import Conditioning, conditioning_of
 from distill.models.families import Family
 from distill.models.resolution import Resolution
-from distill.models.sources import component_weights, find_family, load_pipeline, network_folders, read_config
 
 SAMPLES_PER_SHARD = 512
 STATED = "cache.json"

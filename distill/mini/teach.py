@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
+from distill.checkpoints.sources import load_pipeline, resolve
 from distill.common.errors import require_above, require_least
 from distill.common.files import write_json
 from distill.common.ownership import require_our_folder
 from distill.mini.judge import judge
 from distill.mini.teach_unet import make_mini_pipeline, teach_unet
 from distill.mini.teach_vae import polish_decoder, teach_vae
-from distill.models.sources import load_pipeline, resolve
 
 
 def teach_mini(

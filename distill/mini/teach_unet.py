@@ -11,10 +11,10 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from diffusers.training_utils import EMAModel
 
+from distill.checkpoints.assemble import tokenizers_and_scheduler
 from distill.common.progress import say
 from distill.mini.teach_vae import draw_pictures, to_tensor
 from distill.models.architectures import ARCHITECTURES
-from distill.models.assemble import tokenizers_and_scheduler
 from distill.models.conditioning import call_unet
 from distill.models.families import MINI_FAMILY
 from distill.models.networks import make_network

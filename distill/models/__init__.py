@@ -1,1 +1,1 @@
-"""What a model is: architectures, checkpoints on disk, and the surgery between them."""
+"""What a model is, as data: families, depths, and which module of a student comes from which of its teacher."""

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from distill.checkpoints.sources import checkpoint_hash, find_architecture_of, load_component, load_pipeline
 from distill.common.errors import quiet_libraries, require_least, unknown
 from distill.common.files import read_json, replacing, write_json
 from distill.common.ownership import require_our_files, require_our_folder
@@ -30,7 +31,6 @@ from distill.data.cache import LatentCache, make_cache
 from distill.data.shapes import ATTRIBUTES
 from distill.mini.judge import READER, check_pictures, judge
 from distill.models.architectures import find_architecture
-from distill.models.sources import checkpoint_hash, find_architecture_of, load_component, load_pipeline
 from distill.training.objectives import Distill
 from distill.training.objectives.taps import Level
 from distill.training.options import TrainOptions

@@ -27,6 +27,9 @@ import diffusers
 import numpy as np
 import torch
 
+from distill.checkpoints.random_weights import random_pipeline
+from distill.checkpoints.sources import find_architecture_of, load_pipeline, resolve
+from distill.checkpoints.surgery import make_student_unet
 from distill.common.errors import UserError, explaining_full_memory, quiet_libraries, unknown
 from distill.common.files import write_json
 from distill.common.kernels import by_family, kernel_times, make_profiler
@@ -40,9 +43,6 @@ from distill.models.conditioning import Conditioning
 from distill.models.families import Family
 from distill.models.module_map import ModuleMap, make_module_map
 from distill.models.networks import make_network
-from distill.models.random_weights import random_pipeline
-from distill.models.sources import find_architecture_of, load_pipeline, resolve
-from distill.models.surgery import make_student_unet
 from distill.studies.published import published_steps
 from distill.training.accelerator import COMPUTE_DTYPE, make_accelerator
 from distill.training.objectives import Distill

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distill.checkpoints.sources import find_architecture_of, load_component
 from distill.common.errors import require_least
 from distill.common.files import replacing, write_json
 from distill.common.ownership import require_our_files
@@ -24,7 +25,6 @@ from distill.models.architectures import find_architecture
 from distill.models.conditioning import call_unet
 from distill.models.depth import Depth
 from distill.models.module_map import ModuleMap, make_module_map
-from distill.models.sources import find_architecture_of, load_component
 from distill.training.step import alphas_cumprod_of
 
 

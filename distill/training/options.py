@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
+from distill.checkpoints.sources import WORKDIR
 from distill.common.errors import require_least
-from distill.models.sources import WORKDIR
 
 Precision = Annotated[
     Literal["no", "fp16", "bf16"],

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from distill.checkpoints.sources import peek_architecture
 from distill.common.errors import UserError, unknown
 from distill.common.files import read_json
 from distill.common.validation import STRICT, from_json
@@ -22,7 +23,6 @@ from distill.models.architectures import SDXL_DEPTH, SSD_1B_DEPTH, Architecture,
 from distill.models.depth import Depth
 from distill.models.families import MINI_FAMILY
 from distill.models.module_map import LayerMap, ModuleMap, read_layer_map
-from distill.models.sources import peek_architecture
 from distill.training.objectives import Distill, Objective
 from distill.training.schedule import Schedule
 from distill.training.student import Pruned, Student

@@ -17,11 +17,11 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from torch.distributed.tensor import DTensor
 
+from distill.checkpoints.sources import load_component
 from distill.common.files import read_json
 from distill.data.cache import seed_of
 from distill.models.conditioning import call_unet
 from distill.models.module_map import ModuleMap
-from distill.models.sources import load_component
 from distill.training.accelerator import make_optimizer, shard
 from distill.training.objectives import Objective
 from distill.training.objectives.interface import Batch, LossTerms, Nets

@@ -14,13 +14,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from pydantic import AfterValidator, Discriminator, Tag
 
+from distill.checkpoints.sources import find_family
+from distill.checkpoints.surgery import make_student_unet
 from distill.common.errors import UserError
 from distill.common.files import replacing
 from distill.common.validation import STRICT
 from distill.models.architectures import Architecture, find_architecture
 from distill.models.module_map import LayerMap, ModuleMap, make_module_map
-from distill.models.sources import find_family
-from distill.models.surgery import make_student_unet
 
 
 @dataclass(frozen=True, kw_only=True)

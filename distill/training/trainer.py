@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from distill.checkpoints.sources import check_successor, checkpoint_hash, find_architecture_of, load_component, resolve
+from distill.checkpoints.surgery import files_but_unet
 from distill.common.errors import UserError, explaining_full_memory
 from distill.common.files import exclusive, read_json, remove_leftovers, require_free_disk, sha256_json, write_json
 from distill.common.progress import say
 from distill.data.cache import LatentCache
 from distill.models.module_map import ModuleMap
-from distill.models.sources import check_successor, checkpoint_hash, find_architecture_of, load_component, resolve
-from distill.models.surgery import files_but_unet
 from distill.training.accelerator import COMPUTE_DTYPE, check_fsdp, decided_by_first, make_accelerator
 from distill.training.memory_plan import MemoryPlan, describe_plan, device_memory, plan_recipe
 from distill.training.options import TrainOptions

@@ -57,7 +57,7 @@ def clip_folder(tmp_path_factory):
     import torch
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-    from distill.models.tokenizer import merges_of, tokenizer_from_merges
+    from distill.checkpoints.tokenizer import merges_of, tokenizer_from_merges
 
     folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)

@@ -94,7 +94,7 @@ def test_every_command_is_one_that_its_room_takes(tmp_path, monkeypatch):
     for place in ("bench.run.run_bench", "distill.studies.bench.bench_loops", "export.folder.export_checkpoint"):
         monkeypatch.setattr(place, stop)
     monkeypatch.setattr("engines.building.build.build_bundle", stop)
-    monkeypatch.setattr("distill.models.sources.resolve", lambda *_: tmp_path)
+    monkeypatch.setattr("distill.checkpoints.sources.resolve", lambda *_: tmp_path)
     seen = set()
 
     def parse(job):

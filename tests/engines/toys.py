@@ -128,7 +128,7 @@ def make_toy_onnx(root: Path, precision: str = "fp32", seed: int = 0, source: st
     """A whole ONNX folder in the form that export leaves."""
     from diffusers import EulerDiscreteScheduler
 
-    from distill.models.tokenizer import merges_of, tokenizer_from_merges
+    from distill.checkpoints.tokenizer import merges_of, tokenizer_from_merges
 
     kind = TensorProto.FLOAT16 if precision == "fp16" else TensorProto.FLOAT
     make_toy_unet(root / "unet", kind, seed)

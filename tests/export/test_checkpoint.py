@@ -15,10 +15,10 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from distill.checkpoints.sources import component_weights, file_hashes, load_component, read_config
 from distill.common.errors import UserError
 from distill.common.files import read_json
 from distill.models.resolution import Resolution
-from distill.models.sources import component_weights, file_hashes, load_component, read_config
 from export.checkpoint import prepare, with_loras, with_vae
 from export.components import COMPONENTS
 from export.folder import export_checkpoint

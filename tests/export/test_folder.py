@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 
 import export.folder
 import export.write
+from distill.checkpoints.sources import file_hashes, load_component
 from distill.common.errors import UserError
 from distill.common.files import exclusive, read_json, sha256_file
 from distill.models.catalogue import count_parameters
 from distill.models.families import MINI_FAMILY
 from distill.models.resolution import Resolution
-from distill.models.sources import file_hashes, load_component
 from export.components import COMPONENTS
 from export.folder import check_files, export_checkpoint
 from export.job import ExportOptions, make_job

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from distill.checkpoints.sources import load_component
 from distill.common.errors import UserError
-from distill.models.sources import load_component
 from export.checkpoint import with_loras
 from export.lora import check_lora
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from diffusers import LCMScheduler, UNet2DConditionModel
 
+from distill.checkpoints.sources import load_pipeline
 from distill.models.architectures import ARCHITECTURES
-from distill.models.sources import load_pipeline
 from export.folder import export_checkpoint
 from export.job import ExportOptions
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import export.trace as tracing
+from distill.checkpoints.sources import load_component
 from distill.models.resolution import Resolution
-from distill.models.sources import load_component
 from export.components import COMPONENTS
 from export.job import make_config
 from export.opening import CannotOpen

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch._subclasses import FakeTensor
 
+from distill.checkpoints.sources import component_weights, load_component
 from distill.common.errors import UserError
-from distill.models.sources import component_weights, load_component
 from export.folder import export_checkpoint
 from export.job import ExportOptions
 from export.weights import load_shapes

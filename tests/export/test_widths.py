@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from distill.checkpoints.assemble import assemble, random_tensors
+from distill.checkpoints.sources import check_checkpoint, find_architecture_of, load_pipeline
+from distill.checkpoints.surgery import make_student, student_modules
 from distill.common.files import read_json
 from distill.models.architectures import VEGA_DEPTH, Architecture, find_architecture
-from distill.models.assemble import assemble, random_tensors
 from distill.models.families import MINI_FAMILY
 from distill.models.resolution import Resolution
-from distill.models.sources import check_checkpoint, find_architecture_of, load_pipeline
-from distill.models.surgery import make_student, student_modules
 from export.folder import export_checkpoint
 from export.job import ExportOptions
 from export.verify import verify_folder

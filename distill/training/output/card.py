@@ -10,9 +10,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from distill.checkpoints.sources import read_config
 from distill.common.files import replacing
 from distill.models.conditioning import conditioning_of
-from distill.models.sources import read_config
 from distill.training.output.student_folder import stage_title
 from distill.training.recipes import Recipe
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
+from distill.checkpoints.sources import load_pipeline
 from distill.common.files import replacing
 from distill.common.progress import say
-from distill.models.sources import load_pipeline
 
 
 def draw_samples(

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
+from distill.checkpoints.sources import read_config
+from distill.checkpoints.surgery import copy_all_but_unet
 from distill.common.files import read_json, replacing, write_json
 from distill.models.module_map import ModuleMap
-from distill.models.sources import read_config
-from distill.models.surgery import copy_all_but_unet
 from distill.training.recipes import Recipe
 
 LOCAL_PATHS = {"_name_or_path", "name_or_path"}

@@ -16,15 +16,15 @@ from threading import Thread
 import pytest
 from huggingface_hub.constants import DOWNLOAD_CHUNK_SIZE
 
+from distill.checkpoints.sources import resolve
 from distill.common.errors import UserError
-from distill.models.sources import resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 COMMANDS = """
 import sys
 from distill.common.errors import exit_on_user_error
-from distill.models.sources import resolve
+from distill.checkpoints.sources import resolve
 for model in sys.argv[1:]:
     print(exit_on_user_error(lambda: print(resolve(model, "unused"))))
 """
@@ -163,6 +163,6 @@ def test_a_full_disk_is_not_told_as_a_lost_network(
         raise error
 
     monkeypatch.setattr("diffusers.DiffusionPipeline.download", fail)
-    monkeypatch.setattr("distill.models.sources._check_on_hub", lambda _: None)
+    monkeypatch.setattr("distill.checkpoints.sources._check_on_hub", lambda _: None)
     with pytest.raises(UserError, match=f"'org/big' {told}"):
         resolve("org/big", tmp_path)

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from distill.checkpoints.sources import load_component
 from distill.common.errors import UserError
 from distill.data.cache import UNCONDITIONAL, LatentCache, checksum, encode, make_cache
 from distill.data.pictures import open_source
@@ -25,7 +26,6 @@ from distill.models.architectures import ARCHITECTURES
 from distill.models.conditioning import Conditioning
 from distill.models.families import MINI_FAMILY
 from distill.models.resolution import Resolution
-from distill.models.sources import load_component
 from tests.distill.pictures import save_picture
 
 

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image, ImageFilter
 from transformers import CLIPTokenizer
 
+from distill.checkpoints.assemble import tokenizers_and_scheduler
 from distill.data.shapes import ATTRIBUTES, SHAPES, SIZES, Scene, Thing, follows, random_scene, read_scene, render
-from distill.models.assemble import tokenizers_and_scheduler
 from distill.models.families import MINI_FAMILY, SDXL_FAMILY, SHAPES_WORDS
 from distill.models.resolution import Resolution
 

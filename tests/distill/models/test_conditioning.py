@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from distill.checkpoints.sources import load_component, load_pipeline
 from distill.common.errors import UserError
 from distill.models.conditioning import SD, SDXL, call_unet, conditioning_of, unet_input_names
 from distill.models.families import MINI_FAMILY, SDXL_FAMILY, family_of
 from distill.models.resolution import NINE, Resolution, scaled_resolutions
-from distill.models.sources import load_component, load_pipeline
 
 PLAIN = {"block_out_channels": (32, 64), "in_channels": 4, "cross_attention_dim": [128, 128]}
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from distill.checkpoints.surgery import plan_surgery, unet_shapes
 from distill.common.errors import UserError
 from distill.models.architectures import SDXL_DEPTH, SSD_1B_DEPTH, VEGA_DEPTH
 from distill.models.depth import Depth
 from distill.models.families import SDXL_FAMILY
 from distill.models.module_map import LayerMap, ModuleMap, make_module_map, read_layer_map
-from distill.models.surgery import plan_surgery, unet_shapes
 
 LAST = "down_blocks.2.attentions.0"
 

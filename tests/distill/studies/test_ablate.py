@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from distill.checkpoints.sources import MINI_TEACHER
 from distill.common.errors import UserError
 from distill.mini.judge import READER
-from distill.models.sources import MINI_TEACHER
 from distill.studies.ablate import VARIANTS, make_recipe, run_ablation
 from distill.training.recipes import Recipe
 

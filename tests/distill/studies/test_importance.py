@@ -6,12 +6,12 @@ from xml.etree import ElementTree
 import torch
 from diffusers import UNet2DConditionModel
 
+from distill.checkpoints.surgery import make_student_unet, student_modules
 from distill.data.cache import make_cache
 from distill.models.architectures import ARCHITECTURES, find_architecture
 from distill.models.depth import Depth
 from distill.models.families import MINI_FAMILY
 from distill.models.module_map import make_module_map, read_layer_map
-from distill.models.surgery import make_student_unet, student_modules
 from distill.studies.importance import BlockScore, measure_importance, propose_layer_map, report_importance
 
 

@@ -13,9 +13,9 @@ import torch.distributed.checkpoint as dcp
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 
+from distill.checkpoints.sources import load_component
 from distill.common.errors import UserError
 from distill.models.architectures import ARCHITECTURES
-from distill.models.sources import load_component
 from distill.training.output.samples import draw_samples
 from distill.training.output.state import Progress, TrainingState, gather_student, resume, save_state
 

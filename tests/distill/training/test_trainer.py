@@ -16,13 +16,13 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from distill.checkpoints.sources import check_successor, component_tensors, file_hashes, read_config, resolve
+from distill.checkpoints.surgery import make_student
 from distill.common.errors import UserError
 from distill.data.cache import make_cache
 from distill.models.architectures import find_architecture
 from distill.models.families import MINI_FAMILY
 from distill.models.module_map import make_module_map
-from distill.models.sources import check_successor, component_tensors, file_hashes, read_config, resolve
-from distill.models.surgery import make_student
 from distill.training.accelerator import check_fsdp, make_accelerator
 from distill.training.guard import DivergenceGuard
 from distill.training.objectives import Distill

@@ -24,11 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig
 
-from distill.common.errors import UserError, exit_on_user_error
-from distill.common.files import remove_leftovers, replacing, write_json
-from distill.models.architectures import ARCHITECTURES, find_architecture
-from distill.models.networks import DEFAULTS
-from distill.models.sources import (
+from distill.checkpoints.sources import (
     MINI_TEACHER,
     check_checkpoint,
     check_successor,
@@ -41,7 +37,11 @@ from distill.models.sources import (
     read_safetensors_header,
     resolve,
 )
-from distill.models.surgery import make_student, make_student_unet, student_modules
+from distill.checkpoints.surgery import make_student, make_student_unet, student_modules
+from distill.common.errors import UserError, exit_on_user_error
+from distill.common.files import remove_leftovers, replacing, write_json
+from distill.models.architectures import ARCHITECTURES, find_architecture
+from distill.models.networks import DEFAULTS
 from distill.models.unet_config import UNET_DEFAULTS
 
 

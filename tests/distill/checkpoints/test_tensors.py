@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from distill.checkpoints.sources import check_checkpoint, file_hashes, load_component
+from distill.checkpoints.tensors import component_tensors, component_weights, read_safetensors_header
 from distill.common.errors import UserError
-from distill.models.sources import check_checkpoint, file_hashes, load_component
-from distill.models.tensors import component_tensors, component_weights, read_safetensors_header
 
 STEM = "diffusion_pytorch_model"
 INDEX = f"{STEM}.safetensors.index.json"

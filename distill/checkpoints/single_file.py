@@ -19,13 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distill.common.errors import UserError
-from distill.models.architectures import Architecture, architecture_at
-from distill.models.assemble import assemble, component_shapes, meta_components
-from distill.models.conditioning import SDXL
-from distill.models.depth import Depth
-from distill.models.families import FAMILIES
-from distill.models.tensors import (
+from distill.checkpoints.assemble import assemble, component_shapes, meta_components
+from distill.checkpoints.tensors import (
     MadeTensor,
     TensorRecord,
     check_stored,
@@ -33,6 +28,11 @@ from distill.models.tensors import (
     read_safetensors_header,
     transposed,
 )
+from distill.common.errors import UserError
+from distill.models.architectures import Architecture, architecture_at
+from distill.models.conditioning import SDXL
+from distill.models.depth import Depth
+from distill.models.families import FAMILIES
 
 PREFIXES = {
     "unet": "model.diffusion_model.",

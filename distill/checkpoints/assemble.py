@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill.checkpoints.tensors import MadeTensor, WritableTensor, write_safetensors
 from distill.common.files import require_free_disk
 from distill.models.architectures import Architecture
 from distill.models.families import Family
 from distill.models.networks import NETWORKS, make_network
-from distill.models.tensors import MadeTensor, WritableTensor, write_safetensors
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,7 @@ def tokenizers_and_scheduler(family: Family, **scheduler: Any) -> dict[str, Any]
     where `scheduler` has no other."""
     from diffusers import EulerDiscreteScheduler
 
-    from distill.models.tokenizer import clip_merges, merges_of, tokenizer_from_merges
+    from distill.checkpoints.tokenizer import clip_merges, merges_of, tokenizer_from_merges
 
     merges = clip_merges() if family.vocabulary is None else merges_of(family.vocabulary)
     encoders = family.conditioning.encoders

@@ -20,6 +20,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from distill.checkpoints.tensors import (
+    component_tensors,
+    component_weights,
+    other_variants,
+    plain_names,
+    read_safetensors_header,
+    write_index,
+)
 from distill.common.errors import UserError, unknown
 from distill.common.files import (
     exclusive,
@@ -39,14 +47,6 @@ from distill.models.conditioning import Conditioning, conditioning_of, context_w
 from distill.models.depth import Depth
 from distill.models.families import Family, check_fit, family_of
 from distill.models.networks import network_class, stated_config
-from distill.models.tensors import (
-    component_tensors,
-    component_weights,
-    other_variants,
-    plain_names,
-    read_safetensors_header,
-    write_index,
-)
 
 if TYPE_CHECKING:
     import torch
@@ -181,7 +181,7 @@ def peek_architecture(source: str) -> Architecture:
     if path.is_dir():
         return find_architecture_of(path)
     if path.suffix == ".safetensors":
-        from distill.models.single_file import find_single_file_architecture
+        from distill.checkpoints.single_file import find_single_file_architecture
 
         return find_single_file_architecture(read_safetensors_header(_single_file(path)), path)
     return ARCHITECTURES["sdxl"]
@@ -338,7 +338,7 @@ def _single_file(path: Path) -> Path:
 
 
 def _converted_single_file(path: Path, workdir: Path) -> Path:
-    from distill.models.single_file import convert_single_file
+    from distill.checkpoints.single_file import convert_single_file
 
     read_safetensors_header(_single_file(path))  # before the whole file is hashed
     folder = workdir / f"{path.stem}-{sha256_file(path)[:12]}"
@@ -346,7 +346,7 @@ def _converted_single_file(path: Path, workdir: Path) -> Path:
 
 
 def _random_checkpoint(name: str, workdir: Path) -> Path:
-    from distill.models.assemble import assemble, random_tensors
+    from distill.checkpoints.assemble import assemble, random_tensors
 
     architecture = find_architecture(name)
     folder = workdir / f"random-{re.sub('[^a-z0-9]+', '-', name)}"

@@ -24,7 +24,7 @@ def random_pipeline(name: str, device: str, dtype: torch.dtype) -> Any:
     import diffusers
     import torch
 
-    from distill.models.assemble import tokenizers_and_scheduler
+    from distill.checkpoints.assemble import tokenizers_and_scheduler
     from distill.models.networks import make_network
 
     architecture = find_architecture(name)

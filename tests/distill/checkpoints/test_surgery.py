@@ -9,12 +9,12 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 from distill.__main__ import main
+from distill.checkpoints.sources import component_tensors, find_architecture_of, load_component, load_pipeline
+from distill.checkpoints.surgery import make_student, make_student_unet, plan_surgery, student_modules, unet_shapes
+from distill.checkpoints.tensors import component_weights
 from distill.common.errors import UserError
 from distill.models.architectures import ARCHITECTURES, SDXL_DEPTH, SSD_1B_DEPTH, VEGA_DEPTH, Architecture
 from distill.models.module_map import ModuleMap, make_module_map, read_layer_map
-from distill.models.sources import component_tensors, find_architecture_of, load_component, load_pipeline
-from distill.models.surgery import make_student, make_student_unet, plan_surgery, student_modules, unet_shapes
-from distill.models.tensors import component_weights
 
 
 def modules_of(checkpoint: Path, student: Architecture, layer_map: str = "first") -> ModuleMap:

@@ -11,15 +11,15 @@ from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
 
+from distill.checkpoints.assemble import component_shapes, meta_components
+from distill.checkpoints.single_file import _unet_name
+from distill.checkpoints.sources import find_architecture_of, load_pipeline, read_config, resolve
+from distill.checkpoints.tensors import component_tensors, component_weights
 from distill.common.errors import UserError
 from distill.data.cache import make_cache
 from distill.models.architectures import ARCHITECTURES
-from distill.models.assemble import component_shapes, meta_components
 from distill.models.depth import Depth
 from distill.models.networks import NETWORKS
-from distill.models.single_file import _unet_name
-from distill.models.sources import find_architecture_of, load_pipeline, read_config, resolve
-from distill.models.tensors import component_tensors, component_weights
 from distill.training.recipes import Recipe, Stage
 from distill.training.student import Pruned
 from distill.training.trainer import train

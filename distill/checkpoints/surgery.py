@@ -10,13 +10,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.checkpoints.sources import network_folders, read_config
+from distill.checkpoints.tensors import (
+    component_tensors,
+    component_weights,
+    plain_names,
+    write_index,
+    write_safetensors,
+)
 from distill.common.errors import UserError
 from distill.common.files import read_json, replacing, require_free_disk, write_json
 from distill.models.architectures import Architecture
 from distill.models.depth import Depth
 from distill.models.module_map import LayerMap, ModuleMap, make_module_map
-from distill.models.sources import network_folders, read_config
-from distill.models.tensors import component_tensors, component_weights, plain_names, write_index, write_safetensors
 
 
 @dataclass(frozen=True)
