@@ -215,10 +215,13 @@ def _levels(teacher: Depth, student: Depth) -> dict[str, str]:
 
 
 def read_layer_map(spec: str) -> str | LayerMap:
-    """A preset's name as it is; a .json file as the entries it holds, or as its `layer_map`. Raises UserError."""
+    """A preset's name as it is; a .json file as the entries it holds, as its `layer_map`, or as the module map that a
+    student's slimxl.json is. Raises UserError."""
     if not spec.endswith(".json"):
         return spec
     stated = read_json(Path(spec))
+    if isinstance(stated, dict) and isinstance(stated.get("module_map"), dict):
+        stated = {"layer_map": stated["module_map"].get("paths")}
     stated = stated.get("layer_map", stated) if isinstance(stated, dict) else None
     if isinstance(stated, str):
         return stated

@@ -119,6 +119,8 @@ def test_the_record_of_a_student_is_read_back(tmp_path: Path) -> None:
     modules = make_module_map("similarity", SDXL_DEPTH, VEGA_DEPTH)
     (tmp_path / "slimxl.json").write_text(json.dumps({"module_map": modules.as_dict()}))
     assert ModuleMap.of_student(tmp_path) == modules
+    as_layer_map = read_layer_map(str(tmp_path / "slimxl.json"))
+    assert make_module_map(as_layer_map, SDXL_DEPTH, VEGA_DEPTH) == modules
     assert ModuleMap.of_student(tmp_path / "elsewhere") is None
     (tmp_path / "slimxl.json").write_text("{}")
     with pytest.raises(UserError, match="has no module_map"):
