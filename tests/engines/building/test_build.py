@@ -103,7 +103,8 @@ def test_a_build_leaves_the_onnx_folder_readable(tmp_path: Path) -> None:
     assert len(weights) == 8 and all(path.stat().st_nlink == 1 for path in weights)
     for graph in [*folder.glob("*/model.onnx"), *(tmp_path / "bundle").glob("*/*/model.onnx")]:
         onnx.load(graph)
-    inspect = [sys.executable, "-m", "polygraphy", "inspect", "model", str(folder / "unet" / "model.onnx")]
+    polygraphy = Path(sys.executable).with_name("polygraphy")
+    inspect = [sys.executable, polygraphy, "inspect", "model", folder / "unet" / "model.onnx"]
     told = subprocess.run(inspect, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
 
