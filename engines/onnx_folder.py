@@ -7,14 +7,14 @@ all its graphs share one file of weights.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from distill.common.errors import UserError
-from distill.common.files import read_json, sha256_file
+from distill.common.files import read_json, sha256_file_once
 from distill.models.conditioning import Conditioning, TensorSpec, conditioning_named
 from distill.models.resolution import Resolution
 from engines.bundle import Engine, TensorInfo
@@ -31,17 +31,6 @@ def _tensor(value: onnx.ValueInfoProto) -> TensorInfo:
     dtype: Any = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
     shape = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
     return TensorInfo(name=value.name, dtype=dtype, shape=shape)
-
-
-def _sha256(path: Path) -> str:
-    about = path.stat()
-    return _sha256_once(path, about.st_mtime_ns, about.st_size)
-
-
-@cache
-def _sha256_once(path: Path, mtime_ns: int, size_bytes: int) -> str:
-    """Cached while the file is the same: nine static graphs share one large file of weights."""
-    return sha256_file(path)
 
 
 @dataclass(frozen=True)
@@ -117,37 +106,18 @@ class OnnxComponent:
 
     @property
     def onnx_sha256(self) -> str:
-        return _sha256(self.model)
+        return sha256_file_once(self.model)
 
     @property
     def current_sha256(self) -> set[str]:
         """The hashes of all graphs of the component. An engine built from any other graph is out of date."""
-        return {_sha256(self.folder / graph) for graph in {"model.onnx", *self.static_graphs.values()}}
+        return {sha256_file_once(self.folder / graph) for graph in {"model.onnx", *self.static_graphs.values()}}
 
     @property
     def weights_sha256(self) -> str | None:
         """None where the weights are inside model.onnx."""
         data = self.files[1:]
-        return _sha256(data[0]) if data else None
-
-    def require_as_exported(self) -> None:
-        """Raises UserError where a graph or its weights are not, by their sha256, what export recorded."""
-        about = self.folder / "export.json"
-        record = read_json(about) if about.is_file() else None
-        stated = record.get("sha256") if isinstance(record, dict) else None
-        again = "export it again"
-        if not isinstance(stated, dict):
-            raise UserError(f"{about} holds no sha256 of the graph and its weights; {again}")
-        for path in dict.fromkeys([*self.files, *(self.folder / name for name in stated)]):
-            if path.name not in stated:
-                raise UserError(f"{path} is none of the files that {about.name} names; {again}")
-            if not path.is_file():
-                raise UserError(f"{path} is missing, {about.name} names it; {again}")
-            if (found := _sha256(path)) != stated[path.name]:
-                raise UserError(
-                    f"{path} has sha256 {found[:12]}…, {about.name} says {str(stated[path.name])[:12]}…: it is damaged or "
-                    f"was changed; {again}"
-                )
+        return sha256_file_once(data[0]) if data else None
 
     def is_source_of(self, engine: Engine) -> bool:
         """Whether the engine was built from this graph and these weights."""

@@ -27,6 +27,7 @@ from distill.common.files import (
     replacing,
     require_free_disk,
     sha256_file,
+    sha256_file_once,
     sha256_json,
     write_json,
 )
@@ -50,6 +51,8 @@ from export.job import (
 
 def _read_record(folder: Path) -> dict[str, Any]:
     """export.json of a component. Raises UserError where it is damaged."""
+    if not (folder / "export.json").is_file():
+        raise UserError(f"{folder} has no export.json, which says what its files are; export {folder.name} again")
     record = read_object(folder / "export.json")
     tables = [record.get(name) for name in ("bytes", "sha256")]
     whole = all(isinstance(table, dict) and all(map(_is_file_name, table)) for table in tables)
@@ -72,9 +75,9 @@ def _read_finished(folder: Path, key: str) -> dict[str, Any] | None:
     return record if all(file.is_file() and file.stat().st_size == size for file, size in files) else None
 
 
-def check_files(folder: Path, components: Sequence[str] = ()) -> None:
-    """Compares every file that an export wrote for some components, or for all and beside them, with the sha256 that was
-    recorded then.
+def check_files(folder: Path, components: Sequence[str] = (), *, beside: bool | None = None) -> None:
+    """Compares every file that an export wrote for some components, or for all, with the sha256 that was recorded then;
+    what lies `beside` them (tokenizers, scheduler) too, which is the default for all.
 
     Raises UserError, which names the file, for one that is missing or has changed, and where there is no component.
     """
@@ -84,14 +87,14 @@ def check_files(folder: Path, components: Sequence[str] = ()) -> None:
     recorded = {
         f"{name}/{file}": digest for name in names for file, digest in _read_record(folder / name)["sha256"].items()
     }
-    if not components and (folder / "slimxl.json").is_file():
+    if (not components if beside is None else beside) and (folder / "slimxl.json").is_file():
         beside = read_object(folder / "slimxl.json").get("files", {})
         recorded |= beside if isinstance(beside, dict) else {}
     for file, digest in recorded.items():
         path = folder / file
         if not path.is_file():
             raise UserError(f"{path} is missing; export again (python -m export onnx)")
-        if sha256_file(path) != digest:
+        if sha256_file_once(path) != digest:
             raise UserError(
                 f"{path} has changed since it was exported: its sha256 is another one than was recorded; remove "
                 f"{path.parent} and export again (python -m export onnx)"

@@ -43,6 +43,8 @@ class Spec:
         kind, _, option = kind_option.partition("@")
         if kind not in KINDS:
             raise unknown("kind of contestant", kind, KINDS)
+        if not source and kind != "fake":
+            raise UserError(f"contestant {text!r} names no model or folder after the colon")
         return cls(name, kind, option or None, source)
 
 

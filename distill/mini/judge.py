@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from distill.common.errors import UserError, require_least
+from distill.common.errors import UserError, require_between
 from distill.data.shapes import Scene, follows, random_scene, shares
 from distill.models.families import MINI_FAMILY
 
@@ -26,7 +26,7 @@ def check_pictures(count: int, steps: int) -> None:
     sizes = len(MINI_FAMILY.resolutions)
     if count < sizes or count % sizes:
         raise UserError(f"{count} pictures are not as many of each of the {sizes} sizes: give a multiple of {sizes}")
-    require_least(1, steps=steps)
+    require_between(1, 1000, steps=steps)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from engines.bundle import Guidance, Layout, Options, Profile
 from engines.flavors import Flavor, find_flavor
 from engines.gpus import Target, resolve_targets
 from engines.onnx_folder import UNSIZED, OnnxComponent, OnnxFolder
+from export.folder import check_files
 
 ENGINE_NAME = re.compile(
     r"[a-z_0-9]+_(\d+x\d+|\d+sizes-[a-z-]+)_b\d+(-\d+)*_.+_(onnxruntime_[0-9a-f]{8}|tensorrt(-rtx)?-.+_[0-9a-f]{8}\.plan)"
@@ -142,9 +143,10 @@ def list_jobs(
     for target in targets:
         backend.check_build(target.compute_capabilities, options or {})
     jobs = []
-    for name in _components(folder, components):
+    names = _components(folder, components)
+    check_files(folder.root, names, beside=True)
+    for name in names:
         component = folder.components[name]
-        component.require_as_exported()
         sizes, spread = chosen, layout
         if name in UNSIZED:  # the same engine for every command, so that it is built once
             sizes, spread = folder.resolutions, "per-resolution" if folder.is_static else "ranged"

@@ -115,7 +115,7 @@ def test_manifest_survives_a_round_trip(toy_manifest: Manifest) -> None:
         (lambda m: m["engines"][0].update(batches=[4]), r"the batches \[4\] are not those of the profiles, \[1\]"),
         (
             lambda m: all_sizes(m["engines"][0], ["999x999"]),
-            "profile 0 takes pictures of 96x96 to 224x224, not 999x999",
+            "profile 0 takes pictures of .*, not 999x999",
         ),
         (lambda m: all_sizes(m["engines"][0], ["64x64", "128x128"]), "profile 0 takes pictures of"),
         (lambda m: m["engines"][0]["profiles"][0].update(batch=9), "batches"),

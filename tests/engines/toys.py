@@ -32,9 +32,9 @@ def _save(folder: Path, config: dict, graph: onnx.GraphProto) -> None:
 def record_hashes(folder: Path, graphs: dict[str, str] | None = None) -> None:
     """As export leaves them: of the graphs as they are now."""
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("model*.onnx*")}
-    (folder / "export.json").write_text(
-        json.dumps({"sha256": hashes, "graphs": graphs or {}, "opset": 18, "versions": {}})
-    )
+    sizes = {name: (folder / name).stat().st_size for name in hashes}
+    record = {"sha256": hashes, "bytes": sizes, "graphs": graphs or {}, "opset": 18, "versions": {}}
+    (folder / "export.json").write_text(json.dumps(record))
 
 
 def _value(name: str, kind: int, *shape: int | str) -> onnx.ValueInfoProto:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from distill.common.errors import UserError
+from distill.common.files import sha256_file
 from distill.models.families import MINI_FAMILY
 from distill.models.resolution import Resolution
 from engines.building.jobs import Job, list_jobs, require_memory
@@ -102,7 +103,7 @@ def test_exact_profiles_are_exact_in_batch_too(toy_onnx_fp16: Path, guidance: st
 
 def test_static_graphs_make_a_plan_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[Path] = []
-    monkeypatch.setattr("engines.onnx_folder.sha256_file", lambda path: hashed.append(path) or str(path))
+    monkeypatch.setattr("distill.common.files.sha256_file", lambda path: hashed.append(path) or sha256_file(path))
     sizes = ["128x128", "160x128", "224x96"]
     folder = make_static(make_toy_onnx(tmp_path / "onnx", "fp16"), sizes, batch=2)
     jobs = jobs_of(folder)
