@@ -38,8 +38,8 @@ def teach_mini(
     require_above(0, learning_rate=learning_rate)
     torch.set_flush_denormal(True)
     require_our_folder(out, "a mini teacher", ["teach.json"], ("seed", "vae_steps"))
-    write_json(out / "teach.json", {"seed": seed, "vae_steps": vae_steps, "vae_whole_steps": vae_whole_steps})
     began = None if start is None else load_pipeline(resolve(str(start), out), torch.float32)
+    write_json(out / "teach.json", {"seed": seed, "vae_steps": vae_steps, "vae_whole_steps": vae_whole_steps})
     if began is not None:
         pipe = began
     elif (out / "vae" / "config.json").exists():

@@ -142,7 +142,7 @@ def test_a_disk_too_small_for_a_fused_checkpoint_is_seen_before_it_is_made(
     mini_vega: Path, loras: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
-    with pytest.raises(UserError, match=r"random-mini-vega with its LoRAs needs .* GB .*another --workdir"):
+    with pytest.raises(UserError, match=r"random-mini-vega with its LoRAs needs .* MB .*another --workdir"):
         with_loras(mini_vega, HASH, [(loras[0], 1.0)], tmp_path)
 
 

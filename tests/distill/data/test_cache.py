@@ -241,7 +241,7 @@ def test_a_disk_known_to_be_too_small_is_told_before_anything_is_written(
     mini_vega: Path, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_000_000))
-    with pytest.raises(UserError, match=r"the cache of 9000 samples needs .* GB on the disk"):
+    with pytest.raises(UserError, match=r"the cache of 9000 samples needs .* MB on the disk"):
         make_cache(mini_vega, "shapes:9000", tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
