@@ -111,7 +111,7 @@ def cache(
         variants: Samples made of each picture, each with its own crop, flip and draw of the VAE.
     """
     from distill.checkpoints.sources import resolve
-    from distill.data.cache import make_cache
+    from distill.data.make_cache import make_cache
     from distill.data.samples import Fitting
 
     fitting = Fitting(small_pictures=small_pictures, flip=flip, variants=variants)

@@ -11,53 +11,33 @@ killed run goes on where it was, and several processes (torchrun) share the work
 from __future__ import annotations
 
 import json
-import math
 import zlib
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from distill.checkpoints.sources import component_weights, find_family, load_pipeline, network_folders, read_config
-from distill.common.ahead import ahead
-from distill.common.errors import UserError, explaining_full_memory, require_least
+from distill.checkpoints.sources import component_weights, find_family, network_folders, read_config
+from distill.common.errors import UserError
 from distill.common.files import (
     read_json,
     read_object,
-    remove_leftovers,
-    replacing,
-    require_free_disk,
     sha256_file_once,
     sha256_json,
-    write_json,
 )
-from distill.common.ownership import require_our_folder
-from distill.common.progress import say, track
-from distill.data.pictures import Source, open_source
-from distill.data.samples import BadSample, Fitting, Sample
-from distill.models.conditioning import Conditioning, conditioning_of
-from distill.models.families import Family
+from distill.models.conditioning import conditioning_of
 from distill.models.resolution import Resolution
 
-SAMPLES_PER_SHARD = 512
 STATED = "cache.json"
 UNCONDITIONAL = "unconditional.safetensors"
 CHECKSUM = "crc32"
 TOKENIZER_WORDS = ("vocab.json", "merges.txt", "tokenizer.json")
-MOST_BAD_SAMPLES = 0.2  # of all; more means that the data set is not what it was taken for
-
-
-def cache_key(checkpoint: Path, data: str, identity: object, seed: int) -> dict[str, Any]:
-    """What the cached values depend on, by `identity` and not by how `data` is spelled, which stands there to be read."""
-    return {"data": data, "identity": sha256_json(identity), "seed": seed, **frozen_hashes(checkpoint)}
 
 
 def frozen_hashes(checkpoint: Path) -> dict[str, str]:
@@ -77,50 +57,6 @@ def frozen_hashes(checkpoint: Path) -> dict[str, str]:
     return {part: sha256_json(value) for part, value in hashes.items()}
 
 
-@torch.no_grad()
-def encode(pipe: Any, conditioning: Conditioning, samples: list[Sample], seed: int) -> dict[str, torch.Tensor]:
-    """What the cache holds of samples of one resolution; latents are drawn from the VAE's posterior with the sample's own
-    seed."""
-    vae, device = pipe.vae, pipe.vae.device
-    pixels = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
-    pixels = pixels.to(device, vae.dtype).div_(127.5).sub_(1)
-    posterior = vae.encode(pixels).latent_dist
-    generators = [torch.Generator().manual_seed(seed_of(seed, sample.key)) for sample in samples]
-    noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=generator) for generator in generators])
-    latents = (posterior.mean + posterior.std * noise.to(device, vae.dtype)) * vae.config.scaling_factor
-    text = conditioning.encode(pipe, [sample.caption for sample in samples])
-    sizes = conditioning.size_inputs(
-        [sample.original_size for sample in samples],
-        [sample.crop_top_left for sample in samples],
-        [sample.resolution for sample in samples],
-    )
-    return {"latents": latents, **text, **sizes}
-
-
-@torch.no_grad()
-def write_unconditional(pipe: Any, conditioning: Conditioning, path: Path) -> None:
-    """What the UNet takes for no caption: each text input by name, without a batch."""
-    text = conditioning.unconditional(pipe)
-    _save({name: value[0].half().cpu().contiguous() for name, value in text.items()}, path)
-
-
-def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Raises UserError where the disk does not take them."""
-    try:
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} cannot be written ({error}); free some space and run the same command again: finished shards stay"
-        ) from None
-
-
-def count_too_long(tokenizer: Any, buckets: Mapping[Resolution, list[Sample]]) -> int:
-    """How many captions have more tokens than the text encoder reads."""
-    captions = [sample.caption for samples in buckets.values() for sample in samples]
-    return sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(captions).input_ids) if captions else 0
-
-
 def checksum(tensors: Iterable[torch.Tensor]) -> int:
     """CRC-32 over the bytes of tensors in order."""
     crc = 0
@@ -134,132 +70,7 @@ def seed_of(seed: int, *parts: object) -> int:
     return int(sha256_json([seed, *map(str, parts)])[:15], 16)
 
 
-def make_cache(
-    checkpoint: Path,
-    data: str,
-    out: Path,
-    *,
-    seed: int = 0,
-    batch: int = 16,
-    fitting: Fitting | None = None,
-    rank: int = 0,
-    processes: int = 1,
-) -> None:
-    """Encodes every sample of `data`, fitted as `fitting` says, with the checkpoint's VAE and text encoders into `out`.
-
-    Raises UserError for a VAE without a posterior, where `out` holds a cache of something else, where more than a fifth
-    of the samples are bad, and where the disk or the GPU's memory is or becomes too small; finished shards stay, and
-    the same call goes on after them.
-    """
-    require_least(1, batch=batch)
-    require_least(0, seed=seed)
-    if read_config(checkpoint, "vae").get("_class_name") == "AutoencoderTiny":
-        raise UserError(
-            f"the VAE of {checkpoint} is an AutoencoderTiny, which has no posterior to draw latents from; give a checkpoint "
-            "with an AutoencoderKL"
-        )
-    require_our_folder(out, "a latent cache", [STATED], ("seed", "shards"))
-    family = find_family(checkpoint)
-    source = open_source(data, family, seed, fitting)
-    ranges = [range(i, min(i + SAMPLES_PER_SHARD, len(source))) for i in range(0, len(source), SAMPLES_PER_SHARD)]
-    key = cache_key(checkpoint, data, source.identity, seed) | {"shards": len(ranges)}
-    stated = out / STATED
-    held = read_json(stated) if stated.exists() else key
-    if not isinstance(held, dict) or held | {"data": data} != key:  # the same data may be spelled otherwise
-        raise UserError(
-            f"{out} is a cache of other data (or of the same before it was changed), another seed, other "
-            "options, or another VAE or text encoder; choose another --out or remove it"
-        )
-    missing = [i for i in range(len(ranges)) if not _is_whole(_shard(out, i))]
-    todo = [i for i in missing if i % processes == rank]
-    if not missing and rank == 0:
-        say(f"{out} is finished, nothing is to do")
-    for path in filter(Path.exists, (_shard(out, i) for i in todo)):
-        say(f"{path} is damaged and is made again")
-    unconditional = out / UNCONDITIONAL
-    if not todo and (rank or unconditional.is_file()):
-        return
-    for note in source.notes if rank == 0 else ():
-        say(note)
-    samples = sum(len(ranges[i]) for i in missing)
-    require_free_disk(out, samples * sample_bytes(family), f"the cache of {samples} samples")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(stated, key)
-    device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    advice = f"take --batch below {batch}; finished shards stay, and the same command goes on"
-    pipe = load_pipeline(checkpoint, torch.float32, without=("unet",))
-    with explaining_full_memory(advice):
-        pipe.to(device)
-    pipe.set_progress_bar_config(disable=True)
-    if rank == 0 and not unconditional.is_file():
-        write_unconditional(pipe, family.conditioning, unconditional)
-    reader = _Reader(source)
-    too_long = 0
-    progress = track(todo, f"caching {samples} samples", unit="shard")
-    with closing(ahead(lambda number: reader.read(ranges[number]), todo)) as shards, reader:
-        for number, (buckets, skipped) in zip(progress, shards, strict=True):
-            remove_leftovers(out, _shard(out, number).name)
-            with explaining_full_memory(advice):
-                write_shard(pipe, family.conditioning, buckets, skipped, _shard(out, number), seed, batch)
-            too_long += count_too_long(pipe.tokenizer, buckets)
-    if too_long:
-        say(
-            f"{too_long} of the captions are longer than the {pipe.tokenizer.model_max_length} tokens that the text "
-            "encoders take; what is beyond is left out"
-        )
-    if reader.bad:
-        say(
-            f"skipped {len(reader.bad)} of {reader.seen} samples; each shard names its own: {'; '.join(reader.bad[:3])}"
-        )
-
-
-class _Reader:
-    """Decodes samples on all cores, keeps count of the bad ones, and gives up where they are too many. Left as a
-    context manager, it decodes none that has not begun."""
-
-    def __init__(self, source: Source) -> None:
-        self.source, self.seen = source, 0
-        self.bad: list[str] = []
-        self.pool = ThreadPoolExecutor()  # decoders let go of the interpreter
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.pool.shutdown(cancel_futures=True)
-
-    def read(self, indices: range) -> tuple[dict[Resolution, list[Sample]], list[str]]:
-        """Samples by resolution, in order, and what was skipped and why. Raises UserError for too many bad ones."""
-        buckets: dict[Resolution, list[Sample]] = defaultdict(list)
-        before = len(self.bad)
-        for sample in self.pool.map(self._read_one, indices):
-            self.seen += 1
-            if isinstance(sample, Sample):
-                buckets[sample.resolution].append(sample)
-            else:
-                self.bad.append(str(sample))
-            if len(self.bad) > MOST_BAD_SAMPLES * max(self.seen, min(50, len(self.source))):
-                raise UserError(f"{len(self.bad)} of the first {self.seen} samples are bad: {'; '.join(self.bad[:3])}")
-        return buckets, self.bad[before:]
-
-    def _read_one(self, index: int) -> Sample | BadSample:
-        try:
-            return self.source.read(index)
-        except BadSample as error:
-            return error
-
-
-def sample_bytes(family: Family) -> int:
-    """What one sample takes in the cache, at the family's base resolution."""
-    specs = family.unet_inputs(family.resolutions[0], 1)
-    return sum(2 * math.prod(spec.shape) for spec in specs if spec.name != "timestep")
-
-
-def _shard(out: Path, number: int) -> Path:
-    return out / f"shard-{number:06d}.safetensors"
-
-
-def _shapes(path: Path) -> dict[str, list[int]]:
+def shapes_of(path: Path) -> dict[str, list[int]]:
     """Of a shard's tensors, by name. Raises UserError for a shard that is cut or not one."""
     try:
         with safe_open(path, "pt") as shard:
@@ -268,39 +79,6 @@ def _shapes(path: Path) -> dict[str, list[int]]:
         raise UserError(
             f"{path} is damaged ({error}): run the same `distill cache` command again, which makes it anew"
         ) from None
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a shard is there, as long as its header says."""
-    try:
-        _shapes(path)
-    except (FileNotFoundError, UserError):
-        return False
-    return True
-
-
-def write_shard(
-    pipe: Any,
-    conditioning: Conditioning,
-    buckets: Mapping[Resolution, list[Sample]],
-    skipped: list[str],
-    path: Path,
-    seed: int,
-    batch: int,
-) -> None:
-    """Encodes samples, `batch` at a time, into one shard; `skipped` says what was left out and why."""
-    tensors: dict[str, torch.Tensor] = {}
-    about: dict[str, Any] = {"skipped": skipped, "samples": {}}
-    for resolution, samples in sorted(buckets.items()):
-        parts = [encode(pipe, conditioning, samples[i : i + batch], seed) for i in range(0, len(samples), batch)]
-        fields = {field: torch.cat([part[field] for part in parts]).cpu() for field in parts[0]}
-        fields = {field: (one.half() if one.is_floating_point() else one).contiguous() for field, one in fields.items()}
-        fields[CHECKSUM] = torch.tensor([checksum([fields[f][i] for f in sorted(fields)]) for i in range(len(samples))])
-        tensors |= {f"{resolution}/{field}": whole for field, whole in fields.items()}
-        about["samples"][str(resolution)] = [
-            {"key": s.key, "caption": s.caption, "crop": s.crop_top_left, "flipped": s.flipped} for s in samples
-        ]
-    _save(tensors, path, {"slimxl": json.dumps(about)})
 
 
 class LatentCache:
@@ -325,7 +103,7 @@ class LatentCache:
                 "`distill cache` command again"
             )
         for path in shards:
-            for name, shape in _shapes(path).items():
+            for name, shape in shapes_of(path).items():
                 size, _, field = name.partition("/")
                 resolution = Resolution.parse(size)
                 if field == "latents":

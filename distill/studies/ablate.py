@@ -27,7 +27,8 @@ from distill.common.errors import quiet_libraries, require_least, unknown
 from distill.common.files import read_json, replacing, write_json
 from distill.common.ownership import require_our_files, require_our_folder
 from distill.common.progress import say
-from distill.data.cache import LatentCache, make_cache
+from distill.data.cache import LatentCache
+from distill.data.make_cache import make_cache
 from distill.data.shapes import ATTRIBUTES
 from distill.mini.judge import READER, check_pictures, judge
 from distill.models.architectures import find_architecture

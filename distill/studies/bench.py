@@ -35,7 +35,8 @@ from distill.common.files import write_json
 from distill.common.kernels import by_family, kernel_times, make_profiler
 from distill.common.ownership import require_writable_file
 from distill.common.progress import say, track
-from distill.data.cache import UNCONDITIONAL, LatentCache, encode, write_shard, write_unconditional
+from distill.data.cache import UNCONDITIONAL, LatentCache
+from distill.data.make_cache import encode, write_shard, write_unconditional
 from distill.data.pictures import Sample, ShapesSource
 from distill.models.architectures import ARCHITECTURES, Architecture, find_architecture
 from distill.models.catalogue import meta_unet, unet_tflop

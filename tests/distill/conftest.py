@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.data.cache import make_cache
+from distill.data.make_cache import make_cache
 from distill.training.options import TrainOptions
 from distill.training.trainer import train
 from tests.distill.small_runs import curve, short_recipe, small_recipe

@@ -16,7 +16,7 @@ from distill.checkpoints.single_file import _unet_name
 from distill.checkpoints.sources import find_architecture_of, load_pipeline, read_config, resolve
 from distill.checkpoints.tensors import component_tensors, component_weights
 from distill.common.errors import UserError
-from distill.data.cache import make_cache
+from distill.data.make_cache import make_cache
 from distill.models.architectures import ARCHITECTURES
 from distill.models.depth import Depth
 from distill.models.networks import NETWORKS

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from distill.checkpoints.sources import load_component
 from distill.common.errors import UserError
-from distill.data.cache import UNCONDITIONAL, LatentCache, checksum, encode, make_cache
+from distill.data.cache import UNCONDITIONAL, LatentCache, checksum
+from distill.data.make_cache import encode, make_cache
 from distill.data.pictures import open_source
 from distill.data.samples import Fitting, Sample
 from distill.models.architectures import ARCHITECTURES
@@ -37,9 +38,9 @@ def test_a_full_gpu_leaves_the_finished_shards_and_the_same_command_goes_on(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free. More.")
         return encode(pipe, conditioning, samples, seed)
 
-    monkeypatch.setattr("distill.data.cache.SAMPLES_PER_SHARD", 30)
+    monkeypatch.setattr("distill.data.make_cache.SAMPLES_PER_SHARD", 30)
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"allocate 2\.00 GiB\..*take --batch below 3"):
-        patch.setattr("distill.data.cache.encode", full)
+        patch.setattr("distill.data.make_cache.encode", full)
         make_cache(mini_vega, "shapes:60", tmp_path / "out", batch=3)
     assert [path.name for path in sorted((tmp_path / "out").glob("shard-*"))] == ["shard-000000.safetensors"]
     make_cache(mini_vega, "shapes:60", tmp_path / "out", batch=3)
@@ -89,7 +90,7 @@ def test_too_many_bad_samples_stop_the_run(mini_vega: Path, tmp_path: Path) -> N
 def test_a_cache_resumes_and_is_the_same_from_any_number_of_processes(
     mini_vega: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr("distill.data.cache.SAMPLES_PER_SHARD", 4)
+    monkeypatch.setattr("distill.data.make_cache.SAMPLES_PER_SHARD", 4)
     make_cache(mini_vega, "shapes:10", tmp_path / "one")
     assert "nothing" not in capsys.readouterr().out
     make_cache(mini_vega, "shapes:10", tmp_path / "one")
@@ -180,9 +181,9 @@ def test_a_cache_that_fails_leaves_no_thread_reading(mini_vega: Path, tmp_path: 
             str(index), np.zeros((128, 128, 3), np.uint8), "a", Resolution(128, 128), (128, 128), (0, 0), False
         )
 
-    monkeypatch.setattr("distill.data.cache.SAMPLES_PER_SHARD", 200)
+    monkeypatch.setattr("distill.data.make_cache.SAMPLES_PER_SHARD", 200)
     monkeypatch.setattr("distill.data.pictures.ShapesSource.read", slow)
-    monkeypatch.setattr("distill.data.cache.write_shard", lambda *_: 1 / 0)
+    monkeypatch.setattr("distill.data.make_cache.write_shard", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         make_cache(mini_vega, "shapes:400", tmp_path)
     assert not {thread for thread in threading.enumerate() if "ThreadPool" in thread.name} - before
@@ -247,7 +248,7 @@ def test_a_disk_known_to_be_too_small_is_told_before_anything_is_written(
 
 
 def test_a_disk_that_becomes_full_loses_nothing(mini_vega: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("distill.data.cache.SAMPLES_PER_SHARD", 4)
+    monkeypatch.setattr("distill.data.make_cache.SAMPLES_PER_SHARD", 4)
     make_cache(mini_vega, "shapes:10", tmp_path / "whole")
     make_cache(mini_vega, "shapes:10", tmp_path / "cache", rank=0, processes=3)  # the first shard
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -268,7 +269,7 @@ def test_a_disk_that_becomes_full_loses_nothing(mini_vega: Path, tmp_path: Path,
 SCRIPT = """
 import sys
 from pathlib import Path
-from distill.data import cache
+from distill.data import make_cache as cache
 cache.SAMPLES_PER_SHARD = 4
 cache.make_cache(Path(sys.argv[1]), "shapes:30", Path(sys.argv[2]), rank=int(sys.argv[3]), processes=2)
 """
@@ -277,7 +278,7 @@ cache.make_cache(Path(sys.argv[1]), "shapes:30", Path(sys.argv[2]), rank=int(sys
 def test_two_processes_killed_at_any_moment_go_on_to_the_same_bytes(
     mini_vega: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr("distill.data.cache.SAMPLES_PER_SHARD", 4)
+    monkeypatch.setattr("distill.data.make_cache.SAMPLES_PER_SHARD", 4)
     make_cache(mini_vega, "shapes:30", tmp_path / "whole")
     killed = tmp_path / "killed"
     command = [sys.executable, "-c", SCRIPT, str(mini_vega), str(killed)]

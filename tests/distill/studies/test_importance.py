@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from distill.checkpoints.surgery import make_student_unet, student_modules
-from distill.data.cache import make_cache
+from distill.data.make_cache import make_cache
 from distill.models.architectures import ARCHITECTURES, find_architecture
 from distill.models.depth import Depth
 from distill.models.families import MINI_FAMILY

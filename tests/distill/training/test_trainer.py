@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from distill.checkpoints.sources import check_successor, component_tensors, file_hashes, read_config, resolve
 from distill.checkpoints.surgery import make_student
 from distill.common.errors import UserError
-from distill.data.cache import make_cache
+from distill.data.make_cache import make_cache
 from distill.models.architectures import find_architecture
 from distill.models.families import MINI_FAMILY
 from distill.models.module_map import make_module_map
