@@ -77,8 +77,8 @@ class Workload:
 
 
 def family_prompts(family: Family, count: int) -> list[str]:
-    """Prompts that the family has learnt: captions of the shapes world for mini, plain prompts otherwise."""
-    if family.name != "mini":
+    """Prompts that the family has learnt: captions of the shapes world, or plain prompts."""
+    if family.vocabulary is None:
         return [PROMPTS[index % len(PROMPTS)] for index in range(count)]
     import numpy as np
 

@@ -241,7 +241,7 @@ def _about(prepared: Path, source: dict[str, str], hashes: Mapping[str, str], op
 
 def pipeline_parts(checkpoint: Path) -> tuple[str, ...]:
     """The folders of a checkpoint that its pipeline needs beside the networks."""
-    return (*conditioning_of(read_config(checkpoint, "unet")).tokenizers, "scheduler")
+    return conditioning_of(read_config(checkpoint, "unet")).parts
 
 
 def _copy_pipeline_parts(checkpoint: Path, out: Path) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 from distill.checkpoints.sources import component_weights, find_family, network_folders, read_config
 from distill.common.errors import UserError, unknown
 from distill.common.files import sha256_file, sha256_json
-from distill.models.conditioning import Config
+from distill.models.conditioning import Config, conditioning_of
 from distill.models.resolution import Resolution
 from export.components import COMPONENTS, FLOAT_DTYPES, unet_config
 
@@ -107,7 +107,7 @@ def library_versions() -> dict[str, str]:
 def component_precision(name: str, options: ExportOptions, vae_config: Config) -> str:
     """SDXL's stock VAE overflows in fp16, so it stays in fp32 whatever the rest is, unless told otherwise. Any other
     VAE follows the rest where its config does not say `force_upcast`."""
-    if not name.startswith("vae"):
+    if COMPONENTS[name].source != "vae":
         return options.precision
     if options.vae_precision != "auto":
         return options.vae_precision
@@ -129,7 +129,7 @@ def make_config(checkpoint: Path, name: str) -> dict[str, Any]:
     config = read_config(checkpoint, COMPONENTS[name].source)
     if name != "unet":
         return config
-    vae, text = read_config(checkpoint, "vae"), read_config(checkpoint, "text_encoder")
+    vae, text = (read_config(checkpoint, part) for part in ("vae", conditioning_of(config).encoders[0]))
     return unet_config(config, vae_config=vae, text_config=text)
 
 

@@ -67,7 +67,7 @@ class ModelConfigs:
     @property
     def is_narrow(self) -> bool:
         """Whether the model is one of the mini families'."""
-        return self.family.name.startswith("mini")
+        return self.family.vocabulary is not None
 
     def parsed(self, part: str) -> dict[str, Any]:
         """The config of one network."""

@@ -20,7 +20,7 @@ def draw_pictures(
     """The same prompts and seeds for everyone, going round the family's resolutions. A contestant that raises is asked no
     further, and `notes` say so."""
     records, drawing = [], list(contestants)
-    sizes = family.resolutions if family.name == "mini" else (main.resolution,)
+    sizes = family.resolutions if family.vocabulary else (main.resolution,)
     base = replace(main, steps=steps)
     for index, prompt in enumerate(family_prompts(family, count)):
         workload = base.for_picture(prompt, 1000 + index, sizes[index % len(sizes)])

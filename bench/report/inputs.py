@@ -13,7 +13,7 @@ from engines.serving.load_file import LOAD_SCHEMA, LoadFile, read_load
 
 @dataclass
 class Inputs:
-    """Results of `bench run`, training loops of `distill bench`, load tests of `engines load`."""
+    """Results of `bench run`, training loops of `distill bench`, load tests of `engines load-test`."""
 
     results: list[Results] = field(default_factory=list)
     loops: list[LoopsFile] = field(default_factory=list)

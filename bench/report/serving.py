@@ -1,4 +1,4 @@
-"""Load tests of a server, from what `engines load` writes."""
+"""Load tests of a server, from what `engines load-test` writes."""
 
 from __future__ import annotations
 

@@ -133,18 +133,17 @@ def check_successor(first: Path, teacher: Path) -> None:
             raise UserError(
                 f"teacher {teacher} cannot succeed {first}: UNet {key} is {now[key]!r}, was {before[key]!r}"
             )
-    for folder in (first, teacher):
-        scheduler = read_object(folder / "scheduler" / "scheduler_config.json")
-        if scheduler.get("prediction_type", "epsilon") != "epsilon":
-            raise UserError(
-                f"teacher {folder} predicts {scheduler['prediction_type']!r}; SDXL's distillation needs 'epsilon'"
-            )
-        kind, zero_snr = scheduler.get("_class_name", ""), scheduler.get("rescale_betas_zero_snr", False)
-        if kind.startswith("EDM") or zero_snr:
-            raise UserError(
-                f"teacher {folder} was trained on other noise levels than SDXL: its scheduler is {kind}, with "
-                f"rescale_betas_zero_snr {zero_snr}; such a teacher cannot be distilled"
-            )
+    scheduler = read_object(teacher / "scheduler" / "scheduler_config.json")
+    if scheduler.get("prediction_type", "epsilon") != "epsilon":
+        raise UserError(
+            f"teacher {teacher} predicts {scheduler['prediction_type']!r}; distillation needs one that predicts 'epsilon'"
+        )
+    kind, zero_snr = scheduler.get("_class_name", ""), scheduler.get("rescale_betas_zero_snr", False)
+    if kind.startswith("EDM") or zero_snr:
+        raise UserError(
+            f"teacher {teacher} was trained on other noise levels than SDXL: its scheduler is {kind}, with "
+            f"rescale_betas_zero_snr {zero_snr}; such a teacher cannot be distilled"
+        )
 
 
 def file_hashes(folder: Path, components: Collection[str] | None = None) -> dict[str, str]:
@@ -236,7 +235,7 @@ def load_parts(folder: Path) -> dict[str, Any]:
     """The scheduler and the tokenizers of a checkpoint, as model_index.json names them. Raises UserError where one is
     missing or cannot be loaded, or its class is unknown."""
     index = read_object(folder / "model_index.json")
-    names = (*conditioning_of(read_config(folder, "unet"), folder).tokenizers, "scheduler")
+    names = conditioning_of(read_config(folder, "unet"), folder).parts
     return {name: _load_part(folder, name, index.get(name)) for name in names}
 
 

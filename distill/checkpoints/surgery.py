@@ -88,6 +88,13 @@ def copy_all_but_unet(checkpoint: Path, out: Path) -> None:
             write_index(out / component, plain_names(component_weights(checkpoint / component)))
 
 
+def student_config(source: Path, student: Architecture) -> dict[str, Any]:
+    """The student's config.json: the one of the checkpoint folder `source` at the student's depth."""
+    config = read_config(source, "unet")
+    kept = {key: value for key, value in config.items() if not key.startswith("_")}
+    return {"_class_name": "UNet2DConditionModel", **student.depth.applied(kept)}
+
+
 def make_student_unet(
     source: Path, student: Architecture, modules: ModuleMap, out: Path, *, beside_bytes: int = 0
 ) -> SurgeryPlan:
@@ -98,9 +105,7 @@ def make_student_unet(
     has no room for it and `beside_bytes` more.
     """
     records = component_tensors(source / "unet")
-    config = read_config(source, "unet")
-    kept = {key: value for key, value in config.items() if not key.startswith("_")}
-    merged = {"_class_name": "UNet2DConditionModel", **student.depth.applied(kept)}
+    merged = student_config(source, student)
     plan = plan_surgery({key: record.shape for key, record in records.items()}, unet_shapes(merged), modules)
     size = sum(records[name].nbytes for name in plan.sources.values())
     require_free_disk(out.parent, size + beside_bytes, f"the student {student.name}")

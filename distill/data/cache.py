@@ -26,7 +26,6 @@ from safetensors.torch import load_file
 from distill.checkpoints.sources import component_weights, find_family, network_folders, read_config
 from distill.common.errors import UserError
 from distill.common.files import (
-    read_json,
     read_object,
     sha256_file_once,
     sha256_json,
@@ -66,7 +65,7 @@ def checksum(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def seed_of(seed: int, *parts: object) -> int:
-    """A 63-bit seed that depends on all parts and on nothing else, e.g. not on the number of processes."""
+    """A 60-bit seed that depends on all parts and on nothing else, e.g. not on the number of processes."""
     return int(sha256_json([seed, *map(str, parts)])[:15], 16)
 
 
@@ -87,21 +86,20 @@ class LatentCache:
 
     def __init__(self, folder: Path, *, batch_size: int, seed: int) -> None:
         """Raises UserError for a folder that is no cache, is not finished or damaged, or holds no sample."""
-        if not (folder / "cache.json").is_file():
+        if not (folder / STATED).is_file():
             raise UserError(
                 f"{folder} is no latent cache: it has no cache.json; make one with: python -m distill cache"
             )
-        self.key = read_json(folder / "cache.json")
+        self.key = read_object(folder / STATED)
         self.batch_size, self.seed = batch_size, seed
         self._rows: dict[Resolution, list[tuple[Path, int]]] = defaultdict(list)
         self._fields: dict[Resolution, set[str]] = defaultdict(lambda: {"latents"})
         self._open: dict[Path, Any] = {}
         shards = sorted(folder.glob("shard-*.safetensors"))
-        if len(shards) < self.key.get("shards", 0) or not (folder / UNCONDITIONAL).is_file():
-            raise UserError(
-                f"{folder} is not finished: it has {len(shards)} of {self.key['shards']} shards; run the same "
-                "`distill cache` command again"
-            )
+        wanted, has_text = self.key.get("shards", 0), (folder / UNCONDITIONAL).is_file()
+        if len(shards) < wanted or not has_text:
+            held = f"{len(shards)} of {wanted} shards" if has_text else f"no {UNCONDITIONAL}"
+            raise UserError(f"{folder} is not finished: it has {held}; run the same `distill cache` command again")
         for path in shards:
             for name, shape in shapes_of(path).items():
                 size, _, field = name.partition("/")

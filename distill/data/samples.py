@@ -42,8 +42,8 @@ class Fitting:
         require_least(1, variants=self.variants)
 
     def for_family(self, family: Family) -> Fitting:
-        """None made plain: a UNet that is told a picture's original size learns blur as a property of small ones; one
-        that is not would learn it as its own style."""
+        """With `small_pictures` decided: a UNet that is told a picture's original size learns blur as a property of small
+        ones; one that is not would learn it as its own style."""
         usual: SmallPictures = "upscale" if family.conditioning.takes_sizes else "skip"
         return replace(self, small_pictures=self.small_pictures or usual)
 

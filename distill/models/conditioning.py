@@ -1,12 +1,13 @@
 """How a prompt, a size and a timestep reach the UNet: its inputs by name, and what fills them.
 
 A UNet's config alone says which inputs it has: SDXL's takes the pooled text of its second encoder and six size numbers
-beside the hidden states (arXiv 2307.01952, section 2.2), that of SD 1.x and 2.x the hidden states alone. This is the
-only file that knows them; training, counting, tracing, engines and the roofline ask it.
+beside the hidden states (arXiv 2307.01952, section 2.2), that of SD 1.x and 2.x the hidden states alone. Training,
+counting, tracing, engines and the roofline take names and shapes from here.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,11 @@ class Conditioning:
     pooled_from: str | None
     options: dict[str, Any]
     load_options: dict[str, Any]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The folders of a checkpoint beside its networks."""
+        return (*self.tokenizers, "scheduler")
 
     @property
     def tokenizers(self) -> tuple[str, ...]:
@@ -137,6 +143,8 @@ SD = Conditioning(
     load_options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
 )
 
+KINDS = (SDXL, SD)
+
 
 def conditioning_of(config: Config, model: object = "the model") -> Conditioning:
     """Of a UNet's config. Raises UserError for a UNet that is conditioned otherwise; `model` is what it is called."""
@@ -147,20 +155,23 @@ def conditioning_of(config: Config, model: object = "the model") -> Conditioning
         if config.get(name) is not None
     ]
     if others:
-        raise UserError(f"{model}: its UNet takes more than text ({others[0]} {config[others[0]]!r}): it is not read")
+        raise UserError(
+            f"{model}: its UNet is not supported: it takes more than text ({others[0]} {config[others[0]]!r})"
+        )
     if kind == "text_time":
         return SDXL
     if kind is None:
         return SD
     raise UserError(
-        f"{model}: its UNet has addition_embed_type {kind!r}; read are 'text_time' (SDXL) and none (SD 1.x, 2.x)"
+        f"{model}: its UNet has addition_embed_type {kind!r}; supported are 'text_time' (SDXL) and none (SD 1.x, 2.x)"
     )
 
 
 def conditioning_named(pipeline: str) -> Conditioning:
     """By the class in model_index.json, whatever the pipeline's task. Raises UserError for another kind of pipeline."""
-    for kind in (SDXL, SD):
-        if pipeline.startswith(kind.pipeline.removesuffix("Pipeline")):
+    for kind in KINDS:
+        stem = kind.pipeline.removesuffix("Pipeline")
+        if re.fullmatch(rf"{stem}(Img2Img|Inpaint|Adapter|ControlNet\w*)?Pipeline", pipeline):
             return kind
     raise UserError(f"{pipeline!r} is no pipeline of Stable Diffusion 1.x, 2.x or XL")
 
@@ -192,19 +203,18 @@ def unet_inputs(
     Raises UserError for a resolution that the model cannot take.
     """
     height, width = latent_size(resolution, vae_scale_factor, unet_multiple(config))
-    first = ("batch",)
     specs = [
         TensorSpec("sample", dtype, (batch, config["in_channels"], height, width), ("batch", None, "height", "width")),
         TensorSpec("timestep", "float32", (1,), (None,)),  # no scalar: Triton's TensorRT backend takes none
-        TensorSpec("encoder_hidden_states", dtype, (batch, tokens, context_width(config)), (*first, None, None)),
+        TensorSpec("encoder_hidden_states", dtype, (batch, tokens, context_width(config)), ("batch", None, None)),
     ]
     if config.get("addition_embed_type") == "text_time":
         # float32 in every precision: diffusers concatenates them with a float32 sinusoidal embedding before it casts
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        specs.append(TensorSpec("text_embeds", "float32", (batch, pooled), (*first, None)))
-        specs.append(TensorSpec("time_ids", "float32", (batch, 6), (*first, None)))
+        specs.append(TensorSpec("text_embeds", "float32", (batch, pooled), ("batch", None)))
+        specs.append(TensorSpec("time_ids", "float32", (batch, 6), ("batch", None)))
     if config.get("time_cond_proj_dim"):
-        specs.append(TensorSpec("timestep_cond", dtype, (batch, config["time_cond_proj_dim"]), (*first, None)))
+        specs.append(TensorSpec("timestep_cond", dtype, (batch, config["time_cond_proj_dim"]), ("batch", None)))
     return specs
 
 

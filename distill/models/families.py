@@ -290,4 +290,5 @@ def family_of(networks: Mapping[str, dict[str, Any]], model: object = "the model
     base = scale * (size if isinstance(size, int) else max(size))
     name = f"{conditioning.pipeline.removesuffix('Pipeline')}-{'-'.join(map(str, widths))}"
     resolutions = scaled_resolutions(base, scale * unet_multiple(unet))
-    return Family(name=name, conditioning=conditioning, networks=networks, resolutions=resolutions)
+    dtype = "float16" if widths[0] >= SDXL_FAMILY.unet["block_out_channels"][0] else "float32"
+    return Family(name=name, conditioning=conditioning, networks=networks, resolutions=resolutions, dtype=dtype)

@@ -91,10 +91,6 @@ class ModuleMap:
         raise UserError(f"{path} has no module_map: it is damaged, or of another version; distil the student again")
 
 
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[a-z]\w*(\.\w+)*", value) is not None
-
-
 def _index(path: str) -> int:
     return int(path.rpartition(".")[2])
 
@@ -146,6 +142,7 @@ def make_module_map(
     choose = PRESETS[layer_map if isinstance(layer_map, str) else "first"]
     paths = _levels(teacher, student)
     transformers = teacher.transformers
+    places = {source: path for path, source in held.paths.items()} if held else {}
     for path, count in student.transformers.items():
         given = explicit.get(path)
         if isinstance(given, str):
@@ -155,9 +152,9 @@ def make_module_map(
         if count > available:
             raise UserError(f"the student has {count} blocks at {path}, its teacher only {available}")
         if given is not None and not isinstance(given, str):
-            kept = _filled_up(path, given, count, available)
-        elif held and path in held.student.transformers and len(held.blocks(path)) == count:
-            kept = held.blocks(path)
+            kept = _fill_up(path, given, count, available)
+        elif held and (there := places.get(source)) and len(held.blocks(there)) == count:
+            kept = held.blocks(there)
         else:
             kept = choose(available, count)
         paths |= {f"{path}.transformer_blocks.{j}": f"{source}.transformer_blocks.{i}" for j, i in enumerate(kept)}
@@ -179,7 +176,7 @@ def make_module_map(
     return ModuleMap(teacher, student, paths)
 
 
-def _filled_up(path: str, given: Sequence[int], count: int, available: int) -> tuple[int, ...]:
+def _fill_up(path: str, given: Sequence[int], count: int, available: int) -> tuple[int, ...]:
     rising = sorted(set(given)) == list(given) and len(given) <= count
     if not given or not rising or given[0] < 0 or given[-1] >= available:
         raise UserError(f"layer map at {path}: {list(given)} must be {count} rising indices below {available}")

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from distill.models.conditioning import SDXL
+from distill.models.conditioning import KINDS
 from distill.models.unet_config import stated_unet
 
-NETWORKS = SDXL.networks
-"""Library and class by folder: those of every family, since no other has one that SDXL lacks."""
+NETWORKS = {folder: network for kind in KINDS for folder, network in kind.networks.items()}
+"""Library and class by folder, of every kind of pipeline."""
 
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -20,6 +20,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "latent_channels": 4,
         "block_out_channels": [64],
         "scaling_factor": 0.18215,
+        "force_upcast": True,
     },
     "AutoencoderTiny": {
         "in_channels": 3,

@@ -1,7 +1,7 @@
 """accelerate, FSDP and the optimiser, set up for the machine at hand.
 
 FSDP shares weights, average, moments and gradients out over the processes (torch's fully_shard, FSDP2). accelerate's own
-FSDP plugin is for GPUs only: on a CPU it is set aside without a word (`AcceleratorState` asks for MULTI_GPU and its like,
+FSDP plugin is for GPUs only: on a CPU it is silently disabled (`AcceleratorState` asks for MULTI_GPU and its like,
 never MULTI_CPU), so what it does could not be tested without one. fully_shard is the same on both.
 """
 
@@ -33,7 +33,7 @@ COMPUTE_DTYPE = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloa
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw-8bit": 2.0 + 8 / 256}
 """Per parameter: two moments; in 8 bits with one float32 scale for each 256 of them (bitsandbytes' block)."""
 SHARDED_TOGETHER = (BasicTransformerBlock, ResnetBlock2D)
-"""Modules gathered and let go as one; what lies outside of them stays gathered from forward to backward."""
+"""Modules gathered and freed together; what lies outside of them stays gathered from forward to backward."""
 
 
 def make_accelerator(options: TrainOptions, out: Path) -> Accelerator:

@@ -29,7 +29,7 @@ from distill.training.student import Pruned, Student
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
-"""It becomes part of a folder's."""
+"""It becomes part of a folder name."""
 
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 ZAVY_CHROMA_XL = "stablediffusionapi/zavychromaxl-v80"
@@ -141,7 +141,7 @@ def _published(name: str, student: str, layer_map: str | LayerMap, start: Depth)
 
 
 def ssd_1b(student: str = "ssd-1b", layer_map: str | LayerMap = "similarity") -> Recipe:
-    """SSD-1B, or another depth on the same road."""
+    """SSD-1B, or another depth with the same stages."""
     return _published("ssd-1b", student, layer_map, SDXL_DEPTH)
 
 
@@ -202,7 +202,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
 
 
 def find_recipe(name: str, *, student: str | None = None, layer_map: str | LayerMap | None = None) -> Recipe:
-    """The recipe called `name`, on the same road to another `student` (an architecture's name or a depth pattern) or
+    """The recipe called `name`, with the same stages to another `student` (an architecture's name or a depth pattern) or
     by another `layer_map` (a preset's name, a file or indices) where they are given; or the one that stands in the file
     `name`.
 

@@ -75,7 +75,9 @@ def add_noise(
 
 def predict(unet: Any, batch: Batch, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The UNet's noise_pred (batch, 4, height / 8, width / 8) for a noised batch."""
-    cast = {name: batch[name].to(dtype) for name in ("sample", "encoder_hidden_states")}
+    cast = {
+        name: batch[name].to(dtype) for name in ("sample", "encoder_hidden_states", "timestep_cond") if name in batch
+    }
     return call_unet(unet, {**batch, **cast})
 
 

@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from pydantic import AfterValidator, Discriminator, Tag
 
 from distill.checkpoints.sources import find_family
-from distill.checkpoints.surgery import make_student_unet
+from distill.checkpoints.surgery import make_student_unet, student_config
 from distill.common.errors import UserError
 from distill.common.files import replacing
 from distill.common.validation import STRICT
@@ -46,6 +46,11 @@ class Pruned:
             raise UserError(
                 f"{student.name} is of the family {student.family.name}, its teacher of {teacher.family.name}"
             )
+        if held and held.teacher != teacher.depth:
+            raise UserError(
+                f"the student to start from was made from a teacher of depth {held.teacher}, this one has {teacher.depth}; "
+                "start from a student of this teacher"
+            )
         modules = make_module_map(self.layer_map, teacher.depth, student.depth, held)
         if not self.from_scratch:
             modules.relative_to(held)
@@ -60,7 +65,7 @@ class Pruned:
             return
         torch.manual_seed(seed)
         with replacing(folder) as temporary:
-            UNet2DConditionModel(**student.unet_config).save_pretrained(temporary)
+            UNet2DConditionModel.from_config(student_config(source, student)).save_pretrained(temporary)
 
 
 def _kind(stated: Any) -> str:

@@ -64,9 +64,9 @@ def train(
     for teacher in teachers.values():  # the first too: what it predicts is checked
         check_successor(first, teacher)
     modules = stage_modules(recipe, find_architecture_of(first), ModuleMap.of_student(start) if start else None)
-    folders = {Path(stage.cache) if stage.cache else cache for stage in recipe.stages}
-    caches = {folder: LatentCache(folder, batch_size=recipe.batch_size, seed=recipe.seed) for folder in folders}
-    latents = [caches[Path(stage.cache) if stage.cache else cache] for stage in recipe.stages]
+    folders = [Path(stage.cache) if stage.cache else cache for stage in recipe.stages]
+    caches = {folder: LatentCache(folder, batch_size=recipe.batch_size, seed=recipe.seed) for folder in set(folders)}
+    latents = [caches[folder] for folder in folders]
     pipelines = decided_by_first(lambda: _find_pipelines(recipe, teachers, latents, start))
     run = decided_by_first(lambda: _describe_run(recipe, teachers, latents, start, options))
     stages = [

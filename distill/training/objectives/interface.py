@@ -11,7 +11,7 @@ An objective is a frozen dataclass, a part of a recipe. The step asks it for fiv
                                        network); it gives `terms(student, teacher, batch, step)`, the named loss terms
 
 `terms` calls student and teacher as functions of a batch, as often as the equations say and with the batch changed as
-they say: `teacher(batch | nets.unconditional)`, `student(batch | {"timestep": earlier})`.
+they say: `student({**batch, "timestep": earlier})`.
 """
 
 from __future__ import annotations

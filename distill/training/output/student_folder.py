@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from distill.checkpoints.sources import read_config
+from distill.checkpoints.sources import find_family
 from distill.checkpoints.surgery import copy_all_but_unet
 from distill.common.files import read_json, replacing, write_json
 from distill.models.module_map import ModuleMap
@@ -29,7 +29,7 @@ def stage_title(recipe: Recipe, number: int) -> str:
 
 def student_dtype(teacher_folder: Path) -> torch.dtype:
     """What a student is stored in: fp16 at full size, fp32 where it is small."""
-    return torch.float32 if read_config(teacher_folder, "unet")["block_out_channels"][0] < 320 else torch.float16
+    return getattr(torch, find_family(teacher_folder).dtype)
 
 
 def save_student(
