@@ -52,6 +52,16 @@ class Depth:
         )
 
     @property
+    def layers(self) -> dict[str, int]:
+        """Module path of each level -> the number of its ResNets."""
+        mid = {} if self.mid is None else {"mid_block": 2 if self.mid else 1}
+        down, up = (
+            {f"{side}_blocks.{i}": len(level) for i, level in enumerate(levels)}
+            for side, levels in (("down", self.down), ("up", self.up))
+        )
+        return down | mid | up
+
+    @property
     def transformer_blocks(self) -> int:
         return sum(self.transformers.values())
 
@@ -123,6 +133,8 @@ class Depth:
     def check(self) -> None:
         """Raises UserError where diffusers' UNet2DConditionModel cannot express the pattern."""
         levels = self.down + self.up
+        if not any(any(level) for level in levels):
+            raise UserError(f"depth {self}: no level has a transformer block, one at least must")
         if any(not level or (0 in level and any(level)) for level in levels):
             raise UserError(
                 f"depth {self}: the ResNets of a level all have transformer blocks behind them, one at least, or none has"

@@ -9,8 +9,10 @@ by it, importance proposes its layer map.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from distill.models.depth import Depth
 
 LayerMap = Mapping[str, tuple[int, ...] | str]
 """Module path of a transformer of the student (`down_blocks.2.attentions.0`) -> the indices of the teacher's blocks that
-it keeps at least, in order; or any module path of the student -> the teacher's module that it is made from."""
+it keeps at least, in order; or the path of a ResNet, a transformer or a block of the student -> the teacher's module that it
+is made from, of the same kind."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,8 @@ class ModuleMap:
         if missing:
             path, source = missing[0]
             raise UserError(
-                f"{path} is made from the teacher's {source}, which the student that it starts from has dropped; choose a "
-                "layer map that is nested in its own"
+                f"{path} is made from the teacher's {source}, which the student that it starts from has dropped; it can be "
+                "no deeper than that one, and its layer map must be nested in that one's"
             )
         return ModuleMap(held.student, self.student, {path: places[source] for path, source in self.paths.items()})
 
@@ -141,44 +144,86 @@ def make_module_map(
     explicit: LayerMap = {} if isinstance(layer_map, str) else layer_map
     choose = PRESETS[layer_map if isinstance(layer_map, str) else "first"]
     paths = _levels(teacher, student)
-    transformers = teacher.transformers
+    if held:
+        paths |= _kept_places(paths, student, held)
+    _check_entries(explicit, paths, teacher, student)
+    paths |= {path: entry for path, entry in explicit.items() if isinstance(entry, str) and path in paths}
     places = {source: path for path, source in held.paths.items()} if held else {}
     for path, count in student.transformers.items():
-        given = explicit.get(path)
-        if isinstance(given, str):
-            paths[path] = given
-        source = paths.get(path, "")
-        available = transformers.get(source, 0)
+        source, given = paths[path], explicit.get(path)
+        available = teacher.transformers.get(source, 0)
         if count > available:
             raise UserError(f"the student has {count} blocks at {path}, its teacher only {available}")
-        if given is not None and not isinstance(given, str):
+        if isinstance(given, tuple):
             kept = _fill_up(path, given, count, available)
         elif held and (there := places.get(source)) and len(held.blocks(there)) == count:
             kept = held.blocks(there)
         else:
             kept = choose(available, count)
-        paths |= {f"{path}.transformer_blocks.{j}": f"{source}.transformer_blocks.{i}" for j, i in enumerate(kept)}
-    known = set(_levels(teacher, teacher)) | {
-        f"{path}.transformer_blocks.{i}" for path, n in transformers.items() for i in range(n)
-    }
-    for path, given in explicit.items():
-        if path not in paths:
-            raise unknown("module of the student in the layer map", path, paths)
-        if isinstance(given, str):
-            if given not in known:
-                raise unknown(f"module of the teacher in the layer map at {path}:", given, known)
-            paths[path] = given
-        elif path not in student.transformers:
-            raise UserError(f"layer map at {path}: indices are for transformers, as {next(iter(student.transformers))}")
+        ours, theirs = f"{path}.transformer_blocks", f"{source}.transformer_blocks"
+        blocks = [str(explicit.get(f"{ours}.{j}", f"{theirs}.{i}")) for j, i in enumerate(kept)]
+        if not all(block.startswith(f"{theirs}.") for block in blocks) or not _is_rising(list(map(_index, blocks))):
+            raise UserError(
+                f"layer map at {path}: its blocks must be rising ones of the teacher's {source}, got {blocks}"
+            )
+        paths |= {f"{ours}.{j}": block for j, block in enumerate(blocks)}
+    known = _modules(teacher)
     for path, source in paths.items():
         if source not in known:
             raise UserError(f"the student has {path}, its teacher has no {source}")
     return ModuleMap(teacher, student, paths)
 
 
+def _modules(depth: Depth) -> set[str]:
+    blocks = {f"{path}.transformer_blocks.{i}" for path, n in depth.transformers.items() for i in range(n)}
+    return set(_levels(depth, depth)) | blocks
+
+
+def _check_entries(explicit: LayerMap, paths: Mapping[str, str], teacher: Depth, student: Depth) -> None:
+    """Raises UserError for an entry of no module of the student, or with none of the teacher that is of its kind."""
+    ours, theirs = _modules(student), _modules(teacher)
+    for path, entry in explicit.items():
+        if path not in ours:
+            raise _unknown("module of the student in the layer map", path, ours)
+        if not isinstance(entry, str):
+            if path not in student.transformers:
+                transformer = next(iter(student.transformers))
+                raise UserError(f"layer map at {path}: indices are for transformers, as {transformer}")
+            continue
+        if entry not in theirs:
+            raise _unknown(f"module of the teacher in the layer map at {path}:", entry, theirs)
+        if _kind(path) == "level" and entry != paths[path]:
+            raise UserError(f"layer map at {path}: a level is not moved as a whole; name its ResNets and transformers")
+        if _kind(path) != _kind(entry):
+            raise UserError(f"layer map at {path}: {entry} is a module of another kind")
+
+
+def _kind(path: str) -> str:
+    return path.split(".")[-2] if path.count(".") > 1 or path.startswith("mid_block.") else "level"
+
+
+def _unknown(what: str, got: str, names: Collection[str]) -> UserError:
+    near = get_close_matches(got, sorted(names), n=3, cutoff=0)
+    return UserError(f"unknown {what} {got!r}; the nearest are {', '.join(near)}")
+
+
+def _kept_places(paths: Mapping[str, str], student: Depth, held: ModuleMap) -> dict[str, str]:
+    """Where the ResNets and transformers of an earlier student come from, in the levels that have as many now."""
+    now, then = student.layers, held.student.layers
+    kept = {}
+    for path in paths:
+        level = next(level for level in now if path == level or path.startswith(f"{level}."))
+        if path in held.paths and now[level] == then.get(level) and held.paths[level] == paths[level]:
+            kept[path] = held.paths[path]
+    return kept
+
+
+def _is_rising(indices: Sequence[int]) -> bool:
+    return all(one < other for one, other in pairwise(indices))
+
+
 def _fill_up(path: str, given: Sequence[int], count: int, available: int) -> tuple[int, ...]:
-    rising = sorted(set(given)) == list(given) and len(given) <= count
-    if not given or not rising or given[0] < 0 or given[-1] >= available:
+    if not given or len(given) > count or not _is_rising(given) or given[0] < 0 or given[-1] >= available:
         raise UserError(f"layer map at {path}: {list(given)} must be {count} rising indices below {available}")
     others = [index for index in range(available) if index not in given]
     return tuple(sorted([*given, *others[: count - len(given)]]))

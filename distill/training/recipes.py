@@ -28,7 +28,7 @@ from distill.training.schedule import Schedule
 from distill.training.student import Pruned, Student
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
 """It becomes part of a folder name."""
 
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -50,7 +50,7 @@ class Stage:
     objective: Objective = field(default_factory=Distill)
     learning_rate: PositiveFloat = 1e-5
     schedule: Schedule = field(default_factory=Schedule)
-    cache: str | None = None
+    cache: Annotated[str, Field(min_length=1)] | None = None
 
     def learning_rate_at(self, step: int) -> float:
         return self.schedule.rate(self.learning_rate, step, self.steps)

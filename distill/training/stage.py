@@ -54,6 +54,7 @@ class StageRun:
         state = TrainingState(pair.student, pair.optimizer.optimizer, ema, self.accelerator.scaler)
         with pair.taught_by(self.recipe.stages[self.number].objective) as take_step:
             self._train(pair, take_step, state, previous)
+        self._check_weights(state, previous)
         student = gather_student(state)
         folder = stage_folder(self.recipe, self.number, self.out)
         if student is not None and self.accelerator.is_main_process:
@@ -127,6 +128,7 @@ class StageRun:
                 stop, late = self._any_process(sigterm_came(), late)
                 due = done < stage.steps and (due or late or done % options.checkpoint_every == 0)
                 if (due or stop) and not guard.bad_steps:
+                    self._check_weights(state, previous)
                     progress = Progress(step=done, good_losses=tuple(guard.good))
                     save_state(accelerator, state, states, self.number, progress, keep=options.keep_checkpoints)
                     due, saved = False, time.monotonic()
@@ -152,6 +154,16 @@ class StageRun:
         """Each flag true in all processes where it is in one: what follows from it is done by all or by none."""
         told = torch.tensor(flags, dtype=torch.float32, device=self.accelerator.device)
         return self.accelerator.reduce(told, reduction="sum").bool().tolist()
+
+    def _check_weights(self, state: TrainingState, previous: Path | None) -> None:
+        """Raises UserError for weights that are not finite: the last update may overflow, and no loss comes after it."""
+        kept = [*state.student.parameters(), *(state.ema.shadow_params if state.ema else ())]
+        [broken] = self._any_process(not all(bool(weights.isfinite().all()) for weights in kept))
+        if broken:
+            stage = self.recipe.stages[self.number]
+            raise UserError(
+                f"stage {stage.name}: the student's weights are not finite any more; {self._advice(previous)}"
+            )
 
     def _advice(self, previous: Path | None) -> str:
         """What to do where this recipe leads nowhere: train by another, from the last whole student."""

@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from pydantic import AfterValidator, Discriminator, Tag
 
 from distill.checkpoints.sources import find_family
-from distill.checkpoints.surgery import make_student_unet, student_config
+from distill.checkpoints.surgery import make_student_unet, plan_surgery, student_config, unet_shapes
 from distill.common.errors import UserError
 from distill.common.files import replacing
 from distill.common.validation import STRICT
@@ -54,6 +54,8 @@ class Pruned:
         modules = make_module_map(self.layer_map, teacher.depth, student.depth, held)
         if not self.from_scratch:
             modules.relative_to(held)
+        if not isinstance(self.layer_map, str):  # entries of one's own may name modules of other shapes
+            plan_surgery(unet_shapes(teacher.unet_config), unet_shapes(student.unet_config), modules)
         return modules
 
     def make_unet(self, source: Path, modules: ModuleMap, held: ModuleMap | None, folder: Path, *, seed: int) -> None:

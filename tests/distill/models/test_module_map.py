@@ -105,7 +105,7 @@ def test_a_student_of_a_student_counts_the_teachers_blocks() -> None:
     modules = make_module_map({LAST: (2, 6)}, SDXL_DEPTH, VEGA_DEPTH, held)
     relative = modules.relative_to(held)
     assert modules.blocks(LAST) == (2, 6) and relative.blocks(LAST) == (2, 3)
-    with pytest.raises(UserError, match=r"transformer_blocks\.9.*has dropped; choose a layer map that is nested"):
+    with pytest.raises(UserError, match=r"transformer_blocks\.9.*has dropped; it can be no deeper"):
         make_module_map({LAST: (2, 9)}, SDXL_DEPTH, VEGA_DEPTH, held).relative_to(held)
 
 
@@ -135,3 +135,26 @@ def test_a_file_that_holds_no_layer_map_is_one_line(stated: str, tmp_path: Path)
     (tmp_path / "map.json").write_text(stated)
     with pytest.raises(UserError, match="is no layer map; it should read like"):
         read_layer_map(str(tmp_path / "map.json"))
+
+
+@pytest.mark.parametrize(
+    ("layer_map", "told"),
+    [
+        ({f"{LAST}.transformer_blocks.1": f"{LAST}.transformer_blocks.0"}, "must be rising ones"),
+        ({f"{LAST}.transformer_blocks.0": f"{LAST}.transformer_blocks.5"}, "must be rising ones"),
+        ({"up_blocks.1": "up_blocks.0"}, "a level is not moved as a whole"),
+        ({"up_blocks.0.resnets.0": "down_blocks.2.attentions.1"}, "is a module of another kind"),
+    ],
+)
+def test_an_entry_that_taps_could_not_follow_is_refused(layer_map: LayerMap, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        make_module_map(layer_map, SDXL_DEPTH, SSD_1B_DEPTH)
+
+
+def test_a_level_that_keeps_its_layers_keeps_their_places() -> None:
+    held = make_module_map({LAST: "down_blocks.2.attentions.1"}, SDXL_DEPTH, SSD_1B_DEPTH)
+    assert make_module_map("first", SDXL_DEPTH, SSD_1B_DEPTH, held) == held
+    assert (
+        held.source(f"{LAST}.transformer_blocks.3.norm1.bias")
+        == "down_blocks.2.attentions.1.transformer_blocks.3.norm1.bias"
+    )

@@ -341,3 +341,10 @@ def test_ema_starts_from_the_student(mini_vega: Path, cache: Path, tmp_path: Pat
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet").state_dict()
     teacher = UNet2DConditionModel.from_pretrained(mini_vega / "unet").state_dict()
     assert all(torch.allclose(value, teacher[key], atol=1e-6) for key, value in unet.items())
+
+
+def test_weights_that_the_last_update_broke_are_no_student(mini_vega: Path, cache: Path, tmp_path: Path) -> None:
+    recipe = short_recipe(mini_vega, steps=1, learning_rate=1e300)
+    with pytest.raises(UserError, match="stage whole: the student's weights are not finite any more"):
+        train(recipe, cache=cache, out=tmp_path / "out", workdir=tmp_path)
+    assert not (tmp_path / "out" / "slimxl.json").exists()
