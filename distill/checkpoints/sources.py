@@ -127,9 +127,9 @@ def _network_of(folder: Path) -> dict[str, Any]:
 def check_successor(first: Path, teacher: Path) -> None:
     """Raises UserError where a later teacher differs from the first in architecture, and where one predicts something
     else than the noise, or knows other noise levels than SDXL's."""
-    families = [find_family(folder).name for folder in (first, teacher)]
-    if families[0] != families[1]:
-        raise UserError(f"teacher {teacher} is of the family {families[1]}, the first, {first}, of {families[0]}")
+    kinds = [conditioning_of(read_config(folder, "unet"), folder).pipeline for folder in (first, teacher)]
+    if kinds[0] != kinds[1]:
+        raise UserError(f"teacher {teacher} is for a {kinds[1]}, the first, {first}, for a {kinds[0]}: one family a recipe")
     before, now = _network_of(first), _network_of(teacher)
     for key in sorted(now):
         if before[key] != now[key]:
