@@ -129,7 +129,9 @@ def check_successor(first: Path, teacher: Path) -> None:
     else than the noise, or knows other noise levels than SDXL's."""
     kinds = [conditioning_of(read_config(folder, "unet"), folder).pipeline for folder in (first, teacher)]
     if kinds[0] != kinds[1]:
-        raise UserError(f"teacher {teacher} is for a {kinds[1]}, the first, {first}, for a {kinds[0]}: one family a recipe")
+        raise UserError(
+            f"teacher {teacher} is for a {kinds[1]}, the first, {first}, for a {kinds[0]}: one family a recipe"
+        )
     before, now = _network_of(first), _network_of(teacher)
     for key in sorted(now):
         if before[key] != now[key]:
