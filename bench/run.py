@@ -66,7 +66,7 @@ def run_bench(options: RunOptions) -> Results:
     precisions = {contestant.precision for contestant in contestants}
     peak = find_peak(identity["name"], identity["mig_mode"]) if device == "cuda" else measure_cpu_peak(precisions)
 
-    import_libraries(device)
+    import_libraries(device, family.conditioning)
     say(f"bench on {device}: {len(contestants)} contestants, {len(workloads)} workloads; cold start")
     notes: list[str] = []
     loaded = load_all(contestants, main, gpu, notes)
@@ -180,7 +180,7 @@ def make_record(
         quality={"passed": None, "words": [STOPPED], "fidelity": None},
         follows=None,
         artifacts=list(contestant.artifacts.values()),
-        configs=dict(contestant.configs.networks) if contestant.configs else None,
+        configs=dict(contestant.configs.texts) if contestant.configs else None,
         engines=contestant.engines,
     )
 

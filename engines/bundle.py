@@ -14,7 +14,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from distill.common.errors import UserError
 from distill.common.files import write_json
+from distill.models.conditioning import conditioning_named
 from engines.gpus import GPUS, version_tuple
+from export.components import COMPONENTS
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +38,20 @@ def _inside(path: str) -> str:
     if climbs or "\\" in path or "\0" in path or not parts or str(PurePosixPath(*parts)) != path:
         raise ValueError(f"{path!r} is not a plain relative path inside the bundle")
     return path
+
+
+def _known_component(name: str) -> str:
+    if name not in COMPONENTS:
+        raise ValueError(f"{name!r} is no component: known are {', '.join(COMPONENTS)}")
+    return name
+
+
+def _known_pipeline(name: str) -> str:
+    try:
+        conditioning_named(name)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    return name
 
 
 InsidePath = Annotated[str, Field(max_length=512), AfterValidator(_inside)]
@@ -140,7 +156,7 @@ class BuildRecord(_Record):
 class Engine(_Record):
     """One engine: `files[0]` is what the runtime opens, the rest stand beside it."""
 
-    component: Literal["unet", "vae_decoder", "vae_encoder", "text_encoder", "text_encoder_2"]
+    component: Annotated[str, AfterValidator(_known_component)]
     flavor: Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
     flavor_version: str
     layout: Layout
@@ -231,7 +247,7 @@ class Source(_Record):
 
     name: str
     sha256: str
-    pipeline: str = "StableDiffusionXLPipeline"
+    pipeline: Annotated[str, AfterValidator(_known_pipeline)]
 
 
 class Manifest(_Record):

@@ -81,7 +81,8 @@ def load(
     unet = EngineUNet(component("unet"), read_json(bundle / "unet/config.json"), vae.image_scale)
     kind = conditioning_named(manifest.source.pipeline)
     encoders = {
-        name: EngineTextEncoder(component(name), read_json(bundle / name / "config.json")) for name in kind.encoders
+        name: EngineTextEncoder(component(name), read_json(bundle / name / "config.json"), kind.hidden_state)
+        for name in kind.encoders
     }
     tokenizers = {name: CLIPTokenizer.from_pretrained(bundle / name) for name in kind.tokenizers}
     index = read_json(bundle / "model_index.json")

@@ -13,7 +13,7 @@ from distill.common.errors import UserError, unknown
 from distill.common.files import read_json, read_object, sha256_file, sha256_json
 from distill.models.resolution import Resolution
 from export.checkpoint import prepare
-from export.components import COMPONENTS
+from export.components import COMPONENTS, TEXT_ENCODERS
 from export.job import require_batch, weights_hashes
 from export.parity import Parity, compare
 
@@ -62,11 +62,11 @@ def verify_folder(
         network = load_component(prepared, COMPONENTS[name].source, TORCH_DTYPES[export["precision"]])
         module = wrap(name, network)
         resolutions = list(sizes) or [Resolution.parse(text) for text in about["resolutions"]]
-        if name.startswith("text"):  # no picture goes in
+        if name in TEXT_ENCODERS:
             resolutions = resolutions[:1]
         graphs: dict[str, list[Resolution]] = {}
         for resolution in resolutions:
-            if name.startswith("text"):
+            if name in TEXT_ENCODERS:
                 graphs["model.onnx"] = [resolution]
                 continue
             if export["graphs"] and str(resolution) not in export["graphs"]:

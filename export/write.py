@@ -16,7 +16,7 @@ from distill.checkpoints.sources import load_component
 from distill.common.errors import UserError
 from distill.common.files import replacing, sha256_file, write_json
 from distill.models.resolution import Resolution
-from export.components import COMPONENTS, Config
+from export.components import COMPONENTS, TEXT_ENCODERS, Config
 from export.graph import specialise
 from export.job import CHECK_BELOW_BYTES, Job, library_versions
 from export.parity import Parity, compare
@@ -114,7 +114,7 @@ def write_component(job: Job, folder: Path, progress: Callable[[str], None]) -> 
             checked = _compare_with_torch(job, temporary / "model.onnx")
         verified = time.monotonic()
         graphs: dict[str, str] = {}
-        fixed = options.resolutions[:1] if name.startswith("text") else options.resolutions  # no picture goes in
+        fixed = options.resolutions[:1] if name in TEXT_ENCODERS else options.resolutions
         if fixed:
             graphs = _fix_sizes(temporary, job, fixed)
             rows = options.rows(name)

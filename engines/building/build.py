@@ -141,7 +141,7 @@ def _build_one(job: Job, out: Path, budget_bytes: int, progress: BuildProgress) 
         raise
     records = _move_into_place(partial, target, out)
     return Engine(
-        component=job.component.name,  # type: ignore[arg-type]
+        component=job.component.name,
         flavor=job.flavor,  # type: ignore[arg-type]
         flavor_version=job.flavor_version,
         layout=job.layout,

@@ -14,7 +14,8 @@ from engines.building.options import parse_resolutions
 from engines.bundle import Guidance, Layout, Options, Profile
 from engines.flavors import Flavor, find_flavor
 from engines.gpus import Target, resolve_targets
-from engines.onnx_folder import UNSIZED, OnnxComponent, OnnxFolder
+from engines.onnx_folder import OnnxComponent, OnnxFolder
+from export.components import TEXT_ENCODERS
 from export.folder import check_files
 
 ENGINE_NAME = re.compile(
@@ -148,7 +149,7 @@ def list_jobs(
     for name in names:
         component = folder.components[name]
         sizes, spread = chosen, layout
-        if name in UNSIZED:  # the same engine for every command, so that it is built once
+        if name in TEXT_ENCODERS:  # the same engine for every command, so that it is built once
             sizes, spread = folder.resolutions, "per-resolution" if folder.is_static else "ranged"
         for profiles in make_profiles(component, spread, sizes, wanted_batches, guidance):
             graph = component.at(Resolution.parse(profiles[0].resolutions[0]))
