@@ -27,7 +27,7 @@ from bench.options import RunOptions, check_options, unfinished
 from bench.quality.pictures import draw_pictures
 from bench.quality.reference import judge
 from bench.results import ContestantRecord, Results, record_cell, write_results
-from bench.workload import Workload, family_prompts, make_workloads, parse_resolutions, parse_scales
+from bench.workload import Workload, family_prompts, family_resolutions, make_workloads, parse_scales
 from distill.common.errors import UserError, counts, described
 from distill.common.progress import say
 from distill.data.shapes import shares
@@ -53,7 +53,7 @@ def run_bench(options: RunOptions) -> Results:
         _ = contestant.configs  # what cannot be had is told before anything is loaded
     family = find_family(contestants)
     workloads = make_workloads(
-        parse_resolutions(options.resolutions, family),
+        family_resolutions(options.resolutions, family),
         counts("--steps", options.steps, most=1000),
         batches=counts("--batches", options.batches),
         guidance_scales=parse_scales(options.guidance),

@@ -49,14 +49,14 @@ class SuiteOptions:
 def _check(options: SuiteOptions) -> None:
     """Raises UserError for a number out of range, an unknown model or device, and for results of other settings."""
     from bench.contestants.spec import check_device
-    from bench.workload import parse_resolutions
+    from bench.workload import family_resolutions
 
     require_between(1, 1000, steps=options.steps)
     require_least(0, minutes=options.minutes)
     architectures = [find_architecture(name) for name in options.models.split(",")]
     if len(architectures) < 2 or len({one.family.name for one in architectures}) > 1:
         raise UserError(f"--models {options.models}: two or more architectures of one family are needed")
-    parse_resolutions(options.resolutions, architectures[0].family)
+    family_resolutions(options.resolutions, architectures[0].family)
     check_device(options.device)
     settings = {key: asdict(options)[key] for key in ("models", "resolutions", "steps", "device")}
     kept = options.out / "settings.json"

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from distill.common.errors import UserError
 from distill.common.files import write_json
+from distill.common.validation import first_fault
 from distill.models.conditioning import conditioning_named
 from engines.gpus import GPUS, version_tuple
 from export.components import COMPONENTS
@@ -320,9 +321,7 @@ def read_manifest(bundle: Path) -> Manifest:
     try:
         return Manifest.model_validate_json(json.dumps(content))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "manifest"
-        raise UserError(f"{path} is damaged at {where}: {first['msg']}; {rebuild}") from None
+        raise UserError(f"{path} is damaged at {first_fault(error, 'manifest')}; {rebuild}") from None
 
 
 def write_manifest(bundle: Path, manifest: Manifest) -> None:

@@ -10,7 +10,7 @@ import tyro
 
 from distill.checkpoints.sources import WORKDIR
 from distill.common.errors import UserError, exit_on_user_error
-from distill.models.resolution import Resolution
+from distill.models.resolution import Resolution, parse_resolutions
 from distill.training.options import Workdir
 
 app = tyro.extras.SubcommandApp()
@@ -59,7 +59,7 @@ def onnx(
         reuse: Other ONNX folders to take equal components from.
         check: Compare with torch before a component gets its name.
     """
-    from distill.checkpoints.sources import find_architecture_of, resolve
+    from distill.checkpoints.sources import find_family, resolve
     from distill.common.progress import say
     from export.folder import export_checkpoint
     from export.job import ExportOptions
@@ -68,12 +68,8 @@ def onnx(
         raise UserError(f"{len(lora_scale)} values of --lora-scale for {len(lora)} of --lora; give at most one each")
     checkpoint = resolve(model, workdir)
     sizes: tuple[Resolution, ...] = ()
-    if resolutions == "all":
-        sizes = find_architecture_of(checkpoint).family.resolutions
-    elif resolutions != "dynamic":
-        sizes = tuple(Resolution.parse(word) for word in _words(resolutions))
-        if not sizes:
-            raise UserError("--resolutions names none: dynamic, all, or WxH,...")
+    if resolutions != "dynamic":
+        sizes = parse_resolutions(resolutions, find_family(checkpoint).resolutions)
     options = ExportOptions(
         precision=precision,
         opset=opset,
@@ -129,7 +125,7 @@ def verify(
         require_writable_file(out, ("parity", "bounds"))
     about = read_about(folder)
     checkpoint = resolve(model or about["source"]["name"], workdir)
-    sizes = [Resolution.parse(word) for word in _words(resolutions)]
+    sizes = parse_resolutions(resolutions) if resolutions else ()
     results = verify_folder(
         folder,
         checkpoint,

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from distill.checkpoints.sources import WORKDIR, file_hashes, load_component
-from distill.common.errors import UserError, unknown
+from distill.common.errors import UserError, require_least, unknown
 from distill.common.files import read_json, read_object, sha256_file, sha256_json
 from distill.models.resolution import Resolution
 from export.checkpoint import prepare
 from export.components import COMPONENTS, TEXT_ENCODERS
-from export.job import require_batch, weights_hashes
+from export.job import weights_hashes
 from export.parity import Parity, compare
 
 
@@ -47,7 +47,7 @@ def verify_folder(
     """
     from export.wrappers import TORCH_DTYPES, wrap
 
-    require_batch(batch)
+    require_least(1, batch=batch)
     seed = secrets.randbits(31) if seed is None else seed
     about = read_about(folder)
     chosen = _choose_components(folder, components)

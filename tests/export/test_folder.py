@@ -342,7 +342,7 @@ def test_the_disk_wanted_is_that_of_the_weights(
     ("options", "message"),
     [
         ({"opset": 17}, "opset 17.*allowed are 18, 19, 20, 21, 22, 23"),
-        ({"batch": 0}, "batch 0 is not possible"),
+        ({"batch": 0}, "--batch is 0; the least is 1"),
         ({"guidance": "any"}, "unknown guidance 'any'"),
         ({"components": ()}, "no component is named: known are unet"),
         ({"components": ("unit",)}, "unknown component 'unit'.*did you mean 'unet'"),

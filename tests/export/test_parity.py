@@ -80,7 +80,7 @@ def test_inputs_are_drawn_where_graphs_go_wrong() -> None:
 
 
 def test_a_batch_of_nothing_is_refused(onnx_fp32: Path, mini_vega: Path) -> None:
-    with pytest.raises(UserError, match="batch 0 is not possible"):
+    with pytest.raises(UserError, match="--batch is 0; the least is 1"):
         verify_folder(onnx_fp32, mini_vega, batch=0)
 
 
