@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.report.formatting import milliseconds
+from bench.report.elements.formatting import milliseconds
 from bench.results import Results, Row, read_results
 from distill.common.errors import UserError
 

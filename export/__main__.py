@@ -117,9 +117,9 @@ def verify(
     from distill.checkpoints.sources import resolve
     from distill.common.files import write_json
     from distill.common.ownership import require_writable_file
+    from export.checks.parity import BOUNDS
+    from export.checks.verify import read_about, verify_folder
     from export.job import library_versions
-    from export.parity import BOUNDS
-    from export.verify import read_about, verify_folder
 
     if out is not None:
         require_writable_file(out, ("parity", "bounds"))

@@ -22,9 +22,9 @@ import numpy as np
 from distill.common.errors import UserError, require_least
 from distill.common.files import write_json
 from distill.common.ownership import require_our_folder
+from export.checks.parity import cpu_session
 from export.components import COMPONENTS
 from export.job import library_versions, make_config
-from export.parity import cpu_session
 
 STATED = "exports.json"
 """Says that a folder of exports is one of ours, which the next comparison makes anew."""

@@ -34,7 +34,7 @@ from distill.common.files import (
 from distill.common.ownership import require_our_folder
 from distill.models.conditioning import conditioning_of
 from distill.models.families import vae_scale_factor
-from export.checkpoint import prepare, vae_sources
+from export.checkpoint.prepare import prepare, vae_sources
 from export.components import COMPONENTS, FLOAT_DTYPES
 from export.job import (
     CHECK_BELOW_BYTES,
@@ -190,8 +190,8 @@ def _write_components(jobs: Sequence[Job], out: Path, reuse: Sequence[Path], pro
             donors[job.name] = equal[0]
     if not stale:
         return
-    from export.weights import load_shapes
-    from export.wrappers import TORCH_DTYPES
+    from export.graph.weights import load_shapes
+    from export.graph.wrappers import TORCH_DTYPES
     from export.write import write_component
 
     for source, precision in sorted({(COMPONENTS[job.name].source, job.precision) for job in stale}):

@@ -20,7 +20,11 @@ OPSETS = (23, 18, 19, 20, 21, 22)
 """23 keeps Attention and GroupNormalization whole; below, they are spelled out."""
 GUIDANCE = ("always", "never")
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "slimxl")
-GRAPH_MODULES = ("components", "wrappers", "trace", "opening", "weights", "graph", "write")
+GRAPH_MODULES = (
+    "components",
+    *(f"graph/{name}" for name in ("wrappers", "weights", "trace", "opening", "passes")),
+    "write",
+)
 """What decides the bytes of a graph: where one of these has changed, nothing is up to date."""
 CHECK_BELOW_BYTES = 500_000_000
 """Components up to this size are compared with torch before they get their name; larger ones by `verify`."""

@@ -97,7 +97,7 @@ def _network(component: str, config_json: str) -> Any:
     import torch
 
     from distill.models.networks import make_network
-    from export.wrappers import wrap
+    from export.graph.wrappers import wrap
 
     with torch.device("meta"):
         return wrap(component, make_network(EXPORTED[component].source, json.loads(config_json)))

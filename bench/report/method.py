@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bench.measure.rounds import STABLE_WITHIN
 from bench.measure.stats import MIN_FOR_INTERVAL
-from bench.report.formatting import seconds, size
+from bench.report.elements.formatting import seconds, size
 from bench.results import Results
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from bench.floor.peaks import PEAKS
 from bench.floor.predict import SQUARE, Check, Known, Prediction, predict, published_known
-from bench.report.formatting import by_size, long_seconds, percent, signed_percent, title_of
+from bench.report.elements.formatting import by_size, long_seconds, percent, signed_percent, title_of
+from bench.report.elements.tables import Cell, Column, Table, make_table, measured
 from bench.report.runtimes import MODELS, model_of
-from bench.report.tables import Cell, Column, Table, make_table, measured
 from bench.results import ContestantRecord, Results
 
 STEPS = 30

@@ -26,11 +26,11 @@ from distill.common.files import exclusive, read_json, sha256_file
 from distill.models.catalogue import count_parameters
 from distill.models.families import MINI_FAMILY
 from distill.models.resolution import Resolution
+from export.checks.parity import cpu_session
 from export.components import COMPONENTS
 from export.folder import check_files, export_checkpoint
+from export.graph.trace import trace
 from export.job import ExportOptions, make_job
-from export.parity import cpu_session
-from export.trace import trace
 
 SMALL = ("text_encoder",)
 

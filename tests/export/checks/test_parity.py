@@ -11,10 +11,10 @@ from onnx import numpy_helper
 
 from distill.common.errors import UserError
 from distill.models.resolution import Resolution
+from export.checks.parity import Parity
+from export.checks.verify import verify_folder
 from export.components import TensorSpec
-from export.parity import Parity
-from export.verify import verify_folder
-from export.wrappers import example
+from export.graph.wrappers import example
 
 
 def passes(precision: str, relative: float, cosine: float) -> bool:

@@ -12,10 +12,10 @@ from distill.checkpoints.sources import WORKDIR, file_hashes, load_component
 from distill.common.errors import UserError, require_least, unknown
 from distill.common.files import read_json, read_object, sha256_file, sha256_json
 from distill.models.resolution import Resolution
-from export.checkpoint import prepare
+from export.checkpoint.prepare import prepare
+from export.checks.parity import Parity, compare
 from export.components import COMPONENTS, TEXT_ENCODERS
 from export.job import weights_hashes
-from export.parity import Parity, compare
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def verify_folder(
     Raises UserError where the checkpoint, a LoRA or the VAE is another one than the folder was made from, and where a
     component failed before or there is none.
     """
-    from export.wrappers import TORCH_DTYPES, wrap
+    from export.graph.wrappers import TORCH_DTYPES, wrap
 
     require_least(1, batch=batch)
     seed = secrets.randbits(31) if seed is None else seed

@@ -19,7 +19,7 @@ from distill.common.errors import UserError
 from distill.common.files import read_json, read_object, require_free_disk, sha256_file, sha256_json
 from distill.common.hub import explaining_hub
 from distill.models.conditioning import SD, SDXL, conditioning_of
-from export.lora import Lora, check_lora, load_lora
+from export.checkpoint.lora import Lora, check_lora, load_lora
 
 VAE_SOURCES = {
     SDXL.pipeline: {"fp16-fix": "madebyollin/sdxl-vae-fp16-fix", "tiny": "madebyollin/taesdxl"},

@@ -19,11 +19,11 @@ from distill.checkpoints.sources import component_weights, file_hashes, load_com
 from distill.common.errors import UserError
 from distill.common.files import read_json
 from distill.models.resolution import Resolution
-from export.checkpoint import prepare, with_loras, with_vae
+from export.checkpoint.prepare import prepare, with_loras, with_vae
+from export.checks.verify import verify_folder
 from export.components import COMPONENTS
 from export.folder import export_checkpoint
 from export.job import ExportOptions, component_precision
-from export.verify import verify_folder
 
 HASH = "of the checkpoint"
 
