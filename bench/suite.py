@@ -18,6 +18,7 @@ from pathlib import Path
 from bench.jobs import Job, Jobs
 from distill.common.errors import UserError, require_between, require_least
 from distill.common.files import read_json, write_json
+from distill.common.options import parse_names
 from distill.common.ownership import require_our_folder
 from distill.common.progress import say
 from distill.models.architectures import find_architecture
@@ -127,7 +128,7 @@ def run_suite(options: SuiteOptions) -> int:
     """Runs the jobs whose files are not there, then makes the report of all files; 1 where there is none."""
     _check(options)
     end, ended = time.monotonic() + 60 * options.minutes, dict[Job, bool]()
-    wanted = tuple(filter(None, options.jobs.split(","))) or ("",)
+    wanted = tuple(parse_names(options.jobs)) or ("",)
     jobs = Jobs(
         out=options.out,
         models=options.models.split(","),

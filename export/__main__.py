@@ -10,16 +10,12 @@ import tyro
 
 from distill.checkpoints.sources import WORKDIR
 from distill.common.errors import UserError, exit_on_user_error
+from distill.common.options import parse_names
 from distill.models.resolution import Resolution, parse_resolutions
 from distill.training.options import Workdir
 
 app = tyro.extras.SubcommandApp()
 Paths = Annotated[tuple[Path, ...], tyro.conf.arg(help_behavior_hint="(default: none)")]
-
-
-def _words(text: str) -> tuple[str, ...]:
-    """Those between commas, each once."""
-    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 @app.command
@@ -73,7 +69,7 @@ def onnx(
     options = ExportOptions(
         precision=precision,
         opset=opset,
-        components=None if components is None else _words(components),
+        components=None if components is None else tuple(parse_names(components)),
         resolutions=sizes,
         batch=batch,
         guidance=guidance,
@@ -129,7 +125,7 @@ def verify(
     results = verify_folder(
         folder,
         checkpoint,
-        components=_words(components),
+        components=parse_names(components),
         sizes=sizes,
         batch=batch,
         seed=seed,

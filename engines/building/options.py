@@ -1,15 +1,10 @@
-"""Reads the options of the commands: lists of names, and the builder's switches."""
+"""The builder's switches, as a command states them."""
 
 from __future__ import annotations
 
 from distill.common.errors import UserError
 from engines.bundle import Options
 from engines.gpus import gpu_at_hand
-
-
-def parse_names(text: str) -> list[str]:
-    """Names separated by commas."""
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def builder_options(
