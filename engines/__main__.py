@@ -11,10 +11,9 @@ import tyro
 
 from distill.common.errors import counts, exit_on_user_error
 from distill.common.options import parse_names
+from engines.choices import FlavorName, Guidance, Layout
 from engines.serving.options import Serving, Workload
 
-Flavors = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
-Layouts = Literal["per-resolution", "shared", "ranged"]
 Bundle = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BUNDLE", help="The bundle's folder.")]
 Bundles = Annotated[
     list[Path],
@@ -28,11 +27,11 @@ def build(
     onnx: Path,
     out: Path,
     gpus: str = "",
-    flavor: Flavors = "tensorrt-rtx",
-    layout: Layouts | None = None,
+    flavor: FlavorName = "tensorrt-rtx",
+    layout: Layout | None = None,
     resolutions: str = "all",
     batches: str = "1",
-    guidance: Literal["always", "never", "any"] = "always",
+    guidance: Guidance = "always",
     components: str = "",
     memory_gb: float | None = None,
     replace: bool = False,

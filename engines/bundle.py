@@ -16,6 +16,7 @@ from distill.common.errors import UserError
 from distill.common.files import write_json
 from distill.common.validation import first_fault
 from distill.models.conditioning import conditioning_named
+from engines.choices import FlavorName, Guidance, Layout
 from engines.gpus import GPUS, version_tuple
 from export.components import COMPONENTS
 
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST_BYTES = 16 << 20
-LAYOUTS = ("per-resolution", "shared", "ranged")
-Layout = Literal["per-resolution", "shared", "ranged"]
-Guidance = Literal["always", "never", "any"]
-"""Whether a UNet is called with guidance (2 latents for each image), without (1), or either way."""
 
 
 def _inside(path: str) -> str:
@@ -158,7 +155,7 @@ class Engine(_Record):
     """One engine: `files[0]` is what the runtime opens, the rest stand beside it."""
 
     component: Annotated[str, AfterValidator(_known_component)]
-    flavor: Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
+    flavor: FlavorName
     flavor_version: str
     layout: Layout
     guidance: Guidance | None = None

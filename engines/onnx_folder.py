@@ -20,7 +20,9 @@ from distill.models.resolution import Resolution
 from engines.bundle import Engine, TensorInfo
 from export.components import COMPONENTS, TEXT_ENCODERS
 
-BUILD_ORDER = tuple(sorted(COMPONENTS, key=lambda name: name == "vae_encoder"))
+OPTIONAL = ("vae_encoder",)
+"""Components that are built only if named."""
+BUILD_ORDER = tuple(sorted(COMPONENTS, key=OPTIONAL.__contains__))
 """What is built by default comes first."""
 
 

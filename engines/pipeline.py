@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from distill.common.errors import UserError
 from distill.common.files import read_json
 from distill.models.conditioning import conditioning_named
-from engines.bundle import Engine, Layout, read_manifest, rebuild_command
+from engines.bundle import Engine, read_manifest, rebuild_command
+from engines.choices import Layout
 from engines.flavors import LoadOptions
 from engines.integrity import checked_path, unnamed_files
 from engines.onnx_folder import OnnxComponent, weights_for

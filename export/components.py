@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.common.errors import UserError
-from distill.models.conditioning import KINDS, Config, TensorSpec, latent_size, unet_inputs, unet_multiple
+from distill.models.conditioning import KINDS, Conditioning, Config, TensorSpec, latent_size, unet_inputs, unet_multiple
 from distill.models.families import vae_scale_factor
 from distill.models.resolution import Resolution
 
@@ -125,6 +125,11 @@ def _text_outputs(config: Config, resolution: Resolution, batch: int, dtype: str
 def _projected_text_outputs(config: Config, resolution: Resolution, batch: int, dtype: str) -> list[TensorSpec]:
     pooled = TensorSpec("text_embeds", dtype, (batch, config["projection_dim"]), ("batch", None))
     return [pooled, *_hidden_states(config, batch, dtype)]
+
+
+def required_components(kind: Conditioning) -> tuple[str, ...]:
+    """What a text-to-image pipeline cannot do without."""
+    return ("unet", "vae_decoder", *kind.encoders)
 
 
 _POOLED_FROM = {kind.pooled_from for kind in KINDS}

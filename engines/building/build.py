@@ -31,14 +31,13 @@ from engines.bundle import (
     BuildRecord,
     Engine,
     FileRecord,
-    Guidance,
-    Layout,
     Manifest,
     Options,
     TensorInfo,
     read_manifest,
     write_manifest,
 )
+from engines.choices import Guidance, Layout
 from engines.flavors import BuildRequest
 from engines.integrity import is_intact
 from engines.memory import available_memory_bytes

@@ -10,10 +10,11 @@ from distill.common.errors import UserError, require_least
 from distill.common.files import sha256_json, size_text
 from distill.models.resolution import Resolution, parse_resolutions
 from engines.building.layouts import DEFAULT_LAYOUTS, make_profiles
-from engines.bundle import Guidance, Layout, Options, Profile
+from engines.bundle import Options, Profile
+from engines.choices import Guidance, Layout
 from engines.flavors import Flavor, find_flavor
 from engines.gpus import Target, resolve_targets
-from engines.onnx_folder import OnnxComponent, OnnxFolder
+from engines.onnx_folder import OPTIONAL, OnnxComponent, OnnxFolder
 from export.components import TEXT_ENCODERS
 from export.folder import check_files
 
@@ -23,8 +24,6 @@ ENGINE_NAME = re.compile(
 """Of the names that `Job.path` gives, and of no other: a file or folder called so in a bundle was built by slimxl."""
 RECIPE_VERSION = 2
 """Part of every key. Raise it when the same inputs should give another plan."""
-OPTIONAL = ("vae_encoder",)
-"""Components that are built only if named."""
 
 
 @dataclass(frozen=True, kw_only=True)

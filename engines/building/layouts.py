@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from distill.common.errors import UserError
 from distill.models.resolution import Resolution
-from engines.bundle import Guidance, Layout, Profile, ShapeRange
+from engines.bundle import Profile, ShapeRange
+from engines.choices import Guidance, Layout
 from engines.onnx_folder import OnnxComponent
 from export.components import TEXT_ENCODERS
 

@@ -1,6 +1,7 @@
 """Runtimes behind one small interface: `build` writes an engine's files, `load` opens them, `run` runs them.
 
-A new runtime is one more module with a class like `Flavor`, and an entry in `_MODULES`.
+A new runtime is one more module with a class like `Flavor`, an entry in `_MODULES`, and its name
+among the `choices`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ import engines
 from distill.common.errors import UserError
 from engines.building.build import build_bundle
 from engines.building.options import builder_options
-from engines.bundle import Layout, read_manifest
+from engines.bundle import read_manifest
+from engines.choices import Layout
 from engines.flavors import find_flavor
 from engines.gpus import gpu_at_hand
 from export import ExportOptions, export_checkpoint

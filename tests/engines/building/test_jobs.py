@@ -11,7 +11,8 @@ from distill.common.files import sha256_file
 from distill.models.families import MINI_FAMILY
 from engines.building.jobs import Job, list_jobs, require_memory
 from engines.building.options import builder_options
-from engines.bundle import Layout, ShapeRange
+from engines.bundle import ShapeRange
+from engines.choices import Layout
 from engines.gpus import GPUS, resolve_targets
 from engines.onnx_folder import OnnxComponent, read_onnx_folder
 from tests.engines.toys import make_static, make_toy_onnx
