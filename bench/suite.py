@@ -72,7 +72,7 @@ def _flavors(device: str) -> list[str]:
     from engines.flavors import FLAVORS, find_flavor
     from engines.gpus import gpu_at_hand
 
-    found, here = gpu_at_hand(), []
+    gpu, runnable = gpu_at_hand(), []
     for name in FLAVORS:
         flavor, why = find_flavor(name), None
         try:
@@ -80,15 +80,15 @@ def _flavors(device: str) -> list[str]:
         except UserError as error:
             why = str(error)
         if flavor.targets is not None and not why:
-            if device == "cpu" or found is None:
+            if device == "cpu" or gpu is None:
                 why = "runs on an NVIDIA GPU only"
-            elif found[1] not in flavor.targets:
-                why = f"has no target for {found[0]} (compute capability {found[1]})"
+            elif gpu[1] not in flavor.targets:
+                why = f"has no target for {gpu[0]} (compute capability {gpu[1]})"
         if why:
             say(f"{name} is left out: {why}")
         else:
-            here.append(name)
-    return here
+            runnable.append(name)
+    return runnable
 
 
 def _name_of_gpu() -> str | None:

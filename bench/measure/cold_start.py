@@ -72,9 +72,9 @@ def import_libraries(device: str, kind: Conditioning) -> None:
     import transformers
 
     if device == "cuda":
-        some = torch.ones(1, 8, 64, 64, dtype=torch.float16, device=device)
-        torch.nn.functional.scaled_dot_product_attention(some, some, some @ some)
-        torch.nn.functional.conv2d(some, some[:, :, :3, :3])
+        activations = torch.ones(1, 8, 64, 64, dtype=torch.float16, device=device)
+        torch.nn.functional.scaled_dot_product_attention(activations, activations, activations @ activations)
+        torch.nn.functional.conv2d(activations, activations[:, :, :3, :3])
         torch.cuda.synchronize()
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
