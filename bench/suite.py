@@ -69,21 +69,12 @@ def _check(options: SuiteOptions) -> None:
 
 def _flavors(device: str) -> list[str]:
     """Those that are installed and run here; of the others is said why not."""
-    from engines.flavors import FLAVORS, find_flavor
-    from engines.gpus import gpu_at_hand
+    from engines.flavors import FLAVORS, find_flavor, why_not_here
 
-    gpu, runnable = gpu_at_hand(), []
+    runnable = []
     for name in FLAVORS:
-        flavor, why = find_flavor(name), None
-        try:
-            flavor.version()
-        except UserError as error:
-            why = str(error)
-        if flavor.targets is not None and not why:
-            if device == "cpu" or gpu is None:
-                why = "runs on an NVIDIA GPU only"
-            elif gpu[1] not in flavor.targets:
-                why = f"has no target for {gpu[0]} (compute capability {gpu[1]})"
+        flavor = find_flavor(name)
+        why = "it runs on an NVIDIA GPU only" if device == "cpu" and flavor.targets else why_not_here(flavor)
         if why:
             say(f"{name} is left out: {why}")
         else:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from distill.common.errors import unknown
+from distill.common.errors import UserError, unknown
+from engines import gpus
 from engines.bundle import Engine, Options, Profile, TensorInfo
 
 if TYPE_CHECKING:
@@ -101,3 +102,18 @@ def find_flavor(name: str) -> Flavor:
     module = import_module(f"engines.flavors.{_MODULES[name]}")
     flavor: Flavor = module.make(name)
     return flavor
+
+
+def why_not_here(flavor: Flavor) -> str | None:
+    """Why this machine cannot run a flavor: it is not installed, or has no target for the GPU at hand. None where neither
+    is so."""
+    try:
+        version = flavor.version()
+    except UserError as error:
+        return str(error)
+    gpu = gpus.gpu_at_hand()
+    if flavor.targets is None or (gpu and gpu[1] in flavor.targets):
+        return None
+    found = f"{gpu[0]} (compute capability {gpu[1]})" if gpu else "no GPU"
+    built = "; it builds for other GPUs here" if flavor.name == "tensorrt-rtx" else ""
+    return f"{version} runs on compute capability {', '.join(sorted(flavor.targets, key=float))}, found {found}{built}"
