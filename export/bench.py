@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -144,11 +145,5 @@ def bench_export(
         "unet_latency_ms": {name: statistics.median(values) for name, values in latencies.items()},
         "ratios": ratios,
         "cpus": os.cpu_count(),
-        "versions": library_versions() | {"optimum": read_optimum_version()},
+        "versions": library_versions() | {"optimum": version("optimum-onnx")},
     }
-
-
-def read_optimum_version() -> str:
-    from importlib.metadata import version
-
-    return version("optimum-onnx")
