@@ -30,7 +30,7 @@ def about(model):
         name: {"calls": calls, "parameters": cost.parameters, "flops": cost.flops, "bytes": cost.bytes}
         for name, (calls, cost) in costs.items()
     }
-    return told["unet"]["parameters"], told, dict(configs.networks)
+    return told["unet"]["parameters"], told, dict(configs.texts)
 
 
 def gpu_results(template, contestants, sizes=SIZES[:1], part="x"):
