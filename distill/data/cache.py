@@ -3,9 +3,9 @@
 A cache is a folder of safetensors shards, each holding some consecutive samples of the source, by resolution:
 `{W}x{H}/latents` (n, 4, H/8, W/8) scaled, and under their own names what else the UNet takes of a sample, as
 `{W}x{H}/encoder_hidden_states` (n, tokens, dim); `{W}x{H}/crc32` (n,) is a checksum of each sample, compared when it is
-read. unconditional.safetensors holds what the UNet takes for no caption. cache.json holds the key: the hashes of the VAE, of
-the text encoders and tokenizers, and of the data. Shards are written whole or not at all, so a
-killed run goes on where it was, and several processes (torchrun) share the work by shard.
+read. unconditional.safetensors holds what the UNet takes for no caption. cache.json holds the key: the hashes of the
+VAE, of the text encoders and tokenizers, and of the data. Shards are written whole or not at all, so a killed run goes on
+where it was, and several processes (torchrun) share the work by shard.
 """
 
 from __future__ import annotations
@@ -25,15 +25,12 @@ from safetensors.torch import load_file
 
 from distill.checkpoints.sources import component_weights, find_family, network_folders, read_config
 from distill.common.errors import UserError
-from distill.common.files import (
-    read_object,
-    sha256_file_once,
-    sha256_json,
-)
+from distill.common.files import read_object, sha256_file_once, sha256_json
+from distill.common.files import seed_of as seed_of  # noqa: PLC0414  # step.py and stage.py take it from here
 from distill.models.conditioning import conditioning_of
 from distill.models.resolution import Resolution
 
-STATED = "cache.json"
+KEY_FILE = "cache.json"
 UNCONDITIONAL = "unconditional.safetensors"
 CHECKSUM = "crc32"
 TOKENIZER_WORDS = ("vocab.json", "merges.txt", "tokenizer.json")
@@ -64,11 +61,6 @@ def checksum(tensors: Iterable[torch.Tensor]) -> int:
     return crc
 
 
-def seed_of(seed: int, *parts: object) -> int:
-    """A 60-bit seed that depends on all parts and on nothing else, e.g. not on the number of processes."""
-    return int(sha256_json([seed, *map(str, parts)])[:15], 16)
-
-
 def shapes_of(path: Path) -> dict[str, list[int]]:
     """Of a shard's tensors, by name. Raises UserError for a shard that is cut or not one."""
     try:
@@ -86,11 +78,11 @@ class LatentCache:
 
     def __init__(self, folder: Path, *, batch_size: int, seed: int) -> None:
         """Raises UserError for a folder that is no cache, is not finished or damaged, or holds no sample."""
-        if not (folder / STATED).is_file():
+        if not (folder / KEY_FILE).is_file():
             raise UserError(
                 f"{folder} is no latent cache: it has no cache.json; make one with: python -m distill cache"
             )
-        self.key = read_object(folder / STATED)
+        self.key = read_object(folder / KEY_FILE)
         self.batch_size, self.seed = batch_size, seed
         self._rows: dict[Resolution, list[tuple[Path, int]]] = defaultdict(list)
         self._fields: dict[Resolution, set[str]] = defaultdict(lambda: {"latents"})
@@ -98,8 +90,8 @@ class LatentCache:
         shards = sorted(folder.glob("shard-*.safetensors"))
         wanted, has_text = self.key.get("shards", 0), (folder / UNCONDITIONAL).is_file()
         if len(shards) < wanted or not has_text:
-            held = f"{len(shards)} of {wanted} shards" if has_text else f"no {UNCONDITIONAL}"
-            raise UserError(f"{folder} is not finished: it has {held}; run the same `distill cache` command again")
+            found = f"{len(shards)} of {wanted} shards" if has_text else f"no {UNCONDITIONAL}"
+            raise UserError(f"{folder} is not finished: it has {found}; run the same `distill cache` command again")
         for path in shards:
             for name, shape in shapes_of(path).items():
                 size, _, field = name.partition("/")
@@ -125,11 +117,11 @@ class LatentCache:
         Raises UserError where its UNet takes embeddings of other widths.
         """
         family = find_family(teacher)
-        held = {name: tuple(value.shape) for name, value in self.unconditional.items()}
+        found = {name: tuple(value.shape) for name, value in self.unconditional.items()}
         wanted = family.text_shapes
-        if held != wanted:
+        if found != wanted:
             raise UserError(
-                f"the cache holds text of the shapes {held}, the UNet of {teacher} takes {wanted}; make one with this "
+                f"the cache holds text of the shapes {found}, the UNet of {teacher} takes {wanted}; make one with this "
                 f"teacher: python -m distill cache --model {teacher}"
             )
         hashes = frozen_hashes(teacher)
