@@ -224,6 +224,19 @@ def bench(*, out: Path, options: Annotated[BenchOptions, tyro.conf.arg(name="")]
 
 
 @app.command
+def bench_data(*, samples: int = 20_000_000, out: Path) -> None:
+    """Measure what a cache of millions of samples costs a training process: to open it, and for each step.
+
+    Args:
+        samples: SDXL's, in sparse shards that take no disk.
+        out: The JSON file for the measurement.
+    """
+    from distill.studies.scale import bench_data, describe
+
+    print("\n".join(describe(bench_data(samples, out))))
+
+
+@app.command
 def ablate(
     *,
     variants: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: all)")] = (),

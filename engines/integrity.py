@@ -12,8 +12,8 @@ from pathlib import Path
 
 from distill.common.errors import UserError
 from distill.common.files import sha256_file
+from distill.models.conditioning import conditioning_named
 from engines.bundle import Engine, FileRecord, Manifest, read_manifest, rebuild_command
-from export.components import PIPELINE_PARTS
 
 
 def hub_blobs(root: Path) -> Path | None:
@@ -78,7 +78,8 @@ def unnamed_files(bundle: Path, manifest: Manifest) -> list[str]:
     """One line for each file that a pipeline would read and the manifest does not name: added by somebody, removed from
     the manifest, or left by an unfinished build."""
     named = {record.path for record in manifest.files}
-    parts = (path for part in PIPELINE_PARTS for path in sorted((Path(bundle) / part).rglob("*")) if path.is_file())
+    folders = [Path(bundle) / part for part in conditioning_named(manifest.source.pipeline).parts]
+    parts = (path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file())
     configs = sorted({f"{engine.component}/config.json" for engine in manifest.engines})
     read = [path.relative_to(bundle).as_posix() for path in parts if not path.name.startswith(".")]
     needed = ["model_index.json", "scheduler/scheduler_config.json", *configs]

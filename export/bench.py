@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ import numpy as np
 from distill.common.errors import UserError, require_least
 from distill.common.files import size_text, write_json
 from distill.common.ownership import require_our_folder
+from export.checks.parity import cpu_session
 from export.components import COMPONENTS
 from export.job import library_versions, make_config
-from export.parity import cpu_session
 
 MARKER = "exports.json"
 """Says that a folder of exports is one of ours, which the next comparison makes anew."""
@@ -144,11 +145,5 @@ def bench_export(
         "unet_latency_ms": {name: statistics.median(values) for name, values in latencies.items()},
         "ratios": ratios,
         "cpus": os.cpu_count(),
-        "versions": library_versions() | {"optimum": read_optimum_version()},
+        "versions": library_versions() | {"optimum": version("optimum-onnx")},
     }
-
-
-def read_optimum_version() -> str:
-    from importlib.metadata import version
-
-    return version("optimum-onnx")

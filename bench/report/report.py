@@ -12,7 +12,6 @@ from bench.floor.predict import check_on_measured, check_predictions
 from bench.quality.guard import MIN_LATENT_COSINE, MIN_PSNR_DB
 from bench.report import (
     cards,
-    formatting,
     kernels,
     latency,
     machine,
@@ -23,6 +22,7 @@ from bench.report import (
     serving,
     training,
 )
+from bench.report.elements import formatting
 from bench.report.inputs import Inputs, read_inputs
 from bench.results import Results
 from distill.common.errors import UserError

@@ -114,6 +114,11 @@ def _text_to_image(config: Mapping[str, Any], model: object) -> Conditioning:
     return conditioning_of(config, model)
 
 
+def prediction_type_of(folder: Path) -> str:
+    """What a checkpoint's UNet predicts: `epsilon`, the noise, as a rule."""
+    return read_object(folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
+
+
 def file_hashes(folder: Path, components: Collection[str] | None = None) -> dict[str, str]:
     """sha256 of every config and weights file of its networks, or of some, by its path inside the checkpoint; where it
     has weights for fp16 and others, of both."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from distill.checkpoints.sources import find_family, load_pipeline, read_config
+from distill.checkpoints.tensors import read_safetensors_header
 from distill.common.ahead import ahead
 from distill.common.errors import UserError, explaining_full_memory, require_least
 from distill.common.files import (
@@ -30,7 +31,8 @@ from distill.common.files import (
 )
 from distill.common.ownership import require_our_folder
 from distill.common.progress import say, track
-from distill.data.cache import CHECKSUM, KEY_FILE, UNCONDITIONAL, checksum, frozen_hashes, shapes_of
+from distill.data.cache import KEY_FILE, UNCONDITIONAL, checksum, frozen_hashes
+from distill.data.cache_index import CHECKSUM, INDEX, read_index, write_index
 from distill.data.pictures import Source, open_source
 from distill.data.samples import BadSample, Fitting, Sample
 from distill.models.conditioning import Conditioning
@@ -77,14 +79,16 @@ def make_cache(
             f"{out} is a cache of other data (or of the same before it was changed), another seed, other "
             "options, or another VAE or text encoder; choose another --out or remove it"
         )
-    missing = [i for i in range(len(ranges)) if not _is_whole(_shard(out, i))]
-    todo = [i for i in missing if i % processes == rank]
-    if not missing and rank == 0:
-        say(f"{out} is finished, nothing is to do")
-    for path in filter(Path.exists, (_shard(out, i) for i in todo)):
+    shards = [out / f"shard-{number:06d}.safetensors" for number in range(len(ranges))]
+    missing = [number for number, shard in enumerate(shards) if not _is_whole(shard)]
+    todo = [number for number in missing if number % processes == rank]
+    for path in filter(Path.exists, (shards[number] for number in todo)):
         say(f"{path} is damaged and is made again")
     unconditional = out / UNCONDITIONAL
     if not todo and (rank or unconditional.is_file()):
+        _write_index(out, shards)
+        if not missing and rank == 0:
+            say(f"{out} is finished, nothing is to do")
         return
     for note in source.notes if rank == 0 else ():
         say(note)
@@ -92,6 +96,8 @@ def make_cache(
     require_free_disk(out, samples * sample_bytes(family), f"the cache of {samples} samples")
     out.mkdir(parents=True, exist_ok=True)
     write_json(key_file, key)
+    if missing:
+        (out / INDEX).unlink(missing_ok=True)
     device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     advice = f"take --batch below {batch}; finished shards stay, and the same command goes on"
     pipe = load_pipeline(checkpoint, torch.float32, without=("unet",))
@@ -103,12 +109,13 @@ def make_cache(
     reader = _Reader(source)
     too_long = 0
     progress = track(todo, f"caching {samples} samples", unit="shard")
-    with closing(ahead(lambda number: reader.read(ranges[number]), todo)) as shards, reader:
-        for number, (buckets, skipped) in zip(progress, shards, strict=True):
-            remove_leftovers(out, _shard(out, number).name)
+    with closing(ahead(lambda number: reader.read(ranges[number]), todo)) as decoded, reader:
+        for number, (buckets, skipped) in zip(progress, decoded, strict=True):
+            remove_leftovers(out, shards[number].name)
             with explaining_full_memory(advice):
-                write_shard(pipe, family.conditioning, buckets, skipped, _shard(out, number), seed, batch)
+                write_shard(pipe, family.conditioning, buckets, skipped, shards[number], seed, batch)
             too_long += count_too_long(pipe.tokenizer, buckets)
+    _write_index(out, shards)
     if too_long:
         say(
             f"{too_long} of the captions are longer than the {pipe.tokenizer.model_max_length} tokens that the text "
@@ -224,14 +231,23 @@ def count_too_long(tokenizer: Any, buckets: Mapping[Resolution, list[Sample]]) -
     return sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(captions).input_ids) if captions else 0
 
 
-def _shard(out: Path, number: int) -> Path:
-    return out / f"shard-{number:06d}.safetensors"
+def _write_index(out: Path, shards: Sequence[Path]) -> None:
+    """Makes the index where all shards are whole and the one that is there is not theirs: the last process to end does."""
+    index = out / INDEX
+    if not all(map(_is_whole, shards)):
+        return
+    try:
+        if index.exists() and np.array_equal(read_index(index).shard_bytes, [path.stat().st_size for path in shards]):
+            return
+    except UserError as error:
+        say(str(error).partition(":")[0] + " and is made again")
+    write_index(index, shards)
 
 
 def _is_whole(path: Path) -> bool:
     """Whether a shard is there, as long as its header says."""
     try:
-        shapes_of(path)
+        read_safetensors_header(path)
     except (FileNotFoundError, UserError):
         return False
     return True

@@ -15,6 +15,7 @@ from distill.checkpoints.sources import find_architecture_of, load_pipeline, res
 from distill.checkpoints.surgery import make_student_unet
 from distill.common.files import write_json
 from distill.data.cache import UNCONDITIONAL, LatentCache
+from distill.data.cache_index import INDEX, write_index
 from distill.data.make_cache import encode, write_shard, write_unconditional
 from distill.data.pictures import Sample, ShapesSource
 from distill.models.architectures import ARCHITECTURES, Architecture, find_architecture
@@ -99,6 +100,7 @@ class Setup:
         self.conditioning = teacher.family.conditioning
         write_shard(self.pipe, self.conditioning, {self.resolution: self.samples}, [], shard, seed=0, batch=4)
         write_unconditional(self.pipe, self.conditioning, folder / UNCONDITIONAL)
+        write_index(folder / INDEX, [shard])
         write_json(folder / "cache.json", {"shards": 1})
         self.cache = LatentCache(folder, batch_size=options.batch, seed=0)
         if all(loop.cache for loop in loops):

@@ -1,4 +1,4 @@
-"""Whether the teachers of a recipe fit each other, and the caches that their stages are trained on."""
+"""Whether the teachers of a recipe fit each other, the objectives of their stages and the caches of these."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distill.checkpoints.sources import read_config
+from distill.checkpoints.sources import prediction_type_of, read_config
 from distill.common.errors import UserError
 from distill.common.files import read_object
 from distill.data.cache import LatentCache
 from distill.models.conditioning import conditioning_of
 from distill.models.depth import Depth
 from distill.training.recipes import Recipe
+from distill.training.step import alphas_cumprod_of
 
 
 def check_successor(first: Path, teacher: Path) -> None:
-    """Raises UserError where a later teacher differs from the first in architecture, and where one predicts something
-    else than the noise, or knows other noise levels than SDXL's."""
+    """Raises UserError where a later teacher differs from the first in architecture or in what it predicts, and where it
+    knows other noise levels than SDXL's."""
     kinds = [conditioning_of(read_config(folder, "unet"), folder).pipeline for folder in (first, teacher)]
     if kinds[0] != kinds[1]:
         raise UserError(
@@ -30,11 +31,10 @@ def check_successor(first: Path, teacher: Path) -> None:
             raise UserError(
                 f"teacher {teacher} cannot succeed {first}: UNet {key} is {now[key]!r}, was {before[key]!r}"
             )
+    predictions = [prediction_type_of(folder) for folder in (first, teacher)]
+    if predictions[0] != predictions[1]:
+        raise UserError(f"teacher {teacher} predicts {predictions[1]!r}, the first, {first}, {predictions[0]!r}")
     scheduler = read_object(teacher / "scheduler" / "scheduler_config.json")
-    if scheduler.get("prediction_type", "epsilon") != "epsilon":
-        raise UserError(
-            f"teacher {teacher} predicts {scheduler['prediction_type']!r}; distillation needs one that predicts 'epsilon'"
-        )
     kind, zero_snr = scheduler.get("_class_name", ""), scheduler.get("rescale_betas_zero_snr", False)
     if kind.startswith("EDM") or zero_snr:
         raise UserError(
@@ -56,18 +56,30 @@ def _network_of(folder: Path) -> dict[str, Any]:
     return meant
 
 
+def check_objectives(recipe: Recipe, teachers: dict[str, Path]) -> None:
+    """Raises UserError for a stage whose objective its teacher cannot serve; a student predicts what its teacher did."""
+    teacher = next(iter(teachers.values()))
+    for stage in recipe.stages:
+        teacher = teachers.get(stage.teacher, teacher)
+        try:
+            stage.objective.check(prediction_type_of(teacher), len(alphas_cumprod_of(teacher)))
+        except UserError as error:
+            raise UserError(f"stage {stage.name}: {error}") from None
+
+
 def find_pipelines(
     recipe: Recipe, teachers: dict[str, Path], latents: list[LatentCache], start: Path | None
 ) -> list[Path]:
-    """For each stage the folder whose VAE and text encoders its cache was made with: its teacher's as a rule.
+    """For each stage the folder whose VAE and text encoders its cache was made with: its teacher's as a rule. The student of
+    the stage before has those of that stage.
 
     Raises UserError where the teacher has others and the stage does not name that cache itself, or where no teacher has
     those of the cache.
     """
-    pipelines = []
+    pipelines: list[Path] = []
     candidates = [*teachers.values(), *([start] if start else [])]
     for stage, cache in zip(recipe.stages, latents, strict=True):
-        teacher = teachers[stage.teacher]
+        teacher = teachers.get(stage.teacher) or pipelines[-1]
         others = cache.check_teacher(teacher)
         fitting = [folder for folder in (teacher, *candidates) if not cache.check_teacher(folder)]
         if others and not (stage.cache and fitting):

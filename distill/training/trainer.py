@@ -33,9 +33,9 @@ from distill.training.output.card import write_card
 from distill.training.output.samples import draw_samples
 from distill.training.output.state import STATE_FORMAT
 from distill.training.output.student_folder import stage_folder, stage_title, student_dtype
-from distill.training.recipes import Recipe, stage_modules
+from distill.training.recipes import PREVIOUS, Recipe, stage_modules
 from distill.training.stage import StageRun
-from distill.training.teachers import check_successor, find_pipelines
+from distill.training.teachers import check_objectives, check_successor, find_pipelines
 
 
 def train(
@@ -67,10 +67,11 @@ def train(
         raise UserError(
             "--validate-every draws the recipe's validation_prompts, and it has none: add some, or leave it out"
         )
-    teachers = {stage.teacher: resolve(stage.teacher, workdir) for stage in recipe.stages}
+    teachers = {stage.teacher: resolve(stage.teacher, workdir) for stage in recipe.stages if stage.teacher != PREVIOUS}
     first = next(iter(teachers.values()))
     for teacher in teachers.values():  # the first too: what it predicts is checked
         check_successor(first, teacher)
+    check_objectives(recipe, teachers)
     modules = stage_modules(recipe, find_architecture_of(first), ModuleMap.of_student(start) if start else None)
     folders = [Path(stage.cache) if stage.cache else cache for stage in recipe.stages]
     caches = {folder: LatentCache(folder, batch_size=recipe.batch_size, seed=recipe.seed) for folder in set(folders)}
@@ -82,7 +83,7 @@ def train(
             accelerator=accelerator,
             recipe=recipe,
             number=number,
-            teacher=teachers[stage.teacher],
+            teacher=teachers.get(stage.teacher) or stage_folder(recipe, number - 1, out),
             pipeline=pipelines[number],
             modules=modules[number],
             latents=latents[number],

@@ -10,7 +10,7 @@ from bench.floor.predict import floor_ms
 from bench.floor.roofline import ModelConfigs, component_costs, total_flops
 from bench.measure.clock import Sample
 from bench.measure.stats import Estimate
-from bench.report.formatting import by_size
+from bench.report.elements.formatting import by_size
 from bench.report.report import write_report
 from bench.report.runtimes import layout_table, limits, quotient, runtime_figures
 from bench.results import Results, read_results

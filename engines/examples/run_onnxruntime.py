@@ -12,7 +12,7 @@ def runs_here(engine: dict) -> bool:
     return True
 
 
-class Plan:
+class Engine:
     """`engine` is one entry of the manifest's "engines"; its files have been checked."""
 
     def __init__(self, bundle: Path, engine: dict) -> None:

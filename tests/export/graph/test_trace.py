@@ -10,15 +10,15 @@ import onnxruntime
 import pytest
 import torch
 
-import export.trace as tracing
+import export.graph.trace as tracing
 from distill.checkpoints.sources import load_component
 from distill.models.resolution import Resolution
+from export.checks.parity import compare
 from export.components import COMPONENTS
+from export.graph.opening import CannotOpen
+from export.graph.trace import capture, make_lean, trace
+from export.graph.wrappers import wrap
 from export.job import make_config
-from export.opening import CannotOpen
-from export.parity import compare
-from export.trace import capture, make_lean, trace
-from export.wrappers import wrap
 
 SIZES = [Resolution(96, 160), Resolution(128, 64)]
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from distill.common.errors import UserError
 from distill.models.resolution import Resolution
+from export.checks.parity import cpu_session
 from export.components import COMPONENTS, Config
-from export.parity import cpu_session
 
 LARGEST = 6.0
 

@@ -9,9 +9,9 @@ from diffusers import AutoencoderKL
 from distill.common.errors import UserError
 from distill.common.files import read_json
 from distill.models.resolution import Resolution
+from export.checks.vae_safety import overflowing_share
 from export.folder import export_checkpoint
 from export.job import ExportOptions
-from export.vae_safety import overflowing_share
 
 
 @pytest.fixture(scope="module")

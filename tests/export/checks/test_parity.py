@@ -11,10 +11,10 @@ from onnx import numpy_helper
 
 from distill.common.errors import UserError
 from distill.models.resolution import Resolution
+from export.checks.parity import Parity
+from export.checks.verify import verify_folder
 from export.components import TensorSpec
-from export.parity import Parity
-from export.verify import verify_folder
-from export.wrappers import example
+from export.graph.wrappers import example
 
 
 def passes(precision: str, relative: float, cosine: float) -> bool:
@@ -80,7 +80,7 @@ def test_inputs_are_drawn_where_graphs_go_wrong() -> None:
 
 
 def test_a_batch_of_nothing_is_refused(onnx_fp32: Path, mini_vega: Path) -> None:
-    with pytest.raises(UserError, match="batch 0 is not possible"):
+    with pytest.raises(UserError, match="--batch is 0; the least is 1"):
         verify_folder(onnx_fp32, mini_vega, batch=0)
 
 

@@ -12,8 +12,8 @@ from torch._subclasses import FakeTensor
 from distill.checkpoints.sources import component_weights, load_component
 from distill.common.errors import UserError
 from export.folder import export_checkpoint
+from export.graph.weights import load_shapes
 from export.job import ExportOptions
-from export.weights import load_shapes
 
 
 def rewritten(checkpoint: Path, component: str, out: Path, change) -> Path:

@@ -39,8 +39,8 @@ def on_meta(folder: Path, component: str) -> nn.Module:
 
 
 def load_shapes(folder: Path, component: str, dtype: torch.dtype) -> nn.Module:
-    """`unet`, `vae`, `text_encoder` or `text_encoder_2` of a checkpoint in eval mode, to be traced and not to be run: its
-    weights are FakeTensors, each with its record in the files as `stored`.
+    """The network in the folder `component` of a checkpoint in eval mode, to be traced and not to be run: its weights are
+    FakeTensors, each with its record in the files as `stored`.
 
     Raises UserError where a weight is missing or of another shape.
     """

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-from bench.report.formatting import NONE
+from bench.report.elements.formatting import NONE
 
 Item = TypeVar("Item")
 Align = Literal["right", "left", "wrap"]

@@ -22,7 +22,7 @@ def runs_here(engine: dict) -> bool:
     return fits and import_module(engine["flavor"].replace("-", "_")).__version__ == engine["flavor_version"]
 
 
-class Plan:
+class Engine:
     def __init__(self, bundle: Path, engine: dict) -> None:
         """`engine` is one of the manifest's, its files checked. Activation memory is the caller's: USER_MANAGED."""
         self.record, trt = engine, import_module(engine["flavor"].replace("-", "_"))

@@ -1,4 +1,4 @@
-from bench.report.formatting import count, interval, milliseconds, signed_percent, size, times
+from bench.report.elements.formatting import count, interval, milliseconds, signed_percent, size, times
 from bench.results import Estimate
 
 

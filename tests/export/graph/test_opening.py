@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 
 from export.components import TensorSpec
-from export.opening import CannotOpen, choose_axes, open_dimensions, sized
+from export.graph.opening import CannotOpen, choose_axes, open_dimensions, sized
 
 INPUT = TensorSpec("x", "float32", (2, 6, 8, 8), ("batch", None, "height", "width"))
 

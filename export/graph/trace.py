@@ -27,9 +27,9 @@ from torch.fx import Node
 
 from distill.models.conditioning import Config, TensorSpec
 from export.components import Component
-from export.graph import name_dimensions, optimize
-from export.opening import CannotOpen, choose_axes, open_dimensions, sized
-from export.weights import read_when_written
+from export.graph.opening import CannotOpen, choose_axes, open_dimensions, sized
+from export.graph.passes import name_dimensions, optimize
+from export.graph.weights import read_when_written
 
 aten = torch.ops.aten
 WHOLE_ATTENTION_OPSET = 23

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from distill.checkpoints.sources import WORKDIR, file_hashes, load_component
-from distill.common.errors import UserError, unknown
+from distill.common.errors import UserError, require_least, unknown
 from distill.common.files import read_json, read_object, sha256_file, sha256_json
 from distill.models.resolution import Resolution
-from export.checkpoint import prepare
-from export.components import COMPONENTS
-from export.job import require_batch, weights_hashes
-from export.parity import Parity, compare
+from export.checkpoint.prepare import prepare
+from export.checks.parity import Parity, compare
+from export.components import COMPONENTS, TEXT_ENCODERS
+from export.job import weights_hashes
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -45,9 +45,9 @@ def verify_folder(
     Raises UserError where the checkpoint, a LoRA or the VAE is another one than the folder was made from, and where a
     component failed before or there is none.
     """
-    from export.wrappers import TORCH_DTYPES, wrap
+    from export.graph.wrappers import TORCH_DTYPES, wrap
 
-    require_batch(batch)
+    require_least(1, batch=batch)
     seed = secrets.randbits(31) if seed is None else seed
     about = read_about(folder)
     chosen = _choose_components(folder, components)
@@ -62,11 +62,11 @@ def verify_folder(
         network = load_component(prepared, COMPONENTS[name].source, TORCH_DTYPES[export["precision"]])
         module = wrap(name, network)
         resolutions = list(sizes) or [Resolution.parse(text) for text in about["resolutions"]]
-        if name.startswith("text"):  # no picture goes in
+        if name in TEXT_ENCODERS:
             resolutions = resolutions[:1]
         graphs: dict[str, list[Resolution]] = {}
         for resolution in resolutions:
-            if name.startswith("text"):
+            if name in TEXT_ENCODERS:
                 graphs["model.onnx"] = [resolution]
                 continue
             if export["graphs"] and str(resolution) not in export["graphs"]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.models.conditioning import Config, TensorSpec, call_unet, unet_input_names
-from export.components import FLOAT_DTYPES
+from export.components import FLOAT_DTYPES, TEXT_ENCODERS
 
 TORCH_DTYPES = {name: getattr(torch, dtype) for name, dtype in FLOAT_DTYPES.items()}
 
@@ -60,8 +60,7 @@ _WRAPPERS: dict[str, type[nn.Module]] = {
     "unet": _UNet,
     "vae_decoder": _VaeDecoder,
     "vae_encoder": _VaeEncoder,
-    "text_encoder": _TextEncoder,
-    "text_encoder_2": _TextEncoder,
+    **dict.fromkeys(TEXT_ENCODERS, _TextEncoder),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 import onnx_ir as ir
 
-from export.graph import optimize
+from export.graph.passes import optimize
 
 
 def test_equal_constants_become_one_and_equal_weights_stay_apart() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from distill.checkpoints.tensors import read_safetensors_header
 from distill.common.errors import UserError
 from distill.common.files import read_object
+from export.components import TEXT_ENCODERS
 
 Lora = tuple[Path, float]
 """A file and the scale it is fused with."""
@@ -40,8 +41,10 @@ OTHER_KINDS = {
     "whole text encoder": r"^text_model\.embeddings\.token_embedding\.weight$",
 }
 """Files that are taken for LoRAs, by the names of their tensors."""
-WRAPPERS = re.compile(r"^((unet|text_encoder(?:_2)?)\.)?(?:base_model\.model\.|_orig_mod\.|module\.)+")
-DOUBLED = re.compile(r"^(unet\.|text_encoder\.|text_encoder_2\.|lora_unet_|lora_te[12]?_)\1+")
+KOHYA_ENCODERS = {"te_": TEXT_ENCODERS[0]} | {f"te{number}_": name for number, name in enumerate(TEXT_ENCODERS, 1)}
+_PARTS = "|".join(("unet", *TEXT_ENCODERS))
+WRAPPERS = re.compile(rf"^(({_PARTS})\.)?(?:base_model\.model\.|_orig_mod\.|module\.)+")
+DOUBLED = re.compile(rf"^((?:{_PARTS})\.|lora_unet_|lora_te[12]?_)\1+")
 BARE_UNET = re.compile(r"^(?=(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\b)")
 
 
@@ -125,8 +128,8 @@ def _same(name: str) -> str:
         name = re.sub(rf"[._]{re.escape(down)}$", ".down", name)
         name = re.sub(rf"[._]{re.escape(up)}$", ".up", name)
     name = name.replace(".processor.", ".").removeprefix("lora_")
-    for kohya, ours in (("te1_", "text_encoder."), ("te2_", "text_encoder_2."), ("te_", "text_encoder.")):
-        name = ours + name.removeprefix(kohya) if name.startswith(kohya) else name
+    for kohya, ours in KOHYA_ENCODERS.items():
+        name = f"{ours}.{name.removeprefix(kohya)}" if name.startswith(kohya) else name
     return re.sub(r"[._]", "", name)
 
 

@@ -109,7 +109,7 @@ def compare(
     """
     import torch
 
-    from export.wrappers import example
+    from export.graph.wrappers import example
 
     seed = secrets.randbits(31) if seed is None else seed
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-from bench.report.tables import Cell, Column, make_table, measured
+from bench.report.elements.tables import Cell, Column, make_table, measured
 
 
 def test_what_has_nothing_in_it_is_left_out():

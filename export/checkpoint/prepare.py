@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +18,37 @@ from distill.checkpoints.tensors import component_tensors, component_weights
 from distill.common.errors import UserError
 from distill.common.files import read_json, read_object, require_free_disk, sha256_file, sha256_json
 from distill.common.hub import explaining_hub
-from export.lora import Lora, check_lora, load_lora
+from distill.models.conditioning import SD, SDXL, conditioning_of
+from export.checkpoint.lora import Lora, check_lora, load_lora
 
-VAE_SOURCES = {"fp16-fix": "madebyollin/sdxl-vae-fp16-fix", "tiny": "madebyollin/taesdxl"}
+VAE_SOURCES = {
+    SDXL.pipeline: {"fp16-fix": "madebyollin/sdxl-vae-fp16-fix", "tiny": "madebyollin/taesdxl"},
+    SD.pipeline: {"tiny": "madebyollin/taesd"},
+}
+"""Hub ids of the VAEs with a name, by the kind of pipeline whose latents they read."""
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
 
-def vae_folder(vae: str) -> Path:
-    """The local folder of `--vae`: a known name is fetched from the Hugging Face hub, anything else is a folder.
+def vae_sources(checkpoint: Path) -> dict[str, str]:
+    """The VAEs with a name that fit a checkpoint."""
+    return VAE_SOURCES[conditioning_of(read_config(checkpoint, "unet")).pipeline]
+
+
+def vae_folder(vae: str, sources: Mapping[str, str]) -> Path:
+    """The local folder of `--vae`: one of `sources` is fetched from the Hugging Face hub, anything else is a folder.
 
     Raises UserError where it cannot be had or is no VAE.
     """
     folder = Path(vae)
-    if vae in VAE_SOURCES:
+    if vae in sources:
         from huggingface_hub import snapshot_download
 
         patterns = ["config.json", "diffusion_pytorch_model.safetensors"]
-        with explaining_hub(f"the VAE {vae} is {VAE_SOURCES[vae]}, which"):
-            folder = Path(snapshot_download(VAE_SOURCES[vae], allow_patterns=patterns))
+        with explaining_hub(f"the VAE {vae} is {sources[vae]}, which"):
+            folder = Path(snapshot_download(sources[vae], allow_patterns=patterns))
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"there is no VAE {vae!r}: allowed are stock, {', '.join(VAE_SOURCES)}, or a folder with config.json"
+            f"there is no VAE {vae!r} for this model: allowed are stock, {', '.join(sources)}, or a folder with config.json"
         )
     kind = read_object(folder / "config.json").get("_class_name")
     if kind not in VAE_CLASSES:
@@ -60,11 +70,12 @@ def with_vae(checkpoint: Path, vae: str, workdir: Path) -> Path:
     """`checkpoint` with the VAE that `vae` names. Raises UserError where that is of another latent space."""
     if vae == "stock":
         return checkpoint
-    source = vae_folder(vae).resolve()
+    source = vae_folder(vae, vae_sources(checkpoint)).resolve()
     config, wanted = read_config(source.parent, source.name), read_config(checkpoint, "unet")["out_channels"]
     if (channels := config.get("latent_channels", 4)) != wanted:
         raise UserError(
-            f"the VAE {vae} has {channels} latent channels, the UNet of {checkpoint.name} {wanted}; give one made for SDXL"
+            f"the VAE {vae} has {channels} latent channels, the UNet of {checkpoint.name} {wanted}; give one "
+            "made for this kind of model"
         )
     content = file_hashes(source.parent, [source.name])
     digest = sha256_json([str(checkpoint.resolve()), str(source), content])

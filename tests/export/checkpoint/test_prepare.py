@@ -15,15 +15,15 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from distill.checkpoints.sources import component_weights, file_hashes, load_component, read_config
+from distill.checkpoints.sources import component_weights, file_hashes, load_component, read_config, resolve
 from distill.common.errors import UserError
 from distill.common.files import read_json
 from distill.models.resolution import Resolution
-from export.checkpoint import prepare, with_loras, with_vae
+from export.checkpoint.prepare import prepare, with_loras, with_vae
+from export.checks.verify import verify_folder
 from export.components import COMPONENTS
 from export.folder import export_checkpoint
 from export.job import ExportOptions, component_precision
-from export.verify import verify_folder
 
 HASH = "of the checkpoint"
 
@@ -252,6 +252,8 @@ def test_what_is_no_vae_is_refused(mini_vega: Path, tmp_path: Path) -> None:
         with_vae(mini_vega, "tinny", tmp_path)
     with pytest.raises(UserError, match="'UNet2DConditionModel'"):
         with_vae(mini_vega, str(mini_vega / "unet"), tmp_path)
+    with pytest.raises(UserError, match="'fp16-fix' for this model: allowed are stock, tiny, or a folder"):
+        with_vae(resolve("random:mini-sd-1.5", tmp_path), "fp16-fix", tmp_path)  # SDXL's: of another latent space
 
 
 def test_a_plain_checkpoint_is_taken_as_it_is(mini_vega: Path, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from distill.checkpoints.sources import load_component
 from distill.common.errors import UserError
-from export.checkpoint import with_loras
-from export.lora import check_lora
+from export.checkpoint.lora import check_lora
+from export.checkpoint.prepare import with_loras
 
 LAYER = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 DOWN, UP = f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"

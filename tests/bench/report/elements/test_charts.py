@@ -1,4 +1,4 @@
-from bench.report.charts import Axis, Series, dot_whiskers, line_chart, log_ticks, nice_ticks, number, tick
+from bench.report.elements.charts import Axis, Series, dot_whiskers, line_chart, log_ticks, nice_ticks, number, tick
 
 
 def test_ticks_are_round_and_within_the_range():
