@@ -7,6 +7,7 @@ no signature: they do not make a bundle from someone you do not trust safe.
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from distill.common.errors import UserError
@@ -30,7 +31,7 @@ def locate(bundle: Path, record: FileRecord, rebuild: str) -> Path:
     """
     root = Path(bundle).resolve()
     path = root / record.path
-    real, blobs = path.resolve(), hub_blobs(root)
+    real, blobs = Path(os.path.realpath(path)), hub_blobs(root)  # resolve() raises for links in a circle
     if not real.is_relative_to(root) and not (blobs and real.is_relative_to(blobs)):
         raise UserError(
             f"{record.path} leads out of the bundle {bundle} (a link to {real}); copy the bundle with its links "

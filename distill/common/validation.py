@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from distill.common.options import whole_number
+
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 """Of every dataclass that is read so: no unknown field, no text for a number, no number that is not finite."""
 Stated = TypeVar("Stated")
@@ -22,8 +24,10 @@ def first_fault(error: ValidationError, whole: str = "the whole") -> str:
 
 
 def from_json(kind: type[Stated], value: Any) -> Stated:
-    """The dataclass that JSON data states. Raises ValueError with the `first_fault`."""
+    """The dataclass that JSON data states. Raises ValueError with the `first_fault`, and for numbers beyond 64 bits."""
+    text = json.dumps(value)
+    json.loads(text, parse_int=whole_number)
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(value))
+        return TypeAdapter(kind).validate_json(text)
     except ValidationError as error:
         raise ValueError(first_fault(error)) from None

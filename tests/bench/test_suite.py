@@ -9,7 +9,7 @@ from bench.contestants.spec import make_contestant, parse_specs
 from bench.jobs import COMPILED_LOOP, LOOPS_ON_CPU, Job, Jobs
 from bench.suite import SuiteOptions, run_suite
 from distill.common.errors import UserError
-from distill.studies.bench import LOOPS
+from distill.studies.loops import LOOPS
 
 MINI = {"device": "cpu", "models": "mini-ssd-1b,mini-vega", "resolutions": "64x64", "steps": 1}
 

@@ -172,13 +172,16 @@ def test_no_manifest(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-def test_a_link_that_leads_out_is_refused(bundle: Path, tmp_path: Path) -> None:
-    record = read_manifest(bundle).engines[0].files[0]
-    outside = tmp_path / "outside"
-    shutil.copyfile(bundle / record.path, outside)
-    (bundle / record.path).unlink()
-    (bundle / record.path).symlink_to(outside)
-    assert any("leads out of the bundle" in fault for fault in verify_bundle(bundle))
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("outside", "leads out of the bundle"), ("nothing", "leads out of the bundle"), ("circle", "is missing")],
+)
+def test_a_link_that_leads_nowhere_or_out_is_refused(bundle: Path, tmp_path: Path, name: str, message: str) -> None:
+    path = bundle / read_manifest(bundle).engines[0].files[0].path
+    shutil.copyfile(path, tmp_path / "outside")
+    path.unlink()
+    path.symlink_to(path if name == "circle" else tmp_path / name)
+    assert any(message in fault for fault in verify_bundle(bundle))
 
 
 def test_a_file_without_a_hash_is_not_read(bundle: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench.measure.stats import Estimate
+from distill.common.files import size_text
 
 STAGE_NAMES = {
     "prepare": "prepare",
@@ -48,12 +49,7 @@ def signed_percent(value: float) -> str:
 
 def size(value: float | None) -> str:
     """Bytes in decimal units."""
-    if value is None:
-        return NONE
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= factor:
-            return f"{value / factor:.3g} {unit}"
-    return f"{value:.0f} B"
+    return NONE if value is None else size_text(round(value))
 
 
 def count(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""The memory plan against what torch's allocator says of the same step done for real."""
+"""The memory counted against what torch's allocator says of the same step done for real."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distill.common.errors import UserError
 from distill.models.architectures import ARCHITECTURES, Architecture
 from distill.models.catalogue import count_parameters
 from distill.models.module_map import make_module_map
-from distill.training.memory_plan import describe_plan, plan_memory
+from distill.training.memory import count_memory, describe_memory
 from distill.training.objectives import Distill
 from distill.training.objectives.interface import Nets
 from distill.training.recipes import find_recipe
@@ -66,38 +66,38 @@ def _allocated_peak(teacher: Architecture, student: Architecture, batch: int, *,
 
 @pytest.mark.parametrize(("batch", "checkpointing"), [(2, False), (8, False), (8, True)])
 def test_the_plan_is_what_the_allocator_gives(batch: int, checkpointing: bool) -> None:
-    plan = plan_memory(
+    use = count_memory(
         TEACHER, STUDENT, OBJECTIVE, resolution=BASE, micro_batch=batch, gradient_checkpointing=checkpointing
     )
     real = _allocated_peak(TEACHER, STUDENT, batch, checkpointing=checkpointing)
-    print(f"batch {batch}, checkpointing {checkpointing}: planned {plan.gradients + plan.work:,}, real {real:,} bytes")
-    assert plan.gradients + plan.work == pytest.approx(real, rel=0.01)
+    print(f"batch {batch}, checkpointing {checkpointing}: planned {use.gradients + use.work:,}, real {real:,} bytes")
+    assert use.gradients + use.work == pytest.approx(real, rel=0.01)
 
 
 def test_what_lies_still_is_counted_to_the_byte() -> None:
     with torch.device("meta"):
         parameters, of_teacher = (count_parameters(UNet2DConditionModel(**a.unet_config)) for a in (STUDENT, TEACHER))
     options = {"resolution": BASE, "micro_batch": 1, "half": torch.bfloat16, "ema": True}
-    plan = plan_memory(TEACHER, STUDENT, OBJECTIVE, gradients_stay=True, **options)
-    assert (plan.teacher, plan.student, plan.ema) == (2 * of_teacher, 4 * parameters, 4 * parameters)
-    assert (plan.optimizer, plan.gradients) == (8 * parameters, 4 * parameters)
-    alone = plan_memory(TEACHER, STUDENT, Distill(output=0, feature=0), **options)
-    assert alone.teacher == 0 and alone.work < plan.work
-    shared = plan_memory(TEACHER, STUDENT, OBJECTIVE, gradients_stay=True, shards=4, **options)
-    assert shared.optimizer == 2 * parameters and plan.work < shared.work < plan.work + 4 * parameters
+    use = count_memory(TEACHER, STUDENT, OBJECTIVE, gradients_stay=True, **options)
+    assert (use.teacher, use.student, use.ema) == (2 * of_teacher, 4 * parameters, 4 * parameters)
+    assert (use.optimizer, use.gradients) == (8 * parameters, 4 * parameters)
+    alone = count_memory(TEACHER, STUDENT, Distill(output=0, feature=0), **options)
+    assert alone.teacher == 0 and alone.work < use.work
+    shared = count_memory(TEACHER, STUDENT, OBJECTIVE, gradients_stay=True, shards=4, **options)
+    assert shared.optimizer == 2 * parameters and use.work < shared.work < use.work + 4 * parameters
 
 
 def test_half_precision_and_checkpointing_save_activations() -> None:
     sizes = {"resolution": BASE, "micro_batch": 16}
-    full = plan_memory(TEACHER, STUDENT, OBJECTIVE, **sizes)
-    assert plan_memory(TEACHER, STUDENT, OBJECTIVE, half=torch.bfloat16, **sizes).work < 0.85 * full.work
-    assert plan_memory(TEACHER, STUDENT, OBJECTIVE, gradient_checkpointing=True, **sizes).work < 0.6 * full.work
+    full = count_memory(TEACHER, STUDENT, OBJECTIVE, **sizes)
+    assert count_memory(TEACHER, STUDENT, OBJECTIVE, half=torch.bfloat16, **sizes).work < 0.85 * full.work
+    assert count_memory(TEACHER, STUDENT, OBJECTIVE, gradient_checkpointing=True, **sizes).work < 0.6 * full.work
 
 
 def test_whether_it_fits_is_said() -> None:
-    plan = plan_memory(TEACHER, STUDENT, OBJECTIVE, resolution=BASE, micro_batch=1)
-    lines = describe_plan({"small": plan, "large": replace(plan, work=10**11)}, "title", "a GPU", 24_000_000_000)
-    assert lines[-2].startswith("small: fits a GPU, 24.0 GB") and lines[-1].startswith("large: does NOT fit")
+    use = count_memory(TEACHER, STUDENT, OBJECTIVE, resolution=BASE, micro_batch=1)
+    lines = describe_memory({"small": use, "large": replace(use, work=10**11)}, "title", "a GPU", 24_000_000_000)
+    assert lines[-2].startswith("small: fits a GPU, 24 GB") and lines[-1].startswith("large: does NOT fit")
 
 
 @pytest.mark.parametrize(("processes", "accumulation"), [(0, 1), (1, 0), (3, 1)])
@@ -111,4 +111,4 @@ def test_full_size_is_planned_without_memory(monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr("sys.argv", ["distill", *arguments])
     assert main() == 0
     told = capsys.readouterr().out
-    assert "plain: does NOT fit the GPU, 80.0 GB" in told and "gradient checkpointing: fits the GPU" in told
+    assert "plain: does NOT fit the GPU, 80 GB" in told and "gradient checkpointing: fits the GPU" in told

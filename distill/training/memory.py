@@ -1,9 +1,8 @@
 """What a stage needs of one GPU's memory, told before it starts.
 
-Nothing is guessed: a step itself, teacher, student, loss and backward, runs on meta tensors, which have
-shapes but no memory, while every tensor that would exist is counted from its birth to its death. What a kernel
-takes for itself (cuDNN's and cuBLAS's workspaces), CUDA's context and the allocator's gaps are not tensors; for them
-`RESERVED_BYTES` stays free.
+Nothing is guessed: a step itself, teacher, student, loss and backward, runs on meta tensors, which have shapes but no
+memory, while every tensor that would exist is counted from its birth to its death. What a kernel takes for itself (cuDNN's
+and cuBLAS's workspaces), CUDA's context and the allocator's gaps are not tensors; for them `RESERVED_BYTES` stays free.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from distill.common.files import size_text
 from distill.models.architectures import Architecture, find_architecture
 from distill.models.catalogue import count_parameters
 from distill.models.module_map import make_module_map
@@ -96,7 +96,7 @@ class AsOnGpu(TorchFunctionMode):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryPlan:
+class MemoryUse:
     """Bytes on one GPU when most are in use. `work` is activations, features and whatever else a step holds for a
     while; under FSDP also the weights gathered from the other GPUs."""
 
@@ -112,7 +112,7 @@ class MemoryPlan:
         return self.teacher + self.student + self.ema + self.optimizer + self.gradients + self.work
 
 
-def plan_memory(
+def count_memory(
     teacher: Architecture,
     student: Architecture,
     objective: Objective,
@@ -125,7 +125,7 @@ def plan_memory(
     ema: bool = False,
     optimizer: str = "adamw",
     shards: int = 1,
-) -> MemoryPlan:
+) -> MemoryUse:
     """Counts one step of `micro_batch` samples. `gradients_stay` says that gradients are held through the whole step
     (accumulation, or DDP's buckets), else each appears as backward reaches it. `shards` is the number of FSDP's
     processes: weights, average, moments and gradients are divided by it, and the transformer blocks and ResNets at
@@ -166,7 +166,7 @@ def plan_memory(
     if 4 * parameters > gradients + work:  # the optimiser's step, when all gradients are there and nothing else
         gradients, work = 4 * parameters, 0
     gathered = _gathered_bytes(student_net) if shards > 1 else 0
-    return MemoryPlan(
+    return MemoryUse(
         teacher=half.itemsize * count_parameters(teacher_net) if objective.needs_teacher else 0,
         student=4 * parameters // shards,
         ema=(ema + (objective.target_decay is not None)) * 4 * parameters // shards,
@@ -183,7 +183,7 @@ def _gathered_bytes(unet: UNet2DConditionModel) -> int:
     return 4 * (count_parameters(unet) - sum(blocks) + 3 * max(blocks))
 
 
-def plan_recipe(
+def count_recipe_memory(
     recipe: Recipe,
     teacher: Architecture,
     *,
@@ -192,7 +192,7 @@ def plan_recipe(
     processes: int,
     accumulation: int,
     fsdp: bool,
-) -> tuple[str, dict[str, MemoryPlan]]:
+) -> tuple[str, dict[str, MemoryUse]]:
     """What the recipe's deepest stage needs of each GPU, without and with gradient checkpointing, under a title.
 
     Raises UserError where the batch cannot be shared so.
@@ -202,8 +202,8 @@ def plan_recipe(
     stage, student = max(pairs, key=lambda pair: pair[1].depth.transformer_blocks)
     micro_batch = recipe.micro_batch(processes, accumulation)
     resolution = family.resolutions[0]
-    plans = {
-        name: plan_memory(
+    uses = {
+        name: count_memory(
             teacher,
             student,
             stage.objective,
@@ -220,10 +220,10 @@ def plan_recipe(
     }
     gpus = "one GPU" if processes == 1 else f"each of {processes} GPUs"
     title = (
-        f"memory plan for {gpus} at its peak, {recipe.name}, stage {stage.name}: {micro_batch} pictures of "
+        f"memory needed of {gpus} at its peak, {recipe.name}, stage {stage.name}: {micro_batch} pictures of "
         f"{resolution} at once, {str(half).removeprefix('torch.')}"
     )
-    return title, plans
+    return title, uses
 
 
 def device_memory() -> tuple[str, int]:
@@ -234,8 +234,8 @@ def device_memory() -> tuple[str, int]:
     return "this machine (no GPU)", psutil.virtual_memory().total
 
 
-def describe_plan(plans: dict[str, MemoryPlan], title: str, device: str, device_bytes: int) -> list[str]:
-    """An aligned table of plans side by side by name, and whether each fits the device."""
+def describe_memory(uses: dict[str, MemoryUse], title: str, device: str, device_bytes: int) -> list[str]:
+    """An aligned table of them side by side by name, and whether each fits the device."""
     rows = {
         "teacher weights": "teacher",
         "student weights": "student",
@@ -245,13 +245,13 @@ def describe_plan(plans: dict[str, MemoryPlan], title: str, device: str, device_
         "activations and work": "work",
         "peak": "total",
     }
-    lines = [title, " " * 24 + "".join(f"{name:>28}" for name in plans)]
+    lines = [title, " " * 24 + "".join(f"{name:>28}" for name in uses)]
     for name, field in rows.items():
-        lines.append(f"{name:24}" + "".join(f"{getattr(plan, field) / 1e9:25.3f} GB" for plan in plans.values()))
+        lines.append(f"{name:24}" + "".join(f"{size_text(getattr(use, field)):>28}" for use in uses.values()))
     usable = device_bytes - RESERVED_BYTES
     lines += [
-        f"{name}: {'fits' if plan.total <= usable else 'does NOT fit'} {device}, {device_bytes / 1e9:.1f} GB of which "
-        f"{RESERVED_BYTES / 1e9:.0f} are left to the driver and the kernels"
-        for name, plan in plans.items()
+        f"{name}: {'fits' if use.total <= usable else 'does NOT fit'} {device}, {size_text(device_bytes)} of which "
+        f"{size_text(RESERVED_BYTES)} are left to the driver and the kernels"
+        for name, use in uses.items()
     ]
     return lines
