@@ -1,0 +1,146 @@
+"""What the votes say of the models: shares and strengths, each with an interval over raters and prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from bench.measure.stats import Estimate
+from bench.study.bradley_terry import fit
+from bench.study.files import Key
+from bench.study.raters import chosen
+from bench.study.votes import Line
+
+RESAMPLES = 1000
+MARGIN = 0.03
+"""The half width of an interval that `needed` is told for."""
+POINTS = 400 / math.log(10)
+"""Strengths are told in Elo's points: 400 of them are odds of ten to one."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Votes between two models. `preference` is the share of the first, ties half each; `needed` the votes it would take
+    until its interval is ±3 points."""
+
+    first: str
+    second: str
+    wins: int
+    ties: int
+    losses: int
+    preference: Estimate
+    needed: int
+
+    @property
+    def votes(self) -> int:
+        return self.wins + self.ties + self.losses
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One model against all others. `strength` is None where no chain of votes leads to the first model."""
+
+    model: str
+    votes: int
+    preference: Estimate | None
+    strength: Estimate | None
+    categories: dict[str, Estimate | None]
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """In the order of the key."""
+
+    pairs: list[Pair]
+    standings: list[Standing]
+
+
+def weigh(votes: Sequence[Line], items: np.ndarray, codes: np.ndarray, size: int) -> np.ndarray:
+    """(1 + RESAMPLES, size): how often each of `codes` is among the votes, then among each resample. Raters and prompts are
+    both drawn anew, and a vote counts as often as its rater times its prompt (Owen and Eckles, Ann. Appl. Stat. 6, 2012)."""
+    rng = np.random.default_rng(0)
+    raters = np.unique([vote.rater for vote in votes], return_inverse=True)[1]
+    prompts = np.unique(items, return_inverse=True)[1]
+    tables = [np.bincount(codes, minlength=size).astype(float)]
+    for _ in range(RESAMPLES):
+        drawn = [rng.multinomial(n, np.full(n, 1 / n)) for n in (raters.max() + 1, prompts.max() + 1)]
+        tables.append(np.bincount(codes, drawn[0][raters] * drawn[1][prompts], size))
+    return np.stack(tables)
+
+
+def share(part: np.ndarray, whole: np.ndarray) -> Estimate | None:
+    """part / whole (1 + RESAMPLES,) with its interval, None for no votes. The interval is never narrower than so many votes
+    that know nothing of each other allow (Wilson): a resample of nothing but wins would claim certainty."""
+    votes = float(whole[0])
+    if votes == 0:
+        return None
+    shares = part[whole > 0] / whole[whole > 0]
+    value, z = float(shares[0]), 1.96
+    low, high = np.percentile(shares[1:], [2.5, 97.5]) if len(shares) > 1 else (value, value)
+    middle = (value + z * z / (2 * votes)) / (1 + z * z / votes)
+    half = z * math.sqrt(value * (1 - value) / votes + (z / (2 * votes)) ** 2) / (1 + z * z / votes)
+    return Estimate(value=value, low=float(min(low, middle - half)), high=float(max(high, middle + half)))
+
+
+def find_preferences(votes: Sequence[Line], key: Key) -> Preferences:
+    """Of votes that each compare two models, one or more."""
+    places, names = key.pictures(), [model.name for model in key.models]
+    pairs = list(combinations(range(len(names)), 2))
+    categories = list(dict.fromkeys(item.category for item in key.items))
+    codes, items = [], []
+    for vote in votes:
+        (item, one), (_, other) = places[vote.first], places[vote.second]
+        ahead = min(one, other), max(one, other)
+        winner = None if chosen(vote) == "tie" else places[chosen(vote)][1]
+        outcome = 1 if winner is None else 0 if winner == ahead[0] else 2
+        codes.append((categories.index(key.items[item].category) * len(pairs) + pairs.index(ahead)) * 3 + outcome)
+        items.append(item)
+    tables = weigh(votes, np.array(items), np.array(codes), len(categories) * len(pairs) * 3)
+    by_category = tables.reshape(-1, len(categories), len(pairs), 3)
+    counts = by_category.sum(axis=1)
+    return Preferences(
+        [_pair(names[i], names[j], counts[:, index]) for index, (i, j) in enumerate(pairs) if counts[0, index].any()],
+        [
+            Standing(
+                name,
+                int(counts[0, [model in pair for pair in pairs]].sum()),
+                _against_all(counts, pairs, model),
+                strength,
+                {one: _against_all(by_category[:, at], pairs, model) for at, one in enumerate(categories)},
+            )
+            for model, (name, strength) in enumerate(zip(names, _strengths(counts, pairs, len(names)), strict=True))
+        ],
+    )
+
+
+def _pair(first: str, second: str, counts: np.ndarray) -> Pair:
+    wins, ties, losses = map(int, counts[0])
+    preference = share(counts @ [1, 0.5, 0], counts.sum(axis=1))
+    assert preference is not None and preference.low is not None and preference.high is not None
+    half = (preference.high - preference.low) / 2
+    return Pair(first, second, wins, ties, losses, preference, math.ceil((wins + ties + losses) * (half / MARGIN) ** 2))
+
+
+def _against_all(counts: np.ndarray, pairs: list[tuple[int, int]], model: int) -> Estimate | None:
+    """`counts` (1 + RESAMPLES, pairs, 3)."""
+    won = [[1, 0.5, 0] if i == model else [0, 0.5, 1] if j == model else [0, 0, 0] for i, j in pairs]
+    taken_part = [model in pair for pair in pairs]
+    return share(np.einsum("bpo,po->b", counts, won), counts[:, taken_part].sum(axis=(1, 2)))
+
+
+def _strengths(counts: np.ndarray, pairs: list[tuple[int, int]], models: int) -> list[Estimate | None]:
+    """Against the first model, which has 0."""
+    linked, compared = {0}, [pair for index, pair in enumerate(pairs) if counts[0, index].any()]
+    for _ in range(models):
+        linked |= {model for pair in compared if linked & {*pair} for model in pair}
+    theta = fit(counts, pairs, models)[0]
+    points = POINTS * (theta - theta[:, :1])
+    low, high = np.percentile(points[1:], [2.5, 97.5], axis=0)
+    return [
+        Estimate(value=points[0, model], low=low[model], high=high[model]) if model in linked else None
+        for model in range(models)
+    ]
