@@ -130,10 +130,11 @@ def _draw(contestant: Contestant, key: Key, model: int, folder: Path) -> None:
     """Every picture of one model that is not there, each whole or not at all. It is loaded only where one is missing."""
     names = {item: key.picture(item, model) for item in range(len(key.items))}
     todo = [item for item, name in names.items() if not picture_path(folder, name).exists()]
+    if not todo:
+        return
     about, clock = key.models[model], make_clock(contestant.device)
     try:
-        if todo:
-            contestant.load()
+        contestant.load()
         for item in track(todo, about.name, "picture", done=len(names) - len(todo)):
             one = key.items[item]
             workload = Workload(
@@ -156,7 +157,7 @@ def _draw(contestant: Contestant, key: Key, model: int, folder: Path) -> None:
         ) from None
     finally:
         del contestant
-        gc.collect()
+        gc.collect()  # its memory is the next one's
 
 
 def _save(image: np.ndarray, path: Path) -> None:

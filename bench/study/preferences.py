@@ -12,10 +12,9 @@ import numpy as np
 from bench.measure.stats import Estimate
 from bench.study.bradley_terry import fit
 from bench.study.files import Key
-from bench.study.raters import chosen
-from bench.study.votes import Line
+from bench.study.votes import Vote
 
-RESAMPLES = 1000
+RESAMPLES, Z = 500, 1.96
 MARGIN = 0.03
 """The half width of an interval that `needed` is told for."""
 POINTS = 400 / math.log(10)
@@ -59,34 +58,41 @@ class Preferences:
     standings: list[Standing]
 
 
-def weigh(votes: Sequence[Line], items: np.ndarray, codes: np.ndarray, size: int) -> np.ndarray:
-    """(1 + RESAMPLES, size): how often each of `codes` is among the votes, then among each resample. Raters and prompts are
-    both drawn anew, and a vote counts as often as its rater times its prompt (Owen and Eckles, Ann. Appl. Stat. 6, 2012)."""
+def weigh(votes: Sequence[Vote], items: np.ndarray, codes: np.ndarray, size: int) -> np.ndarray:
+    """(1 + 3 RESAMPLES, size): how often each of `codes` is among the votes; then among resamples of the raters, of the
+    prompts, and of single votes."""
     rng = np.random.default_rng(0)
-    raters = np.unique([vote.rater for vote in votes], return_inverse=True)[1]
-    prompts = np.unique(items, return_inverse=True)[1]
     tables = [np.bincount(codes, minlength=size).astype(float)]
-    for _ in range(RESAMPLES):
-        drawn = [rng.multinomial(n, np.full(n, 1 / n)) for n in (raters.max() + 1, prompts.max() + 1)]
-        tables.append(np.bincount(codes, drawn[0][raters] * drawn[1][prompts], size))
+    for groups in ([vote.rater for vote in votes], items, np.arange(len(votes))):
+        kinds, group = np.unique(groups, return_inverse=True)
+        for _ in range(RESAMPLES):
+            times = np.bincount(rng.integers(len(kinds), size=len(kinds)), minlength=len(kinds))
+            tables.append(np.bincount(codes, times[group], size))
     return np.stack(tables)
 
 
+def variance(values: np.ndarray) -> np.ndarray:
+    """Of a figure over raters and prompts both, from its `values` (1 + 3 RESAMPLES, ...) by `weigh`: the variance over
+    raters plus that over prompts, less that of single votes, which is in both; never below either (Cameron, Gelbach and
+    Miller, J. Bus. Econ. Stat. 29, 2011)."""
+    raters, prompts, votes = np.nanvar(values[1:].reshape(3, RESAMPLES, *values.shape[1:]), axis=1)
+    return np.maximum(raters + prompts - votes, np.maximum(raters, prompts))
+
+
 def share(part: np.ndarray, whole: np.ndarray) -> Estimate | None:
-    """part / whole (1 + RESAMPLES,) with its interval, None for no votes. The interval is never narrower than so many votes
-    that know nothing of each other allow (Wilson): a resample of nothing but wins would claim certainty."""
-    votes = float(whole[0])
-    if votes == 0:
+    """part / whole, (1 + 3 RESAMPLES,) by `weigh`, with Wilson's interval for as many independent votes as would vary like
+    these: it stays within 0 and 1, and claims no certainty where all agree. None for no votes."""
+    if whole[0] == 0:
         return None
-    shares = part[whole > 0] / whole[whole > 0]
-    value, z = float(shares[0]), 1.96
-    low, high = np.percentile(shares[1:], [2.5, 97.5]) if len(shares) > 1 else (value, value)
-    middle = (value + z * z / (2 * votes)) / (1 + z * z / votes)
-    half = z * math.sqrt(value * (1 - value) / votes + (z / (2 * votes)) ** 2) / (1 + z * z / votes)
-    return Estimate(value=value, low=float(min(low, middle - half)), high=float(max(high, middle + half)))
+    shares = np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+    value, spread = float(shares[0]), float(variance(shares))
+    votes = value * (1 - value) / spread if spread > 1e-12 else float(whole[0])
+    middle = (value + Z**2 / (2 * votes)) / (1 + Z**2 / votes)
+    half = Z * math.sqrt(value * (1 - value) / votes + (Z / (2 * votes)) ** 2) / (1 + Z**2 / votes)
+    return Estimate(value=value, low=max(0.0, middle - half), high=min(1.0, middle + half))
 
 
-def find_preferences(votes: Sequence[Line], key: Key) -> Preferences:
+def find_preferences(votes: Sequence[Vote], key: Key) -> Preferences:
     """Of votes that each compare two models, one or more."""
     places, names = key.pictures(), [model.name for model in key.models]
     pairs = list(combinations(range(len(names)), 2))
@@ -95,7 +101,7 @@ def find_preferences(votes: Sequence[Line], key: Key) -> Preferences:
     for vote in votes:
         (item, one), (_, other) = places[vote.first], places[vote.second]
         ahead = min(one, other), max(one, other)
-        winner = None if chosen(vote) == "tie" else places[chosen(vote)][1]
+        _, winner = places.get(vote.chosen, (item, None))
         outcome = 1 if winner is None else 0 if winner == ahead[0] else 2
         codes.append((categories.index(key.items[item].category) * len(pairs) + pairs.index(ahead)) * 3 + outcome)
         items.append(item)
@@ -126,7 +132,7 @@ def _pair(first: str, second: str, counts: np.ndarray) -> Pair:
 
 
 def _against_all(counts: np.ndarray, pairs: list[tuple[int, int]], model: int) -> Estimate | None:
-    """`counts` (1 + RESAMPLES, pairs, 3)."""
+    """`counts` (1 + 3 RESAMPLES, pairs, 3)."""
     won = [[1, 0.5, 0] if i == model else [0, 0.5, 1] if j == model else [0, 0, 0] for i, j in pairs]
     taken_part = [model in pair for pair in pairs]
     return share(np.einsum("bpo,po->b", counts, won), counts[:, taken_part].sum(axis=(1, 2)))
@@ -139,8 +145,10 @@ def _strengths(counts: np.ndarray, pairs: list[tuple[int, int]], models: int) ->
         linked |= {model for pair in compared if linked & {*pair} for model in pair}
     theta = fit(counts, pairs, models)[0]
     points = POINTS * (theta - theta[:, :1])
-    low, high = np.percentile(points[1:], [2.5, 97.5], axis=0)
+    middle, half = points[0], Z * np.sqrt(variance(points))
     return [
-        Estimate(value=points[0, model], low=low[model], high=high[model]) if model in linked else None
+        Estimate(value=middle[model], low=middle[model] - half[model], high=middle[model] + half[model])
+        if model in linked
+        else None
         for model in range(models)
     ]

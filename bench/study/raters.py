@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median
 
-from bench.study.votes import Line
+from bench.study.votes import Vote
 
 LEAST_LOOK_MS = 500
 LEAST_CHECKS = 6
@@ -26,8 +26,8 @@ class Rater:
     `apart` says why the votes are not counted."""
 
     rater: str
-    votes: list[Line]
-    preferences: list[Line]
+    votes: list[Vote]
+    preferences: list[Vote]
     missing: int
     repeats: tuple[int, int]
     same: tuple[int, int]
@@ -35,22 +35,17 @@ class Rater:
     apart: str | None
 
 
-def chosen(vote: Line) -> str:
-    """The picture that was preferred, or `tie`."""
-    return {"first": vote.first, "second": vote.second}.get(vote.choice, "tie")
-
-
-def make_rater(rater: str, votes: list[Line]) -> Rater:
+def make_rater(rater: str, votes: list[Vote]) -> Rater:
     """`votes` are all of one rater, in order."""
     seen = [vote for vote in votes if vote.choice != "missing"]
-    firsts: dict[frozenset[str], Line] = {}
+    firsts: dict[frozenset[str], Vote] = {}
     again, same = [], []
     for vote in seen:
         pair = frozenset((vote.first, vote.second))
         if len(pair) == 1:
             same.append(vote.choice == "tie")
         elif pair in firsts:
-            again.append(chosen(vote) == chosen(firsts[pair]))
+            again.append(vote.chosen == firsts[pair].chosen)
         else:
             firsts[pair] = vote
     preferences = list(firsts.values())
@@ -67,7 +62,7 @@ def make_rater(rater: str, votes: list[Line]) -> Rater:
     )
 
 
-def _why_apart(preferences: list[Line], checks: list[bool], look_ms: float) -> str | None:
+def _why_apart(preferences: list[Vote], checks: list[bool], look_ms: float) -> str | None:
     """By RULE."""
     choices = [vote.choice for vote in preferences]
     if len(checks) >= LEAST_CHECKS and sum(checks) <= LEAST_PASSED * len(checks):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.study.files import read_study
-from bench.study.votes import Line, as_line, read_lines, read_sheet
+from bench.study.votes import Pictures, Vote, read_lines, read_sheet
 from distill.common.errors import UserError, require_between
 from distill.common.progress import say
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Box:
     """A file of votes that only grows. One process at a time holds it."""
 
-    def __init__(self, path: Path, study: str, pictures: dict[str, int]) -> None:
+    def __init__(self, path: Path, study: str, pictures: Pictures) -> None:
         """Raises UserError where the file holds anything but votes on this study, or another server writes it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -29,14 +29,14 @@ class Box:
             raise UserError(f"{path} is written by another server; stop that one or choose another --votes") from None
         kept = read_lines(path, study, pictures)
         self._seen = set(kept)
-        self._size = sum(len(as_line(line)) for line in kept)
+        self._size = path.read_bytes().rfind(b"\n") + 1
         os.ftruncate(self._file, self._size)  # a line that a crash cut off, which nobody was told had arrived
 
-    def put(self, lines: list[Line]) -> None:
+    def put(self, votes: list[Vote]) -> None:
         """On the disk when it returns; those that are there already are not written again. Raises OSError, and then none of
         them is."""
-        new = [line for line in dict.fromkeys(lines) if line not in self._seen]
-        data = b"".join(map(as_line, new))
+        new = [vote for vote in dict.fromkeys(votes) if vote not in self._seen]
+        data = b"".join(vote.as_line() for vote in new)
         try:
             while data:
                 data = data[os.write(self._file, data) :]
@@ -63,14 +63,14 @@ def make_app(folder: Path, votes: Path) -> web.Application:
         if request.content_type != "application/json":  # a page of another site cannot send that unasked
             raise web.HTTPUnsupportedMediaType(text="votes are sent as application/json")
         try:
-            lines = read_sheet((await request.read()).decode(errors="replace"), "what was sent", study.study, pictures)
-            box.put(lines)
+            sent = read_sheet((await request.read()).decode(errors="replace"), "what was sent", study.study, pictures)
+            box.put(sent)
         except UserError as error:
             raise web.HTTPBadRequest(text=str(error)) from None
         except OSError as error:
             say(f"votes could not be written to {votes}: {error.strerror}; their raters keep them and send them again")
             raise web.HTTPInsufficientStorage(text="the votes could not be written") from None
-        return web.json_response({"saved": len(lines)})
+        return web.json_response({"saved": len(sent)})
 
     app = web.Application(client_max_size=8 << 20)
     app.add_routes([web.get("/", page), web.post("/votes", take), web.static("/pictures", folder / "pictures")])

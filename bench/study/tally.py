@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +16,7 @@ from bench.study.files import Key, read_key
 from bench.study.page import write_html
 from bench.study.preferences import MARGIN, Pair, Preferences, find_preferences, share, weigh
 from bench.study.raters import RULE, Rater, make_rater
-from bench.study.votes import Line, read_votes
+from bench.study.votes import Vote, read_votes
 from distill.common.errors import UserError
 from distill.common.files import write_json
 from distill.common.ownership import require_our_files
@@ -47,7 +48,7 @@ class Tally:
         return sum(passed for passed, _ in pairs), sum(of for _, of in pairs)
 
 
-def make_tally(key: Key, votes: list[Line]) -> Tally:
+def make_tally(key: Key, votes: list[Vote]) -> Tally:
     """`votes` in the order of raters. Raises UserError where none is left to count."""
     raters = [make_rater(rater, list(own)) for rater, own in groupby(votes, key=lambda vote: vote.rater)]
     kept = [rater for rater in raters if rater.apart is None]
@@ -66,7 +67,7 @@ def make_tally(key: Key, votes: list[Line]) -> Tally:
     )
 
 
-def _first_share(decided: list[Line], key: Key) -> Estimate | None:
+def _first_share(decided: list[Vote], key: Key) -> Estimate | None:
     if not decided:
         return None
     places = key.pictures()
@@ -76,26 +77,18 @@ def _first_share(decided: list[Line], key: Key) -> Estimate | None:
 
 
 def headline(counted: Preferences) -> str:
-    """What the votes say of the strongest model and the first, or of the strongest two where that is the first."""
-    ranked = sorted((one for one in counted.standings if one.strength), key=_points, reverse=True)
-    if len(ranked) < 2:
-        return f"No votes compare {ranked[0].model} with another model."
-    ahead = ranked[0].model
-    behind = counted.standings[0].model if ahead != counted.standings[0].model else ranked[1].model
-    pair = next((one for one in counted.pairs if {one.first, one.second} == {ahead, behind}), None)
+    """What the votes say of the two strongest models."""
+    ranked = sorted(counted.standings, key=lambda one: one.strength.value if one.strength else -math.inf, reverse=True)
+    two = {one.model for one in ranked[:2]}
+    pair = next((one for one in counted.pairs if {one.first, one.second} == two), None)
     if pair is None:
-        return f"{ahead} and {behind} were never compared."
-    for name, other, low, value in (
-        (pair.first, pair.second, pair.preference.low or 0, pair.preference.value),
-        (pair.second, pair.first, 1 - (pair.preference.high or 1), 1 - pair.preference.value),
-    ):
-        if low > 0.5:
-            return f"{name} is preferred to {other}, with {value:.0%} of the votes."
+        return f"{ranked[0].model} and {ranked[1].model} were never compared."
+    value, low, high = pair.preference.value, pair.preference.low, pair.preference.high
+    if low is not None and low > 0.5:
+        return f"{pair.first} is preferred to {pair.second}, with {value:.0%} of the votes."
+    if high is not None and high < 0.5:
+        return f"{pair.second} is preferred to {pair.first}, with {1 - value:.0%} of the votes."
     return f"These votes show no preference between {pair.first} and {pair.second}."
-
-
-def _points(one: Any) -> float:
-    return one.strength.value
 
 
 def as_json(tally: Tally) -> Any:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -12,14 +11,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from distill.common.errors import UserError
 from distill.common.progress import say
 
+Pictures = Mapping[str, int]
+"""The name of each picture of a study -> its prompt's place in it."""
 Name = Field(pattern=r"^[0-9a-f]{16}$")
 
 
 class Vote(BaseModel):
-    """`first` and `second` are pictures as they stood, left or top first; `index` is the place in the rater's order, `ms`
-    how long the pair was looked at, `at` when, in milliseconds since 1970. `missing`: a picture was not there to be seen."""
+    """One answer of one rater. `index` is the place in the rater's order; `first` and `second` are the pictures as they
+    stood, left or top first; `ms` is how long they were looked at, `at` when, in milliseconds since 1970. `missing`: one of
+    them was not there to be seen."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    study: str
+    rater: str = Name
     index: int = Field(ge=0, le=100_000)
     first: str = Name
     second: str = Name
@@ -27,58 +31,48 @@ class Vote(BaseModel):
     ms: int = Field(ge=0, le=10**10)
     at: int = Field(ge=0, le=10**15)
 
+    @property
+    def chosen(self) -> str:
+        """The picture that was preferred, or `tie`."""
+        return {"first": self.first, "second": self.second}.get(self.choice, "tie")
 
-class Line(Vote):
-    """One vote as the server writes it."""
-
-    study: str
-    rater: str = Name
-
-    def vote(self) -> Vote:
-        return Vote(**self.model_dump(exclude={"study", "rater"}))
+    def as_line(self) -> bytes:
+        return self.model_dump_json().encode() + b"\n"
 
 
 class Sheet(BaseModel):
-    """One rater's votes, as a browser saves or sends them."""
+    """Votes as a browser saves or sends them."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     schema_version: Literal["slimxl.bench.votes/1"] = "slimxl.bench.votes/1"
-    study: str
-    rater: str = Name
     votes: list[Vote]
     checksum: int
 
-    def lines(self) -> list[Line]:
-        return [Line(study=self.study, rater=self.rater, **vote.model_dump()) for vote in self.votes]
 
-
-def checksum(rater: str, votes: Iterable[Vote]) -> int:
-    """FNV-1a over the votes, as the page works it out: it finds slips of an editor, not fraud."""
-    lines = "\n".join(" ".join(map(str, vote.model_dump().values())) for vote in votes)
+def checksum(votes: Iterable[Vote]) -> int:
+    """FNV-1a over all fields, as the page works it out: it finds a slip of an editor, not fraud."""
     value = 0x811C9DC5
-    for byte in f"{rater}\n{lines}".encode():
+    for byte in "\n".join(" ".join(map(str, vote.model_dump().values())) for vote in votes).encode():
         value = (value ^ byte) * 0x01000193 % 2**32
     return value
 
 
-def read_sheet(text: str, where: str, study: str, pictures: dict[str, int]) -> list[Line]:
-    """The votes of one rater on `study`, whose `pictures` map each name to its prompt.
-
-    Raises UserError for what is no such file, was cut off or edited, or belongs to another study.
-    """
+def read_sheet(text: str, where: str, study: str, pictures: Pictures) -> list[Vote]:
+    """Raises UserError for what is no file of votes, was cut off or edited, or belongs to another study."""
     try:
         sheet = Sheet.model_validate_json(text)
     except ValidationError as error:
         raise UserError(f"{where} is no file of votes, or was cut off or edited ({_first(error)}); {ASK}") from None
-    if sheet.checksum != checksum(sheet.rater, sheet.votes):
+    votes = _checked(sheet.votes, where, study, pictures)
+    if sheet.checksum != checksum(votes):
         raise UserError(f"{where} was edited after it was saved: its checksum does not fit its votes; {ASK}")
-    return _checked(sheet.lines(), where, study, pictures)
+    return votes
 
 
 ASK = "ask the rater to save it again, or leave it out"
 
 
-def read_lines(path: Path, study: str, pictures: dict[str, int]) -> list[Line]:
+def read_lines(path: Path, study: str, pictures: Pictures) -> list[Vote]:
     """What the server has written. A last line without an end was never confirmed to its rater, who sends it again: it is
     left out. Raises UserError for any other line that is no vote on `study`."""
     *whole, rest = path.read_bytes().split(b"\n")
@@ -87,43 +81,39 @@ def read_lines(path: Path, study: str, pictures: dict[str, int]) -> list[Line]:
     found = []
     for number, line in enumerate(whole, 1):
         try:
-            found.append(Line.model_validate_json(line))
+            found.append(Vote.model_validate_json(line))
         except ValidationError as error:
             raise UserError(f"{path}, line {number}: no vote, or an edited one ({_first(error)})") from None
     return _checked(found, str(path), study, pictures)
 
 
-def read_votes(paths: list[Path], study: str, pictures: dict[str, int]) -> list[Line]:
-    """Every vote once, whatever number of files hold it: where a rater has changed one, the latest counts.
+def read_votes(paths: list[Path], study: str, pictures: Pictures) -> list[Vote]:
+    """Every vote once, by rater, whatever number of files hold it: where a rater has changed one, the latest counts.
 
     Raises UserError for a file that cannot be used.
     """
-    latest: dict[tuple[str, int], Line] = {}
+    latest: dict[tuple[str, int], Vote] = {}
     for path in paths:
         if not path.is_file():
             raise UserError(f"{path} does not exist, or is a folder; --votes takes files of votes")
         if path.suffix == ".jsonl":
-            lines = read_lines(path, study, pictures)
+            votes = read_lines(path, study, pictures)
         else:
-            lines = read_sheet(path.read_text(encoding="utf-8", errors="replace"), str(path), study, pictures)
-        for line in lines:
-            place = (line.rater, line.index)
-            if place not in latest or line.at >= latest[place].at:
-                latest[place] = line
-    return sorted(latest.values(), key=lambda line: (line.rater, line.index))
+            votes = read_sheet(path.read_text(encoding="utf-8", errors="replace"), str(path), study, pictures)
+        for vote in votes:
+            place = (vote.rater, vote.index)
+            if place not in latest or vote.at >= latest[place].at:
+                latest[place] = vote
+    return [latest[place] for place in sorted(latest)]
 
 
-def as_line(line: Line) -> bytes:
-    return json.dumps(line.model_dump(), separators=(",", ":")).encode() + b"\n"
-
-
-def _checked(lines: list[Line], where: str, study: str, pictures: dict[str, int]) -> list[Line]:
-    for line in lines:
-        if line.study != study:
-            raise UserError(f"{where} holds votes of the study {line.study}, not of {study}; leave it out")
-        if pictures.get(line.first, -1) != pictures.get(line.second, -2):
-            raise UserError(f"{where} was edited: vote {line.index} compares pictures that are no pair of this study")
-    return lines
+def _checked(votes: list[Vote], where: str, study: str, pictures: Pictures) -> list[Vote]:
+    for vote in votes:
+        if vote.study != study:
+            raise UserError(f"{where} holds votes of the study {vote.study}, not of {study}; leave it out")
+        if pictures.get(vote.first, -1) != pictures.get(vote.second, -2):
+            raise UserError(f"{where} was edited: vote {vote.index} compares pictures that are no pair of this study")
+    return votes
 
 
 def _first(error: ValidationError) -> str:

@@ -63,9 +63,9 @@ function say(text, bad = false) { $("message").textContent = text; $("message").
 
 /* What a file and a message to the server hold alike. */
 function sheet(votes) {
-  const plain = votes.map(({ index, first, second, choice, ms, at }) => ({ index, first, second, choice, ms, at }));
-  const lines = plain.map((vote) => Object.values(vote).join(" ")).join("\n");
-  return JSON.stringify({ schema_version: "slimxl.bench.votes/1", study: study.study, rater: state.rater, votes: plain, checksum: hash(state.rater + "\n" + lines) }, null, 1);
+  const plain = votes.map(({ index, first, second, choice, ms, at }) => ({ study: study.study, rater: state.rater, index, first, second, choice, ms, at }));
+  const checksum = hash(plain.map((vote) => Object.values(vote).join(" ")).join("\n"));
+  return JSON.stringify({ schema_version: "slimxl.bench.votes/1", votes: plain, checksum }, null, 1);
 }
 
 function show() {
