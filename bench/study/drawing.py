@@ -18,7 +18,7 @@ from bench.study.files import MARKER, Item, Key, Model, key_path, picture_path, 
 from bench.study.options import MakeOptions
 from bench.study.page import write_page
 from bench.study.prompts import choose_prompts
-from bench.workload import Workload, check_scheduler, parse_resolutions, parse_scales
+from bench.workload import Workload, check_scheduler, family_resolutions, parse_scales
 from distill.common.errors import UserError, counts, described, require_between, require_least
 from distill.common.files import exclusive, read_json, remove_leftovers, replacing, write_json
 from distill.common.ownership import require_our_folder, require_writable_file
@@ -74,7 +74,7 @@ def _contestants(options: MakeOptions) -> list[Contestant]:
 
 def _plan(options: MakeOptions, contestants: list[Contestant]) -> Key:
     family = find_family(contestants)
-    sizes = parse_resolutions(options.resolutions, family)
+    sizes = family_resolutions(options.resolutions, family)
     steps = _of_each("--steps", counts("--steps", options.steps, most=1000), contestants)
     scales = _of_each("--guidance", parse_scales(options.guidance), contestants)
     prompts = choose_prompts(options.prompts, options.count, family)

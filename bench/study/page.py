@@ -7,7 +7,7 @@ from typing import Any
 
 import bench.report
 from bench.measure.stats import Estimate
-from bench.report.formatting import NONE, percent
+from bench.report.elements.formatting import NONE, percent
 from bench.study.files import Study
 from distill.common.files import replacing
 
