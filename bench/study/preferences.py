@@ -60,13 +60,14 @@ class Preferences:
 
 def weigh(votes: Sequence[Vote], items: np.ndarray, codes: np.ndarray, size: int) -> np.ndarray:
     """(1 + 3 RESAMPLES, size): how often each of `codes` is among the votes; then among resamples of the raters, of the
-    prompts, and of single votes."""
+    prompts, and of single votes. One fewer is drawn than there are, which makes the variance unbiased (Rao and Wu, J. Am.
+    Stat. Assoc. 83, 1988)."""
     rng = np.random.default_rng(0)
     tables = [np.bincount(codes, minlength=size).astype(float)]
     for groups in ([vote.rater for vote in votes], items, np.arange(len(votes))):
         kinds, group = np.unique(groups, return_inverse=True)
         for _ in range(RESAMPLES):
-            times = np.bincount(rng.integers(len(kinds), size=len(kinds)), minlength=len(kinds))
+            times = np.bincount(rng.integers(len(kinds), size=max(1, len(kinds) - 1)), minlength=len(kinds))
             tables.append(np.bincount(codes, times[group], size))
     return np.stack(tables)
 

@@ -35,8 +35,8 @@ class Rater:
     apart: str | None
 
 
-def make_rater(rater: str, votes: list[Vote]) -> Rater:
-    """`votes` are all of one rater, in order."""
+def make_rater(votes: list[Vote]) -> Rater:
+    """From all votes of one rater, one or more, in order."""
     seen = [vote for vote in votes if vote.choice != "missing"]
     firsts: dict[frozenset[str], Vote] = {}
     again, same = [], []
@@ -51,7 +51,7 @@ def make_rater(rater: str, votes: list[Vote]) -> Rater:
     preferences = list(firsts.values())
     look_ms = median(vote.ms for vote in seen) if seen else 0.0
     return Rater(
-        rater,
+        votes[0].rater,
         seen,
         preferences,
         len(votes) - len(seen),

@@ -50,7 +50,7 @@ class Tally:
 
 def make_tally(key: Key, votes: list[Vote]) -> Tally:
     """`votes` in the order of raters. Raises UserError where none is left to count."""
-    raters = [make_rater(rater, list(own)) for rater, own in groupby(votes, key=lambda vote: vote.rater)]
+    raters = [make_rater(list(own)) for _, own in groupby(votes, key=lambda vote: vote.rater)]
     kept = [rater for rater in raters if rater.apart is None]
     counted = [vote for rater in kept for vote in rater.preferences]
     if not counted:

@@ -153,7 +153,8 @@ async function send() {
     if (state.rater === rater) keep();
     say("");
   } catch (error) {
-    say(`Your votes are kept in this browser, but not sent yet (${error.message}).`, true);
+    const why = error instanceof TypeError ? "the server does not answer" : error.message;
+    say(`Your votes are kept in this browser, but not sent yet: ${why}.`, true);
     retry = setTimeout(send, 5000);
   }
   sending = false;
