@@ -149,7 +149,7 @@ def _draw(contestant: Contestant, key: Key, model: int, folder: Path) -> None:
             for fault in pictures.faults():
                 say(f"  {about.name}, {one.prompt!r}: {fault}")
             _save(pictures.images[0], picture_path(folder, names[item]))
-    except (UserError, OSError):
+    except UserError:
         raise
     except Exception as error:
         raise UserError(

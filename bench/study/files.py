@@ -6,7 +6,7 @@ import hmac
 from pathlib import Path
 from typing import Final, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from bench.results import keeping_to
 from distill.common.errors import UserError
@@ -63,8 +63,8 @@ class Key(Record):
 
     schema_version: Literal["slimxl.bench.study.key/1"] = KEY_SCHEMA
     study: str
-    secret: str
-    models: list[Model]
+    secret: str = Field(pattern=r"^[0-9a-f]{32}$")
+    models: list[Model] = Field(min_length=2)
     items: list[Item]
     scheduler: str
     pairs: int

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import bench.report
-from bench.measure.stats import Estimate
-from bench.report.elements.formatting import NONE, percent
+from bench.report.elements.formatting import percent
 from bench.study.files import Study
 from distill.common.files import replacing
 
@@ -31,22 +30,6 @@ def write_html(path: Path, template: str, context: dict[str, Any]) -> None:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"percent": percent, "share": share, "points": points}
+    environment.filters["percent"] = percent
     with replacing(path) as temporary:
         temporary.write_text(environment.get_template(template).render(**context), encoding="utf-8")
-
-
-def share(estimate: Estimate | None) -> str:
-    """`61 % (57–65)`."""
-    if estimate is None:
-        return NONE
-    interval = "" if estimate.low is None else f" ({100 * estimate.low:.0f}–{100 * (estimate.high or 0):.0f})"
-    return f"{percent(estimate.value)}{interval}"
-
-
-def points(estimate: Estimate | None) -> str:
-    """`+43 (12 to 75)`."""
-    if estimate is None:
-        return NONE
-    interval = "" if estimate.low is None else f" ({estimate.low:+.0f} to {estimate.high or 0:+.0f})"
-    return f"{estimate.value:+.0f}{interval}"

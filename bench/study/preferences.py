@@ -85,12 +85,17 @@ def share(part: np.ndarray, whole: np.ndarray) -> Estimate | None:
     these: it stays within 0 and 1, and claims no certainty where all agree. None for no votes."""
     if whole[0] == 0:
         return None
+    value, low, high = _share(part, whole)
+    return Estimate(value=value, low=low, high=high)
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> tuple[float, float, float]:
     shares = np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
     value, spread = float(shares[0]), float(variance(shares))
     votes = value * (1 - value) / spread if spread > 1e-12 else float(whole[0])
     middle = (value + Z**2 / (2 * votes)) / (1 + Z**2 / votes)
     half = Z * math.sqrt(value * (1 - value) / votes + (Z / (2 * votes)) ** 2) / (1 + Z**2 / votes)
-    return Estimate(value=value, low=max(0.0, middle - half), high=min(1.0, middle + half))
+    return value, max(0.0, middle - half), min(1.0, middle + half)
 
 
 def find_preferences(votes: Sequence[Vote], key: Key) -> Preferences:
@@ -109,8 +114,9 @@ def find_preferences(votes: Sequence[Vote], key: Key) -> Preferences:
     tables = weigh(votes, np.array(items), np.array(codes), len(categories) * len(pairs) * 3)
     by_category = tables.reshape(-1, len(categories), len(pairs), 3)
     counts = by_category.sum(axis=1)
+    by_pair = ((pair, counts[:, index]) for index, pair in enumerate(pairs) if counts[0, index].any())
     return Preferences(
-        [_pair(names[i], names[j], counts[:, index]) for index, (i, j) in enumerate(pairs) if counts[0, index].any()],
+        [_pair(names[i], names[j], table) for (i, j), table in by_pair],
         [
             Standing(
                 name,
@@ -124,12 +130,12 @@ def find_preferences(votes: Sequence[Vote], key: Key) -> Preferences:
     )
 
 
-def _pair(first: str, second: str, counts: np.ndarray) -> Pair:
-    wins, ties, losses = map(int, counts[0])
-    preference = share(counts @ [1, 0.5, 0], counts.sum(axis=1))
-    assert preference is not None and preference.low is not None and preference.high is not None
-    half = (preference.high - preference.low) / 2
-    return Pair(first, second, wins, ties, losses, preference, math.ceil((wins + ties + losses) * (half / MARGIN) ** 2))
+def _pair(first: str, second: str, table: np.ndarray) -> Pair:
+    """`table` (1 + 3 RESAMPLES, 3)."""
+    wins, ties, losses = map(int, table[0])
+    value, low, high = _share(table @ [1, 0.5, 0], table.sum(axis=1))
+    needed = math.ceil((wins + ties + losses) * ((high - low) / 2 / MARGIN) ** 2)
+    return Pair(first, second, wins, ties, losses, Estimate(value=value, low=low, high=high), needed)
 
 
 def _against_all(counts: np.ndarray, pairs: list[tuple[int, int]], model: int) -> Estimate | None:

@@ -83,6 +83,8 @@ def serve_study(folder: Path, votes: Path | None, address: str, port: int) -> in
 
     require_between(1, 65535, port=port)
     votes = votes or folder.resolve().with_name(f"{folder.resolve().name}.votes.jsonl")
+    if votes.suffix != ".jsonl":
+        raise UserError(f"--votes {votes}: its name must end in .jsonl, by which `study tally` knows it")
     app = make_app(folder, votes)
     say(f"the study is at http://{address}:{port}; votes go to {votes}; Ctrl-C ends it")
     web.run_app(app, host=address, port=port, print=None)

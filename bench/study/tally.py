@@ -14,7 +14,7 @@ from pydantic_core import to_jsonable_python
 from bench.measure.stats import Estimate
 from bench.study.files import Key, read_key
 from bench.study.page import write_html
-from bench.study.preferences import MARGIN, Pair, Preferences, find_preferences, share, weigh
+from bench.study.preferences import MARGIN, Preferences, find_preferences, share, weigh
 from bench.study.raters import RULE, Rater, make_rater
 from bench.study.votes import Vote, read_votes
 from distill.common.errors import UserError
@@ -57,13 +57,12 @@ def make_tally(key: Key, votes: list[Vote]) -> Tally:
         why = "; ".join(sorted({rater.apart for rater in raters if rater.apart})[:3])
         raise UserError(f"no votes to count from {len(raters)} raters" + (f", who are set apart: {why}" if why else ""))
     everyone = [vote for rater in raters for vote in rater.preferences]
-    decided = [vote for rater in kept for vote in rater.votes if vote.choice != "tie"]
     return Tally(
         key,
         raters,
         find_preferences(counted, key),
         find_preferences(everyone, key) if len(kept) < len(raters) else None,
-        _first_share(decided, key),
+        _first_share([vote for rater in kept for vote in rater.votes if vote.choice != "tie"], key),
     )
 
 
@@ -137,13 +136,6 @@ def write_tally(key_file: Path, votes: list[Path], out: Path) -> Tally:
         "missing": sum(rater.missing for rater in tally.raters),
     }
     write_html(out / "index.html", "tally.html.j2", context)
-    for pair in tally.counted.pairs:
-        say(_told(pair))
+    say(headline(tally.counted))
     say(f"wrote {out / 'index.html'} and {TALLY}")
     return tally
-
-
-def _told(pair: Pair) -> str:
-    low, high = pair.preference.low or 0, pair.preference.high or 1
-    shares = f"{pair.preference.value:.1%} [{low:.1%}, {high:.1%}] prefer {pair.first} to {pair.second}"
-    return f"{shares}: {pair.votes} votes, {pair.wins} to {pair.losses}, {pair.ties} ties"
