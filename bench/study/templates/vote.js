@@ -90,7 +90,9 @@ async function showPair({ prompt, sides }, at) {
     await Promise.all(images.map(async (image, side) => {
       image.src = `pictures/${sides[side]}.png`;
       await image.decode();
-      if (mine === ticket) image.style.setProperty("--ratio", image.naturalWidth / image.naturalHeight);
+      const ratio = image.naturalWidth / image.naturalHeight;
+      if (mine === ticket) image.style.setProperty("--ratio", ratio);
+      if (mine === ticket) $("pictures").classList.toggle("tall", ratio < 0.65); /* larger side by side, on a phone too */
     }));
   } catch {
     if (mine === ticket) missing();
