@@ -75,17 +75,20 @@ def compare_steps(points: Sequence[Point], results: Path, *, pictures: int) -> d
     known = read_object(path) if path.exists() else {}
     held = {_key(row): row for row in known.get("rows", ())} if known.get("settings") == settings else {}
     rows = []
+    recipes = {point.name: recipe for point in points if (recipe := _recipe(point.folder))}
     for point in points:
         row = _about(point)
-        if _key(row) not in held:
+        if _key(row) in held:
+            row |= {name: held[_key(row)][name] for name in ("followed", "interval")}
+        else:
             say(f"{point.name}: {pictures} pictures in {point.steps} steps")
             pipe = load_pipeline(point.folder, torch.float32)
             pipe.set_progress_bar_config(disable=True)
             row["followed"] = judge(pipe, count=pictures, steps=point.steps, guidance_scale=point.guidance_scale)
             row["interval"] = wilson(row["followed"]["all"], pictures)
             held[_key(row)] = row
-        rows.append({**held[_key(row)], "name": point.name})
-        report = {"settings": settings, "rows": rows}
+        rows.append(row)
+        report = {"settings": settings, "rows": rows, "recipes": recipes}
         write_json(path, report)
     with replacing(results / f"{NAME}.md") as temporary:
         temporary.write_text(table(report), encoding="utf-8")
@@ -99,6 +102,7 @@ def _about(point: Point) -> dict[str, Any]:
     return {
         "name": point.name,
         "hash": checkpoint_hash(point.folder),
+        "scheduler": read_object(point.folder / "scheduler" / "scheduler_config.json").get("_class_name"),
         "architecture": architecture.name,
         "steps": point.steps,
         "guidance_scale": point.guidance_scale,
@@ -108,7 +112,13 @@ def _about(point: Point) -> dict[str, Any]:
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["hash"], row["steps"], row["guidance_scale"]
+    return row["hash"], row["scheduler"], row["steps"], row["guidance_scale"]
+
+
+def _recipe(folder: Path) -> Any:
+    """What a student was taught by; None where nobody says."""
+    path = folder / "slimxl.json"
+    return read_object(path).get("recipe") if path.is_file() else None
 
 
 def table(report: Mapping[str, Any]) -> str:
