@@ -31,7 +31,7 @@ from distill.common.files import (
 )
 from distill.data.cache_index import DTYPES, INDEX, Bucket, read_index
 from distill.data.order import BatchOrder
-from distill.models.conditioning import conditioning_of
+from distill.models.conditioning import TEXT_INPUTS, TOKENS, conditioning_of
 
 STATED = "cache.json"
 UNCONDITIONAL = "unconditional.safetensors"
@@ -103,6 +103,11 @@ class LatentCache:
     def __len__(self) -> int:
         return sum(map(len, self._buckets))
 
+    @property
+    def holds_text(self) -> bool:
+        """Whether it holds what the UNet reads of captions, or their tokens alone (`distill cache --text online`)."""
+        return not {field.name for field in self._buckets[0].fields}.isdisjoint(TEXT_INPUTS)
+
     def check_teacher(self, teacher: Path) -> list[str]:
         """Those of the teacher's VAE and text encoders that are other files than the ones the cache was made with.
 
@@ -120,13 +125,15 @@ class LatentCache:
         return [component for component, digest in hashes.items() if self.key.get(component) != digest]
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
-        """`latents` and what else the UNet takes of a step's global batch, or of some rows of it, in float32.
+        """`latents` and what else the UNet takes of a step's global batch, or of some rows of it, in float32; `TOKENS`, as
+        whole numbers, where it holds no text.
 
         Raises UserError for a sample that holds NaN or infinity.
         """
         kind, numbers = self._order.samples(step, rows)
         samples = [self._sample(self._buckets[kind], int(number)) for number in numbers]
-        return {field: torch.stack([sample[field] for sample in samples]).float() for field in samples[0]}
+        batch = {field: torch.stack([sample[field] for sample in samples]) for field in samples[0]}
+        return {field: value if field in TOKENS.values() else value.float() for field, value in batch.items()}
 
     def _sample(self, bucket: Bucket, number: int) -> dict[str, torch.Tensor]:
         """One sample's fields. Raises UserError, which names it, where they are not what was written or not finite."""

@@ -102,16 +102,7 @@ def _host_work(folder: Path, processes: int) -> dict[str, float]:
             began = time.thread_time()
             batch = cache.batch(step, slice(first, first + ROWS))
             read = time.thread_time()
-            add_noise(
-                Distill(),
-                batch,
-                alphas,
-                cache.unconditional,
-                seed=(0, 0, step),
-                caption_dropout=0.1,
-                rows=slice(first, first + ROWS),
-                batch_size=size,
-            )
+            add_noise(Distill(), batch, alphas, seed=(0, 0, step), caption_dropout=0.1, first_row=first)
             yield read - began, time.thread_time() - read
 
     reading, noising = np.median(list(steps())[2:], axis=0) * 1e3

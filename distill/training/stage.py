@@ -29,6 +29,7 @@ from distill.training.output.student_folder import save_student, stage_folder, s
 from distill.training.recipes import Recipe
 from distill.training.sigterm import noting_sigterm
 from distill.training.step import Pair, Terms, alphas_cumprod_of, load_nets
+from distill.training.text import TextEncoders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +80,16 @@ class StageRun:
 
     def _make_pair(self, initial: Path) -> Pair:
         needs_teacher = self.recipe.stages[self.number].objective.needs_teacher
+        half, device = COMPUTE_DTYPE[self.options.mixed_precision], self.accelerator.device
         return Pair(
             self.accelerator,
-            *load_nets(self.teacher if needs_teacher else None, initial, COMPUTE_DTYPE[self.options.mixed_precision]),
+            *load_nets(self.teacher if needs_teacher else None, initial, half),
             self.modules,
             alphas_cumprod_of(self.teacher),
             self.latents.unconditional,
             self.recipe,
             self.options,
+            text_encoders=None if self.latents.holds_text else TextEncoders.load(self.pipeline, half, device),
         )
 
     def _batches(self, pair: Pair, steps: range) -> Iterator[dict[str, torch.Tensor]]:
