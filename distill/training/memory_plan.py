@@ -134,7 +134,7 @@ def plan_memory(
     drawn = objective.draw(micro_batch, 1000, torch.Generator())
     with torch.device("meta"):
         teacher_net = UNet2DConditionModel(**teacher.unet_config).to(half).requires_grad_(False)
-        student_net = UNet2DConditionModel(**student.unet_config)
+        student_net = UNet2DConditionModel(**{**student.unet_config, **objective.student_config})
         if gradient_checkpointing:
             again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), AsOnGpu(half)))
             student_net.train().enable_gradient_checkpointing(again)
@@ -144,6 +144,7 @@ def plan_memory(
             modules=make_module_map("first", teacher.depth, student.depth),
             alphas_cumprod=torch.empty(1000),
             unconditional={name: torch.empty(shape) for name, shape in family.text_shapes.items()},
+            target=torch.no_grad()(partial(predict, student_net)),
         )
         specs = family.unet_inputs(resolution, micro_batch)
         with LiveBytes(teacher_net, student_net) as count, AsOnGpu(half), objective.prepare(nets) as terms_of:
@@ -168,7 +169,7 @@ def plan_memory(
     return MemoryPlan(
         teacher=half.itemsize * count_parameters(teacher_net) if objective.needs_teacher else 0,
         student=4 * parameters // shards,
-        ema=4 * parameters // shards if ema else 0,
+        ema=(ema + (objective.target_decay is not None)) * 4 * parameters // shards,
         optimizer=int(OPTIMIZER_BYTES[optimizer] * parameters) // shards,
         gradients=gradients // shards,
         work=work + gathered,

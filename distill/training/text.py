@@ -21,8 +21,9 @@ class TextEncoders:
     networks: Mapping[str, Any]
 
     @classmethod
-    def load(cls, checkpoint: Path, dtype: torch.dtype, device: torch.device) -> TextEncoders:
-        """Those of a pipeline folder."""
+    def load(cls, checkpoint: Path, half: torch.dtype, device: torch.device) -> TextEncoders:
+        """Those of a pipeline folder, in fp32 where `half` is, else in fp16, as caches hold text: bf16 is coarser."""
+        dtype = half if half == torch.float32 else torch.float16
         conditioning = find_family(checkpoint).conditioning
         networks = {name: load_component(checkpoint, name, dtype) for name in conditioning.encoders}
         return cls(conditioning, {name: net.to(device).requires_grad_(False) for name, net in networks.items()})
