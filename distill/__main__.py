@@ -182,6 +182,7 @@ def plan(
     mixed_precision: Precision = "bf16",
     optimizer: Optimizer = "adamw",
     fsdp: Fsdp = False,
+    text: Text = "cached",
     memory_gb: float | None = None,
 ) -> None:
     """Tell what a training needs of each GPU's memory, with and without gradient checkpointing; nothing is loaded.
@@ -190,6 +191,7 @@ def plan(
         recipe: ssd-1b, vega, mini-ssd-1b, mini-vega, or a .json file.
         student: Another student by the same road: an architecture or a depth pattern; if not given, the recipe's own.
         processes: GPUs that share the batch.
+        text: online, as the cache was made, adds the text encoders and says what part of the step's arithmetic they are.
         memory_gb: The GPU's memory in units of 1e9 bytes; if not given, that of the device at hand.
     """
     from distill.checkpoints.sources import peek_architecture
@@ -211,6 +213,7 @@ def plan(
         processes=processes,
         accumulation=accumulation,
         fsdp=fsdp,
+        text=text,
     )
     device = ("the GPU", int(memory_gb * 1e9)) if memory_gb else device_memory()
     print("\n".join(describe_plan(plans, title, *device)))

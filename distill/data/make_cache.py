@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from distill.common.files import (
     replacing,
     require_free_disk,
     sha256_json,
+    size_text,
     write_json,
 )
 from distill.common.ownership import require_our_folder
@@ -94,7 +96,8 @@ def make_cache(
     for note in source.notes if rank == 0 else ():
         say(note)
     samples = sum(len(ranges[i]) for i in missing)
-    require_free_disk(out, samples * sample_bytes(family, text), f"the cache of {samples} samples")
+    needed = samples * sample_bytes(family, text)
+    require_free_disk(out, needed, f"the cache of {samples} samples")
     out.mkdir(parents=True, exist_ok=True)
     write_json(stated, key)
     if missing:
@@ -107,8 +110,15 @@ def make_cache(
     pipe.set_progress_bar_config(disable=True)
     if rank == 0 and not unconditional.is_file():
         write_unconditional(pipe, family.conditioning, unconditional)
+    if rank == 0:
+        left_out = needed - samples * sample_bytes(family, "online")
+        hint = f"; --text online would leave out {size_text(left_out)} of it" if text == "cached" else ""
+        say(
+            f"{samples:,} samples will take about {size_text(needed)}, {size_text(sample_bytes(family, text))} each{hint}"
+        )
     reader = _Reader(source)
     too_long = 0
+    began = time.monotonic()
     progress = track(todo, f"caching {samples} samples", unit="shard")
     with closing(ahead(lambda number: reader.read(ranges[number]), todo)) as decoded, reader:
         for number, (buckets, skipped) in zip(progress, decoded, strict=True):
@@ -116,6 +126,8 @@ def make_cache(
             with explaining_full_memory(advice):
                 write_shard(pipe, family.conditioning, buckets, skipped, shards[number], seed, batch, text)
             too_long += count_too_long(pipe.tokenizer, buckets)
+            if rank == 0 and number == todo[0] and len(todo) > 1:
+                say(_forecast(shards[number], len(ranges[number]), time.monotonic() - began, len(missing), processes))
     _write_index(out, shards)
     if too_long:
         say(
@@ -237,6 +249,18 @@ def count_too_long(tokenizer: Any, buckets: Mapping[Resolution, list[Sample]]) -
     """How many captions have more tokens than the text encoder reads."""
     captions = [sample.caption for samples in buckets.values() for sample in samples]
     return sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(captions).input_ids) if captions else 0
+
+
+def _forecast(first: Path, samples: int, seconds: float, shards: int, processes: int) -> str:
+    """What all shards that are to be made will take, if they are as the first one."""
+    hours = seconds / 3600 * math.ceil(shards / processes)
+    time_text = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+    together = f" by {processes} processes" if processes > 1 else ""
+    return (
+        f"the first shard took {seconds:.0f} s ({samples / seconds:.1f} samples a second) and "
+        f"{size_text(first.stat().st_size)}: all {shards} will take {time_text}{together} and "
+        f"{size_text(shards * first.stat().st_size)}"
+    )
 
 
 def _write_index(out: Path, shards: Sequence[Path]) -> None:

@@ -235,6 +235,7 @@ def _look_ahead(stage: StageRun) -> dict[str, MemoryPlan]:
         processes=processes,
         accumulation=options.accumulation,
         fsdp=options.fsdp,
+        text="cached" if stage.latents.holds_text else "online",
     )
     for line in describe_plan(plans, title, *device_memory()):
         say(line)
