@@ -24,16 +24,13 @@ from safetensors.torch import load_file
 from distill.checkpoints.sources import component_weights, find_family, network_folders, read_config
 from distill.checkpoints.tensors import read_metadata
 from distill.common.errors import UserError
-from distill.common.files import (
-    read_object,
-    sha256_file_once,
-    sha256_json,
-)
+from distill.common.files import read_object, sha256_file_once, sha256_json
+from distill.common.files import seed_of as seed_of  # noqa: PLC0414  # step.py and stage.py take it from here
 from distill.data.cache_index import DTYPES, INDEX, Bucket, read_index
 from distill.data.order import BatchOrder
 from distill.models.conditioning import TEXT_INPUTS, TOKENS, conditioning_of
 
-STATED = "cache.json"
+KEY_FILE = "cache.json"
 UNCONDITIONAL = "unconditional.safetensors"
 TOKENIZER_WORDS = ("vocab.json", "merges.txt", "tokenizer.json")
 
@@ -63,9 +60,8 @@ def checksum(tensors: Iterable[torch.Tensor]) -> int:
     return crc
 
 
-def seed_of(seed: int, *parts: object) -> int:
-    """A 60-bit seed that depends on all parts and on nothing else, e.g. not on the number of processes."""
-    return int(sha256_json([seed, *map(str, parts)])[:15], 16)
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}.safetensors"
 
 
 class LatentCache:
@@ -74,25 +70,33 @@ class LatentCache:
 
     def __init__(self, folder: Path, *, batch_size: int, seed: int) -> None:
         """Raises UserError for a folder that is no cache, is not finished or damaged, or holds no sample."""
-        if not (folder / STATED).is_file():
+        if not (folder / KEY_FILE).is_file():
             raise UserError(
                 f"{folder} is no latent cache: it has no cache.json; make one with: python -m distill cache"
             )
-        self.key = read_object(folder / STATED)
+        self.key = read_object(folder / KEY_FILE)
         self.folder = folder
-        held = {entry.name: entry for entry in os.scandir(folder)}
-        self._shards = sorted(name for name in held if name.startswith("shard-") and name.endswith(".safetensors"))
-        wanted = self.key.get("shards", 0)
-        lacking = [f"no {name}" for name in (UNCONDITIONAL, INDEX) if name not in held]
-        if len(self._shards) < wanted or lacking:
-            told = f"{len(self._shards)} of {wanted} shards" if len(self._shards) < wanted else lacking[0]
-            raise UserError(f"{folder} is not finished: it has {told}; run the same `distill cache` command again")
+        files = {entry.name: entry for entry in os.scandir(folder)}
+        wanted = [shard_name(number) for number in range(self.key.get("shards", 0))]
+        found = sum(name in files for name in wanted)
+        lacking = [f"{found} of {len(wanted)} shards"] if found < len(wanted) else []
+        lacking += [f"no {name}" for name in (UNCONDITIONAL, INDEX) if name not in files]
+        if lacking:
+            raise UserError(
+                f"{folder} is not finished: it has {lacking[0]}; run the same `distill cache` command again"
+            )
         index = read_index(folder / INDEX)
-        for name, size in zip(self._shards, index.shard_bytes, strict=True):
-            if held[name].stat().st_size != size:
+        if len(index.shard_bytes) != len(wanted):
+            raise UserError(
+                f"{folder / INDEX} is of {len(index.shard_bytes)} shards, the cache has {len(wanted)}: run the same "
+                "`distill cache` command again, which makes it anew"
+            )
+        sizes = {name: files[name].stat().st_size for name in wanted}
+        for name, size in zip(wanted, index.shard_bytes, strict=True):
+            if sizes[name] != size:
                 raise UserError(
-                    f"{folder / name} is damaged (it has {held[name].stat().st_size} bytes, {INDEX} says {size}): run the "
-                    "same `distill cache` command again, which makes it anew"
+                    f"{folder / name} is damaged (it has {sizes[name]} bytes, {INDEX} says {size}): run the same `distill "
+                    "cache` command again, which makes it anew"
                 )
         self.unconditional = {name: value.float() for name, value in load_file(folder / UNCONDITIONAL).items()}
         self._buckets = index.buckets
@@ -114,11 +118,11 @@ class LatentCache:
         Raises UserError where its UNet takes embeddings of other widths.
         """
         family = find_family(teacher)
-        held = {name: tuple(value.shape) for name, value in self.unconditional.items()}
+        found = {name: tuple(value.shape) for name, value in self.unconditional.items()}
         wanted = family.text_shapes
-        if held != wanted:
+        if found != wanted:
             raise UserError(
-                f"the cache holds text of the shapes {held}, the UNet of {teacher} takes {wanted}; make one with this "
+                f"the cache holds text of the shapes {found}, the UNet of {teacher} takes {wanted}; make one with this "
                 f"teacher: python -m distill cache --model {teacher}"
             )
         hashes = frozen_hashes(teacher)
@@ -138,7 +142,7 @@ class LatentCache:
     def _sample(self, bucket: Bucket, number: int) -> dict[str, torch.Tensor]:
         """One sample's fields. Raises UserError, which names it, where they are not what was written or not finite."""
         shard, row = bucket.place(number)
-        path = self.folder / self._shards[shard]
+        path = self.folder / shard_name(shard)
         sample, crc = {}, 0
         with path.open("rb", buffering=0) as file:
             for field, begin in zip(bucket.fields, bucket.begins[shard], strict=True):

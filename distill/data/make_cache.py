@@ -26,13 +26,14 @@ from distill.common.files import (
     remove_leftovers,
     replacing,
     require_free_disk,
+    seed_of,
     sha256_json,
     size_text,
     write_json,
 )
 from distill.common.ownership import require_our_folder
 from distill.common.progress import say, track
-from distill.data.cache import STATED, UNCONDITIONAL, checksum, frozen_hashes, seed_of
+from distill.data.cache import KEY_FILE, UNCONDITIONAL, checksum, frozen_hashes, shard_name
 from distill.data.cache_index import CHECKSUM, INDEX, read_index, write_index
 from distill.data.pictures import Source, open_source
 from distill.data.samples import BadSample, Fitting, Sample, Text
@@ -70,19 +71,19 @@ def make_cache(
             f"the VAE of {checkpoint} is an AutoencoderTiny, which has no posterior to draw latents from; give a checkpoint "
             "with an AutoencoderKL"
         )
-    require_our_folder(out, "a latent cache", [STATED], ("seed", "shards"))
+    require_our_folder(out, "a latent cache", [KEY_FILE], ("seed", "shards"))
     family = find_family(checkpoint)
     source = open_source(data, family, seed, fitting)
     ranges = [range(i, min(i + SAMPLES_PER_SHARD, len(source))) for i in range(0, len(source), SAMPLES_PER_SHARD)]
     key = cache_key(checkpoint, data, source.identity, seed, text) | {"shards": len(ranges)}
-    stated = out / STATED
-    held = read_json(stated) if stated.exists() else key
-    if not isinstance(held, dict) or held | {"data": data} != key:  # the same data may be spelled otherwise
+    key_file = out / KEY_FILE
+    found = read_json(key_file) if key_file.exists() else key
+    if not isinstance(found, dict) or found | {"data": data} != key:  # the same data may be spelled otherwise
         raise UserError(
             f"{out} is a cache of other data (or of the same before it was changed), another seed, other "
             "options, or another VAE or text encoder; choose another --out or remove it"
         )
-    shards = [out / f"shard-{number:06d}.safetensors" for number in range(len(ranges))]
+    shards = [out / shard_name(number) for number in range(len(ranges))]
     missing = [number for number, shard in enumerate(shards) if not _is_whole(shard)]
     todo = [number for number in missing if number % processes == rank]
     for path in filter(Path.exists, (shards[number] for number in todo)):
@@ -99,7 +100,7 @@ def make_cache(
     needed = samples * sample_bytes(family, text)
     require_free_disk(out, needed, f"the cache of {samples} samples")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(stated, key)
+    write_json(key_file, key)
     if missing:
         (out / INDEX).unlink(missing_ok=True)
     device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"

@@ -89,9 +89,9 @@ class TrainingState:
     def _exchange(self, ema: EMAModel) -> None:
         """Swaps student and average, one tensor at a time: a GPU may have no room for a third copy."""
         for parameter, average in zip(self.student.parameters(), ema.shadow_params, strict=True):
-            held = parameter.detach().clone()
+            own = parameter.detach().clone()
             parameter.copy_(average)
-            average.copy_(held)
+            average.copy_(own)
 
 
 @dataclass(frozen=True, kw_only=True)
