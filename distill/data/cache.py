@@ -108,6 +108,11 @@ class LatentCache:
         return sum(map(len, self._buckets))
 
     @property
+    def digest(self) -> str:
+        """Of its key, and of its index, which has a checksum of every sample."""
+        return sha256_json([self.key, sha256_file_once(self.folder / INDEX)])
+
+    @property
     def holds_text(self) -> bool:
         """Whether it holds what the UNet reads of captions, or their tokens alone (`distill cache --text online`)."""
         return not {field.name for field in self._buckets[0].fields}.isdisjoint(TEXT_INPUTS)

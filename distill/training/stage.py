@@ -17,7 +17,7 @@ from diffusers.training_utils import EMAModel
 
 from distill.checkpoints.sources import prediction_type_of
 from distill.checkpoints.surgery import extend_unet
-from distill.common.ahead import ahead
+from distill.common.ahead import Awaited, ahead
 from distill.common.errors import UserError
 from distill.common.progress import say, track
 from distill.data.cache import LatentCache, seed_of
@@ -124,7 +124,8 @@ class StageRun:
         started = saved = time.monotonic()
         due = False
         with noting_sigterm() as sigterm_came:
-            for step, batch in zip(shown, self._batches(pair, steps), strict=True):
+            batches = Awaited(self._batches(pair, steps))
+            for step, batch in zip(shown, batches, strict=True):
                 rate = stage.learning_rate_at(step)
                 terms = take_step(batch, step, learning_rate=rate)
                 if state.ema:
@@ -134,7 +135,7 @@ class StageRun:
                     raise UserError(f"{title}: {fault}; {self._advice(previous)}")
                 done = step + 1
                 if accelerator.is_main_process and (done % options.log_every == 0 or done == stage.steps):
-                    self._log(done, terms, rate, time.monotonic() - started)
+                    self._log(done, terms, rate, time.monotonic() - started, batches.seconds)
                 late = time.monotonic() - saved > 60 * options.checkpoint_minutes
                 stop, late = self._any_process(sigterm_came(), late)
                 due = done < stage.steps and (due or late or done % options.checkpoint_every == 0)
@@ -187,11 +188,13 @@ class StageRun:
             f"--recipe mine.json{begin} and another --out"
         )
 
-    def _log(self, done: int, terms: Terms, rate: float, seconds: float) -> None:
+    def _log(self, done: int, terms: Terms, rate: float, seconds: float, data_seconds: float) -> None:
+        """One line: `seconds` since the run began or went on, `data_seconds` of them spent waiting for data."""
         total, norm = terms.pop("total"), terms.pop("gradient_norm")
         curves = {"lr": rate, "loss": total, "gradient_norm": norm if math.isfinite(norm) else None}
         stage = self.recipe.stages[self.number]
         line = {"stage": f"{self.number + 1}-{stage.name}", "step": done, "seconds": round(seconds, 3)}
+        line["data_seconds"] = round(data_seconds, 3)
         with (self.out / "losses.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(line | curves | {"terms": terms}) + "\n")
         if self.options.report_to:
