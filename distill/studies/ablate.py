@@ -106,9 +106,7 @@ def held_out_loss(checkpoint: Path, cache: Path) -> float:
     alphas_cumprod = alphas_cumprod_of(checkpoint)
     errors = []
     for step in range(len(latents) // HELD_OUT_BATCH):
-        batch = add_noise(
-            Distill(), latents.batch(step), alphas_cumprod, {}, seed=("held out", step), caption_dropout=0.0
-        )
+        batch = add_noise(Distill(), latents.batch(step), alphas_cumprod, seed=("held out", step), caption_dropout=0.0)
         errors.append((predict(unet, batch) - batch["noise"]).square().mean().item())
     return mean(errors)
 
