@@ -143,8 +143,8 @@ class Limit:
 
 
 def limits(all_results: list[Results]) -> list[Limit]:
-    """Without those of too few runs for an interval. Of runs that measured the same the one against the largest model
-    stands, and of those the first."""
+    """One for each smaller model, runtime and workload, unless it has too few runs for an interval. Where several files
+    measured the same, the one with the largest base model counts, then the first."""
     found: dict[tuple[Any, ...], tuple[int, Limit]] = {}
     for results in all_results:
         for cell in results.cells:

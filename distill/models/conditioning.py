@@ -41,8 +41,8 @@ class Conditioning:
     checkpoint to its library and class, as model_index.json states them; `encoders` are the text encoders' folders in
     order and `hidden_state` says which of their hidden states the UNet reads, counted as transformers counts
     `hidden_states` (-2: before the last layer), or None for the last one after the final norm; `pooled_from` is the
-    encoder whose pooled output goes in too, with the size numbers. `options` are what model_index.json says beside the
-    parts, where the checkpoint is made here, `load_options` what `from_pretrained` is told beside them.
+    encoder whose pooled output goes in too, with the size numbers. `options` are the entries of model_index.json
+    beside the parts, for checkpoints made here; `load_options` are further arguments of `from_pretrained`.
     """
 
     pipeline: str
