@@ -81,16 +81,16 @@ def tokenizers_and_scheduler(family: Family, **scheduler: Any) -> dict[str, Any]
     from distill.checkpoints.tokenizer import clip_merges, merges_of, tokenizer_from_merges
 
     merges = clip_merges() if family.vocabulary is None else merges_of(family.vocabulary)
-    encoders = family.conditioning.encoders
+    kind = family.conditioning
     parts: dict[str, Any] = {
         tokenizer: tokenizer_from_merges(
             merges,
             bos_token_id=family.networks[encoder]["bos_token_id"],
             eos_token_id=family.networks[encoder]["eos_token_id"],
             max_length=family.networks[encoder]["max_position_embeddings"],
-            pad_token="<|endoftext|>" if encoder == encoders[0] else "!",
+            pad_token=pad_token,
         )
-        for tokenizer, encoder in zip(family.conditioning.tokenizers, encoders, strict=True)
+        for tokenizer, encoder, pad_token in zip(kind.tokenizers, kind.encoders, kind.pad_tokens, strict=True)
     }
     return parts | {"scheduler": EulerDiscreteScheduler(**SCHEDULER | scheduler)}
 
