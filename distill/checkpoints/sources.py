@@ -53,11 +53,11 @@ if TYPE_CHECKING:
 
 MINI_TEACHER = Path(__file__).parents[1] / "mini" / "teacher"
 WORKDIR = Path("out/models")
-"""Where every room keeps what `resolve` has to make, if not told otherwise: once."""
+"""The folder in which all rooms keep the checkpoints that `resolve` makes, unless another is given."""
 CONVERSION = 1
 """Raised whenever a random, converted or fused checkpoint comes out otherwise than before: older ones are made again."""
 PART_CLASSES = {"diffusers": "EulerDiscreteScheduler", "transformers": "CLIPTokenizer"}
-"""What the parts beside the networks usually are."""
+"""The usual class of the scheduler and of the tokenizers, by its library: an example for a message."""
 FORMS = "a Hugging Face id, a diffusers folder, a single .safetensors file, random:NAME or mini:sdxl"
 
 
@@ -142,7 +142,7 @@ def find_architecture_of(folder: Path) -> Architecture:
 
 
 def peek_architecture(source: str) -> Architecture:
-    """The architecture of `source` by what is at hand: nothing is fetched or made, and a hub id counts as SDXL.
+    """The architecture of `source` without fetching or making anything. A hub id is taken for SDXL.
 
     Raises UserError as `resolve` does.
     """
