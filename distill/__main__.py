@@ -306,23 +306,28 @@ def importance(
 def teach(
     *,
     out: Path,
-    start: Path | None = None,
+    architecture: str = "mini-sdxl",
+    start: str | None = None,
     vae_steps: int = 3000,
     vae_whole_steps: int = 1200,
     minutes: float = 120,
     learning_rate: float = 8e-4,
+    batch: int = 32,
     decoder_steps: int = 3000,
     seed: int = 0,
 ) -> None:
-    """Make the mini teacher anew: its VAE, then its UNet and text encoders, on the shapes world.
+    """Make a mini teacher anew: its VAE, then its UNet and text encoders, on the shapes world.
 
     Args:
         out: The pipeline folder to write.
-        start: A mini pipeline folder to teach further instead of a new one; its VAE's encoder stays as it is.
+        architecture: What is taught: mini-sdxl or mini-sd-1.5.
+        start: A mini checkpoint, as `fetch` takes it; those of its networks that the architecture has too are taught
+            further instead of new ones, but for its VAE's encoder, which stays as it is.
         vae_steps: Optimiser steps of the VAE on crops.
         vae_whole_steps: And on whole pictures.
         minutes: Training time of the UNet and text encoders; 0 leaves them as they are.
         learning_rate: Of the UNet and text encoders, at its highest.
+        batch: Pictures a step of the UNet and text encoders, all of one size.
         decoder_steps: Optimiser steps of the VAE's decoder alone, last.
         seed: Of the first weights, the pictures and the noise.
     """
@@ -330,11 +335,13 @@ def teach(
 
     result = teach_mini(
         out,
+        architecture=architecture,
         start=start,
         vae_steps=vae_steps,
         vae_whole_steps=vae_whole_steps,
         minutes=minutes,
         learning_rate=learning_rate,
+        batch=batch,
         decoder_steps=decoder_steps,
         seed=seed,
     )
@@ -347,17 +354,13 @@ def judge(*, model: str, count: int = 90, steps: int = 25, workdir: Workdir = WO
 
     Args:
         model: A mini checkpoint, as `fetch` takes it.
-        count: Pictures in all, as many of each of the nine resolutions.
+        count: Pictures in all, as many of each resolution of its family.
         steps: Denoising steps.
     """
-    import torch
+    from distill.checkpoints.sources import resolve
+    from distill.mini.judge import judge_checkpoint
 
-    from distill.checkpoints.sources import load_pipeline, resolve
-    from distill.mini.judge import judge as judge_pipeline
-
-    pipe = load_pipeline(resolve(model, workdir), torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    print(json.dumps(judge_pipeline(pipe, count=count, steps=steps), indent=1))
+    print(json.dumps(judge_checkpoint(resolve(model, workdir), count=count, steps=steps), indent=1))
 
 
 def main() -> int:

@@ -233,7 +233,7 @@ MINI_SD_FAMILY = Family(
         "vae": MINI_FAMILY.vae,
         "text_encoder": MINI_FAMILY.networks["text_encoder"],
     },
-    resolutions=parse_resolutions("128x128 192x128 128x192 192x64 64x192"),
+    resolutions=parse_resolutions("128x128 192x128 128x192"),
     vocabulary=SHAPES_WORDS,
     dtype="float32",
 )

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from distill.checkpoints.sources import checkpoint_hash, find_architecture_of, load_component, load_pipeline
+from distill.checkpoints.sources import checkpoint_hash, find_architecture_of, find_family, load_component
 from distill.common.errors import quiet_libraries, require_least, unknown
 from distill.common.files import read_json, replacing, write_json
 from distill.common.ownership import require_our_files, require_our_folder
@@ -30,7 +30,7 @@ from distill.common.progress import say
 from distill.data.cache import LatentCache
 from distill.data.make_cache import make_cache
 from distill.data.shapes import ATTRIBUTES
-from distill.mini.judge import READER, check_pictures, judge
+from distill.mini.judge import READER, check_pictures, judge_checkpoint
 from distill.models.architectures import find_architecture
 from distill.training.objectives import Distill
 from distill.training.objectives.taps import Level
@@ -133,13 +133,11 @@ def _run(name: str, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
         cache = Path(settings["out"]) / "cache"
         train(recipe, cache=cache, out=out, workdir=out, options=TrainOptions(checkpoint_every=100))
         trained = time.process_time()
-        pipe = load_pipeline(out, torch.float32)
-        pipe.set_progress_bar_config(disable=True)
         result = {
             "variant": name,
             "seed": seed,
             "held_out_loss": held_out_loss(out, Path(settings["out"]) / "held-out"),
-            "followed": judge(pipe, count=settings["pictures"], steps=settings["picture_steps"]),
+            "followed": judge_checkpoint(out, count=settings["pictures"], steps=settings["picture_steps"]),
             "training_cpu_s": earlier.get("training_cpu_s", round(trained - cpu, 1)),
             "wall_s": round(time.monotonic() - wall, 1),
         }
@@ -169,7 +167,7 @@ def run_ablation(
     require_our_folder(out, "an ablation", ["cache/cache.json"], ("seed", "shards"))
     written = [f"ablation.{kind}" for kind in ("json", "md", "svg")]
     require_our_files(results, written, written[0], ("settings", "runs"), "--results")
-    check_pictures(pictures, picture_steps)
+    check_pictures(pictures, picture_steps, find_family(teacher).resolutions)
     require_least(1, seeds=seeds, steps=steps, samples=samples, jobs=jobs)
     require_least(HELD_OUT_BATCH, held_out=held_out)
     for name in variants:
@@ -244,9 +242,7 @@ def _reference(teacher: Path, out: Path, pictures: int, picture_steps: int) -> d
         "reader": READER,
     }
     if not path.exists() or read_json(path)["key"] != key:
-        pipe = load_pipeline(teacher, torch.float32)
-        pipe.set_progress_bar_config(disable=True)
-        followed = judge(pipe, count=pictures, steps=picture_steps)
+        followed = judge_checkpoint(teacher, count=pictures, steps=picture_steps)
         write_json(path, {"key": key, "held_out_loss": held_out_loss(teacher, out / "held-out"), "followed": followed})
     return read_json(path)
 
