@@ -56,7 +56,7 @@ def fetch(*, model: str, workdir: Workdir = WORKDIR) -> None:
     """Print the local diffusers folder of a model, making, converting or downloading it first.
 
     Args:
-        model: A Hugging Face id, a diffusers folder, a .safetensors file, random:NAME or mini:sdxl.
+        model: A Hugging Face id, a diffusers folder, a .safetensors file, random:NAME, mini:sdxl or mini:sd.
     """
     from distill.checkpoints.sources import resolve
 
@@ -125,7 +125,7 @@ def recipe(name: tyro.conf.Positional[str], /, *, student: str | None = None, la
     """Print a recipe as JSON: stages, teachers, losses, steps. Changed and saved, it is a recipe of your own.
 
     Args:
-        name: ssd-1b, vega, mini-ssd-1b, mini-vega, or the slimxl.json of a finished student.
+        name: A recipe's name, as ssd-1b (an unknown one is answered with all), or the slimxl.json of a finished student.
         student: Another student by the same road: an architecture or a depth pattern; if not given, the recipe's own.
         layer_map: first, spread, similarity, or a JSON file (importance.json); if not given, the recipe's own.
     """
@@ -149,7 +149,8 @@ def train(
     """Distil a student by a recipe. Start it with torchrun for many GPUs or nodes. First it tells its memory plan.
 
     Args:
-        recipe: ssd-1b, vega, mini-ssd-1b, mini-vega, or a .json file that `distill recipe` has begun.
+        recipe: A recipe's name, as ssd-1b (an unknown one is answered with all), or a .json file that `distill recipe`
+            has begun.
         cache: A latent cache made by `distill cache` with the teacher's VAE and text encoders; a stage of the recipe may
             name its own.
         out: Becomes a diffusers pipeline folder; an unfinished run there is continued.
@@ -182,15 +183,14 @@ def plan(
     """Tell what a training needs of each GPU's memory, with and without gradient checkpointing; nothing is loaded.
 
     Args:
-        recipe: ssd-1b, vega, mini-ssd-1b, mini-vega, or a .json file.
+        recipe: A recipe's name, as ssd-1b (an unknown one is answered with all), or a .json file.
         student: Another student by the same road: an architecture or a depth pattern; if not given, the recipe's own.
         processes: GPUs that share the batch.
         memory_gb: The GPU's memory in units of 1e9 bytes; if not given, that of the device at hand.
     """
-    from distill.checkpoints.sources import peek_architecture
     from distill.training.accelerator import COMPUTE_DTYPE, check_fsdp
     from distill.training.memory_plan import describe_plan, device_memory, plan_recipe
-    from distill.training.recipes import find_recipe
+    from distill.training.recipes import find_recipe, peek_teacher
 
     require_least(1, processes=processes, accumulation=accumulation)
     if memory_gb is not None:
@@ -200,7 +200,7 @@ def plan(
     chosen = find_recipe(recipe, student=student)
     title, plans = plan_recipe(
         chosen,
-        peek_architecture(chosen.stages[0].teacher),
+        peek_teacher(chosen),
         half=COMPUTE_DTYPE[mixed_precision],
         optimizer=optimizer,
         processes=processes,

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 
+from distill.common.errors import UserError
 from distill.common.validation import STRICT
 from distill.training.objectives.interface import Batch, LossTerms, Nets, Predict
 from distill.training.objectives.taps import FeatureRecorder, Level, Tap, make_taps
@@ -23,8 +24,9 @@ from distill.training.objectives.taps import FeatureRecorder, Level, Tap, make_t
 
 @dataclass(frozen=True, kw_only=True)
 class Distill:
-    """`task`, `output` and `feature` are the λ of the terms; `level` and `normalize` say what the feature terms are.
-    Over the first `ramp_steps` λ_out and λ_feat rise from 0 in a straight line."""
+    """`task`, `output` and `feature` are the λ of the terms; `level` and `normalize` say what the feature terms are. `taps`
+    stand in the level's place: module path in the student -> module path in the teacher. Over the first `ramp_steps` λ_out
+    and λ_feat rise from 0 in a straight line."""
 
     __pydantic_config__ = STRICT
     kind: Literal["distill"] = "distill"
@@ -32,6 +34,7 @@ class Distill:
     output: NonNegativeFloat = 0.5
     feature: NonNegativeFloat = 0.5
     level: Level = "sub-block"
+    taps: Mapping[str, str] | None = None
     normalize: bool = False
     ramp_steps: NonNegativeInt = 0
     min_snr_gamma: PositiveFloat | None = None
@@ -57,7 +60,8 @@ class Distill:
     def prepare(self, nets: Nets) -> Iterator[LossTerms]:
         """Hooks on what is compared. A term whose λ is 0 is left out, and the teacher is not called where no term needs
         it."""
-        taps = make_taps(self.level, nets.modules) if self.feature else ()
+        given = [Tap(*pair) for pair in (self.taps or {}).items()]
+        taps = (given or make_taps(self.level, nets.modules)) if self.feature else ()
         of_student = FeatureRecorder(nets.student, [tap.student for tap in taps])
         of_teacher = FeatureRecorder(nets.teacher, sorted({tap.teacher for tap in taps}))
 
@@ -108,7 +112,14 @@ def feature_loss(student: torch.Tensor, teacher: torch.Tensor, *, normalize: boo
 def feature_losses(
     taps: Sequence[Tap], student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], *, normalize: bool
 ) -> dict[str, torch.Tensor]:
-    """One named term per tap; their sum is the feature loss as published."""
+    """One named term per tap; their sum is the feature loss as published. Raises UserError for features of two shapes."""
+    for tap in taps:
+        shapes = [tuple(feature.shape[1:]) for feature in (student[tap.student], teacher[tap.teacher])]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"taps: the student's {tap.student} gives features {shapes[0]}, the teacher's {tap.teacher} {shapes[1]}; "
+                "only features of one shape can be compared"
+            )
     return {tap.student: feature_loss(student[tap.student], teacher[tap.teacher], normalize=normalize) for tap in taps}
 
 
