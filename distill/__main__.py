@@ -349,18 +349,24 @@ def teach(
 
 
 @app.command
-def judge(*, model: str, count: int = 90, steps: int = 25, workdir: Workdir = WORKDIR) -> None:
+def judge(
+    *, model: str, count: int = 90, steps: int = 25, held_out: Path | None = None, workdir: Workdir = WORKDIR
+) -> None:
     """How often a mini model's pictures of unseen captions show what they say, read exactly from the pixels (JSON).
 
     Args:
         model: A mini checkpoint, as `fetch` takes it.
         count: Pictures in all, as many of each resolution of its family.
         steps: Denoising steps.
+        held_out: A latent cache that it was not trained on: the mean square error of its noise_pred over that too.
     """
     from distill.checkpoints.sources import resolve
     from distill.mini.judge import judge_checkpoint
+    from distill.studies.ablate import held_out_loss
 
-    print(json.dumps(judge_checkpoint(resolve(model, workdir), count=count, steps=steps), indent=1))
+    folder = resolve(model, workdir)
+    loss = {} if held_out is None else {"held_out_loss": held_out_loss(folder, held_out)}
+    print(json.dumps(loss | judge_checkpoint(folder, count=count, steps=steps), indent=1))
 
 
 def main() -> int:

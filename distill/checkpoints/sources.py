@@ -109,7 +109,7 @@ def _text_to_image(config: Mapping[str, Any], model: object) -> Conditioning:
     if channels != (4, 4):
         raise UserError(
             f"{model} is no text-to-image checkpoint: its UNet has {channels[0]} channels in and {channels[1]} out, not 4 "
-            "(9 in are for inpainting, 8 for instructed edits)"
+            "(9 are for inpainting, 8 for instructed edits)"
         )
     return conditioning_of(config, model)
 
@@ -141,6 +141,11 @@ def check_successor(first: Path, teacher: Path) -> None:
             raise UserError(
                 f"teacher {teacher} cannot succeed {first}: UNet {key} is {now[key]!r}, was {before[key]!r}"
             )
+    if width := now["time_cond_proj_dim"]:
+        raise UserError(
+            f"teacher {teacher} is a few-step model (LCM): its UNet reads a guidance scale (time_cond_proj_dim {width}); "
+            "give the model that it was made from"
+        )
     scheduler = read_object(teacher / "scheduler" / "scheduler_config.json")
     if scheduler.get("prediction_type", "epsilon") != "epsilon":
         raise UserError(

@@ -108,6 +108,13 @@ def stage_modules(recipe: Recipe, teacher: Architecture, start: ModuleMap | None
     Raises UserError for a student of another family or deeper than the one before, and for layer maps that do not fit
     the teacher or are not nested: before the first step of the first stage.
     """
+    for stage in recipe.stages:
+        student = find_architecture(stage.student.architecture, teacher.family)
+        if student.family != teacher.family:
+            raise UserError(
+                f"stage {stage.name}: {student.name} is of the family {student.family.name}, its teacher of "
+                f"{teacher.family.name}"
+            )
     maps: list[ModuleMap] = []
     for stage in recipe.stages:
         try:
