@@ -106,6 +106,17 @@ def transposed(record: TensorRecord) -> MadeTensor:
     return MadeTensor(record.dtype, record.shape[::-1], make)
 
 
+def zeros(dtype: str, shape: tuple[int, ...]) -> MadeTensor:
+    """A tensor of zeros."""
+
+    def make() -> torch.Tensor:
+        import torch
+
+        return torch.zeros(math.prod(shape) * ITEM_BYTES[dtype], dtype=torch.uint8)
+
+    return MadeTensor(dtype, shape, make)
+
+
 def read_safetensors_header(path: Path) -> dict[str, TensorRecord]:
     """The tensors of one file, from its header alone. Raises UserError for a truncated or foreign file."""
     return {
@@ -128,10 +139,10 @@ def _header(path: Path) -> dict[str, Any]:
         begin = file.read(200)
         if begin.startswith(b"version https://git-lfs"):
             raise UserError(f"{path} is a pointer of git-lfs, not the weights themselves: run git lfs pull")
-        if begin.startswith((b"PK\x03\x04", b"\x80\x02")):
-            raise UserError(f"{path} is a pickle under another name; only safetensors weights are read")
         length = int.from_bytes(begin[:8], "little")
         if size < 8 or length > size - 8:
+            if begin.startswith((b"PK\x03\x04", b"\x80\x02")):  # a header of 640 bytes begins with the latter too
+                raise UserError(f"{path} is a pickle under another name; only safetensors weights are read")
             raise UserError(f"{path} is no whole safetensors file ({size} bytes): truncated? fetch it again")
         file.seek(8)
         text = file.read(length)

@@ -22,7 +22,13 @@ from typing import Any
 
 import torch
 
-from distill.checkpoints.sources import checkpoint_hash, find_architecture_of, find_family, load_component
+from distill.checkpoints.sources import (
+    checkpoint_hash,
+    find_architecture_of,
+    find_family,
+    load_component,
+    prediction_type_of,
+)
 from distill.common.errors import quiet_libraries, require_least, unknown
 from distill.common.files import read_json, replacing, write_json
 from distill.common.ownership import require_our_files, require_our_folder
@@ -33,6 +39,7 @@ from distill.data.shapes import ATTRIBUTES
 from distill.mini.judge import READER, check_pictures, judge_checkpoint
 from distill.models.architectures import find_architecture
 from distill.training.objectives import Distill
+from distill.training.objectives.distill import task_target
 from distill.training.objectives.taps import Level
 from distill.training.options import TrainOptions
 from distill.training.recipes import Recipe, Stage, shortened
@@ -99,7 +106,7 @@ def make_recipe(name: str, variant: Variant, *, teacher: str, student: str, step
 
 @torch.no_grad()
 def held_out_loss(checkpoint: Path, cache: Path) -> float:
-    """Mean square error of noise_pred over a cache, HELD_OUT_BATCH samples of one resolution at a time; noise and
+    """Mean square error of a UNet's prediction over a cache, HELD_OUT_BATCH samples of one resolution at a time; noise and
     timesteps are always the same."""
     latents = LatentCache(cache, batch_size=HELD_OUT_BATCH, seed=0)
     unet = load_component(checkpoint, "unet", torch.float32)
@@ -109,7 +116,8 @@ def held_out_loss(checkpoint: Path, cache: Path) -> float:
         batch = add_noise(
             Distill(), latents.batch(step), alphas_cumprod, {}, seed=("held out", step), caption_dropout=0.0
         )
-        errors.append((predict(unet, batch) - batch["noise"]).square().mean().item())
+        target = task_target(batch, alphas_cumprod, prediction_type_of(checkpoint))
+        errors.append((predict(unet, batch) - target).square().mean().item())
     return mean(errors)
 
 

@@ -15,6 +15,8 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
+from distill.checkpoints.sources import prediction_type_of
+from distill.checkpoints.surgery import extend_unet
 from distill.common.ahead import ahead
 from distill.common.errors import UserError
 from distill.common.progress import say, track
@@ -26,7 +28,7 @@ from distill.training.options import TrainOptions
 from distill.training.output.samples import draw_samples
 from distill.training.output.state import Progress, TrainingState, gather_student, resume, save_state
 from distill.training.output.student_folder import save_student, stage_folder, stage_title
-from distill.training.recipes import Recipe
+from distill.training.recipes import PREVIOUS, Recipe
 from distill.training.sigterm import noting_sigterm
 from distill.training.step import Pair, Terms, alphas_cumprod_of, load_nets
 
@@ -51,8 +53,8 @@ class StageRun:
         """Returns the finished student's folder; `previous` is the student to start from (None: the teacher)."""
         pair = self._make_pair(self._make_initial_student(previous))
         ema = EMAModel(pair.student.parameters(), decay=self.recipe.ema_decay) if self.recipe.ema_decay else None
-        state = TrainingState(pair.student, pair.optimizer.optimizer, ema, self.accelerator.scaler)
         with pair.taught_by(self.recipe.stages[self.number].objective) as take_step:
+            state = TrainingState(pair.student, pair.optimizer.optimizer, ema, self.accelerator.scaler, pair.target)
             self._train(pair, take_step, state, previous)
         self._check_weights(state, previous)
         student = gather_student(state)
@@ -74,19 +76,25 @@ class StageRun:
             seed = seed_of(self.recipe.seed, "from scratch")
             student = self.recipe.stages[self.number].student
             student.make_unet(previous or self.teacher, self.modules, held, initial, seed=seed)
+        if self.accelerator.is_main_process:
+            extend_unet(initial, self.recipe.stages[self.number].objective.student_config)
         self.accelerator.wait_for_everyone()
         return initial
 
     def _make_pair(self, initial: Path) -> Pair:
-        needs_teacher = self.recipe.stages[self.number].objective.needs_teacher
+        stage, modules = self.recipe.stages[self.number], self.modules
+        if stage.teacher == PREVIOUS:
+            modules = modules.relative_to(ModuleMap.of_student(self.teacher))
+        needs_teacher = stage.objective.needs_teacher
         return Pair(
             self.accelerator,
             *load_nets(self.teacher if needs_teacher else None, initial, COMPUTE_DTYPE[self.options.mixed_precision]),
-            self.modules,
+            modules,
             alphas_cumprod_of(self.teacher),
             self.latents.unconditional,
             self.recipe,
             self.options,
+            prediction_type=prediction_type_of(self.teacher),
         )
 
     def _batches(self, pair: Pair, steps: range) -> Iterator[dict[str, torch.Tensor]]:

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from distill.__main__ import main
-from distill.checkpoints.sources import check_successor, load_pipeline, resolve
+from distill.checkpoints.sources import load_pipeline, resolve
 from distill.common.errors import UserError
 from distill.data.cache import LatentCache
 from distill.data.make_cache import make_cache
 from distill.training.recipes import find_recipe
+from distill.training.teachers import check_successor
 
 
 @pytest.fixture(scope="module")

@@ -38,12 +38,14 @@ STATE_FORMAT = 1
 
 @dataclass
 class TrainingState:
-    """Everything in a stage that has a history, beside `Progress`: weights, moments, their average, fp16's loss scale."""
+    """Everything in a stage that has a history, beside `Progress`: weights, moments, their average, fp16's loss scale, and
+    the average that an objective takes its targets from."""
 
     student: UNet2DConditionModel
     optimizer: torch.optim.Optimizer
     ema: EMAModel | None = None
     scaler: Any = None
+    target: UNet2DConditionModel | None = None
 
     def as_dict(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.student, self.optimizer)
@@ -52,6 +54,8 @@ class TrainingState:
             state["ema"] = {str(i): tensor for i, tensor in enumerate(self.ema.shadow_params)}
         if self.scaler:
             state["scaler"] = self.scaler.state_dict()
+        if self.target is not None:
+            state["target"] = get_model_state_dict(self.target)
         return state
 
     def save(self, folder: Path) -> None:
@@ -59,7 +63,7 @@ class TrainingState:
 
     def load(self, folder: Path, step: int) -> None:
         state = self.as_dict()
-        dcp.load(state, checkpoint_id=folder)  # writes into the tensors of `state`: the average has its values now
+        dcp.load(state, checkpoint_id=folder)  # writes into the tensors of `state`: the averages have their values now
         set_state_dict(
             self.student, self.optimizer, model_state_dict=state["student"], optim_state_dict=state["optimizer"]
         )
@@ -84,9 +88,9 @@ class TrainingState:
     def _exchange(self, ema: EMAModel) -> None:
         """Swaps student and average, one tensor at a time: a GPU may have no room for a third copy."""
         for parameter, average in zip(self.student.parameters(), ema.shadow_params, strict=True):
-            held = parameter.detach().clone()
+            own = parameter.detach().clone()
             parameter.copy_(average)
-            average.copy_(held)
+            average.copy_(own)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,19 @@ from distill.common.errors import UserError, unknown
 from distill.models.architectures import find_architecture
 from distill.models.module_map import LayerMap, read_layer_map
 from distill.training.recipes import mini, sd, sdxl
-from distill.training.recipes.recipe import Recipe, Stage, peek_teacher, read_recipe, shortened, stage_modules
+from distill.training.recipes.recipe import PREVIOUS, Recipe, Stage, peek_teacher, read_recipe, shortened, stage_modules
 
-__all__ = ["RECIPES", "Recipe", "Stage", "find_recipe", "peek_teacher", "read_recipe", "shortened", "stage_modules"]
+__all__ = [
+    "PREVIOUS",
+    "RECIPES",
+    "Recipe",
+    "Stage",
+    "find_recipe",
+    "peek_teacher",
+    "read_recipe",
+    "shortened",
+    "stage_modules",
+]
 
 RECIPES: dict[str, Callable[..., Recipe]] = {**sdxl.RECIPES, **sd.RECIPES, **mini.RECIPES}
 

@@ -22,11 +22,14 @@ from distill.training.student import Pruned, Student
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
 """It becomes part of a folder name."""
+PREVIOUS = "previous"
+"""As a stage's teacher: the student of the stage before."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One run of the training loop: `student` says what is trained, `objective` what it is taught by the `teacher`;
+    """One run of the training loop: `student` says what is trained, `objective` what it is taught by the `teacher` (a
+    source, or `previous`: the student of the stage before, as that stage left it);
     `learning_rate` is the highest that `schedule` reaches. `cache` is a latent cache of its own, where the teacher has
     another VAE or other text encoders than the run's cache was made with."""
 
@@ -63,6 +66,11 @@ class Recipe:
         "an isometric city block at night, neon",
         "a still life of pears and a blue jug, oil on canvas",
     )
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, which pydantic tells with its place, for a first stage without a teacher."""
+        if self.stages and self.stages[0].teacher == PREVIOUS:
+            raise ValueError(f"the first stage has no {PREVIOUS} student to learn from: name its teacher")
 
     def micro_batch(self, processes: int, accumulation: int) -> int:
         """Samples that one process passes at once. Raises UserError where the batch cannot be shared so."""

@@ -125,6 +125,7 @@ def test_explicit_indices_are_read_back(tmp_path: Path) -> None:
         ({"stages/objective/kind": "lcm"}, "stages.0.objective.kind: input should be 'distill'"),
         ({"stages/student": 3}, "stages.0.student.pruned: input should be an object"),
         ({"stages/steps": 1.5}, "stages.0.steps: input should be a valid integer"),
+        ({"stages/steps": 10**400}, "is beyond 64 bits"),
         (
             {"stages/objective/task": 0, "stages/objective/output": 0},
             "stages.0.objective: value error, task or output must be above 0",

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distill.checkpoints.sources import check_successor, component_tensors, file_hashes, read_config, resolve
+from distill.checkpoints.sources import component_tensors, file_hashes, read_config, resolve
 from distill.checkpoints.surgery import make_student
 from distill.common.errors import UserError
 from distill.data.make_cache import make_cache
@@ -31,6 +31,7 @@ from distill.training.options import TrainOptions
 from distill.training.output.state import TrainingState, gather_student
 from distill.training.recipes import Recipe, Stage
 from distill.training.step import Pair
+from distill.training.teachers import check_successor
 from distill.training.trainer import train
 from tests.distill.small_runs import HALF, curve, short_recipe, small_recipe
 
@@ -140,7 +141,7 @@ def test_a_model_that_no_training_made_is_not_written_over(cache: Path, mini_veg
     make_student(mini_vega, find_architecture(HALF, MINI_FAMILY), "first", tmp_path / "untrained")
     for out in (tmp_path / "foreign", tmp_path / "untrained"):
         before = sorted(out.rglob("*"))
-        with pytest.raises(UserError, match=r"belongs to another recipe|holds model_index.json, which no training"):
+        with pytest.raises(UserError, match="is not a training run of slimxl: it holds model_index"):
             train(small_recipe(str(mini_vega)), cache=cache, out=out, workdir=tmp_path)
         assert sorted(out.rglob("*")) == before
 
@@ -173,8 +174,8 @@ def test_gradient_checkpointing_and_accumulation_change_no_loss(
     resnet_batches: list[int] = []
 
     class Watched(Pair):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
             assert self.student.is_gradient_checkpointing
             for module, seen in ((self.student, micro_batches), (self.student.up_blocks[0].resnets[0], resnet_batches)):
                 module.register_forward_pre_hook(lambda _module, inputs, seen=seen: seen.append(len(inputs[0])))
@@ -311,8 +312,8 @@ def test_a_batch_that_cannot_be_shared_is_refused(cache: Path, mini_vega: Path, 
         )
 
 
-def test_a_successor_of_another_depth_or_prediction_is_refused(
-    mini_vega: Path, mini_sdxl: Path, tmp_path: Path
+def test_a_teacher_of_another_depth_or_prediction_is_refused(
+    cache: Path, mini_vega: Path, mini_sdxl: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="mid_block_type is 'UNetMidBlock2D', was 'UNetMidBlock2DCrossAttn'"):
         check_successor(mini_sdxl, mini_vega)
@@ -320,8 +321,11 @@ def test_a_successor_of_another_depth_or_prediction_is_refused(
     resolve("random:mini-vega", tmp_path).rename(copy)
     scheduler = copy / "scheduler" / "scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"}))
-    with pytest.raises(UserError, match="predicts 'v_prediction'"):
+    with pytest.raises(UserError, match=r"predicts 'v_prediction', the first, .* 'epsilon'"):
         check_successor(mini_vega, copy)
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "sample"}))
+    with pytest.raises(UserError, match="stage whole: the teacher predicts 'sample'; the objective 'distill' needs"):
+        train(short_recipe(copy), cache=cache, out=tmp_path / "out", workdir=tmp_path)
 
 
 def test_gradients_are_clipped(cache: Path, mini_vega: Path, tmp_path: Path) -> None:
