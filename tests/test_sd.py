@@ -14,11 +14,8 @@ import engines
 from distill.checkpoints.sources import find_architecture_of, load_pipeline, resolve
 from distill.checkpoints.surgery import make_student
 from distill.models.architectures import find_architecture
-from distill.models.families import MINI_SD_FAMILY
 from engines.building.build import build_bundle
 from export import ExportOptions, export_checkpoint
-
-TINY_SD = "1/1/1:-:1,1/1,1/1,1"  # of Segmind's Tiny-SD
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +23,7 @@ def student(workdir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Cut from a random teacher: a level, the middle and half of the layers are gone."""
     out = tmp_path_factory.mktemp("sd") / "tiny"
     teacher = resolve("random:mini-sd-1.5", workdir)
-    plan = make_student(teacher, find_architecture(TINY_SD, MINI_SD_FAMILY), "first", out)
+    plan = make_student(teacher, find_architecture("mini-tiny-sd"), "first", out)
     assert plan.unused and plan.sources["up_blocks.0.resnets.1.conv1.bias"] == "up_blocks.1.resnets.2.conv1.bias"
     return out
 
@@ -50,7 +47,7 @@ def psnr_db(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def test_a_student_is_a_pipeline_of_its_family(student: Path) -> None:
-    assert find_architecture_of(student).name == TINY_SD
+    assert find_architecture_of(student).name == "mini-tiny-sd"
     pipe = load_pipeline(student, torch.float32)
     assert isinstance(pipe, StableDiffusionPipeline) and pipe.unet.mid_block is None
 

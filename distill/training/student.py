@@ -38,14 +38,10 @@ class Pruned:
     def modules(self, teacher: Architecture, held: ModuleMap | None) -> ModuleMap:
         """What the student is made from, in the teacher's names; `held` is the map of the student it starts from.
 
-        Raises UserError for a student of another family, one deeper than what it starts from, and a layer map that does
-        not fit the teacher or is not nested in `held`.
+        Raises UserError for a student deeper than what it starts from, and a layer map that does not fit the teacher or is
+        not nested in `held`.
         """
         student = find_architecture(self.architecture, teacher.family)
-        if student.family != teacher.family:
-            raise UserError(
-                f"{student.name} is of the family {student.family.name}, its teacher of {teacher.family.name}"
-            )
         if held and held.teacher != teacher.depth:
             raise UserError(
                 f"the student to start from was made from a teacher of depth {held.teacher}, this one has {teacher.depth}; "
