@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
+from distill.checkpoints.sampling import sampling_of
 from distill.checkpoints.sources import prediction_type_of
 from distill.checkpoints.surgery import extend_unet
 from distill.common.ahead import Awaited, ahead
@@ -59,9 +60,10 @@ class StageRun:
             self._train(pair, take_step, state, previous)
         self._check_weights(state, previous)
         student = gather_student(state)
+        sampling = self.recipe.stages[self.number].objective.sampling(sampling_of(self.teacher))
         folder = stage_folder(self.recipe, self.number, self.out)
         if student is not None and self.accelerator.is_main_process:
-            save_student(student, self.pipeline, folder, self.modules, self.recipe, self.number)
+            save_student(student, self.pipeline, folder, self.modules, self.recipe, self.number, sampling)
             for old in [self.out / "state", *folder.parent.iterdir()]:
                 if old != folder:
                     shutil.rmtree(old, ignore_errors=True)
@@ -157,7 +159,8 @@ class StageRun:
         student = gather_student(state)
         if student is not None and self.accelerator.is_main_process:
             path = self.out / "samples" / f"{stage_title(self.recipe, self.number)}-{done:07d}.png"
-            draw_samples(student, self.pipeline, self.recipe.validation_prompts, path)
+            sampling = self.recipe.stages[self.number].objective.sampling(sampling_of(self.teacher))
+            draw_samples(student, self.pipeline, self.recipe.validation_prompts, path, sampling=sampling)
         del student
         torch.cuda.empty_cache()  # of the picture's own nets
         self.accelerator.wait_for_everyone()

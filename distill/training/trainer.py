@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from distill.checkpoints.sampling import sampling_of
 from distill.checkpoints.sources import checkpoint_hash, find_architecture_of, load_component, resolve
 from distill.checkpoints.surgery import files_but_unet
 from distill.common.errors import UserError, explaining_full_memory
@@ -245,13 +246,13 @@ def _memory_advice(
     )
 
 
-def _draw_samples(folder: Path, stage: StageRun) -> None:
+def _draw_samples(folder: Path, stage: StageRun, about: Path | None = None) -> None:
     """What the student that `stage` left in `folder` draws, unless that picture is there: a run that goes on makes up for
-    a kill. It stays in OUT/samples when later stages end."""
+    a kill. It stays in OUT/samples when later stages end. Its slimxl.json lies in `about`, if not in `folder`."""
     path = stage.out / "samples" / f"{stage_title(stage.recipe, stage.number)}.png"
     if stage.recipe.validation_prompts and not path.exists():
         student = load_component(folder, "unet", student_dtype(folder))
-        draw_samples(student, folder, stage.recipe.validation_prompts, path)
+        draw_samples(student, folder, stage.recipe.validation_prompts, path, sampling=sampling_of(about or folder))
 
 
 def _finish(stages: list[StageRun], run: dict[str, Any]) -> None:
@@ -262,7 +263,7 @@ def _finish(stages: list[StageRun], run: dict[str, Any]) -> None:
     for item in folder.iterdir():
         if item.name != "slimxl.json":
             item.rename(out / item.name)
-    _draw_samples(out, last)
+    _draw_samples(out, last, folder)
     write_card(out, last.recipe, about, run, data={str(stage.latents.key.get("data", "")) for stage in stages})
     write_json(out / "slimxl.json", about | run)
     for left in ("stages", "state"):
