@@ -195,9 +195,10 @@ def plan(
     require_least(1, processes=processes, accumulation=accumulation)
     if memory_gb is not None:
         require_above(0, memory_gb=memory_gb)
-    if fsdp:
-        check_fsdp(processes, mixed_precision, optimizer)
     chosen = find_recipe(recipe, student=student)
+    if fsdp:
+        adapters = any(stage.student.adapter for stage in chosen.stages)
+        check_fsdp(processes, mixed_precision, optimizer, adapters=adapters)
     title, plans = plan_recipe(
         chosen,
         peek_architecture(chosen.stages[0].teacher),

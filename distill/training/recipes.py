@@ -76,6 +76,15 @@ class Recipe:
         "a still life of pears and a blue jug, oil on canvas",
     )
 
+    def __post_init__(self) -> None:
+        """Raises ValueError, which pydantic tells with its place, for adapters on a student that would not stay."""
+        adapted = [stage.name for stage in self.stages if stage.student.adapter]
+        if adapted and len(self.stages) > 1:
+            raise ValueError(
+                f"stage {adapted[0]} trains a LoRA, kept apart from what it is put on, so it must be the only stage; "
+                "train the others first, and name the finished student's folder as the teacher of this one"
+            )
+
     def micro_batch(self, processes: int, accumulation: int) -> int:
         """Samples that one process passes at once. Raises UserError where the batch cannot be shared so."""
         parts = processes * accumulation
@@ -216,7 +225,7 @@ def find_recipe(name: str, *, student: str | None = None, layer_map: str | Layer
             raise UserError(f"{name} says its own {' and '.join(changes)}: change it there")
         recipe = read_recipe(Path(name))
         for stage in recipe.stages:  # its layer maps are checked when its teacher is at hand
-            find_architecture(stage.student.architecture)
+            stage.student.check()
     elif name in RECIPES:
         recipe = RECIPES[name](**changes)
         stage_modules(recipe, peek_architecture(recipe.stages[0].teacher))

@@ -108,7 +108,7 @@ def test_a_recipe_printed_and_read_is_the_same_recipe(
         ({"stages/learning_rate": float("inf")}, "stages.0.learning_rate: input should be a finite number"),
         ({"max_grad_norm": float("inf")}, "no recipe: max_grad_norm: input should be a finite number"),
         ({"stages/schedule/floor": 1.5}, "stages.0.schedule.floor: input should be less than or equal to 1"),
-        ({"stages/student/kind": "lora"}, "stages.0.student: input tag 'lora'"),
+        ({"stages/student/kind": "loha"}, "stages.0.student: input tag 'loha'"),
         ({"stages/objective/kind": "lcm"}, "stages.0.objective.kind: input should be 'distill'"),
         ({"stages/student": 3}, "stages.0.student.pruned: input should be an object"),
         ({"stages/steps": 1.5}, "stages.0.steps: input should be a valid integer"),

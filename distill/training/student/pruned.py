@@ -1,21 +1,16 @@
-"""What a stage trains, and what it begins with. `Pruned` is a whole student that lacks modules of its teacher.
-
-Another way to move a network (adapters on a finished student, say) is another class with these methods and another member of
-the union `Student`.
-"""
+"""A whole student that lacks modules of its teacher: all of its weights are trained, in fp32."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import ClassVar, Literal
 
 import torch
 from diffusers import UNet2DConditionModel
-from pydantic import AfterValidator, Discriminator, Tag
 
-from distill.checkpoints.sources import find_family
-from distill.checkpoints.surgery import make_student_unet, plan_surgery, student_config, unet_shapes
+from distill.checkpoints.sources import find_family, load_component
+from distill.checkpoints.surgery import copy_all_but_unet, make_student_unet, plan_surgery, student_config, unet_shapes
 from distill.common.errors import UserError
 from distill.common.files import replacing
 from distill.common.validation import STRICT
@@ -31,9 +26,21 @@ class Pruned:
 
     __pydantic_config__ = STRICT
     kind: Literal["pruned"] = "pruned"
+    adapter: ClassVar[bool] = False
     architecture: str
     layer_map: str | LayerMap = "similarity"
     from_scratch: bool = False
+
+    @property
+    def title(self) -> str:
+        return self.architecture
+
+    def check(self) -> None:
+        """Raises UserError for what is wrong whatever the teacher: an unknown architecture."""
+        find_architecture(self.architecture)
+
+    def architecture_of(self, teacher: Architecture) -> Architecture:
+        return find_architecture(self.architecture, teacher.family)
 
     def modules(self, teacher: Architecture, held: ModuleMap | None) -> ModuleMap:
         """What the student is made from, in the teacher's names; `held` is the map of the student it starts from.
@@ -41,7 +48,7 @@ class Pruned:
         Raises UserError for a student of another family, one deeper than what it starts from, and a layer map that does
         not fit the teacher or is not nested in `held`.
         """
-        student = find_architecture(self.architecture, teacher.family)
+        student = self.architecture_of(teacher)
         if student.family != teacher.family:
             raise UserError(
                 f"{student.name} is of the family {student.family.name}, its teacher of {teacher.family.name}"
@@ -58,31 +65,32 @@ class Pruned:
             plan_surgery(unet_shapes(teacher.unet_config), unet_shapes(student.unet_config), modules)
         return modules
 
-    def make_unet(self, source: Path, modules: ModuleMap, held: ModuleMap | None, folder: Path, *, seed: int) -> None:
-        """Writes the student's first weights to `folder`: copied from the pipeline folder `source`, whose own map is
-        `held` (None: it is the teacher), or random by `seed`."""
+    def begin(self, source: Path, modules: ModuleMap, held: ModuleMap | None, folder: Path, *, seed: int) -> Path:
+        """Writes the student's first weights to `folder`/unet, unless they are there: copied from the pipeline folder
+        `source`, whose own map is `held` (None: it is the teacher), or random by `seed`. Returns `folder`."""
+        if (folder / "unet").exists():
+            return folder
         student = find_architecture(self.architecture, find_family(source))
         if not self.from_scratch:
-            make_student_unet(source, student, modules.relative_to(held), folder)
-            return
+            make_student_unet(source, student, modules.relative_to(held), folder / "unet")
+            return folder
         torch.manual_seed(seed)
-        with replacing(folder) as temporary:
+        with replacing(folder / "unet") as temporary:
             UNet2DConditionModel.from_config(student_config(source, student)).save_pretrained(temporary)
+        return folder
 
+    def dtype(self, half: torch.dtype) -> torch.dtype:
+        """Of the weights while they are trained; `half` is what the step computes in."""
+        return torch.float32
 
-def _kind(stated: Any) -> str:
-    if isinstance(stated, str):
-        return "name"
-    return stated.get("kind", "pruned") if isinstance(stated, dict) else getattr(stated, "kind", "pruned")
+    def prepare(self, unet: UNet2DConditionModel, *, seed: int = 0) -> None:
+        """All of the loaded net is trained as it is."""
 
+    def save(self, unet: UNet2DConditionModel, pipeline: Path, folder: Path, dtype: torch.dtype) -> None:
+        """Writes a whole pipeline to `folder`: the trained UNet in `dtype`, everything else as in the folder `pipeline`."""
+        copy_all_but_unet(pipeline, folder)
+        unet.to(dtype).save_pretrained(folder / "unet", safe_serialization=True)
 
-def _from_name(stated: Any) -> Any:
-    return Pruned(architecture=stated) if isinstance(stated, str) else stated
-
-
-if TYPE_CHECKING:
-    Student = Pruned
-else:
-    Student = Annotated[
-        Annotated[str, Tag("name")] | Annotated[Pruned, Tag("pruned")], Discriminator(_kind), AfterValidator(_from_name)
-    ]
+    def load(self, folder: Path, base: Path, dtype: torch.dtype) -> UNet2DConditionModel:
+        """The finished student that `save` left in `folder`; `base` is the checkpoint that it began with."""
+        return load_component(folder, "unet", dtype)
