@@ -110,6 +110,9 @@ def test_a_recipe_printed_and_read_is_the_same_recipe(
         ({"stages/schedule/floor": 1.5}, "stages.0.schedule.floor: input should be less than or equal to 1"),
         ({"stages/student/kind": "loha"}, "stages.0.student: input tag 'loha'"),
         ({"stages/objective/kind": "lcm"}, "stages.0.objective.kind: input should be 'distill'"),
+        ({"stages/student": {"kind": "lora", "rank": 0}}, "lora.rank: input should be greater than 0"),
+        ({"stages/student": {"kind": "lora", "alpha": float("inf")}}, "lora.alpha: input should be a finite number"),
+        ({"stages/student": {"kind": "lora"}}, "stage shorten-mid trains a LoRA, .* it must be the only stage"),
         ({"stages/student": 3}, "stages.0.student.pruned: input should be an object"),
         ({"stages/steps": 1.5}, "stages.0.steps: input should be a valid integer"),
         (
