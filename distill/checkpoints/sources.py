@@ -124,9 +124,14 @@ def _network_of(folder: Path) -> dict[str, Any]:
     return meant
 
 
+def prediction_type_of(folder: Path) -> str:
+    """What a checkpoint's UNet predicts: `epsilon`, the noise, as a rule."""
+    return read_object(folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
+
+
 def check_successor(first: Path, teacher: Path) -> None:
-    """Raises UserError where a later teacher differs from the first in architecture, and where one predicts something
-    else than the noise, or knows other noise levels than SDXL's."""
+    """Raises UserError where a later teacher differs from the first in architecture or in what it predicts, and where it
+    knows other noise levels than SDXL's."""
     kinds = [conditioning_of(read_config(folder, "unet"), folder).pipeline for folder in (first, teacher)]
     if kinds[0] != kinds[1]:
         raise UserError(
@@ -138,11 +143,10 @@ def check_successor(first: Path, teacher: Path) -> None:
             raise UserError(
                 f"teacher {teacher} cannot succeed {first}: UNet {key} is {now[key]!r}, was {before[key]!r}"
             )
+    predictions = [prediction_type_of(folder) for folder in (first, teacher)]
+    if predictions[0] != predictions[1]:
+        raise UserError(f"teacher {teacher} predicts {predictions[1]!r}, the first, {first}, {predictions[0]!r}")
     scheduler = read_object(teacher / "scheduler" / "scheduler_config.json")
-    if scheduler.get("prediction_type", "epsilon") != "epsilon":
-        raise UserError(
-            f"teacher {teacher} predicts {scheduler['prediction_type']!r}; distillation needs one that predicts 'epsilon'"
-        )
     kind, zero_snr = scheduler.get("_class_name", ""), scheduler.get("rescale_betas_zero_snr", False)
     if kind.startswith("EDM") or zero_snr:
         raise UserError(

@@ -12,11 +12,13 @@ from typing import Any
 
 from distill.checkpoints.sources import network_folders, read_config
 from distill.checkpoints.tensors import (
+    WritableTensor,
     component_tensors,
     component_weights,
     plain_names,
     write_index,
     write_safetensors,
+    zeros,
 )
 from distill.common.errors import UserError
 from distill.common.files import read_json, replacing, require_free_disk, write_json
@@ -115,6 +117,22 @@ def make_student_unet(
         chosen = {key: records[name] for key, name in plan.sources.items()}
         write_safetensors(temporary / "diffusion_pytorch_model.safetensors", chosen)
     return plan
+
+
+def extend_unet(folder: Path, entries: Mapping[str, Any]) -> None:
+    """Gives the UNet in its own `folder` the `entries` of its config, unless it has them; the weights that come with
+    them are zeros."""
+    config = read_json(folder / "config.json")
+    if all(config.get(name) == value for name, value in entries.items()):
+        return
+    records: dict[str, WritableTensor] = dict(component_tensors(folder))
+    dtype = next(iter(records.values())).dtype
+    for key, shape in unet_shapes(config | entries).items():
+        records.setdefault(key, zeros(dtype, shape))
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        write_json(temporary / "config.json", {**config, **entries})
+        write_safetensors(temporary / "diffusion_pytorch_model.safetensors", records)
 
 
 def student_modules(checkpoint: Path, student: Architecture, layer_map: str | LayerMap) -> tuple[ModuleMap, ModuleMap]:

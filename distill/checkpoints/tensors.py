@@ -106,6 +106,17 @@ def transposed(record: TensorRecord) -> MadeTensor:
     return MadeTensor(record.dtype, record.shape[::-1], make)
 
 
+def zeros(dtype: str, shape: tuple[int, ...]) -> MadeTensor:
+    """A tensor of zeros."""
+
+    def make() -> torch.Tensor:
+        import torch
+
+        return torch.zeros(math.prod(shape) * ITEM_BYTES[dtype], dtype=torch.uint8)
+
+    return MadeTensor(dtype, shape, make)
+
+
 def read_safetensors_header(path: Path) -> dict[str, TensorRecord]:
     """The tensors of one file, from its header alone. Raises UserError for a truncated or foreign file."""
     return {

@@ -138,7 +138,8 @@ def plan_memory(
     family = architecture.family
     drawn = objective.draw(micro_batch, 1000, torch.Generator())
     with torch.device("meta"):
-        student_net = UNet2DConditionModel(**architecture.unet_config).to(student.dtype(half))
+        config = {**architecture.unet_config, **objective.student_config}
+        student_net = UNet2DConditionModel(**config).to(student.dtype(half))
         student.prepare(student_net)
         teacher_net, itself = student_net, student.adapter and taught_by_base
         if not itself:
@@ -152,6 +153,7 @@ def plan_memory(
             modules=make_module_map("first", teacher.depth, architecture.depth),
             alphas_cumprod=torch.empty(1000),
             unconditional={name: torch.empty(shape) for name, shape in family.text_shapes.items()},
+            target=torch.no_grad()(partial(predict, student_net)),
         )
         specs = family.unet_inputs(resolution, micro_batch)
         with LiveBytes(teacher_net, student_net) as count, AsOnGpu(half), objective.prepare(nets) as terms_of:
@@ -180,7 +182,7 @@ def plan_memory(
     return MemoryPlan(
         frozen=half.itemsize * frozen,
         student=4 * parameters // shards,
-        ema=4 * parameters // shards if ema else 0,
+        ema=(ema + (objective.target_decay is not None)) * 4 * parameters // shards,
         optimizer=int(OPTIMIZER_BYTES[optimizer] * parameters) // shards,
         gradients=gradients // shards,
         work=work + gathered,

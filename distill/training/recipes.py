@@ -32,13 +32,16 @@ Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
 """It becomes part of a folder name."""
 
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+PREVIOUS = "previous"
+"""As a stage's teacher: the student of the stage before."""
 ZAVY_CHROMA_XL = "stablediffusionapi/zavychromaxl-v80"
 JUGGERNAUT_XL = "RunDiffusion/Juggernaut-XL-v9"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One run of the training loop: `student` says what is trained, `objective` what it is taught by the `teacher`;
+    """One run of the training loop: `student` says what is trained, `objective` what it is taught by the `teacher` (a
+    source, or `previous`: the student of the stage before, as that stage left it);
     `learning_rate` is the highest that `schedule` reaches. `cache` is a latent cache of its own, where the teacher has
     another VAE or other text encoders than the run's cache was made with."""
 
@@ -51,6 +54,13 @@ class Stage:
     learning_rate: PositiveFloat = 1e-5
     schedule: Schedule = field(default_factory=Schedule)
     cache: Annotated[str, Field(min_length=1)] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, which pydantic tells with its place, for an objective that adapters cannot learn."""
+        if self.student.adapter and (self.objective.student_config or self.objective.target_decay is not None):
+            raise ValueError(
+                "a LoRA leaves its UNet as it is: no objective that widens it (guidance embedding) or averages it (target)"
+            )
 
     def learning_rate_at(self, step: int) -> float:
         return self.schedule.rate(self.learning_rate, step, self.steps)
@@ -77,7 +87,10 @@ class Recipe:
     )
 
     def __post_init__(self) -> None:
-        """Raises ValueError, which pydantic tells with its place, for adapters on a student that would not stay."""
+        """Raises ValueError, which pydantic tells with its place, for a first stage without a teacher, and for adapters on a
+        student that would not stay."""
+        if self.stages and self.stages[0].teacher == PREVIOUS:
+            raise ValueError(f"the first stage has no {PREVIOUS} student to learn from: name its teacher")
         adapted = [stage.name for stage in self.stages if stage.student.adapter]
         if adapted and len(self.stages) > 1:
             raise ValueError(

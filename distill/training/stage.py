@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-from distill.checkpoints.sources import load_component
+from distill.checkpoints.sources import load_component, prediction_type_of
 from distill.common.ahead import ahead
 from distill.common.errors import UserError
 from distill.common.progress import say, track
@@ -27,7 +27,7 @@ from distill.training.options import TrainOptions
 from distill.training.output.samples import draw_samples
 from distill.training.output.state import Progress, TrainingState, gather_student, resume, save_state
 from distill.training.output.student_folder import save_student, stage_folder, stage_title, student_dtype
-from distill.training.recipes import Recipe
+from distill.training.recipes import PREVIOUS, Recipe
 from distill.training.sigterm import noting_sigterm
 from distill.training.step import Pair, Terms, alphas_cumprod_of
 
@@ -55,8 +55,8 @@ class StageRun:
         pair = self._make_pair(self._begin(previous))
         trained = trained_parameters(pair.student)
         ema = EMAModel(trained, decay=self.recipe.ema_decay) if self.recipe.ema_decay else None
-        state = TrainingState(pair.student, pair.optimizer.optimizer, ema, self.accelerator.scaler)
         with pair.taught_by(self.recipe.stages[self.number].objective) as take_step:
+            state = TrainingState(pair.student, pair.optimizer.optimizer, ema, self.accelerator.scaler, pair.target)
             self._train(pair, take_step, state, previous)
         self._check_weights(state, previous)
         student = gather_student(state)
@@ -74,9 +74,10 @@ class StageRun:
         """The folder of the student's first weights, made from the previous student or from the teacher."""
         folder = self.out / "stages" / f"{self.number + 1:02d}-initial"
         held = ModuleMap.of_student(previous) if previous else None
-        student = self.recipe.stages[self.number].student
+        stage, source = self.recipe.stages[self.number], previous or self.teacher
+        config = stage.objective.student_config
         return decided_by_first(
-            lambda: student.begin(previous or self.teacher, self.modules, held, folder, seed=self._seed)
+            lambda: stage.student.begin(source, self.modules, held, folder, config=config, seed=self._seed)
         )
 
     @property
@@ -86,7 +87,13 @@ class StageRun:
 
     def _make_pair(self, initial: Path) -> Pair:
         """A student that begins on its teacher, and leaves its weights as they are, is that teacher too."""
-        stage, half = self.recipe.stages[self.number], COMPUTE_DTYPE[self.options.mixed_precision]
+        stage, modules, half = (
+            self.recipe.stages[self.number],
+            self.modules,
+            COMPUTE_DTYPE[self.options.mixed_precision],
+        )
+        if stage.teacher == PREVIOUS:
+            modules = modules.relative_to(ModuleMap.of_student(self.teacher))
         student = load_component(initial, "unet", stage.student.dtype(half)).train()
         stage.student.prepare(student, seed=self._seed)
         teacher = None
@@ -96,11 +103,12 @@ class StageRun:
             self.accelerator,
             teacher,
             student,
-            self.modules,
+            modules,
             alphas_cumprod_of(self.teacher),
             self.latents.unconditional,
             self.recipe,
             self.options,
+            prediction_type=prediction_type_of(self.teacher),
         )
 
     def _batches(self, pair: Pair, steps: range) -> Iterator[dict[str, torch.Tensor]]:

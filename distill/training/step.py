@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from torch.distributed.tensor import DTensor
 
+from distill.common.errors import UserError
 from distill.common.files import read_json
 from distill.data.cache import seed_of
 from distill.models.conditioning import call_unet
@@ -33,11 +34,16 @@ Terms = dict[str, float]
 
 
 def alphas_cumprod_of(checkpoint: Path) -> torch.Tensor:
-    """Signal variance per timestep, from a checkpoint's own scheduler config."""
+    """Signal variance per timestep, from a checkpoint's own scheduler config. Raises UserError where it states none."""
     from diffusers import DDPMScheduler
 
     config = read_json(checkpoint / "scheduler" / "scheduler_config.json")
     betas = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    if not {"beta_schedule", "trained_betas"} & config.keys():
+        raise UserError(
+            f"teacher {checkpoint}: its scheduler ({config.get('_class_name')}) states no noise levels (beta_schedule), "
+            "and so it cannot be distilled"
+        )
     names = ("num_train_timesteps", *betas)
     return DDPMScheduler(**{name: config[name] for name in names if name in config}).alphas_cumprod.float()
 
@@ -85,7 +91,8 @@ class Pair:
     """A frozen teacher (or None, where no loss needs one) and its student, ready to take steps. Where both are one and the
     same net, the teacher is that with its adapters off.
 
-    Public are the `student` itself, the `model` that runs it (under DDP a wrapper), the `teacher` and the `optimizer`.
+    Public are the `student` itself, the `model` that runs it (under DDP a wrapper), the `teacher`, the `target` (a running
+    average of the student, while an objective is taught that has a `target_decay`) and the `optimizer`.
     The teacher is never given to accelerate's `prepare`: its save hooks receive every prepared model, and so a teacher
     was once saved over its student.
     """
@@ -100,10 +107,14 @@ class Pair:
         unconditional: Mapping[str, torch.Tensor],
         recipe: Recipe,
         options: TrainOptions,
+        *,
+        prediction_type: str = "epsilon",
     ) -> None:
         """Moves both nets to the device; the student is checkpointed, compiled and wrapped as the options say."""
         self.accelerator, self.modules, self.recipe, self.options = accelerator, modules, recipe, options
         self.alphas_cumprod, self.unconditional = alphas_cumprod, unconditional
+        self.prediction_type = prediction_type
+        self.target: Any = None
         self.student = student.to(accelerator.device)
         self.teacher: Any = teacher and teacher.to(accelerator.device)
         if teacher is not None and teacher is not student:
@@ -151,20 +162,27 @@ class Pair:
     def taught_by(self, objective: Objective) -> Iterator[Callable[..., Terms]]:
         """Makes the nets ready for an objective; yields `take_step(noised, step, learning_rate=…)`, which takes one
         optimiser step over what `noised` made in each process, and returns its terms, averaged over all processes."""
-        device = self.accelerator.device
+        device, decay = self.accelerator.device, objective.target_decay
+        if decay is not None:
+            self.target = self._copy_student()
         nets = Nets(
             student=self.student,
             teacher=self.teacher if objective.needs_teacher else None,
             modules=self.modules,
             alphas_cumprod=self.alphas_cumprod.to(device),
             unconditional={name: value.to(device) for name, value in self.unconditional.items()},
+            prediction_type=self.prediction_type,
+            target=self._predict_target,
         )
         with objective.prepare(nets) as terms:
 
             def take_step(noised: Batch, step: int, *, learning_rate: float) -> Terms:
                 for group in self.optimizer.param_groups:
                     group["lr"] = learning_rate
-                return self._step(terms, noised, step)
+                taken = self._step(terms, noised, step)
+                if decay is not None:
+                    self._move_target(decay)
+                return taken
 
             yield take_step
 
@@ -173,9 +191,33 @@ class Pair:
             return predict(self.model, batch)
 
     @torch.no_grad()
+    def _predict_target(self, batch: Batch) -> torch.Tensor:
+        with self.accelerator.autocast():
+            return predict(self.student if self.target is None else self.target, batch)
+
+    @torch.no_grad()
     def _predict_teacher(self, batch: Batch) -> torch.Tensor:
         with adapters_off(self.teacher) if self.teacher is self.student else nullcontext():
             return predict(self.teacher, batch, self.teacher.dtype)
+
+    def _copy_student(self) -> UNet2DConditionModel:
+        """A second net with the student's weights, shared out as the student is."""
+        with torch.device("meta"):
+            copy = UNet2DConditionModel.from_config(self.student.config)
+        copy.to_empty(device=self.accelerator.device).requires_grad_(False)
+        if self.options.compile:
+            copy.compile_repeated_blocks()
+        if self.options.fsdp:
+            shard(copy)
+        for copied, own in zip(copy.parameters(), self.student.parameters(), strict=True):
+            copied.data.copy_(own.data)
+        return copy
+
+    @torch.no_grad()
+    def _move_target(self, decay: float) -> None:
+        """θ⁻ ← μ θ⁻ + (1 − μ) θ, as the last optimiser step left θ (arXiv 2310.04378, algorithm 1)."""
+        for average, own in zip(self.target.parameters(), self.student.parameters(), strict=True):
+            average.lerp_(own, 1 - decay)
 
     def _step(self, terms_of: LossTerms, noised: Batch, step: int) -> Terms:
         accelerator, parts = self.accelerator, self.options.accumulation

@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 
-from distill.checkpoints.sources import check_successor, checkpoint_hash, find_architecture_of, read_config, resolve
+from distill.checkpoints.sources import (
+    check_successor,
+    checkpoint_hash,
+    find_architecture_of,
+    prediction_type_of,
+    read_config,
+    resolve,
+)
 from distill.checkpoints.surgery import files_but_unet
 from distill.common.errors import UserError, explaining_full_memory
 from distill.common.files import exclusive, read_json, remove_leftovers, require_free_disk, sha256_json, write_json
@@ -24,8 +31,9 @@ from distill.training.options import TrainOptions
 from distill.training.output.card import write_card
 from distill.training.output.state import STATE_FORMAT
 from distill.training.output.student_folder import stage_folder, student_dtype
-from distill.training.recipes import Recipe, stage_modules
+from distill.training.recipes import PREVIOUS, Recipe, stage_modules
 from distill.training.stage import StageRun
+from distill.training.step import alphas_cumprod_of
 from distill.training.student.lora import LORA_FILE
 
 WRITTEN = ("model_index.json", "unet", "vae", LORA_FILE, "stages", "state", "samples", "losses.jsonl", "README.md")
@@ -61,10 +69,11 @@ def train(
         raise UserError(
             "--validate-every draws the recipe's validation_prompts, and it has none: add some, or leave it out"
         )
-    teachers = {stage.teacher: resolve(stage.teacher, workdir) for stage in recipe.stages}
+    teachers = {stage.teacher: resolve(stage.teacher, workdir) for stage in recipe.stages if stage.teacher != PREVIOUS}
     first = next(iter(teachers.values()))
     for teacher in teachers.values():  # the first too: what it predicts is checked
         check_successor(first, teacher)
+    _check_objectives(recipe, teachers)
     modules = stage_modules(recipe, find_architecture_of(first), ModuleMap.of_student(start) if start else None)
     folders = [Path(stage.cache) if stage.cache else cache for stage in recipe.stages]
     caches = {folder: LatentCache(folder, batch_size=recipe.batch_size, seed=recipe.seed) for folder in set(folders)}
@@ -76,7 +85,7 @@ def train(
             accelerator=accelerator,
             recipe=recipe,
             number=number,
-            teacher=teachers[stage.teacher],
+            teacher=teachers.get(stage.teacher) or stage_folder(recipe, number - 1, out),
             pipeline=pipelines[number],
             modules=modules[number],
             latents=latents[number],
@@ -100,18 +109,30 @@ def train(
     accelerator.end_training()
 
 
+def _check_objectives(recipe: Recipe, teachers: dict[str, Path]) -> None:
+    """Raises UserError for a stage whose objective its teacher cannot serve; a student predicts what its teacher did."""
+    teacher = next(iter(teachers.values()))
+    for stage in recipe.stages:
+        teacher = teachers.get(stage.teacher, teacher)
+        try:
+            stage.objective.check(prediction_type_of(teacher), len(alphas_cumprod_of(teacher)))
+        except UserError as error:
+            raise UserError(f"stage {stage.name}: {error}") from None
+
+
 def _find_pipelines(
     recipe: Recipe, teachers: dict[str, Path], latents: list[LatentCache], start: Path | None
 ) -> list[Path]:
-    """For each stage the folder whose VAE and text encoders its cache was made with: its teacher's as a rule.
+    """For each stage the folder whose VAE and text encoders its cache was made with: its teacher's as a rule. The student of
+    the stage before has those of that stage.
 
     Raises UserError where the teacher has others and the stage does not name that cache itself, or where no teacher has
     those of the cache.
     """
-    pipelines = []
+    pipelines: list[Path] = []
     candidates = [*teachers.values(), *([start] if start else [])]
     for stage, cache in zip(recipe.stages, latents, strict=True):
-        teacher = teachers[stage.teacher]
+        teacher = teachers.get(stage.teacher) or pipelines[-1]
         others = cache.check_teacher(teacher)
         fitting = [folder for folder in (teacher, *candidates) if not cache.check_teacher(folder)]
         if others and not (stage.cache and fitting):

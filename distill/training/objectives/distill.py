@@ -17,12 +17,12 @@ import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 from distill.common.validation import STRICT
-from distill.training.objectives.interface import Batch, LossTerms, Nets, Predict
+from distill.training.objectives.interface import Batch, Defaults, LossTerms, Nets, Predict
 from distill.training.objectives.taps import FeatureRecorder, Level, Tap, make_taps
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distill:
+class Distill(Defaults):
     """`task`, `output` and `feature` are the λ of the terms; `level` and `normalize` say what the feature terms are.
     Over the first `ramp_steps` λ_out and λ_feat rise from 0 in a straight line."""
 
@@ -48,10 +48,6 @@ class Distill:
     @property
     def steady_from(self) -> int:
         return self.ramp_steps
-
-    def draw(self, size: int, timesteps: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """A timestep (size,) for each sample, all equally likely."""
-        return {"timestep": torch.randint(0, timesteps, (size,), generator=generator)}
 
     @contextmanager
     def prepare(self, nets: Nets) -> Iterator[LossTerms]:

@@ -41,12 +41,14 @@ TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 @dataclass
 class TrainingState:
-    """Everything in a stage that has a history, beside `Progress`: weights, moments, their average, fp16's loss scale."""
+    """Everything in a stage that has a history, beside `Progress`: weights, moments, their average, fp16's loss scale, and
+    the average that an objective takes its targets from."""
 
     student: UNet2DConditionModel
     optimizer: torch.optim.Optimizer
     ema: EMAModel | None = None
     scaler: Any = None
+    target: UNet2DConditionModel | None = None
 
     def as_dict(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.student, self.optimizer, options=TRAINED_ONLY)
@@ -55,6 +57,8 @@ class TrainingState:
             state["ema"] = {str(i): tensor for i, tensor in enumerate(self.ema.shadow_params)}
         if self.scaler:
             state["scaler"] = self.scaler.state_dict()
+        if self.target is not None:
+            state["target"] = get_model_state_dict(self.target)
         return state
 
     def save(self, folder: Path) -> None:
@@ -62,7 +66,7 @@ class TrainingState:
 
     def load(self, folder: Path, step: int) -> None:
         state = self.as_dict()
-        dcp.load(state, checkpoint_id=folder)  # writes into the tensors of `state`: the average has its values now
+        dcp.load(state, checkpoint_id=folder)  # writes into the tensors of `state`: the averages have their values now
         set_state_dict(
             self.student,
             self.optimizer,

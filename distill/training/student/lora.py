@@ -7,7 +7,7 @@ under diffusers' names and under kohya's. Text encoders have none: a latent cach
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +77,16 @@ class Lora:
                     )
         return modules
 
-    def begin(self, source: Path, modules: ModuleMap, held: ModuleMap | None, folder: Path, *, seed: int) -> Path:
+    def begin(
+        self,
+        source: Path,
+        modules: ModuleMap,
+        held: ModuleMap | None,
+        folder: Path,
+        *,
+        config: Mapping[str, Any],
+        seed: int,
+    ) -> Path:
         """Writes nothing: the adapters begin on the UNet of the pipeline folder `source`, which is returned."""
         return source
 

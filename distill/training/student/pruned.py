@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import UNet2DConditionModel
 
 from distill.checkpoints.sources import find_family, load_component
-from distill.checkpoints.surgery import copy_all_but_unet, make_student_unet, plan_surgery, student_config, unet_shapes
+from distill.checkpoints.surgery import (
+    copy_all_but_unet,
+    extend_unet,
+    make_student_unet,
+    plan_surgery,
+    student_config,
+    unet_shapes,
+)
 from distill.common.errors import UserError
 from distill.common.files import replacing
 from distill.common.validation import STRICT
@@ -65,18 +73,29 @@ class Pruned:
             plan_surgery(unet_shapes(teacher.unet_config), unet_shapes(student.unet_config), modules)
         return modules
 
-    def begin(self, source: Path, modules: ModuleMap, held: ModuleMap | None, folder: Path, *, seed: int) -> Path:
+    def begin(
+        self,
+        source: Path,
+        modules: ModuleMap,
+        held: ModuleMap | None,
+        folder: Path,
+        *,
+        config: Mapping[str, Any],
+        seed: int,
+    ) -> Path:
         """Writes the student's first weights to `folder`/unet, unless they are there: copied from the pipeline folder
-        `source`, whose own map is `held` (None: it is the teacher), or random by `seed`. Returns `folder`."""
-        if (folder / "unet").exists():
-            return folder
-        student = find_architecture(self.architecture, find_family(source))
-        if not self.from_scratch:
-            make_student_unet(source, student, modules.relative_to(held), folder / "unet")
-            return folder
-        torch.manual_seed(seed)
-        with replacing(folder / "unet") as temporary:
-            UNet2DConditionModel.from_config(student_config(source, student)).save_pretrained(temporary)
+        `source`, whose own map is `held` (None: it is the teacher), or random by `seed`, and extended by the entries of
+        `config`. Returns `folder`."""
+        unet = folder / "unet"
+        if not unet.exists():
+            student = find_architecture(self.architecture, find_family(source))
+            if self.from_scratch:
+                torch.manual_seed(seed)
+                with replacing(unet) as temporary:
+                    UNet2DConditionModel.from_config(student_config(source, student)).save_pretrained(temporary)
+            else:
+                make_student_unet(source, student, modules.relative_to(held), unet)
+        extend_unet(unet, config)
         return folder
 
     def dtype(self, half: torch.dtype) -> torch.dtype:

@@ -173,8 +173,8 @@ def test_gradient_checkpointing_and_accumulation_change_no_loss(
     resnet_batches: list[int] = []
 
     class Watched(Pair):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
             assert self.student.is_gradient_checkpointing
             for module, seen in ((self.student, micro_batches), (self.student.up_blocks[0].resnets[0], resnet_batches)):
                 module.register_forward_pre_hook(lambda _module, inputs, seen=seen: seen.append(len(inputs[0])))
@@ -311,8 +311,8 @@ def test_a_batch_that_cannot_be_shared_is_refused(cache: Path, mini_vega: Path, 
         )
 
 
-def test_a_successor_of_another_depth_or_prediction_is_refused(
-    mini_vega: Path, mini_sdxl: Path, tmp_path: Path
+def test_a_teacher_of_another_depth_or_prediction_is_refused(
+    cache: Path, mini_vega: Path, mini_sdxl: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="mid_block_type is 'UNetMidBlock2D', was 'UNetMidBlock2DCrossAttn'"):
         check_successor(mini_sdxl, mini_vega)
@@ -320,8 +320,12 @@ def test_a_successor_of_another_depth_or_prediction_is_refused(
     resolve("random:mini-vega", tmp_path).rename(copy)
     scheduler = copy / "scheduler" / "scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"}))
-    with pytest.raises(UserError, match="predicts 'v_prediction'"):
+    with pytest.raises(UserError, match=r"predicts 'v_prediction', the first, .* 'epsilon'"):
         check_successor(mini_vega, copy)
+    with pytest.raises(
+        UserError, match="stage whole: the teacher predicts 'v_prediction'; the objective 'distill' needs"
+    ):
+        train(short_recipe(copy), cache=cache, out=tmp_path / "out", workdir=tmp_path)
 
 
 def test_gradients_are_clipped(cache: Path, mini_vega: Path, tmp_path: Path) -> None:
