@@ -77,8 +77,9 @@ engines: $(READY)  ## engines of MODEL for GPUS (FLAVOR, LAYOUT, RESOLUTIONS, BA
 	$(MAKE) --no-print-directory onnx
 	$(BIN)/python -m engines build --onnx $(OUT)/onnx/$(FOLDER) --out $(OUT)/bundles/$(FOLDER) --gpus $(GPUS) --flavor $(FLAVOR) $(if $(LAYOUT),--layout $(LAYOUT)) --resolutions $(RESOLUTIONS) --batches $(BATCHES) --replace
 
-bench-distill: $(READY)  ## the training step beside the published loop, in turn, on MODEL (default: the mini teacher)
+bench-distill: $(READY)  ## the training step beside the published loop, in turn, on MODEL (default: the mini teacher); the data at scale
 	$(BIN)/python -m distill bench $(if $(MODEL),--model $(MODEL)) --out $(OUT)/bench-distill/$(or $(NAME),mini-sdxl).json
+	$(BIN)/python -m distill bench-data --out $(OUT)/bench-distill/data.json
 
 bench-export: $(READY)  ## the exporter beside optimum's, in turn, on MODEL: time, memory, graph, latency
 	@$(NEED_MODEL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.report.formatting import milliseconds
+from bench.report.elements.formatting import milliseconds
 from bench.results import Results, Row, read_results
 from distill.common.errors import UserError
 
@@ -50,14 +50,14 @@ def compare_results(before: Results, after: Results, tolerance: float = 0.02) ->
     failed = [{(cell.name, name) for cell in one.cells for name in cell.failures} for one in (before, after)]
     changes = []
     for key in dict.fromkeys([*old, *new]):
-        one, two = old.get(key), new.get(key)
-        if one is None or two is None:
-            verdict, ratio = ("new", None) if one is None else ("gone", None)
+        old_row, new_row = old.get(key), new.get(key)
+        if old_row is None or new_row is None:
+            verdict, ratio = ("new", None) if old_row is None else ("gone", None)
         else:
-            verdict, ratio = verdict_on(one, two, tolerance), two.total_ms.value / one.total_ms.value
-        if one is not None and key in failed[1] - failed[0]:
+            verdict, ratio = verdict_on(old_row, new_row, tolerance), new_row.total_ms.value / old_row.total_ms.value
+        if old_row is not None and key in failed[1] - failed[0]:
             verdict = "broken"
-        before_ms, after_ms = (row.total_ms.value if row else None for row in (one, two))
+        before_ms, after_ms = (row.total_ms.value if row else None for row in (old_row, new_row))
         changes.append(Change(*key, before_ms, after_ms, ratio, verdict))
     for record in after.contestants:
         earlier = next((other for other in before.contestants if other.name == record.name), None)

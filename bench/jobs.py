@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.models.architectures import find_architecture
+from export.components import required_components
 
 LAYOUTS = {  # of each flavor that has some; the first is the one its models are compared in
     "tensorrt": ("per-resolution", "shared", "ranged"),
@@ -128,8 +129,8 @@ class Jobs:
         name = "-".join(filter(None, (model, flavor, layout, gpu, f"batch-{batches.replace(',', '-')}")))
         folders = [self.work / f"random-{model}", self.work / f"onnx-{model}", self.work / name]
         export = _flags(model=f"random:{model}", workdir=self.work, out=folders[1], vae_precision=self.precision)
-        encoders = find_architecture(model).family.conditioning.encoders
-        export += _flags(precision=self.precision, components=",".join(("unet", "vae_decoder", *encoders)))
+        components = required_components(find_architecture(model).family.conditioning)
+        export += _flags(precision=self.precision, components=",".join(components))
         needs = (Job(f"export-{model}", ("export", "onnx", *export, "--no-check")),)
         flags = _flags(onnx=folders[1], out=folders[2], flavor=flavor, gpus=gpu or "auto", batches=batches)
         flags += ("--resolutions", resolutions, "--replace", *(["--layout", layout] if layout else []))

@@ -22,6 +22,7 @@ from bench.measure.rounds import Cell
 from bench.measure.stats import Estimate, median_interval, speedup, spread, stage_medians
 from distill.common.errors import UserError
 from distill.common.files import read_json, write_json
+from distill.common.validation import first_fault
 from engines.serving.quantiles import percentiles
 
 SCHEMA: Literal["slimxl.bench.results/2"] = "slimxl.bench.results/2"
@@ -245,8 +246,6 @@ def keeping_to(schema: str, model: type[ModelT], value: Any, path: Path) -> Mode
     try:
         return model.model_validate_json(json.dumps(value, allow_nan=False), strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path} does not keep to {schema}: {where}: {first['msg']}; make it anew") from None
+        raise UserError(f"{path} does not keep to {schema}: {first_fault(error)}; make it anew") from None
     except ValueError:
         raise UserError(f"{path} does not keep to {schema}: NaN or infinity stands in it; make it anew") from None

@@ -27,7 +27,7 @@ from bench.options import RunOptions, check_options, unfinished
 from bench.quality.pictures import draw_pictures
 from bench.quality.reference import judge
 from bench.results import ContestantRecord, Results, record_cell, write_results
-from bench.workload import Workload, family_prompts, make_workloads, parse_resolutions, parse_scales
+from bench.workload import Workload, family_prompts, family_resolutions, make_workloads, parse_scales
 from distill.common.errors import UserError, counts, described
 from distill.common.progress import say
 from distill.data.shapes import shares
@@ -53,7 +53,7 @@ def run_bench(options: RunOptions) -> Results:
         _ = contestant.configs  # what cannot be had is told before anything is loaded
     family = find_family(contestants)
     workloads = make_workloads(
-        parse_resolutions(options.resolutions, family),
+        family_resolutions(options.resolutions, family),
         counts("--steps", options.steps, most=1000),
         batches=counts("--batches", options.batches),
         guidance_scales=parse_scales(options.guidance),
@@ -66,7 +66,7 @@ def run_bench(options: RunOptions) -> Results:
     precisions = {contestant.precision for contestant in contestants}
     peak = find_peak(identity["name"], identity["mig_mode"]) if device == "cuda" else measure_cpu_peak(precisions)
 
-    import_libraries(device)
+    import_libraries(device, family.conditioning)
     say(f"bench on {device}: {len(contestants)} contestants, {len(workloads)} workloads; cold start")
     notes: list[str] = []
     loaded = load_all(contestants, main, gpu, notes)
@@ -180,7 +180,7 @@ def make_record(
         quality={"passed": None, "words": [STOPPED], "fidelity": None},
         follows=None,
         artifacts=list(contestant.artifacts.values()),
-        configs=dict(contestant.configs.networks) if contestant.configs else None,
+        configs=dict(contestant.configs.texts) if contestant.configs else None,
         engines=contestant.engines,
     )
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from bench.jobs import Job, Jobs
 from distill.common.errors import UserError, require_between, require_least
 from distill.common.files import read_json, write_json
+from distill.common.options import parse_names
 from distill.common.ownership import require_our_folder
 from distill.common.progress import say
 from distill.models.architectures import find_architecture
@@ -49,14 +50,14 @@ class SuiteOptions:
 def _check(options: SuiteOptions) -> None:
     """Raises UserError for a number out of range, an unknown model or device, and for results of other settings."""
     from bench.contestants.spec import check_device
-    from bench.workload import parse_resolutions
+    from bench.workload import family_resolutions
 
     require_between(1, 1000, steps=options.steps)
     require_least(0, minutes=options.minutes)
     architectures = [find_architecture(name) for name in options.models.split(",")]
     if len(architectures) < 2 or len({one.family.name for one in architectures}) > 1:
         raise UserError(f"--models {options.models}: two or more architectures of one family are needed")
-    parse_resolutions(options.resolutions, architectures[0].family)
+    family_resolutions(options.resolutions, architectures[0].family)
     check_device(options.device)
     settings = {key: asdict(options)[key] for key in ("models", "resolutions", "steps", "device")}
     kept = options.out / "settings.json"
@@ -68,26 +69,17 @@ def _check(options: SuiteOptions) -> None:
 
 def _flavors(device: str) -> list[str]:
     """Those that are installed and run here; of the others is said why not."""
-    from engines.flavors import FLAVORS, find_flavor
-    from engines.gpus import gpu_at_hand
+    from engines.flavors import FLAVORS, find_flavor, why_not_here
 
-    found, here = gpu_at_hand(), []
+    runnable = []
     for name in FLAVORS:
-        flavor, why = find_flavor(name), None
-        try:
-            flavor.version()
-        except UserError as error:
-            why = str(error)
-        if flavor.targets is not None and not why:
-            if device == "cpu" or found is None:
-                why = "runs on an NVIDIA GPU only"
-            elif found[1] not in flavor.targets:
-                why = f"has no target for {found[0]} (compute capability {found[1]})"
+        flavor = find_flavor(name)
+        why = "it runs on an NVIDIA GPU only" if device == "cpu" and flavor.targets else why_not_here(flavor)
         if why:
             say(f"{name} is left out: {why}")
         else:
-            here.append(name)
-    return here
+            runnable.append(name)
+    return runnable
 
 
 def _name_of_gpu() -> str | None:
@@ -127,7 +119,7 @@ def run_suite(options: SuiteOptions) -> int:
     """Runs the jobs whose files are not there, then makes the report of all files; 1 where there is none."""
     _check(options)
     end, ended = time.monotonic() + 60 * options.minutes, dict[Job, bool]()
-    wanted = tuple(filter(None, options.jobs.split(","))) or ("",)
+    wanted = tuple(parse_names(options.jobs)) or ("",)
     jobs = Jobs(
         out=options.out,
         models=options.models.split(","),

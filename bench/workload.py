@@ -6,12 +6,13 @@ and the prompts are part of it too, so that two contestants can be asked for the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from distill.common.errors import UserError, unknown
 from distill.common.options import finite_number
 from distill.models.families import Family
-from distill.models.resolution import Resolution
+from distill.models.resolution import Resolution, parse_resolutions
 
 SCHEDULERS = {  # name on the command line -> class in diffusers; "default" is the checkpoint's own
     "default": None,
@@ -88,16 +89,9 @@ def family_prompts(family: Family, count: int) -> list[str]:
     return [random_scene(rng).caption for _ in range(count)]
 
 
-def parse_resolutions(text: str, family: Family) -> list[Resolution]:
-    """`all`, `first`, or a comma-separated list of WIDTHxHEIGHT. Raises UserError."""
-    if text == "all":
-        return list(family.resolutions)
-    if text == "first":
-        return [family.resolutions[0]]
-    resolutions = [Resolution.parse(part.strip()) for part in text.split(",") if part.strip()]
-    if not resolutions:
-        raise UserError(f"resolutions {text!r}: give all, first, or a comma-separated list of WIDTHxHEIGHT")
-    multiple = family.size_multiple
+def family_resolutions(text: str, family: Family) -> tuple[Resolution, ...]:
+    """`all` or `first` of the family's, or WIDTHxHEIGHT,... of any size that it draws. Raises UserError."""
+    resolutions, multiple = parse_resolutions(text, family.resolutions), family.size_multiple
     for one in resolutions:
         if any(side == 0 or side % multiple for side in (one.width, one.height)):
             near = Resolution(*(max(multiple, round(side / multiple) * multiple) for side in (one.width, one.height)))
@@ -120,7 +114,7 @@ def parse_scales(text: str) -> list[float]:
 
 
 def make_workloads(
-    resolutions: list[Resolution],
+    resolutions: Sequence[Resolution],
     steps: list[int],
     *,
     batches: list[int],

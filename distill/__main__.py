@@ -80,8 +80,8 @@ def surgery(*, model: str, student: str, layer_map: str = "first", out: Path, wo
 
     teacher = resolve(model, workdir)
     spec = find_architecture(student, find_architecture_of(teacher).family)
-    plan = make_student(teacher, spec, read_layer_map(layer_map), out)
-    print(f"{out}: {len(plan.sources)} tensors copied; the teacher's {len(plan.unused)} others are in surgery.json")
+    copied = make_student(teacher, spec, read_layer_map(layer_map), out)
+    print(f"{out}: {len(copied.sources)} tensors copied; the teacher's {len(copied.unused)} others are in surgery.json")
 
 
 @app.command
@@ -189,7 +189,7 @@ def plan(
     """
     from distill.checkpoints.sources import peek_architecture
     from distill.training.accelerator import COMPUTE_DTYPE, check_fsdp
-    from distill.training.memory_plan import describe_plan, device_memory, plan_recipe
+    from distill.training.memory import count_recipe_memory, describe_memory, device_memory
     from distill.training.recipes import find_recipe
 
     require_least(1, processes=processes, accumulation=accumulation)
@@ -199,7 +199,7 @@ def plan(
     if fsdp:
         adapters = any(stage.student.adapter for stage in chosen.stages)
         check_fsdp(processes, mixed_precision, optimizer, adapters=adapters)
-    title, plans = plan_recipe(
+    title, uses = count_recipe_memory(
         chosen,
         peek_architecture(chosen.stages[0].teacher),
         half=COMPUTE_DTYPE[mixed_precision],
@@ -209,7 +209,7 @@ def plan(
         fsdp=fsdp,
     )
     device = ("the GPU", int(memory_gb * 1e9)) if memory_gb else device_memory()
-    print("\n".join(describe_plan(plans, title, *device)))
+    print("\n".join(describe_memory(uses, title, *device)))
 
 
 @app.command
@@ -222,6 +222,19 @@ def bench(*, out: Path, options: Annotated[BenchOptions, tyro.conf.arg(name="")]
     from distill.studies.bench import bench_loops, describe
 
     print("\n".join(describe(bench_loops(options, out))))
+
+
+@app.command
+def bench_data(*, samples: int = 20_000_000, out: Path) -> None:
+    """Measure what a cache of millions of samples costs a training process: to open it, and for each step.
+
+    Args:
+        samples: SDXL's, in sparse shards that take no disk.
+        out: The JSON file for the measurement.
+    """
+    from distill.studies.scale import bench_data, describe
+
+    print("\n".join(describe(bench_data(samples, out))))
 
 
 @app.command

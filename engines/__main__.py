@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 import tyro
 
 from distill.common.errors import counts, exit_on_user_error
+from distill.common.options import parse_names
+from engines.choices import FlavorName, Guidance, Layout
 from engines.serving.options import Serving, Workload
 
-Flavors = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
-Layouts = Literal["per-resolution", "shared", "ranged"]
 Bundle = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BUNDLE", help="The bundle's folder.")]
 Bundles = Annotated[
     list[Path],
@@ -27,11 +27,11 @@ def build(
     onnx: Path,
     out: Path,
     gpus: str = "",
-    flavor: Flavors = "tensorrt-rtx",
-    layout: Layouts | None = None,
+    flavor: FlavorName = "tensorrt-rtx",
+    layout: Layout | None = None,
     resolutions: str = "all",
     batches: str = "1",
-    guidance: Literal["always", "never", "any"] = "always",
+    guidance: Guidance = "always",
     components: str = "",
     memory_gb: float | None = None,
     replace: bool = False,
@@ -60,7 +60,7 @@ def build(
         hardware_compatible: Plans for all GPUs of the same compute capability, or from Ampere on (tensorrt only).
     """
     from engines.building.build import build_bundle
-    from engines.building.options import builder_options, parse_names
+    from engines.building.options import builder_options
 
     options = builder_options(flavor, refit, strip, version_compatible, hardware_compatible)
     build_bundle(
@@ -122,7 +122,6 @@ def prune(
         keep_newest: Of engines that differ only in the version that built them, only the newest.
         dry_run: Only say what would be removed.
     """
-    from engines.building.options import parse_names
     from engines.building.prune import prune_bundle
 
     gpus, flavors, resolutions = map(parse_names, (keep_gpus.lower(), keep_flavors, keep_resolutions))

@@ -14,7 +14,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from distill.common.errors import UserError
 from distill.common.files import write_json
+from distill.common.validation import first_fault
+from distill.models.conditioning import conditioning_named
+from engines.choices import FlavorName, Guidance, Layout
 from engines.gpus import GPUS, version_tuple
+from export.components import COMPONENTS
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +26,6 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST_BYTES = 16 << 20
-LAYOUTS = ("per-resolution", "shared", "ranged")
-Layout = Literal["per-resolution", "shared", "ranged"]
-Guidance = Literal["always", "never", "any"]
-"""Whether a UNet is called with guidance (2 latents for each image), without (1), or either way."""
 
 
 def _inside(path: str) -> str:
@@ -36,6 +36,20 @@ def _inside(path: str) -> str:
     if climbs or "\\" in path or "\0" in path or not parts or str(PurePosixPath(*parts)) != path:
         raise ValueError(f"{path!r} is not a plain relative path inside the bundle")
     return path
+
+
+def _known_component(name: str) -> str:
+    if name not in COMPONENTS:
+        raise ValueError(f"{name!r} is no component: known are {', '.join(COMPONENTS)}")
+    return name
+
+
+def _known_pipeline(name: str) -> str:
+    try:
+        conditioning_named(name)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    return name
 
 
 InsidePath = Annotated[str, Field(max_length=512), AfterValidator(_inside)]
@@ -140,8 +154,8 @@ class BuildRecord(_Record):
 class Engine(_Record):
     """One engine: `files[0]` is what the runtime opens, the rest stand beside it."""
 
-    component: Literal["unet", "vae_decoder", "vae_encoder", "text_encoder", "text_encoder_2"]
-    flavor: Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
+    component: Annotated[str, AfterValidator(_known_component)]
+    flavor: FlavorName
     flavor_version: str
     layout: Layout
     guidance: Guidance | None = None
@@ -231,7 +245,7 @@ class Source(_Record):
 
     name: str
     sha256: str
-    pipeline: str = "StableDiffusionXLPipeline"
+    pipeline: Annotated[str, AfterValidator(_known_pipeline)]
 
 
 class Manifest(_Record):
@@ -304,9 +318,7 @@ def read_manifest(bundle: Path) -> Manifest:
     try:
         return Manifest.model_validate_json(json.dumps(content))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "manifest"
-        raise UserError(f"{path} is damaged at {where}: {first['msg']}; {rebuild}") from None
+        raise UserError(f"{path} is damaged at {first_fault(error, 'manifest')}; {rebuild}") from None
 
 
 def write_manifest(bundle: Path, manifest: Manifest) -> None:

@@ -105,7 +105,7 @@ def version_tuple(text: str) -> tuple[int, ...]:
 
 
 def resolve_targets(names: list[str], flavor: str, supported: frozenset[str] | None) -> list[Target]:
-    """The plans to build for `names`: one that serves them all where the flavor can (TensorRT-RTX), else one each.
+    """What is built for `names`: one plan that serves them all where the flavor can (TensorRT-RTX), else one each.
 
     `supported` holds the compute capabilities that the flavor can target, None for a flavor that runs anywhere.
     Raises UserError for an unknown GPU, one the flavor cannot target, and `auto` where there is none.

@@ -7,12 +7,13 @@ no signature: they do not make a bundle from someone you do not trust safe.
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from distill.common.errors import UserError
 from distill.common.files import sha256_file
+from distill.models.conditioning import conditioning_named
 from engines.bundle import Engine, FileRecord, Manifest, read_manifest, rebuild_command
-from export.components import PIPELINE_PARTS
 
 
 def hub_blobs(root: Path) -> Path | None:
@@ -30,7 +31,7 @@ def locate(bundle: Path, record: FileRecord, rebuild: str) -> Path:
     """
     root = Path(bundle).resolve()
     path = root / record.path
-    real, blobs = path.resolve(), hub_blobs(root)
+    real, blobs = Path(os.path.realpath(path)), hub_blobs(root)  # resolve() raises for links in a circle
     if not real.is_relative_to(root) and not (blobs and real.is_relative_to(blobs)):
         raise UserError(
             f"{record.path} leads out of the bundle {bundle} (a link to {real}); copy the bundle with its links "
@@ -77,7 +78,8 @@ def unnamed_files(bundle: Path, manifest: Manifest) -> list[str]:
     """One line for each file that a pipeline would read and the manifest does not name: added by somebody, removed from
     the manifest, or left by an unfinished build."""
     named = {record.path for record in manifest.files}
-    parts = (path for part in PIPELINE_PARTS for path in sorted((Path(bundle) / part).rglob("*")) if path.is_file())
+    folders = [Path(bundle) / part for part in conditioning_named(manifest.source.pipeline).parts]
+    parts = (path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file())
     configs = sorted({f"{engine.component}/config.json" for engine in manifest.engines})
     read = [path.relative_to(bundle).as_posix() for path in parts if not path.name.startswith(".")]
     needed = ["model_index.json", "scheduler/scheduler_config.json", *configs]

@@ -139,20 +139,20 @@ class EngineVAE(_EngineModule):
 
 
 class _TextOutput(tuple[torch.Tensor, ...]):
-    """What a pipeline reads of a text encoder: item 0, and of SDXL's `hidden_states[-2]`."""
+    """What a pipeline reads of a text encoder: item 0, and one of its `hidden_states`."""
 
     hidden_states: _HiddenStates
 
 
 class _HiddenStates:
-    """An engine has one hidden state: the penultimate one, or the last after the final norm (`index` None)."""
+    """An engine has one hidden state: that of `index`, counted from the end, or the last after the final norm (None)."""
 
     def __init__(self, hidden: torch.Tensor, index: int | None) -> None:
         self._hidden, self._index = hidden, index
 
     def __getitem__(self, index: int) -> torch.Tensor:
         if index != self._index:
-            held = "the last one, after its norm" if self._index is None else f"the penultimate one ({self._index})"
+            held = "the last one, after its norm" if self._index is None else f"number {self._index}"
             raise UserError(
                 f"clip_skip asks for hidden state {index}, the text encoder engine has only {held}; leave clip_skip unset"
             )
@@ -162,18 +162,19 @@ class _HiddenStates:
 class EngineTextEncoder(_EngineModule):
     """Called like transformers' CLIPTextModel and CLIPTextModelWithProjection."""
 
-    def __init__(self, component: EngineComponent, config: dict[str, Any]) -> None:
+    def __init__(self, component: EngineComponent, config: dict[str, Any], hidden_state: int | None) -> None:
+        """`hidden_state` is the one that the engine gives, as `Conditioning` counts it."""
         hidden = next(name for name in component.outputs if "hidden_state" in name)
         super().__init__(component, config, component.dtype(hidden))
-        self._hidden = hidden
+        self._hidden, self._hidden_state = hidden, hidden_state
 
     def forward(self, input_ids: torch.Tensor, output_hidden_states: bool = True, **_: Any) -> _TextOutput:
         """`input_ids` (rows, tokens) -> item 0: pooled embedding (rows, projection_dim) where the encoder has one, else
-        the hidden state that the pipeline reads; `hidden_states[-2]` (rows, tokens, hidden_size) where that is it."""
+        the hidden state that the pipeline reads; it is in `hidden_states` too, (rows, tokens, hidden_size)."""
         outputs = self.component.run({"input_ids": input_ids})
         hidden = outputs[self._hidden]
         result = _TextOutput((outputs.get("text_embeds", hidden),))
-        result.hidden_states = _HiddenStates(hidden, None if self._hidden == "last_hidden_state" else -2)
+        result.hidden_states = _HiddenStates(hidden, self._hidden_state)
         return result
 
     def get_input_embeddings(self) -> None:

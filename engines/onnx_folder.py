@@ -18,12 +18,12 @@ from distill.common.files import read_json, sha256_file_once
 from distill.models.conditioning import Conditioning, TensorSpec, conditioning_named
 from distill.models.resolution import Resolution
 from engines.bundle import Engine, TensorInfo
-from export.components import COMPONENTS, PIPELINE_PARTS
+from export.components import COMPONENTS, TEXT_ENCODERS
 
-BUILD_ORDER = tuple(sorted(COMPONENTS, key=lambda name: name == "vae_encoder"))
+OPTIONAL = ("vae_encoder",)
+"""Components that are built only if named."""
+BUILD_ORDER = tuple(sorted(COMPONENTS, key=OPTIONAL.__contains__))
 """What is built by default comes first."""
-UNSIZED = tuple(name for name in BUILD_ORDER if name.startswith("text_encoder"))
-"""Components that do not see the image size: one engine serves every size and layout."""
 
 
 def _tensor(value: onnx.ValueInfoProto) -> TensorInfo:
@@ -127,7 +127,7 @@ class OnnxComponent:
     def needed_outputs(self) -> list[TensorInfo]:
         """Those that a sampler reads; of a text encoder the pipeline's kind says which. Raises UserError where one is
         missing."""
-        if self.name not in UNSIZED:
+        if self.name not in TEXT_ENCODERS:
             return self.outputs
         wanted = read_conditioning(self.folder.parent).encoder_outputs(self.name, self.config)
         needed = [tensor for tensor in self.outputs if tensor.name in wanted]
@@ -170,7 +170,7 @@ class OnnxFolder:
     @property
     def pipeline_files(self) -> list[Path]:
         """Relative paths of everything a diffusers pipeline needs besides the engines."""
-        found = [path for part in PIPELINE_PARTS for path in (self.root / part).rglob("*") if path.is_file()]
+        found = [path for part in self.conditioning.parts for path in (self.root / part).rglob("*") if path.is_file()]
         configs = [component.folder / "config.json" for component in self.components.values()]
         index = self.root / "model_index.json"
         return sorted(path.relative_to(self.root) for path in [*found, *configs, index] if path.is_file())

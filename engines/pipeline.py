@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from distill.common.errors import UserError
 from distill.common.files import read_json
 from distill.models.conditioning import conditioning_named
-from engines.bundle import Engine, Layout, read_manifest, rebuild_command
+from engines.bundle import Engine, read_manifest, rebuild_command
+from engines.choices import Layout
 from engines.flavors import LoadOptions
 from engines.integrity import checked_path, unnamed_files
 from engines.onnx_folder import OnnxComponent, weights_for
@@ -53,11 +54,11 @@ def load(
         raise UserError(f"device {device!r} is not known: cpu, cuda, cuda:1, … are")
     manifest = read_manifest(bundle)
     backend = choose_flavor(manifest, flavor, device)
-    place = device or backend.default_device()
-    selected = select_engines(manifest, backend, place, layout, weights is not None)
+    chosen_device = device or backend.default_device()
+    selected = select_engines(manifest, backend, chosen_device, layout, weights is not None)
     chosen = [engine for engines in selected.values() for engine in engines]
-    if place == "cuda":  # the current GPU, which was checked; another thread may have another
-        place = f"cuda:{torch.cuda.current_device()}"
+    if chosen_device == "cuda":  # the current GPU, which was checked; another thread may have another
+        chosen_device = f"cuda:{torch.cuda.current_device()}"
     new_weights = _weights_by_key(chosen, Path(weights)) if weights else {}
     rebuild = f"rebuild it with: {rebuild_command(bundle, selected['unet'][0])}"
     for record in manifest.files:
@@ -65,7 +66,7 @@ def load(
     for fault in unnamed_files(bundle, manifest):
         raise UserError(fault)
     options = LoadOptions(
-        device=place,
+        device=chosen_device,
         cuda_graphs=cuda_graphs,
         specialization=specialization,
         runtime_cache=Path(runtime_cache) if runtime_cache else bundle / ".runtime-cache",
@@ -75,13 +76,14 @@ def load(
 
     def component(name: str) -> EngineComponent:
         engines = [(engine, backend.load(bundle, engine, shared)) for engine in selected[name]]
-        return EngineComponent(engines, place)
+        return EngineComponent(engines, chosen_device)
 
     vae = EngineVAE(component("vae_decoder"), read_json(bundle / "vae_decoder/config.json"))
     unet = EngineUNet(component("unet"), read_json(bundle / "unet/config.json"), vae.image_scale)
     kind = conditioning_named(manifest.source.pipeline)
     encoders = {
-        name: EngineTextEncoder(component(name), read_json(bundle / name / "config.json")) for name in kind.encoders
+        name: EngineTextEncoder(component(name), read_json(bundle / name / "config.json"), kind.hidden_state)
+        for name in kind.encoders
     }
     tokenizers = {name: CLIPTokenizer.from_pretrained(bundle / name) for name in kind.tokenizers}
     index = read_json(bundle / "model_index.json")
@@ -103,10 +105,12 @@ def refit(pipeline: DiffusionPipeline, onnx: str | Path) -> list[str]:
     modules = [part for part in parts.components.values() if hasattr(part, "component")]
     engines = [pair for module in modules for pair in module.component.engines]
     weights = _weights_by_key([engine for engine, _ in engines], Path(onnx))
-    able = [(engine, loaded) for engine, loaded in engines if engine.options.get("refit") and engine.key in weights]
-    for engine, loaded in able:
+    refittable = [
+        (engine, loaded) for engine, loaded in engines if engine.options.get("refit") and engine.key in weights
+    ]
+    for engine, loaded in refittable:
         loaded.refit(weights[engine.key])
-    return list(dict.fromkeys(engine.component for engine, _ in able))
+    return list(dict.fromkeys(engine.component for engine, _ in refittable))
 
 
 def _weights_by_key(engines: list[Engine], onnx: Path) -> dict[str, OnnxComponent]:

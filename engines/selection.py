@@ -7,11 +7,7 @@ from distill.models.conditioning import conditioning_named
 from engines.building.layouts import DEFAULT_LAYOUTS
 from engines.bundle import Engine, Manifest
 from engines.flavors import FLAVORS, Flavor, find_flavor
-
-
-def required_components(manifest: Manifest) -> tuple[str, ...]:
-    """What the bundle's pipeline cannot do without."""
-    return ("unet", "vae_decoder", *conditioning_named(manifest.source.pipeline).encoders)
+from export.components import required_components
 
 
 def choose_flavor(manifest: Manifest, flavor: str | None, device: str | None = None) -> Flavor:
@@ -62,7 +58,8 @@ def select_engines(
             refusal = error
             continue
         selected.setdefault(engine.component, []).append(engine)
-    missing = [name for name in required_components(manifest) if name not in selected]
+    required = required_components(conditioning_named(manifest.source.pipeline))
+    missing = [name for name in required if name not in selected]
     if missing:
         raise refusal or UserError(
             f"the bundle has no {flavor.name} engine for {', '.join(missing)}; build it with: python -m engines build "

@@ -8,6 +8,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "components": ["COMPONENTS", "Component", "TensorSpec"],
         "folder": ["export_checkpoint"],
         "job": ["ExportOptions"],
-        "verify": ["verify_folder"],
+        "checks.verify": ["verify_folder"],
     },
 )

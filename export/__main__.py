@@ -10,16 +10,12 @@ import tyro
 
 from distill.checkpoints.sources import WORKDIR
 from distill.common.errors import UserError, exit_on_user_error
-from distill.models.resolution import Resolution
+from distill.common.options import parse_names
+from distill.models.resolution import Resolution, parse_resolutions
 from distill.training.options import Workdir
 
 app = tyro.extras.SubcommandApp()
 Paths = Annotated[tuple[Path, ...], tyro.conf.arg(help_behavior_hint="(default: none)")]
-
-
-def _words(text: str) -> tuple[str, ...]:
-    """Those between commas, each once."""
-    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 @app.command
@@ -59,7 +55,7 @@ def onnx(
         reuse: Other ONNX folders to take equal components from.
         check: Compare with torch before a component gets its name.
     """
-    from distill.checkpoints.sources import find_architecture_of, resolve
+    from distill.checkpoints.sources import find_family, resolve
     from distill.common.progress import say
     from export.folder import export_checkpoint
     from export.job import ExportOptions
@@ -68,16 +64,12 @@ def onnx(
         raise UserError(f"{len(lora_scale)} values of --lora-scale for {len(lora)} of --lora; give at most one each")
     checkpoint = resolve(model, workdir)
     sizes: tuple[Resolution, ...] = ()
-    if resolutions == "all":
-        sizes = find_architecture_of(checkpoint).family.resolutions
-    elif resolutions != "dynamic":
-        sizes = tuple(Resolution.parse(word) for word in _words(resolutions))
-        if not sizes:
-            raise UserError("--resolutions names none: dynamic, all, or WxH,...")
+    if resolutions != "dynamic":
+        sizes = parse_resolutions(resolutions, find_family(checkpoint).resolutions)
     options = ExportOptions(
         precision=precision,
         opset=opset,
-        components=None if components is None else _words(components),
+        components=None if components is None else tuple(parse_names(components)),
         resolutions=sizes,
         batch=batch,
         guidance=guidance,
@@ -121,19 +113,19 @@ def verify(
     from distill.checkpoints.sources import resolve
     from distill.common.files import write_json
     from distill.common.ownership import require_writable_file
+    from export.checks.parity import BOUNDS
+    from export.checks.verify import read_about, verify_folder
     from export.job import library_versions
-    from export.parity import BOUNDS
-    from export.verify import read_about, verify_folder
 
     if out is not None:
         require_writable_file(out, ("parity", "bounds"))
     about = read_about(folder)
     checkpoint = resolve(model or about["source"]["name"], workdir)
-    sizes = [Resolution.parse(word) for word in _words(resolutions)]
+    sizes = parse_resolutions(resolutions) if resolutions else ()
     results = verify_folder(
         folder,
         checkpoint,
-        components=_words(components),
+        components=parse_names(components),
         sizes=sizes,
         batch=batch,
         seed=seed,

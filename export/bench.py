@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from typing import Any
 import numpy as np
 
 from distill.common.errors import UserError, require_least
-from distill.common.files import write_json
+from distill.common.files import size_text, write_json
 from distill.common.ownership import require_our_folder
+from export.checks.parity import cpu_session
 from export.components import COMPONENTS
 from export.job import library_versions, make_config
-from export.parity import cpu_session
 
-STATED = "exports.json"
+MARKER = "exports.json"
 """Says that a folder of exports is one of ours, which the next comparison makes anew."""
 
 
@@ -108,7 +109,7 @@ def bench_export(
     require_least(1, rounds=rounds, latency_rounds=latency_rounds)
     if find_spec("optimum") is None or find_spec("optimum.exporters.onnx") is None:
         raise UserError("optimum is not installed: pip install optimum-onnx 'transformers<4.58'")
-    require_our_folder(workdir, "exports to compare", [STATED], ("checkpoint",))
+    require_our_folder(workdir, "exports to compare", [MARKER], ("checkpoint",))
     folders = {name: workdir / name for name in ("ours", "optimum")}
     model = str(checkpoint)
     commands = {
@@ -116,7 +117,7 @@ def bench_export(
         "optimum": ["-m", "optimum.commands.optimum_cli", "export", "onnx", "--model", model],
     }
     commands["optimum"] += ["--task", "text-to-image", str(folders["optimum"])]
-    write_json(workdir / STATED, {"checkpoint": model})
+    write_json(workdir / MARKER, {"checkpoint": model})
     runs: list[Run] = []
     for number in range(rounds):
         for name, words in commands.items():
@@ -124,7 +125,7 @@ def bench_export(
             runs.append(_run(name, [sys.executable, *words], workdir / f"{name}.log"))
             run = runs[-1]
             progress(
-                f"round {number + 1} {name}: {run.wall_s:.1f} s, {run.cpu_s:.1f} s CPU, {run.peak_bytes / 1e9:.2f} GB"
+                f"round {number + 1} {name}: {run.wall_s:.1f} s, {run.cpu_s:.1f} s CPU, {size_text(run.peak_bytes)}"
             )
     by_name = {name: [run for run in runs if run.exporter == name] for name in commands}
     ratios = {
@@ -144,11 +145,5 @@ def bench_export(
         "unet_latency_ms": {name: statistics.median(values) for name, values in latencies.items()},
         "ratios": ratios,
         "cpus": os.cpu_count(),
-        "versions": library_versions() | {"optimum": read_optimum_version()},
+        "versions": library_versions() | {"optimum": version("optimum-onnx")},
     }
-
-
-def read_optimum_version() -> str:
-    from importlib.metadata import version
-
-    return version("optimum-onnx")

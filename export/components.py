@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.common.errors import UserError
-from distill.models.conditioning import Config, TensorSpec, latent_size, unet_inputs, unet_multiple
+from distill.models.conditioning import KINDS, Conditioning, Config, TensorSpec, latent_size, unet_inputs, unet_multiple
 from distill.models.families import vae_scale_factor
 from distill.models.resolution import Resolution
 
 FLOAT_DTYPES = {"fp16": "float16", "fp32": "float32"}
-PIPELINE_PARTS = ("tokenizer", "tokenizer_2", "scheduler")
-"""Folders of a pipeline that are no networks; diffusers and transformers read each as a whole."""
+TEXT_ENCODERS = tuple(dict.fromkeys(name for kind in KINDS for name in kind.encoders))
+"""Components that see no picture: one graph, and one engine, serves every size."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,8 @@ def _text_inputs(config: Config, resolution: Resolution, batch: int, dtype: str)
 
 
 def _hidden_states(config: Config, batch: int, dtype: str) -> list[TensorSpec]:
-    """The embeddings and the output of every layer but the last; SDXL reads the penultimate one."""
+    """The last one after the final norm, the embeddings, and the output of every layer but the last: a pipeline reads one
+    of them."""
     shape = (batch, config["max_position_embeddings"], config["hidden_size"])
     names = [f"hidden_states.{index}" for index in range(config["num_hidden_layers"])]
     return [TensorSpec(name, dtype, shape, ("batch", None, None)) for name in ["last_hidden_state", *names]]
@@ -121,11 +122,17 @@ def _text_outputs(config: Config, resolution: Resolution, batch: int, dtype: str
     return [last, TensorSpec("pooler_output", dtype, (batch, config["hidden_size"]), ("batch", None)), *hidden]
 
 
-def _text_2_outputs(config: Config, resolution: Resolution, batch: int, dtype: str) -> list[TensorSpec]:
+def _projected_text_outputs(config: Config, resolution: Resolution, batch: int, dtype: str) -> list[TensorSpec]:
     pooled = TensorSpec("text_embeds", dtype, (batch, config["projection_dim"]), ("batch", None))
     return [pooled, *_hidden_states(config, batch, dtype)]
 
 
+def required_components(kind: Conditioning) -> tuple[str, ...]:
+    """What a text-to-image pipeline cannot do without."""
+    return ("unet", "vae_decoder", *kind.encoders)
+
+
+_POOLED_FROM = {kind.pooled_from for kind in KINDS}
 _ENCODER_KEYS, _DECODER_KEYS = ("encoder.", "quant_conv."), ("decoder.", "post_quant_conv.")
 COMPONENTS = {
     component.name: component
@@ -133,7 +140,15 @@ COMPONENTS = {
         Component("unet", "unet", _unet_inputs, _unet_outputs, unet_multiple),
         Component("vae_decoder", "vae", _decoder_inputs, _decoder_outputs, lambda config: 1, _ENCODER_KEYS),
         Component("vae_encoder", "vae", _encoder_inputs, _encoder_outputs, vae_scale_factor, _DECODER_KEYS),
-        Component("text_encoder", "text_encoder", _text_inputs, _text_outputs, lambda config: 1),
-        Component("text_encoder_2", "text_encoder_2", _text_inputs, _text_2_outputs, lambda config: 1),
+        *(
+            Component(
+                name,
+                name,
+                _text_inputs,
+                _projected_text_outputs if name in _POOLED_FROM else _text_outputs,
+                lambda config: 1,
+            )
+            for name in TEXT_ENCODERS
+        ),
     )
 }

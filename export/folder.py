@@ -34,7 +34,7 @@ from distill.common.files import (
 from distill.common.ownership import require_our_folder
 from distill.models.conditioning import conditioning_of
 from distill.models.families import vae_scale_factor
-from export.checkpoint import VAE_SOURCES, prepare
+from export.checkpoint.prepare import prepare, vae_sources
 from export.components import COMPONENTS, FLOAT_DTYPES
 from export.job import (
     CHECK_BELOW_BYTES,
@@ -190,8 +190,8 @@ def _write_components(jobs: Sequence[Job], out: Path, reuse: Sequence[Path], pro
             donors[job.name] = equal[0]
     if not stale:
         return
-    from export.weights import load_shapes
-    from export.wrappers import TORCH_DTYPES
+    from export.graph.weights import load_shapes
+    from export.graph.wrappers import TORCH_DTYPES
     from export.write import write_component
 
     for source, precision in sorted({(COMPONENTS[job.name].source, job.precision) for job in stale}):
@@ -217,7 +217,7 @@ def _about(prepared: Path, source: dict[str, str], hashes: Mapping[str, str], op
     resolutions = options.resolutions or find_family(prepared).resolutions
     loras = [(path.resolve(), scale) for path, scale in options.loras]
     vae_precision = component_precision("vae_decoder", options, vae_config)
-    is_named = options.vae in ("stock", *VAE_SOURCES)
+    is_named = options.vae in ("stock", *vae_sources(prepared))
     return {
         "schema": SCHEMA,
         "source": source,
@@ -239,17 +239,13 @@ def _about(prepared: Path, source: dict[str, str], hashes: Mapping[str, str], op
     }
 
 
-def pipeline_parts(checkpoint: Path) -> tuple[str, ...]:
-    """The folders of a checkpoint that its pipeline needs beside the networks."""
-    return conditioning_of(read_config(checkpoint, "unet")).parts
-
-
 def _copy_pipeline_parts(checkpoint: Path, out: Path) -> dict[str, str]:
     """Returns the sha256 of each file that was copied, by its path in `out`."""
-    for part in pipeline_parts(checkpoint):
+    parts = conditioning_of(read_config(checkpoint, "unet")).parts
+    for part in parts:
         with replacing(out / part) as temporary:
             shutil.copytree(checkpoint / part, temporary)
     with replacing(out / "model_index.json") as temporary:
         shutil.copyfile(checkpoint / "model_index.json", temporary)
-    files = [path for part in pipeline_parts(checkpoint) for path in (out / part).rglob("*") if path.is_file()]
+    files = [path for part in parts for path in (out / part).rglob("*") if path.is_file()]
     return {str(path.relative_to(out)): sha256_file(path) for path in sorted([*files, out / "model_index.json"])}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.checkpoints.sources import component_weights, find_family, network_folders, read_config
-from distill.common.errors import UserError, unknown
+from distill.common.errors import UserError, require_least, unknown
 from distill.common.files import sha256_file, sha256_json
 from distill.models.conditioning import Config, conditioning_of
 from distill.models.resolution import Resolution
@@ -20,16 +20,14 @@ OPSETS = (23, 18, 19, 20, 21, 22)
 """23 keeps Attention and GroupNormalization whole; below, they are spelled out."""
 GUIDANCE = ("always", "never")
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "slimxl")
-GRAPH_MODULES = ("components", "wrappers", "trace", "opening", "weights", "graph", "write")
+GRAPH_MODULES = (
+    "components",
+    *(f"graph/{name}" for name in ("wrappers", "weights", "trace", "opening", "passes")),
+    "write",
+)
 """What decides the bytes of a graph: where one of these has changed, nothing is up to date."""
 CHECK_BELOW_BYTES = 500_000_000
 """Components up to this size are compared with torch before they get their name; larger ones by `verify`."""
-
-
-def require_batch(batch: int) -> None:
-    """Raises UserError for a batch of nothing."""
-    if batch < 1:
-        raise UserError(f"batch {batch} is not possible: name a number from 1 up")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +59,7 @@ class ExportOptions:
             raise unknown("VAE precision", self.vae_precision, ("auto", *FLOAT_DTYPES))
         if self.guidance not in GUIDANCE:
             raise unknown("guidance", self.guidance, GUIDANCE)
-        require_batch(self.batch)
+        require_least(1, batch=self.batch)
         if not self.resolutions and (self.batch, self.guidance) != (1, "always"):
             raise UserError(
                 "--batch and --guidance are of static graphs, an open one takes any: give --resolutions too"

@@ -16,14 +16,14 @@ from distill.checkpoints.sources import load_component
 from distill.common.errors import UserError
 from distill.common.files import replacing, sha256_file, write_json
 from distill.models.resolution import Resolution
-from export.components import COMPONENTS, Config
-from export.graph import specialise
+from export.checks.parity import Parity, compare
+from export.checks.vae_safety import require_finite
+from export.components import COMPONENTS, TEXT_ENCODERS, Config
+from export.graph.passes import specialise
+from export.graph.trace import trace
+from export.graph.weights import load_shapes, on_meta
+from export.graph.wrappers import TORCH_DTYPES, wrap
 from export.job import CHECK_BELOW_BYTES, Job, library_versions
-from export.parity import Parity, compare
-from export.trace import trace
-from export.vae_safety import require_finite
-from export.weights import load_shapes, on_meta
-from export.wrappers import TORCH_DTYPES, wrap
 
 
 def trace_resolution(name: str, config: Config) -> Resolution:
@@ -114,7 +114,7 @@ def write_component(job: Job, folder: Path, progress: Callable[[str], None]) -> 
             checked = _compare_with_torch(job, temporary / "model.onnx")
         verified = time.monotonic()
         graphs: dict[str, str] = {}
-        fixed = options.resolutions[:1] if name.startswith("text") else options.resolutions  # no picture goes in
+        fixed = options.resolutions[:1] if name in TEXT_ENCODERS else options.resolutions
         if fixed:
             graphs = _fix_sizes(temporary, job, fixed)
             rows = options.rows(name)

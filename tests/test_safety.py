@@ -35,6 +35,7 @@ FILES = {  # a trained student, a web page, an editor's settings, pictures: what
     "work/kernels/mine.cu": "__global__",
     "runs/mine/run.log": "mine",
     "8000/log": "mine",
+    "random-mini-vega/thesis.tex": "the only copy",
 }
 WRITERS = {
     "engines build": "build --flavor onnxruntime --onnx {onnx} --out {home}",
@@ -49,6 +50,8 @@ WRITERS = {
     "export bench": "bench --model {model} --out {home}/numbers.json",
     "export bench, its exports": "bench --model {model} --out {home}/fresh.json",
     "distill cache": "cache --data shapes:4 --model {model} --out {home}",
+    "distill fetch": "fetch --model random:mini-vega --workdir {home}",
+    "distill train": "train --recipe mini-vega --cache {home}/none --out {home}",
     "distill surgery": "surgery --model {model} --student mini-vega --out {home}",
     "distill teach": "teach --out {home} --minutes 0 --vae-steps 0",
     "distill importance": "importance --model {model} --cache {home}/none --student mini-vega --out {home}",
@@ -157,6 +160,7 @@ HOSTILE = {
     "memory, negative": [*BUILD.split(), "--memory-gb", "-1"],
     "memory, beyond any": [*BUILD.split(), "--memory-gb", "1e300"],
     "memory of a plan": ["distill", "plan", "--recipe", "mini-vega", "--memory-gb", "inf"],
+    "links in a circle": [*BUILD.split()[:-1], "{home}/circle"],
     "batches, ²": [*BUILD.split(), "--batches", "²"],
     "batches, 0": [*BUILD.split(), "--batches", "0"],
     "batches, too many digits": [*BUILD.split(), "--batches", DIGITS],
@@ -203,6 +207,7 @@ def test_no_input_ends_in_a_traceback(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """What an option cannot be by its type is told by the command line's own box, all else in one line."""
+    (home / "circle").symlink_to("circle")
     (home / "deep.json").write_text("[" * 200_000)
     (home / "long.json").write_text(f'{{"schema_version": {DIGITS}}}')
     before = content(home)

@@ -24,13 +24,13 @@ class Pictures:
 
     def faults(self) -> list[str]:
         """What is wrong without any reference: latents that are not finite, black or flat pictures."""
-        words = []
+        faults = []
         latents = self.latents_array()
         if latents is not None and not np.isfinite(latents).all():
-            words.append("the final latents hold NaN or infinity")
+            faults.append("the final latents hold NaN or infinity")
         for index, image in enumerate(self.images):
             if image.max() < 8:
-                words.append(f"picture {index} is black")
+                faults.append(f"picture {index} is black")
             elif image.std() < 1:
-                words.append(f"picture {index} is one flat colour")
-        return words
+                faults.append(f"picture {index} is one flat colour")
+        return faults

@@ -20,7 +20,7 @@ from distill.models.architectures import find_architecture
 if TYPE_CHECKING:
     import torch
 
-    from engines.bundle import Layout
+    from engines.choices import Layout
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 

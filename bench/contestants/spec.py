@@ -103,15 +103,16 @@ def make_contestant(spec: Spec, device: str, **about: Any) -> Contestant:
 
 def _bundle_options(option: str) -> dict[str, Any]:
     """`FLAVOR[+LAYOUT][+no-graphs]`, in any order behind the flavor."""
-    from engines.bundle import LAYOUTS, Layout
+    from engines.choices import Layout
 
     flavor, *choices = option.split("+")
+    layouts = get_args(Layout)
     for choice in choices:
-        if choice not in (*LAYOUTS, "no-graphs"):
-            raise unknown("way to run a bundle", choice, (*LAYOUTS, "no-graphs"))
+        if choice not in (*layouts, "no-graphs"):
+            raise unknown("way to run a bundle", choice, (*layouts, "no-graphs"))
     return {
         "runtime": f"slimxl bundle, {', '.join([flavor or 'default flavor', *choices])}",
         "flavor": flavor or None,
-        "layout": next((layout for layout in get_args(Layout) if layout in choices), None),
+        "layout": next((layout for layout in layouts if layout in choices), None),
         "cuda_graphs": "no-graphs" not in choices,
     }

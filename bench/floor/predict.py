@@ -31,7 +31,7 @@ class Known:
     total_ms: float
     floor_ms: float
     origin: str
-    resolution: str = "1024x1024"
+    resolution: str = str(SQUARE)
     batch: int = 1
 
     @property

@@ -19,12 +19,15 @@ from typing import Any
 from bench.floor.peaks import Peak
 from bench.workload import Workload
 from distill.checkpoints.sources import network_folders, read_config
+from distill.common.files import read_object
 from distill.models.architectures import ARCHITECTURES
 from distill.models.conditioning import conditioning_of
 from distill.models.families import Family, family_of, vae_scale_factor
 from distill.models.resolution import Resolution
 from export.components import COMPONENTS as EXPORTED
+from export.components import TEXT_ENCODERS
 
+INDEX = "model_index"
 MATRIX_SIDE = 1024
 
 
@@ -46,23 +49,33 @@ Costs = dict[str, tuple[int, Cost]]
 
 @dataclass(frozen=True)
 class ModelConfigs:
-    """The configs of a model's networks, by the folder of each, as JSON: hashable, so that counts are made once."""
+    """The configs of a model's networks, by the folder of each, and under `model_index` what its pipeline is told, as
+    JSON: hashable, so that counts are made once."""
 
-    networks: tuple[tuple[str, str], ...]
+    texts: tuple[tuple[str, str], ...]
 
     @classmethod
-    def of(cls, networks: Mapping[str, Mapping[str, Any]]) -> ModelConfigs:
-        return cls(tuple((part, json.dumps(config, sort_keys=True)) for part, config in networks.items()))
+    def of(cls, configs: Mapping[str, Mapping[str, Any]]) -> ModelConfigs:
+        return cls(tuple((part, json.dumps(config, sort_keys=True)) for part, config in configs.items()))
 
     @classmethod
     def of_folder(cls, folder: Path) -> ModelConfigs:
         """From a diffusers folder. Raises UserError where a config is missing."""
-        return cls.of({part: read_config(folder, part) for part in network_folders(folder)})
+        networks = {part: read_config(folder, part) for part in network_folders(folder)}
+        index = read_object(folder / "model_index.json")
+        return cls.of(networks | {INDEX: {name: value for name, value in index.items() if isinstance(value, bool)}})
 
     @property
     def family(self) -> Family:
         """Raises UserError for a UNet that is conditioned otherwise than any family's."""
-        return family_of({part: self.parsed(part) for part, _ in self.networks})
+        return family_of({part: self.parsed(part) for part, _ in self.texts if part != INDEX})
+
+    @property
+    def encodes_no_prompt(self) -> bool:
+        """Whether an empty prompt is encoded, and not taken for zeros: as the checkpoint says, else as its kind does."""
+        stated = self.parsed(INDEX) if INDEX in dict(self.texts) else {}
+        options = conditioning_of(self.parsed("unet")).options | stated
+        return not options.get("force_zeros_for_empty_prompt")
 
     @property
     def is_narrow(self) -> bool:
@@ -70,12 +83,12 @@ class ModelConfigs:
         return self.family.vocabulary is not None
 
     def parsed(self, part: str) -> dict[str, Any]:
-        """The config of one network."""
+        """The config of one network, or what `model_index` says."""
         return {key: value for key, value in json.loads(self.text(part)).items() if not key.startswith("_")}
 
     def text(self, part: str) -> str:
-        """The config of one network as JSON."""
-        return dict(self.networks)[part]
+        """The same as JSON."""
+        return dict(self.texts)[part]
 
 
 @lru_cache(maxsize=32)
@@ -84,7 +97,7 @@ def _network(component: str, config_json: str) -> Any:
     import torch
 
     from distill.models.networks import make_network
-    from export.wrappers import wrap
+    from export.graph.wrappers import wrap
 
     with torch.device("meta"):
         return wrap(component, make_network(EXPORTED[component].source, json.loads(config_json)))
@@ -102,14 +115,14 @@ def count_cost(component: str, config_json: str, tokens: int, height: int, width
     specs = about.inputs(config | sizes, Resolution(width * pixels, height * pixels), batch, "fp32")
     inputs = [torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta") for spec in specs]
     with FlopCounterMode(display=False) as counter:
-        output = network(*inputs)[-1]  # of a text encoder the penultimate hidden states, which are all that SDXL reads
+        output = network(*inputs)[-1]  # of a text encoder the output of the layer before the last
     parameters = sum(
         value.numel()
         for name, value in network.named_parameters()
         if not name.partition(".")[2].startswith(about.unused)
     )
     read = parameters
-    if component.startswith("text_encoder"):  # of the embedding table only the rows of the tokens are read
+    if component in TEXT_ENCODERS:  # of the embedding table only the rows of the tokens are read
         read -= config["hidden_size"] * max(0, config["vocab_size"] - tokens)
     moved = 2.0 * (read + sum(one.numel() for one in (*inputs, output)))
     return Cost(parameters, float(counter.get_total_flops()), moved)
@@ -129,14 +142,13 @@ def _flops_polynomial(component: str, config_json: str, tokens: int, unit: int) 
 
 
 def component_costs(configs: ModelConfigs, workload: Workload) -> Costs:
-    """For each component in the order of a picture (calls per image call, cost of one). Without a negative prompt each of
-    SDXL's text encoders runs once, since its checkpoints take zeros for the empty prompt; those of other families run for
-    the empty prompt too, if there is guidance."""
+    """For each component in the order of a picture (calls per image call, cost of one). Under guidance the text
+    encoders run for the empty prompt too, where the model encodes it."""
     conditioning = conditioning_of(configs.parsed("unet"))
     scale = vae_scale_factor(configs.parsed("vae"))
     unit = EXPORTED["unet"].size_multiple(configs.parsed("unet"))
     tokens = configs.parsed(conditioning.encoders[0])["max_position_embeddings"]
-    prompts = 1 if conditioning.options.get("force_zeros_for_empty_prompt") else workload.unet_batch // workload.batch
+    prompts = workload.unet_batch // workload.batch if configs.encodes_no_prompt else 1
     pixels = (workload.resolution.height // scale) * (workload.resolution.width // scale)
     costs = {}
     for component in (*conditioning.encoders, "unet", "vae_decoder"):
@@ -160,11 +172,6 @@ def total_flops(costs: Costs) -> float:
 
 def total_floor_ms(costs: Costs, tflops: float, terabytes_per_s: float) -> float:
     return sum(calls * cost.floor_ms(tflops, terabytes_per_s) for calls, cost in costs.values())
-
-
-def mfu(costs: Costs, total_ms: float, tflops: float) -> float:
-    """Model FLOPs utilisation: the arithmetic done per second as a share of the peak."""
-    return total_flops(costs) / (total_ms / 1e3) / (tflops * 1e12)
 
 
 def measure_cpu_peak(precisions: Iterable[str] = (), seconds: float = 0.6) -> Peak:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import time
 import warnings
+from importlib import import_module
 from typing import Any
 
 from bench.contestants.contestant import Contestant
 from bench.measure.clock import make_clock, timed_draw
 from bench.measure.gpu import Gpu
 from bench.workload import Workload
+from distill.models.conditioning import Conditioning
 
 
 def cold_start(contestant: Contestant, workload: Workload) -> dict[str, float]:
@@ -62,21 +64,25 @@ class _AllocatorPeak:
         return self._cuda.max_memory_allocated() - self._before if self._cuda else None
 
 
-def import_libraries(device: str) -> None:
-    """Imports the common libraries and starts the GPU's now, so that the first contestant's cold start does not pay for
-    everyone's."""
+def import_libraries(device: str, kind: Conditioning) -> None:
+    """Imports the libraries with the classes of this kind of pipeline, and starts the GPU's, so that the first contestant's
+    cold start does not pay for everyone's."""
     import diffusers
     import torch
     import transformers
 
     if device == "cuda":
-        some = torch.ones(1, 8, 64, 64, dtype=torch.float16, device=device)
-        torch.nn.functional.scaled_dot_product_attention(some, some, some @ some)
-        torch.nn.functional.conv2d(some, some[:, :, :3, :3])
+        activations = torch.ones(1, 8, 64, 64, dtype=torch.float16, device=device)
+        torch.nn.functional.scaled_dot_product_attention(activations, activations, activations @ activations)
+        torch.nn.functional.conv2d(activations, activations[:, :, :3, :3])
         torch.cuda.synchronize()
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
-    _ = (diffusers.StableDiffusionXLPipeline, transformers.CLIPTextModelWithProjection)
+    for library, name in [
+        ("diffusers", kind.pipeline),
+        *kind.networks.values(),
+    ]:  # each is imported when it is asked for
+        getattr(import_module(library), name)

@@ -9,7 +9,7 @@ from bench.contestants.contestant import Contestant
 from bench.measure.clock import make_clock, timed_draw
 from bench.workload import Workload
 from distill.common.errors import described
-from distill.common.kernels import by_family, kernel_times, make_profiler
+from distill.common.kernels import by_kind, kernel_times, make_profiler
 
 PROFILED_STEPS = 3
 
@@ -25,7 +25,7 @@ def kernels_of(contestant: Contestant, workload: Workload, step_ms: float | None
 
 
 def profile_denoise(contestant: Contestant, workload: Workload, step_ms: float | None) -> dict[str, Any]:
-    """`by_family` of the denoising steps after the first. `step_ms` is one step as timed without the profiler."""
+    """`by_kind` of the denoising steps after the first. `step_ms` is one step as timed without the profiler."""
     import torch
 
     on_gpu = contestant.device.startswith("cuda")
@@ -44,4 +44,4 @@ def profile_denoise(contestant: Contestant, workload: Workload, step_ms: float |
             profiler.start() if done == 1 else profiler.stop()
 
     contestant.draw(short, mark)
-    return by_family(kernel_times(profiler, contestant.device), PROFILED_STEPS, step_ms)
+    return by_kind(kernel_times(profiler, contestant.device), PROFILED_STEPS, step_ms)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from bench.report.formatting import count, interval, milliseconds, percent, times, title_of
+from bench.report.elements.formatting import count, interval, milliseconds, percent, times, title_of
+from bench.report.elements.tables import Cell, Column, Table, make_table
 from bench.report.method import machine_name, run_name
-from bench.report.tables import Cell, Column, Table, make_table
 from bench.results import ContestantRecord, Results, Row
 
 COLOURS = 8

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.report.cards import contestant_cell
-from bench.report.formatting import milliseconds, percent
-from bench.report.tables import Cell, Column, Table, make_table, measured
+from bench.report.elements.formatting import milliseconds, percent
+from bench.report.elements.tables import Cell, Column, Table, make_table, measured
 from bench.report.training import LoopsFile
 from bench.results import Results
 

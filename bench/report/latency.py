@@ -10,9 +10,9 @@ from markupsafe import Markup
 
 from bench.contestants.contestant import STAGES
 from bench.report.cards import Card, drawn
-from bench.report.charts import Axis, Series, dot_whiskers, line_chart
-from bench.report.formatting import interval, milliseconds, percent, stage_name, times
-from bench.report.tables import Cell, Column, Table, make_table, measured
+from bench.report.elements.charts import Axis, Series, dot_whiskers, line_chart
+from bench.report.elements.formatting import interval, milliseconds, percent, stage_name, times
+from bench.report.elements.tables import Cell, Column, Table, make_table, measured
 from bench.results import CellRecord, Results, Row
 
 StageLine = tuple[Cell | str, Callable[[Row], Cell | str | None]]

@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from bench.report.cards import Card, Verdict, quality_verdict, runtime_and_machine
-from bench.report.formatting import joules, milliseconds, seconds, size, title_of
-from bench.report.tables import Cell, Column, Table, make_table, measured
+from bench.report.elements.formatting import joules, milliseconds, seconds, size, title_of
+from bench.report.elements.tables import Cell, Column, Table, make_table, measured
 from bench.results import ContestantRecord, Results
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bench.measure.rounds import STABLE_WITHIN
 from bench.measure.stats import MIN_FOR_INTERVAL
-from bench.report.formatting import seconds, size
+from bench.report.elements.formatting import seconds, size
 from bench.results import Results
 
 
@@ -86,7 +86,7 @@ def method_lines(all_results: list[Results]) -> list[str]:
     devices = dict.fromkeys(one.environment["device"] for one in all_results)
     unknown = sum(row.unsettled is None for one in all_results for cell in one.cells for row in cell.rows)
     return [
-        "Timed: prompt in, uint8 pixels out. Tokenising, both text encoders, every denoising step with scheduler and "
+        "Timed: prompt in, uint8 pixels out. Tokenising, the text encoders, every denoising step with scheduler and "
         "guidance, VAE decode, and the conversion to pixels. Not timed: loading, the first picture (both told apart as "
         "cold start), PNG compression, saving.",
         f"Clock: {' or '.join(clocks[device] for device in devices)}, one mark at the end of each stage, all on one "

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.report.cards import Card
-from bench.report.charts import Axis, Series, line_chart
-from bench.report.formatting import count, percent, seconds, size, title_of
-from bench.report.tables import Cell, Column, Table, make_table, measured
+from bench.report.elements.charts import Axis, Series, line_chart
+from bench.report.elements.formatting import count, percent, seconds, size, title_of
+from bench.report.elements.tables import Cell, Column, Table, make_table, measured
 from bench.results import Results
 from distill.data.shapes import ATTRIBUTES
 

@@ -7,10 +7,10 @@ from statistics import median
 from typing import Any
 
 from bench.floor.peaks import PEAKS
-from bench.floor.predict import Check, Known, Prediction, predict, published_known
-from bench.report.formatting import by_size, long_seconds, percent, signed_percent, title_of
+from bench.floor.predict import SQUARE, Check, Known, Prediction, predict, published_known
+from bench.report.elements.formatting import by_size, long_seconds, percent, signed_percent, title_of
+from bench.report.elements.tables import Cell, Column, Table, make_table, measured
 from bench.report.runtimes import MODELS, model_of
-from bench.report.tables import Cell, Column, Table, make_table, measured
 from bench.results import ContestantRecord, Results
 
 STEPS = 30
@@ -46,7 +46,7 @@ def measured_latencies(all_results: list[Results]) -> list[Known]:
 
 def known_latencies(measured: list[Known]) -> list[Known]:
     """Published figures, and those measured at the size that predictions are made for."""
-    return published_known() + [one for one in measured if (one.resolution, one.batch) == ("1024x1024", 1)]
+    return published_known() + [one for one in measured if (one.resolution, one.batch) == (str(SQUARE), 1)]
 
 
 def runtime_class(record: ContestantRecord) -> str:

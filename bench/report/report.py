@@ -12,7 +12,6 @@ from bench.floor.predict import check_on_measured, check_predictions
 from bench.quality.guard import MIN_LATENT_COSINE, MIN_PSNR_DB
 from bench.report import (
     cards,
-    formatting,
     kernels,
     latency,
     machine,
@@ -23,11 +22,12 @@ from bench.report import (
     serving,
     training,
 )
+from bench.report.elements import formatting
 from bench.report.inputs import Inputs, read_inputs
 from bench.results import Results
 from distill.common.errors import UserError
 from distill.common.files import replacing, write_json
-from distill.common.ownership import require_our_files
+from distill.common.ownership import require_our_folder
 
 REPORT, NAMES = "report.json", {"index.html": "report.html.j2", "report.md": "report.md.j2"}
 TEMPLATES = Path(__file__).parent / "templates"
@@ -204,9 +204,9 @@ def render(context: dict[str, Any], template: str) -> str:
 def write_report(paths: list[Path], out: Path, title: str = "slimxl latency report") -> None:
     """Writes index.html, report.md and report.json into `out`, each whole or not at all.
 
-    Raises UserError for no results, or a results file that cannot be read.
+    Raises UserError for no results, a results file that cannot be read, or an `out` that holds something else.
     """
-    require_our_files(out, (*NAMES, REPORT), REPORT, ("schema_version", "headline", "predicted"))
+    require_our_folder(out, "a report", [REPORT], ("schema_version", "headline", "predicted"))
     inputs = read_inputs(paths)
     if not inputs.results:
         raise UserError("no results files: give at least one, made by python -m bench run")

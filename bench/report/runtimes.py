@@ -9,9 +9,19 @@ from typing import Any
 from bench.floor.roofline import ModelConfigs, component_costs, total_flops
 from bench.measure.stats import Estimate, speedup
 from bench.report.cards import contestant_cell, quality_verdict
-from bench.report.formatting import by_size, interval, joules, milliseconds, percent, seconds, size, times, title_of
+from bench.report.elements.formatting import (
+    by_size,
+    interval,
+    joules,
+    milliseconds,
+    percent,
+    seconds,
+    size,
+    times,
+    title_of,
+)
+from bench.report.elements.tables import Cell, Column, Table, make_table, measured
 from bench.report.latency import total_cell
-from bench.report.tables import Cell, Column, Table, make_table, measured
 from bench.results import CellRecord, ContestantRecord, Results, Row
 from bench.workload import Workload
 from distill.models.architectures import ARCHITECTURES

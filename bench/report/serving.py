@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bench.report.formatting import by_size, milliseconds, seconds, size
-from bench.report.tables import Cell, Column, Table, make_table, measured
+from bench.report.elements.formatting import by_size, milliseconds, seconds, size
+from bench.report.elements.tables import Cell, Column, Table, make_table, measured
 from engines.serving.load_file import LoadFile, LoadLevel
 
 

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bench.floor.peaks import find_peak
 from bench.measure.stats import Estimate, median_interval
-from bench.report.formatting import milliseconds, percent, size, times, title_of
-from bench.report.tables import Cell, Column, Table, make_table, measured
+from bench.report.elements.formatting import milliseconds, percent, size, times, title_of
+from bench.report.elements.tables import Cell, Column, Table, make_table, measured
 
 LOOPS_SCHEMAS = ("slimxl.distill.bench/1", "slimxl.distill.bench/2")
 PUBLISHED = "published"

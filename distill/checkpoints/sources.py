@@ -9,7 +9,6 @@ mini:sdxl             the mini teacher that ships with the package
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -41,6 +40,7 @@ from distill.common.files import (
     write_json,
 )
 from distill.common.hub import NO_SAFETENSORS, explaining_hub
+from distill.common.ownership import require_our_folder
 from distill.common.progress import say
 from distill.models.architectures import ARCHITECTURES, Architecture, architecture_at, find_architecture
 from distill.models.conditioning import Conditioning, conditioning_of, context_width
@@ -78,16 +78,19 @@ def check_checkpoint(folder: Path) -> None:
     unet = read_config(folder, "unet")
     conditioning = _text_to_image(unet, folder)
     Depth.from_config(unet, folder)
-    if conditioning.pooled_from and not (folder / conditioning.encoders[0]).is_dir() and _is_refiner(folder, unet):
+    if _is_refiner(folder, unet, conditioning):
         raise UserError(f"{folder} is SDXL's refiner, which finishes another model's pictures; give the base model")
     check_fit({component: read_config(folder, component) for component in conditioning.networks}, folder)
     for component in conditioning.networks:
         component_tensors(folder / component)
 
 
-def _is_refiner(folder: Path, unet: Mapping[str, Any]) -> bool:
-    """Whether a UNet of SDXL reads its second text encoder alone."""
-    return context_width(unet) == read_config(folder, "text_encoder_2")["hidden_size"]
+def _is_refiner(folder: Path, unet: Mapping[str, Any], conditioning: Conditioning) -> bool:
+    """Whether the first text encoder is missing, and the UNet reads the one alone that its pooled input comes from."""
+    first, last = conditioning.encoders[0], conditioning.pooled_from
+    if last is None or (folder / first).is_dir():
+        return False
+    return context_width(unet) == read_config(folder, last)["hidden_size"]
 
 
 def network_folders(folder: Path) -> tuple[str, ...]:
@@ -111,48 +114,9 @@ def _text_to_image(config: Mapping[str, Any], model: object) -> Conditioning:
     return conditioning_of(config, model)
 
 
-def _network_of(folder: Path) -> dict[str, Any]:
-    """What a UNet's config.json means, whichever diffusers has written it: what it left out, its defaults fill."""
-    from diffusers import UNet2DConditionModel
-
-    stated = read_config(folder, "unet")
-    parameters = inspect.signature(UNet2DConditionModel).parameters.values()
-    meant = json.loads(json.dumps({p.name: stated.get(p.name, p.default) for p in parameters}))
-    meant["upcast_attention"] = bool(meant["upcast_attention"])  # null in SDXL's own
-    meant["transformer_layers_per_block"] = str(Depth.from_config(meant))
-    del meant["reverse_transformer_layers_per_block"], meant["sample_size"]  # told by the depth; a hint only
-    return meant
-
-
 def prediction_type_of(folder: Path) -> str:
     """What a checkpoint's UNet predicts: `epsilon`, the noise, as a rule."""
     return read_object(folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
-
-
-def check_successor(first: Path, teacher: Path) -> None:
-    """Raises UserError where a later teacher differs from the first in architecture or in what it predicts, and where it
-    knows other noise levels than SDXL's."""
-    kinds = [conditioning_of(read_config(folder, "unet"), folder).pipeline for folder in (first, teacher)]
-    if kinds[0] != kinds[1]:
-        raise UserError(
-            f"teacher {teacher} is for a {kinds[1]}, the first, {first}, for a {kinds[0]}: one family a recipe"
-        )
-    before, now = _network_of(first), _network_of(teacher)
-    for key in sorted(now):
-        if before[key] != now[key]:
-            raise UserError(
-                f"teacher {teacher} cannot succeed {first}: UNet {key} is {now[key]!r}, was {before[key]!r}"
-            )
-    predictions = [prediction_type_of(folder) for folder in (first, teacher)]
-    if predictions[0] != predictions[1]:
-        raise UserError(f"teacher {teacher} predicts {predictions[1]!r}, the first, {first}, {predictions[0]!r}")
-    scheduler = read_object(teacher / "scheduler" / "scheduler_config.json")
-    kind, zero_snr = scheduler.get("_class_name", ""), scheduler.get("rescale_betas_zero_snr", False)
-    if kind.startswith("EDM") or zero_snr:
-        raise UserError(
-            f"teacher {teacher} was trained on other noise levels than SDXL: its scheduler is {kind}, with "
-            f"rescale_betas_zero_snr {zero_snr}; such a teacher cannot be distilled"
-        )
 
 
 def file_hashes(folder: Path, components: Collection[str] | None = None) -> dict[str, str]:
@@ -370,12 +334,12 @@ def _check_made(folder: Path) -> None:
 
 def make_checkpoint(folder: Path, make: Callable[[Path], None]) -> Path:
     """`folder`, made where it is absent, not whole, or of another version. Processes that want the same one take turns,
-    and what a killed one left is removed."""
+    and what a killed one left is removed. Raises UserError for a folder of that name which holds something else."""
     try:
         _check_made(folder)
         return folder
     except UserError:
-        pass
+        require_our_folder(folder, "a model", ["made.json"], ("conversion",), option="--workdir")
     with exclusive(folder):
         try:
             _check_made(folder)

@@ -4,6 +4,7 @@ memory it takes does not depend on the model's size."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ from distill.models.module_map import LayerMap, ModuleMap, make_module_map
 
 
 @dataclass(frozen=True)
-class SurgeryPlan:
+class CopiedTensors:
     """Student key -> teacher key, and the teacher's keys that nothing uses."""
 
     sources: dict[str, str]
@@ -37,7 +38,7 @@ class SurgeryPlan:
 
 def plan_surgery(
     teacher: Mapping[str, tuple[int, ...]], student: Mapping[str, tuple[int, ...]], modules: ModuleMap
-) -> SurgeryPlan:
+) -> CopiedTensors:
     """Accounts for every tensor; both mappings are key -> shape. Raises UserError for a student tensor that the
     teacher has not, or has in another shape."""
     sources = {}
@@ -48,7 +49,7 @@ def plan_surgery(
         if tuple(teacher[source]) != tuple(shape):
             raise UserError(f"{source} has shape {list(teacher[source])} in the teacher, {list(shape)} in the student")
         sources[key] = source
-    return SurgeryPlan(sources, tuple(sorted(set(teacher) - set(sources.values()))))
+    return CopiedTensors(sources, tuple(sorted(set(teacher) - set(sources.values()))))
 
 
 def unet_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -99,7 +100,7 @@ def student_config(source: Path, student: Architecture) -> dict[str, Any]:
 
 def make_student_unet(
     source: Path, student: Architecture, modules: ModuleMap, out: Path, *, beside_bytes: int = 0
-) -> SurgeryPlan:
+) -> CopiedTensors:
     """Writes the student's `unet/` folder to `out`, every tensor copied from the checkpoint folder `source`, whose modules
     `modules` names.
 
@@ -108,15 +109,15 @@ def make_student_unet(
     """
     records = component_tensors(source / "unet")
     merged = student_config(source, student)
-    plan = plan_surgery({key: record.shape for key, record in records.items()}, unet_shapes(merged), modules)
-    size = sum(records[name].nbytes for name in plan.sources.values())
+    copied = plan_surgery({key: record.shape for key, record in records.items()}, unet_shapes(merged), modules)
+    size = sum(records[name].nbytes for name in copied.sources.values())
     require_free_disk(out.parent, size + beside_bytes, f"the student {student.name}")
     with replacing(out) as temporary:
         temporary.mkdir()
         (temporary / "config.json").write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
-        chosen = {key: records[name] for key, name in plan.sources.items()}
+        chosen = {key: records[name] for key, name in copied.sources.items()}
         write_safetensors(temporary / "diffusion_pytorch_model.safetensors", chosen)
-    return plan
+    return copied
 
 
 def extend_unet(folder: Path, entries: Mapping[str, Any]) -> None:
@@ -147,24 +148,24 @@ def student_modules(checkpoint: Path, student: Architecture, layer_map: str | La
             f"{student.name} is of the family {student.family.name}, {checkpoint} is not: give a student of its family, or "
             "a depth"
         )
-    held = ModuleMap.of_student(checkpoint)
-    teacher = held.teacher if held else Depth.from_config(read_config(checkpoint, "unet"))
-    modules = make_module_map(layer_map, teacher, student.depth, held)
-    return modules, modules.relative_to(held)
+    base = ModuleMap.of_student(checkpoint)
+    teacher = base.teacher if base else Depth.from_config(read_config(checkpoint, "unet"))
+    modules = make_module_map(layer_map, teacher, student.depth, base)
+    return modules, modules.relative_to(base)
 
 
-def make_student(checkpoint: Path, student: Architecture, layer_map: str | LayerMap, out: Path) -> SurgeryPlan:
+def make_student(checkpoint: Path, student: Architecture, layer_map: str | LayerMap, out: Path) -> CopiedTensors:
     """Writes the untrained student as a whole pipeline folder: its UNet, everything else as the checkpoint has it, and
     `surgery.json`, which accounts for every tensor of both. Raises UserError as `student_modules` and
     `make_student_unet` do, and for an `out` that exists."""
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"{out} exists already; choose another --out or remove it")
     modules, relative = student_modules(checkpoint, student, layer_map)
     beside_bytes = sum(path.stat().st_size for path in files_but_unet(checkpoint).values())
     with replacing(out) as temporary:
-        plan = make_student_unet(checkpoint, student, relative, temporary / "unet", beside_bytes=beside_bytes)
+        copied = make_student_unet(checkpoint, student, relative, temporary / "unet", beside_bytes=beside_bytes)
         copy_all_but_unet(checkpoint, temporary)
-        write_json(temporary / "surgery.json", asdict(plan))
+        write_json(temporary / "surgery.json", asdict(copied))
         about = {"student": student.name, "module_map": modules.as_dict(), "stages_done": 0}
         write_json(temporary / "slimxl.json", about)
-    return plan
+    return copied

@@ -139,10 +139,10 @@ def _header(path: Path) -> dict[str, Any]:
         begin = file.read(200)
         if begin.startswith(b"version https://git-lfs"):
             raise UserError(f"{path} is a pointer of git-lfs, not the weights themselves: run git lfs pull")
-        if begin.startswith((b"PK\x03\x04", b"\x80\x02")):
-            raise UserError(f"{path} is a pickle under another name; only safetensors weights are read")
         length = int.from_bytes(begin[:8], "little")
         if size < 8 or length > size - 8:
+            if begin.startswith((b"PK\x03\x04", b"\x80\x02")):  # a header of 640 bytes begins with the latter too
+                raise UserError(f"{path} is a pickle under another name; only safetensors weights are read")
             raise UserError(f"{path} is no whole safetensors file ({size} bytes): truncated? fetch it again")
         file.seek(8)
         text = file.read(length)

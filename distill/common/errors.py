@@ -101,9 +101,8 @@ def quiet_libraries() -> None:
 
 def exit_on_user_error(command: Callable[[], int | None]) -> int:
     """Run `command`, its options read as `common.options` says, the libraries' notices kept quiet and GPUs numbered as
-    nvidia-smi does; a UserError and what the
-    system refuses (a full disk, a folder that may not be written) become one line on stderr and exit code 2, Ctrl-C
-    becomes 130."""
+    nvidia-smi does; a UserError and what the system refuses (a full disk, a folder that may not be written, links in a
+    circle) become one line on stderr and exit code 2, Ctrl-C becomes 130."""
     quiet_libraries()
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     from distill.common.options import OPTIONS
@@ -114,7 +113,7 @@ def exit_on_user_error(command: Callable[[], int | None]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         print(f"error: {_of_the_system(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -122,8 +121,10 @@ def exit_on_user_error(command: Callable[[], int | None]) -> int:
         return 130
 
 
-def _of_the_system(error: OSError | SafetensorError) -> str:
+def _of_the_system(error: OSError | SafetensorError | RuntimeError) -> str:
     """One line for what the system refused; any other error is raised again."""
+    if "Symlink loop" in str(error):  # of Path.resolve, up to Python 3.12
+        return f"links that lead in a circle: {error}"
     if FULL_DISK.search(str(error)):
         where = f" of {error.filename}" if isinstance(error, OSError) and error.filename else ""
         return f"the disk{where} is full; free some space and run the same command again"

@@ -49,6 +49,11 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def seed_of(seed: int, *parts: object) -> int:
+    """A 60-bit seed that depends on all parts and on nothing else, e.g. not on the number of processes."""
+    return int(sha256_json([seed, *map(str, parts)])[:15], 16)
+
+
 def read_json(path: Path) -> Any:
     """Raises UserError where the file is absent, a folder or not JSON."""
     try:

@@ -1,4 +1,4 @@
-"""Where the time of a profiled step goes, by family of kernel: what is left to gain, and where.
+"""Where the time of a profiled step goes, by kind of kernel: what is left to gain, and where.
 
 torch's profiler sees every kernel of the device, whoever launched it (eager, inductor, TensorRT, a CUDA graph). On a CPU
 there are no kernels, so torch's operators stand in for them. The profiler slows the host down, so the idle time of the
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-FAMILIES = (  # the first that matches a kernel's name; cuDNN's convolutions call themselves gemm too
+KERNEL_KINDS = (  # the first that matches a kernel's name; cuDNN's convolutions call themselves gemm too
     # inductor names its kernels after all that was fused into them; what is no template computes no product
     ("norm", r"triton_(red|per)_\w*norm"),
     ("elementwise", r"triton_(poi|red|per)_"),
@@ -28,10 +28,10 @@ FAMILIES = (  # the first that matches a kernel's name; cuDNN's convolutions cal
 )
 
 
-def family_of(kernel: str) -> str:
-    """The family of a kernel by its name; `other` where none is known."""
+def kernel_kind(kernel: str) -> str:
+    """The kind of a kernel by its name; `other` where none is known."""
     name = kernel.lower()
-    return next((family for family, pattern in FAMILIES if re.search(pattern, name)), "other")
+    return next((kind for kind, pattern in KERNEL_KINDS if re.search(pattern, name)), "other")
 
 
 def make_profiler(device: str) -> Any:
@@ -54,21 +54,21 @@ def kernel_times(profiler: Any, device: str) -> dict[str, float]:
     return times
 
 
-def by_family(times_us: dict[str, float], steps: int, step_ms: float | None) -> dict[str, Any]:
+def by_kind(times_us: dict[str, float], steps: int, step_ms: float | None) -> dict[str, Any]:
     """{"families_ms": per step, "step_ms", "kernels": the ten largest}. `idle` is what of the timed step no kernel
     explains: launches the device waited for, gaps, and the host's own work."""
-    families: dict[str, float] = {}
+    kinds: dict[str, float] = {}
     for name, microseconds in times_us.items():
-        family = family_of(name)
-        families[family] = families.get(family, 0.0) + microseconds / 1e3 / steps
+        kind = kernel_kind(name)
+        kinds[kind] = kinds.get(kind, 0.0) + microseconds / 1e3 / steps
     if step_ms is not None:
-        families["idle"] = max(0.0, step_ms - sum(families.values()))
+        kinds["idle"] = max(0.0, step_ms - sum(kinds.values()))
     largest = sorted(times_us.items(), key=lambda item: -item[1])[:10]
     return {
-        "families_ms": dict(sorted(families.items(), key=lambda item: -item[1])),
+        "families_ms": dict(sorted(kinds.items(), key=lambda item: -item[1])),
         "step_ms": step_ms,
         "kernels": [
-            {"name": name[:120], "ms": microseconds / 1e3 / steps, "family": family_of(name)}
+            {"name": name[:120], "ms": microseconds / 1e3 / steps, "family": kernel_kind(name)}
             for name, microseconds in largest
         ],
     }

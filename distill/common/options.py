@@ -41,6 +41,11 @@ def stated_path(text: str) -> Path:
     return Path(text)
 
 
+def parse_names(text: str) -> list[str]:
+    """Those between commas, each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
 _READERS: dict[Any, tuple[str, Callable[[str], Any]]] = {
     int: ("INT", whole_number),
     float: ("FLOAT", finite_number),

@@ -37,22 +37,23 @@ def require_our_folder(
     leftovers: Collection[str] = (),
     option: str = "--out",
 ) -> None:
-    """Raises UserError for a file, and for a folder that holds anything and none of the `markers` (glob patterns of files
-    in it) has the `keys` that ours have. `what` says what is written there, e.g. "a bundle"; `leftovers` are names of what
-    a killed run may leave before it has written a marker."""
+    """Raises UserError for a file, for a folder that cannot be made, and for one that holds anything and none of the
+    `markers` (glob patterns of files in it) has the `keys` that ours have. `what` says what is written there, e.g. "a
+    bundle"; `leftovers` are names of what a killed run may leave before it has written a marker."""
     if not folder.exists():
         if folder.is_symlink():
             raise UserError(f"{folder} is a link to nothing; {option} takes a folder for {what}")
+        _require_place(folder, option)
         return
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; {option} takes a folder for {what}")
     strange = (path for path in folder.iterdir() if not LEFTOVERS.fullmatch(path.name) and path.name not in leftovers)
-    held = sorted(path.name for path in strange if _holds_a_file(path))
-    if not held or any(read_marker(path, keys) is not None for one in markers for path in folder.glob(one)):
+    found = sorted(path.name for path in strange if _holds_a_file(path))
+    if not found or any(read_marker(path, keys) is not None for one in markers for path in folder.glob(one)):
         return
-    more = f" and {len(held) - 1} more" if len(held) > 1 else ""
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
     raise UserError(
-        f"{folder} is not {what} of slimxl: it holds {held[0]}{more}; nothing was touched, choose an empty or a new "
+        f"{folder} is not {what} of slimxl: it holds {found[0]}{more}; nothing was touched, choose an empty or a new "
         f"folder for {option}"
     )
 
@@ -68,10 +69,10 @@ def require_our_files(
     ours has."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; {option} takes a folder")
-    held = [name for name in names if os.path.lexists(folder / name)]
-    if held and read_marker(folder / marker, keys) is None:
+    found = [name for name in names if os.path.lexists(folder / name)]
+    if found and read_marker(folder / marker, keys) is None:
         raise UserError(
-            f"{folder / held[0]} was not written by slimxl and would be written over; nothing was touched, choose another "
+            f"{folder / found[0]} was not written by slimxl and would be written over; nothing was touched, choose another "
             f"{option} or move it away"
         )
 
@@ -81,9 +82,7 @@ def require_writable_file(path: Path, keys: Collection[str], option: str = "--ou
     whose JSON has not all `keys`: before hours of measuring, not after. An empty file holds nothing to lose."""
     if path.is_dir():
         raise UserError(f"{option} {path} is a folder; it takes the file to write, e.g. {path / 'results.json'}")
-    place = next(parent for parent in path.absolute().parents if parent.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"{option} {path} cannot be made: {place} is no folder that may be written")
+    _require_place(path, option)
     if path.exists() and not path.is_file():
         raise UserError(f"{option} {path} is no plain file; choose another name")
     if path.exists() and path.stat().st_size and read_marker(path, keys) is None:
@@ -91,6 +90,12 @@ def require_writable_file(path: Path, keys: Collection[str], option: str = "--ou
             f"{option} {path} is a file that this command did not write; it was not touched, choose another name or move "
             "it away"
         )
+
+
+def _require_place(path: Path, option: str) -> None:
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"{option} {path} cannot be made: {place} is no folder that may be written")
 
 
 def require_apart(one: Path, other: Path, options: tuple[str, str]) -> None:

@@ -2,40 +2,36 @@
 
 A cache is a folder of safetensors shards, each holding some consecutive samples of the source, by resolution:
 `{W}x{H}/latents` (n, 4, H/8, W/8) scaled, and under their own names what else the UNet takes of a sample, as
-`{W}x{H}/encoder_hidden_states` (n, tokens, dim); `{W}x{H}/crc32` (n,) is a checksum of each sample, compared when it is
-read. unconditional.safetensors holds what the UNet takes for no caption. cache.json holds the key: the hashes of the VAE, of
-the text encoders and tokenizers, and of the data. Shards are written whole or not at all, so a
-killed run goes on where it was, and several processes (torchrun) share the work by shard.
+`{W}x{H}/encoder_hidden_states` (n, tokens, dim); `{W}x{H}/crc32` (n,) is a checksum of each sample.
+unconditional.safetensors holds what the UNet takes for no caption. cache.json holds the key: the hashes of the VAE, of
+the text encoders and tokenizers, and of the data. Shards are written whole or not at all, so a killed run goes on where
+it was, and several processes (torchrun) share the work by shard. The last of them to end writes index.safetensors
+(cache_index.py), by which samples are found and their checksums compared.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import zlib
-from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from distill.checkpoints.sources import component_weights, find_family, network_folders, read_config
+from distill.checkpoints.tensors import read_metadata
 from distill.common.errors import UserError
-from distill.common.files import (
-    read_object,
-    sha256_file_once,
-    sha256_json,
-)
+from distill.common.files import read_object, sha256_file_once, sha256_json
+from distill.common.files import seed_of as seed_of  # noqa: PLC0414  # step.py and stage.py take it from here
+from distill.data.cache_index import DTYPES, INDEX, Bucket, read_index
+from distill.data.order import BatchOrder
 from distill.models.conditioning import conditioning_of
-from distill.models.resolution import Resolution
 
-STATED = "cache.json"
+KEY_FILE = "cache.json"
 UNCONDITIONAL = "unconditional.safetensors"
-CHECKSUM = "crc32"
 TOKENIZER_WORDS = ("vocab.json", "merges.txt", "tokenizer.json")
 
 
@@ -64,60 +60,40 @@ def checksum(tensors: Iterable[torch.Tensor]) -> int:
     return crc
 
 
-def seed_of(seed: int, *parts: object) -> int:
-    """A 60-bit seed that depends on all parts and on nothing else, e.g. not on the number of processes."""
-    return int(sha256_json([seed, *map(str, parts)])[:15], 16)
-
-
-def shapes_of(path: Path) -> dict[str, list[int]]:
-    """Of a shard's tensors, by name. Raises UserError for a shard that is cut or not one."""
-    try:
-        with safe_open(path, "pt") as shard:
-            return {name: shard.get_slice(name).get_shape() for name in shard.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(
-            f"{path} is damaged ({error}): run the same `distill cache` command again, which makes it anew"
-        ) from None
-
-
 class LatentCache:
     """Batches of one resolution each, a pure function of the step: resuming needs no state, and the order does not
-    depend on the number of processes."""
+    depend on the number of processes. What it holds in memory is some 400 bytes a shard, whatever its samples."""
 
     def __init__(self, folder: Path, *, batch_size: int, seed: int) -> None:
         """Raises UserError for a folder that is no cache, is not finished or damaged, or holds no sample."""
-        if not (folder / STATED).is_file():
+        if not (folder / KEY_FILE).is_file():
             raise UserError(
                 f"{folder} is no latent cache: it has no cache.json; make one with: python -m distill cache"
             )
-        self.key = read_object(folder / STATED)
-        self.batch_size, self.seed = batch_size, seed
-        self._rows: dict[Resolution, list[tuple[Path, int]]] = defaultdict(list)
-        self._fields: dict[Resolution, set[str]] = defaultdict(lambda: {"latents"})
-        self._open: dict[Path, Any] = {}
-        shards = sorted(folder.glob("shard-*.safetensors"))
-        wanted, has_text = self.key.get("shards", 0), (folder / UNCONDITIONAL).is_file()
-        if len(shards) < wanted or not has_text:
-            held = f"{len(shards)} of {wanted} shards" if has_text else f"no {UNCONDITIONAL}"
-            raise UserError(f"{folder} is not finished: it has {held}; run the same `distill cache` command again")
-        for path in shards:
-            for name, shape in shapes_of(path).items():
-                size, _, field = name.partition("/")
-                resolution = Resolution.parse(size)
-                if field == "latents":
-                    self._rows[resolution] += [(path, i) for i in range(shape[0])]
-                elif field != CHECKSUM:
-                    self._fields[resolution].add(field)
+        self.key = read_object(folder / KEY_FILE)
+        self.folder = folder
+        files = {entry.name: entry for entry in os.scandir(folder)}
+        self._shards = sorted(name for name in files if name.startswith("shard-") and name.endswith(".safetensors"))
+        wanted = self.key.get("shards", 0)
+        lacking = [f"no {name}" for name in (UNCONDITIONAL, INDEX) if name not in files]
+        if len(self._shards) < wanted or lacking:
+            told = f"{len(self._shards)} of {wanted} shards" if len(self._shards) < wanted else lacking[0]
+            raise UserError(f"{folder} is not finished: it has {told}; run the same `distill cache` command again")
+        index = read_index(folder / INDEX)
+        for name, size in zip(self._shards, index.shard_bytes, strict=True):
+            if files[name].stat().st_size != size:
+                raise UserError(
+                    f"{folder / name} is damaged (it has {files[name].stat().st_size} bytes, {INDEX} says {size}): run the "
+                    "same `distill cache` command again, which makes it anew"
+                )
         self.unconditional = {name: value.float() for name, value in load_file(folder / UNCONDITIONAL).items()}
-        if not self._rows:
+        self._buckets = index.buckets
+        if not self._buckets:
             raise UserError(f"{folder} holds no cached sample; make it with: python -m distill cache")
-        self._rows = dict(sorted(self._rows.items()))
-        self._sizes = np.array([len(rows) for rows in self._rows.values()])
-        self._offsets = np.random.default_rng(seed).integers(batch_size, size=len(self._sizes))
-        self._epoch, self._order = -1, []  # type: tuple[int, list[tuple[Resolution, np.ndarray]]]
+        self._order = BatchOrder([*map(len, self._buckets)], batch_size, seed)
 
     def __len__(self) -> int:
-        return sum(map(len, self._rows.values()))
+        return sum(map(len, self._buckets))
 
     def check_teacher(self, teacher: Path) -> list[str]:
         """Those of the teacher's VAE and text encoders that are other files than the ones the cache was made with.
@@ -125,64 +101,46 @@ class LatentCache:
         Raises UserError where its UNet takes embeddings of other widths.
         """
         family = find_family(teacher)
-        held = {name: tuple(value.shape) for name, value in self.unconditional.items()}
+        found = {name: tuple(value.shape) for name, value in self.unconditional.items()}
         wanted = family.text_shapes
-        if held != wanted:
+        if found != wanted:
             raise UserError(
-                f"the cache holds text of the shapes {held}, the UNet of {teacher} takes {wanted}; make one with this "
+                f"the cache holds text of the shapes {found}, the UNet of {teacher} takes {wanted}; make one with this "
                 f"teacher: python -m distill cache --model {teacher}"
             )
         hashes = frozen_hashes(teacher)
         return [component for component, digest in hashes.items() if self.key.get(component) != digest]
-
-    def _batches_before(self, epoch: int) -> np.ndarray:
-        """Of each resolution, how many batches come before an epoch: over the epochs as many as its samples fill."""
-        return (epoch * self._sizes + self._offsets) // self.batch_size
-
-    def _order_of(self, epoch: int) -> list[tuple[Resolution, np.ndarray]]:
-        """The epoch's batches in order. A last batch that is not full is filled up from the start, and is in so few of
-        the epochs that no sample is seen more often than those of other resolutions."""
-        if epoch != self._epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            counts = self._batches_before(epoch + 1) - self._batches_before(epoch)
-            batches = []
-            for (resolution, rows), count in zip(self._rows.items(), counts, strict=True):
-                order = np.resize(rng.permutation(len(rows)), count * self.batch_size)
-                batches += [(resolution, part) for part in order.reshape(-1, self.batch_size)]
-            self._epoch, self._order = epoch, [batches[i] for i in rng.permutation(len(batches))]
-        return self._order
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
         """`latents` and what else the UNet takes of a step's global batch, or of some rows of it, in float32.
 
         Raises UserError for a sample that holds NaN or infinity.
         """
-        epochs = range((step + len(self._sizes) + 1) * self.batch_size)  # enough: each has one sample at least
-        epoch = bisect_right(epochs, step, key=lambda epoch: self._batches_before(epoch).sum()) - 1
-        resolution, indices = self._order_of(epoch)[step - self._batches_before(epoch).sum()]
-        places = [self._rows[resolution][i] for i in indices[rows]]
-        samples = [self._sample(resolution, path, row) for path, row in places]
+        kind, numbers = self._order.samples(step, rows)
+        samples = [self._sample(self._buckets[kind], int(number)) for number in numbers]
         return {field: torch.stack([sample[field] for sample in samples]).float() for field in samples[0]}
 
-    def _sample(self, resolution: Resolution, path: Path, row: int) -> dict[str, torch.Tensor]:
+    def _sample(self, bucket: Bucket, number: int) -> dict[str, torch.Tensor]:
         """One sample's fields. Raises UserError, which names it, where they are not what was written or not finite."""
-        shard = self._shard(path)
-        sample = {field: shard.get_slice(f"{resolution}/{field}")[row] for field in self._fields[resolution]}
-        if checksum([sample[field] for field in sorted(sample)]) != shard.get_slice(f"{resolution}/{CHECKSUM}")[row]:
+        shard, row = bucket.place(number)
+        path = self.folder / self._shards[shard]
+        sample, crc = {}, 0
+        with path.open("rb", buffering=0) as file:
+            for field, begin in zip(bucket.fields, bucket.begins[shard], strict=True):
+                stored = bytearray(field.nbytes)
+                os.preadv(file.fileno(), [stored], int(begin) + row * field.nbytes)
+                crc = zlib.crc32(stored, crc)
+                sample[field.name] = torch.frombuffer(stored, dtype=DTYPES[field.dtype]).view(field.shape)
+        if crc != bucket.checksums[number]:
             raise UserError(
-                f"{path}: row {row} of {resolution} is not what was written there; the shard is damaged: remove it and run "
-                "the same `distill cache` command again"
+                f"{path}: row {row} of {bucket.resolution} is not what was written there; the shard is damaged, or another "
+                "than the index was made of: remove it and run the same `distill cache` command again"
             )
-        for field, value in sample.items():
+        for name, value in sample.items():
             if not value.sum(dtype=torch.float32).isfinite():
-                about = json.loads(shard.metadata()["slimxl"])["samples"][str(resolution)][row]
+                about = json.loads(read_metadata(path)["slimxl"])["samples"][str(bucket.resolution)][row]
                 raise UserError(
-                    f"{path}: the {field} of sample {about['key']!r} (row {row} of {resolution}) are not finite; remove "
-                    "that shard, mend or remove the sample, and run the same `distill cache` command again"
+                    f"{path}: the {name} of sample {about['key']!r} (row {row} of {bucket.resolution}) are not finite; "
+                    "remove that shard, mend or remove the sample, and run the same `distill cache` command again"
                 )
         return sample
-
-    def _shard(self, path: Path) -> Any:
-        if path not in self._open:
-            self._open[path] = safe_open(path, "pt").__enter__()
-        return self._open[path]

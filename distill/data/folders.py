@@ -29,6 +29,7 @@ from distill.data.samples import BadSample
 from distill.data.shards import open_shards
 from distill.data.tables import METADATA, is_saved_to_disk, open_dataset, open_metadata, open_saved
 
+SUFFIXES = tuple(form for suffix in CAPTION_SUFFIXES for form in (suffix, suffix.upper(), suffix.title()))
 SPLITS = {"train", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
 
 
@@ -47,7 +48,7 @@ class FolderRows:
             self.found[suffix] += 1
             if suffix in PICTURES:
                 self.names.append(name)
-                self.suffixes.append(next((s for s in CAPTION_SUFFIXES if path.stem + s in beside), ""))
+                self.suffixes.append(next((s for s in SUFFIXES if path.stem + s in beside), ""))
             elif path.name in METADATA:
                 self.others["metadata"].append(folder / name)
             elif suffix in self.others:
@@ -65,7 +66,7 @@ class FolderRows:
 
         def caption() -> str:
             if text is None:
-                raise BadSample(f"{key}: no caption; it is looked for in {picture.stem}.txt and {picture.stem}.caption")
+                raise BadSample(f"{key}: no caption; it is looked for in a file of the same name with .txt or .caption")
             return read_caption(text.read_bytes(), key)
 
         return Row(key, partial(open_picture, picture), caption)
@@ -130,13 +131,19 @@ def _holds_pictures(folder: Path) -> bool:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, set[str]]]:
-    """Every visible file's name from `folder` on, sorted, and the names of the files beside it."""
+    """Every visible file's name from `folder` on, sorted, and the names of the files beside it. Links to folders are
+    followed, each folder once."""
 
     def refuse(error: OSError) -> NoReturn:  # by itself, os.walk leaves out what it may not read
         raise error
 
-    for place, folders, files in os.walk(folder, onerror=refuse):
+    walked = set()
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
+        if (real := Path(place).resolve()) in walked:
+            folders.clear()
+            continue
+        walked.add(real)
         beside = {name for name in files if not is_hidden(name)}
         below = Path(place).relative_to(folder)
         for name in sorted(beside):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from distill.checkpoints.sources import find_family, load_pipeline, read_config
+from distill.checkpoints.tensors import read_safetensors_header
 from distill.common.ahead import ahead
 from distill.common.errors import UserError, explaining_full_memory, require_least
 from distill.common.files import (
@@ -24,12 +25,14 @@ from distill.common.files import (
     remove_leftovers,
     replacing,
     require_free_disk,
+    seed_of,
     sha256_json,
     write_json,
 )
 from distill.common.ownership import require_our_folder
 from distill.common.progress import say, track
-from distill.data.cache import CHECKSUM, STATED, UNCONDITIONAL, checksum, frozen_hashes, seed_of, shapes_of
+from distill.data.cache import KEY_FILE, UNCONDITIONAL, checksum, frozen_hashes
+from distill.data.cache_index import CHECKSUM, INDEX, read_index, write_index
 from distill.data.pictures import Source, open_source
 from distill.data.samples import BadSample, Fitting, Sample
 from distill.models.conditioning import Conditioning
@@ -64,33 +67,37 @@ def make_cache(
             f"the VAE of {checkpoint} is an AutoencoderTiny, which has no posterior to draw latents from; give a checkpoint "
             "with an AutoencoderKL"
         )
-    require_our_folder(out, "a latent cache", [STATED], ("seed", "shards"))
+    require_our_folder(out, "a latent cache", [KEY_FILE], ("seed", "shards"))
     family = find_family(checkpoint)
     source = open_source(data, family, seed, fitting)
     ranges = [range(i, min(i + SAMPLES_PER_SHARD, len(source))) for i in range(0, len(source), SAMPLES_PER_SHARD)]
     key = cache_key(checkpoint, data, source.identity, seed) | {"shards": len(ranges)}
-    stated = out / STATED
-    held = read_json(stated) if stated.exists() else key
-    if not isinstance(held, dict) or held | {"data": data} != key:  # the same data may be spelled otherwise
+    key_file = out / KEY_FILE
+    found = read_json(key_file) if key_file.exists() else key
+    if not isinstance(found, dict) or found | {"data": data} != key:  # the same data may be spelled otherwise
         raise UserError(
             f"{out} is a cache of other data (or of the same before it was changed), another seed, other "
             "options, or another VAE or text encoder; choose another --out or remove it"
         )
-    missing = [i for i in range(len(ranges)) if not _is_whole(_shard(out, i))]
-    todo = [i for i in missing if i % processes == rank]
-    if not missing and rank == 0:
-        say(f"{out} is finished, nothing is to do")
-    for path in filter(Path.exists, (_shard(out, i) for i in todo)):
+    shards = [out / f"shard-{number:06d}.safetensors" for number in range(len(ranges))]
+    missing = [number for number, shard in enumerate(shards) if not _is_whole(shard)]
+    todo = [number for number in missing if number % processes == rank]
+    for path in filter(Path.exists, (shards[number] for number in todo)):
         say(f"{path} is damaged and is made again")
     unconditional = out / UNCONDITIONAL
     if not todo and (rank or unconditional.is_file()):
+        _write_index(out, shards)
+        if not missing and rank == 0:
+            say(f"{out} is finished, nothing is to do")
         return
     for note in source.notes if rank == 0 else ():
         say(note)
     samples = sum(len(ranges[i]) for i in missing)
     require_free_disk(out, samples * sample_bytes(family), f"the cache of {samples} samples")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(stated, key)
+    write_json(key_file, key)
+    if missing:
+        (out / INDEX).unlink(missing_ok=True)
     device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     advice = f"take --batch below {batch}; finished shards stay, and the same command goes on"
     pipe = load_pipeline(checkpoint, torch.float32, without=("unet",))
@@ -102,12 +109,13 @@ def make_cache(
     reader = _Reader(source)
     too_long = 0
     progress = track(todo, f"caching {samples} samples", unit="shard")
-    with closing(ahead(lambda number: reader.read(ranges[number]), todo)) as shards, reader:
-        for number, (buckets, skipped) in zip(progress, shards, strict=True):
-            remove_leftovers(out, _shard(out, number).name)
+    with closing(ahead(lambda number: reader.read(ranges[number]), todo)) as decoded, reader:
+        for number, (buckets, skipped) in zip(progress, decoded, strict=True):
+            remove_leftovers(out, shards[number].name)
             with explaining_full_memory(advice):
-                write_shard(pipe, family.conditioning, buckets, skipped, _shard(out, number), seed, batch)
+                write_shard(pipe, family.conditioning, buckets, skipped, shards[number], seed, batch)
             too_long += count_too_long(pipe.tokenizer, buckets)
+    _write_index(out, shards)
     if too_long:
         say(
             f"{too_long} of the captions are longer than the {pipe.tokenizer.model_max_length} tokens that the text "
@@ -223,14 +231,23 @@ def count_too_long(tokenizer: Any, buckets: Mapping[Resolution, list[Sample]]) -
     return sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(captions).input_ids) if captions else 0
 
 
-def _shard(out: Path, number: int) -> Path:
-    return out / f"shard-{number:06d}.safetensors"
+def _write_index(out: Path, shards: Sequence[Path]) -> None:
+    """Makes the index where all shards are whole and the one that is there is not theirs: the last process to end does."""
+    index = out / INDEX
+    if not all(map(_is_whole, shards)):
+        return
+    try:
+        if index.exists() and np.array_equal(read_index(index).shard_bytes, [path.stat().st_size for path in shards]):
+            return
+    except UserError as error:
+        say(str(error).partition(":")[0] + " and is made again")
+    write_index(index, shards)
 
 
 def _is_whole(path: Path) -> bool:
     """Whether a shard is there, as long as its header says."""
     try:
-        shapes_of(path)
+        read_safetensors_header(path)
     except (FileNotFoundError, UserError):
         return False
     return True

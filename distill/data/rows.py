@@ -70,7 +70,10 @@ def read_caption(data: bytes, name: str, suffix: str = ".txt") -> str:
         entry = json.loads(text)
         if not isinstance(entry, dict):
             raise BadSample(f"{name}: its .json is no object with a caption")
-        return str(next((entry[column] for column in CAPTION_COLUMNS if entry.get(column)), ""))
+        caption = next((entry[column] for column in CAPTION_COLUMNS if entry.get(column)), "")
+        if not isinstance(caption, str):
+            raise BadSample(f"{name}: its caption is {json.dumps(caption)[:40]}, a text is needed")
+        return caption
     return text.strip()
 
 

@@ -23,6 +23,9 @@ WRITING = (
 UNFLIPPED = re.compile(rf'\b({"|".join(f"{DIRECTION} {WRITING}".split())})\b|["“”„«»「」『』]', re.IGNORECASE)
 """A picture whose caption has one of these words, or quotes something, is never mirrored: the caption would be wrong."""
 
+MOST_CHARACTERS = 10_000
+"""Of a caption, of which the encoders read 77 tokens: a longer one is another file."""
+
 
 class BadSample(Exception):
     """A sample that cannot be used; the message names it and says why. It is skipped and counted."""
@@ -73,11 +76,13 @@ def nearest_bucket(width: int, height: int, family: Family) -> Resolution:
 def in_eight_bits(image: Image.Image) -> Image.Image:
     """The picture as RGB: grey levels of 16 bits scaled to 8, what is transparent laid on white.
 
-    Raises ValueError for pixels in floating point, whose black and white nothing states.
+    Raises ValueError for pixels of 32 bits and in floating point, whose black and white nothing states.
     """
     if image.mode == "F":
         raise ValueError("its pixels are floating point numbers of no known range; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
+        if np.asarray(image).max() > 65535:
+            raise ValueError("its pixels are whole numbers of 32 bits; save it with 8 or 16")
         return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         seen = image.convert("RGBA")
@@ -90,11 +95,13 @@ def fit_to_bucket(
 ) -> Sample:
     """Resizes to cover the nearest bucket, flips half the time where that keeps the caption true, crops at random.
 
-    Raises BadSample for an empty caption, for a picture smaller than its bucket where these are to be skipped, and for
-    one with fewer pixels than its latent has places.
+    Raises BadSample for an empty caption and one of a book's length, for a picture smaller than its bucket where these are
+    to be skipped, and for one with fewer pixels than its latent has places.
     """
     if not caption.strip():
         raise BadSample(f"{key}: empty caption")
+    if len(caption) > MOST_CHARACTERS:
+        raise BadSample(f"{key}: its caption has {len(caption):,} characters; the most are {MOST_CHARACTERS:,}")
     width, height = image.size
     bucket = nearest_bucket(width, height, family)
     scale = max(bucket.width / width, bucket.height / height)

@@ -153,6 +153,8 @@ def _members(shard: Path) -> Iterator[tuple[str, int, int]]:
                 f"{shard} is compressed, and nothing in it can be reached without unpacking all before it: "
                 "uncompress it first (the pictures in it are compressed anyway)"
             )
+        if shard.stat().st_size % tarfile.BLOCKSIZE:  # Python takes a header that is cut for the archive's end
+            raise tarfile.ReadError("unexpected end of data")
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 if member.isfile() and not is_hidden(name := str(PurePosixPath(member.name))):

@@ -42,8 +42,7 @@ class Conditioning:
     order and `hidden_state` says which of their hidden states the UNet reads, counted as transformers counts
     `hidden_states` (-2: before the last layer), or None for the last one after the final norm; `pooled_from` is the
     encoder whose pooled output goes in too, with the size numbers. `options` are what model_index.json says beside the
-    parts, where the checkpoint is made here, `load_options`
-    what `from_pretrained` is told beside them.
+    parts, where the checkpoint is made here, `load_options` what `from_pretrained` is told beside them.
     """
 
     pipeline: str

@@ -47,14 +47,14 @@ class ModuleMap:
         count = self.student.transformers[transformer]
         return tuple(_index(self.paths[f"{transformer}.transformer_blocks.{i}"]) for i in range(count))
 
-    def relative_to(self, held: ModuleMap | None) -> ModuleMap:
-        """The same modules as they are called in an earlier student, whose own map is `held` (None: in the teacher).
+    def relative_to(self, base: ModuleMap | None) -> ModuleMap:
+        """The same modules as they are called in an earlier student, whose own map is `base` (None: in the teacher).
 
         Raises UserError where the earlier student has dropped one.
         """
-        if held is None:
+        if base is None:
             return self
-        places = {source: path for path, source in held.paths.items()}
+        places = {source: path for path, source in base.paths.items()}
         missing = [(path, source) for path, source in self.paths.items() if source not in places]
         if missing:
             path, source = missing[0]
@@ -62,7 +62,7 @@ class ModuleMap:
                 f"{path} is made from the teacher's {source}, which the student that it starts from has dropped; it can be "
                 "no deeper than that one, and its layer map must be nested in that one's"
             )
-        return ModuleMap(held.student, self.student, {path: places[source] for path, source in self.paths.items()})
+        return ModuleMap(base.student, self.student, {path: places[source] for path, source in self.paths.items()})
 
     def as_dict(self) -> dict[str, Any]:
         """What a student's slimxl.json holds of it."""
@@ -127,10 +127,10 @@ PRESETS = {"first": _first, "spread": _spread, "similarity": _similarity}
 
 
 def make_module_map(
-    layer_map: str | LayerMap, teacher: Depth, student: Depth, held: ModuleMap | None = None
+    layer_map: str | LayerMap, teacher: Depth, student: Depth, base: ModuleMap | None = None
 ) -> ModuleMap:
     """The whole map from a preset's name or from explicit entries. A transformer whose entry names fewer blocks than it
-    has keeps the first of the others too; one without an entry keeps what `held`, the map of the student that it is made
+    has keeps the first of the others too; one without an entry keeps what `base`, the map of the student that it is made
     from, has there if that is as deep, else the first.
 
     Of a level with fewer ResNets, a down level keeps the first, an up level the first and the last (BK-SDM, arXiv
@@ -140,15 +140,15 @@ def make_module_map(
     lacks, or a student with more anywhere than its teacher.
     """
     if isinstance(layer_map, str) and layer_map not in PRESETS:
-        raise unknown("layer map", layer_map, PRESETS)
+        raise unknown("layer map", layer_map, [*PRESETS, "FILE.json (for --layer-map; a recipe holds what is in it)"])
     explicit: LayerMap = {} if isinstance(layer_map, str) else layer_map
     choose = PRESETS[layer_map if isinstance(layer_map, str) else "first"]
     paths = _levels(teacher, student)
-    if held:
-        paths |= _kept_places(paths, student, held)
+    if base:
+        paths |= _kept_places(paths, student, base)
     _check_entries(explicit, paths, teacher, student)
     paths |= {path: entry for path, entry in explicit.items() if isinstance(entry, str) and path in paths}
-    places = {source: path for path, source in held.paths.items()} if held else {}
+    places = {source: path for path, source in base.paths.items()} if base else {}
     for path, count in student.transformers.items():
         source, given = paths[path], explicit.get(path)
         available = teacher.transformers.get(source, 0)
@@ -156,8 +156,8 @@ def make_module_map(
             raise UserError(f"the student has {count} blocks at {path}, its teacher only {available}")
         if isinstance(given, tuple):
             kept = _fill_up(path, given, count, available)
-        elif held and (there := places.get(source)) and len(held.blocks(there)) == count:
-            kept = held.blocks(there)
+        elif base and (there := places.get(source)) and len(base.blocks(there)) == count:
+            kept = base.blocks(there)
         else:
             kept = choose(available, count)
         ours, theirs = f"{path}.transformer_blocks", f"{source}.transformer_blocks"
@@ -207,14 +207,14 @@ def _unknown(what: str, got: str, names: Collection[str]) -> UserError:
     return UserError(f"unknown {what} {got!r}; the nearest are {', '.join(near)}")
 
 
-def _kept_places(paths: Mapping[str, str], student: Depth, held: ModuleMap) -> dict[str, str]:
+def _kept_places(paths: Mapping[str, str], student: Depth, base: ModuleMap) -> dict[str, str]:
     """Where the ResNets and transformers of an earlier student come from, in the levels that have as many now."""
-    now, then = student.layers, held.student.layers
+    now, then = student.layers, base.student.layers
     kept = {}
     for path in paths:
         level = next(level for level in now if path == level or path.startswith(f"{level}."))
-        if path in held.paths and now[level] == then.get(level) and held.paths[level] == paths[level]:
-            kept[path] = held.paths[path]
+        if path in base.paths and now[level] == then.get(level) and base.paths[level] == paths[level]:
+            kept[path] = base.paths[path]
     return kept
 
 

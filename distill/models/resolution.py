@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distill.common.errors import UserError
@@ -28,9 +29,12 @@ class Resolution:
         return cls(int(sides[1]), int(sides[2]))
 
 
-def parse_resolutions(sizes: str) -> tuple[Resolution, ...]:
-    """Sizes between spaces."""
-    return tuple(map(Resolution.parse, sizes.split()))
+def parse_resolutions(text: str, family: Sequence[Resolution] = ()) -> tuple[Resolution, ...]:
+    """Sizes between commas or spaces, each once; `all` are the family's, `first` is the first of them. Raises UserError
+    for anything else."""
+    words = {"all": family, "first": family[:1]}
+    sizes = words[text] if family and text in words else map(Resolution.parse, re.split(r"[,\s]+", text.strip(", ")))
+    return tuple(dict.fromkeys(sizes))
 
 
 NINE = parse_resolutions("1024x1024 1152x896 896x1152 1216x832 832x1216 1344x768 768x1344 1536x640 640x1536")

@@ -18,7 +18,7 @@ from torch import nn
 from distill.checkpoints.sources import find_architecture_of, load_component
 from distill.common.errors import require_least
 from distill.common.files import replacing, write_json
-from distill.common.ownership import require_our_files
+from distill.common.ownership import require_our_folder
 from distill.common.progress import say, track
 from distill.data.cache import LatentCache
 from distill.models.architectures import find_architecture
@@ -106,10 +106,11 @@ def propose_layer_map(scores: Sequence[BlockScore], modules: ModuleMap) -> dict[
 def report_importance(checkpoint: Path, cache: Path, student: str, out: Path, *, samples: int, timesteps: int) -> None:
     """Measures a checkpoint's UNet and writes `importance.json` (scores, proposed layer map) and `importance.svg`.
 
-    Raises UserError for an unknown student, one deeper than the checkpoint, a number out of range, or an empty cache.
+    Raises UserError for an unknown student, one deeper than the checkpoint, a number out of range, an empty cache, or an
+    `out` that holds something else.
     """
     require_least(1, samples=samples, timesteps=timesteps)
-    require_our_files(out, ("importance.json", "importance.svg"), "importance.json", ("blocks", "layer_map"))
+    require_our_folder(out, "an importance study", ["importance.json"], ("blocks", "layer_map"))
     architecture = find_architecture_of(checkpoint)
     depth, target = architecture.depth, find_architecture(student, architecture.family)
     modules = make_module_map("first", depth, target.depth)

@@ -37,15 +37,16 @@ class DivergenceGuard:
         return self.bad_steps >= self.patience
 
     def fault(self, step: int, terms: Mapping[str, float], *, steady: bool, scaled: bool) -> str | None:
-        """What is wrong with a step's terms, or None. Only a `steady` loss is compared with those before it. With
-        `scaled`, as in fp16, a gradient that is not finite is no fault: the scale was too large, and the scaler lowers it.
+        """What is wrong with the terms of `step`, told as the log counts, from 1, or None. Only a `steady` loss is compared
+        with those before it. With `scaled`, as in fp16, a gradient that is not finite is no fault: the scale was too large,
+        and the scaler lowers it.
         """
         broken = [name for name, value in terms.items() if not math.isfinite(value)]
         if broken and not (scaled and broken == ["gradient_norm"]):
-            return f"step {step} is not finite ({', '.join(broken[:4])})"
+            return f"step {step + 1} is not finite ({', '.join(broken[:4])})"
         if not (steady and self.diverged(terms["total"])):
             return None
         return (
             f"the loss has diverged: over {self.factor:g} times its median {self.median:.4g} for {self.patience} steps, "
-            f"now {terms['total']:.4g} at step {step}"
+            f"now {terms['total']:.4g} at step {step + 1}"
         )

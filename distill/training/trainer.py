@@ -10,34 +10,32 @@ from typing import Any
 
 import torch
 
-from distill.checkpoints.sources import (
-    check_successor,
-    checkpoint_hash,
-    find_architecture_of,
-    prediction_type_of,
-    read_config,
-    resolve,
-)
+from distill.checkpoints.sources import checkpoint_hash, find_architecture_of, read_config, resolve
 from distill.checkpoints.surgery import files_but_unet
 from distill.common.errors import UserError, explaining_full_memory
-from distill.common.files import exclusive, read_json, remove_leftovers, require_free_disk, sha256_json, write_json
+from distill.common.files import (
+    exclusive,
+    read_json,
+    remove_leftovers,
+    require_free_disk,
+    sha256_json,
+    size_text,
+    write_json,
+)
+from distill.common.ownership import require_our_folder
 from distill.common.progress import say
 from distill.data.cache import LatentCache
 from distill.models.conditioning import conditioning_of
 from distill.models.module_map import ModuleMap
 from distill.training.accelerator import COMPUTE_DTYPE, check_fsdp, decided_by_first, make_accelerator
-from distill.training.memory_plan import MemoryPlan, describe_plan, device_memory, plan_recipe
+from distill.training.memory import MemoryUse, count_recipe_memory, describe_memory, device_memory
 from distill.training.options import TrainOptions
 from distill.training.output.card import write_card
 from distill.training.output.state import STATE_FORMAT
 from distill.training.output.student_folder import stage_folder, student_dtype
 from distill.training.recipes import PREVIOUS, Recipe, stage_modules
 from distill.training.stage import StageRun
-from distill.training.step import alphas_cumprod_of
-from distill.training.student.lora import LORA_FILE
-
-WRITTEN = ("model_index.json", "unet", "vae", LORA_FILE, "stages", "state", "samples", "losses.jsonl", "README.md")
-"""What a run writes into its folder, beside run.json, which comes first, and slimxl.json, which comes last."""
+from distill.training.teachers import check_objectives, check_successor, find_pipelines
 
 
 def train(
@@ -61,6 +59,7 @@ def train(
     """
     options = options or TrainOptions()
     accelerator = make_accelerator(options, out)
+    decided_by_first(lambda: _require_our_run(out, workdir))
     if options.fsdp:
         adapters = any(stage.student.adapter for stage in recipe.stages)
         check_fsdp(accelerator.num_processes, options.mixed_precision, options.optimizer, adapters=adapters)
@@ -73,12 +72,12 @@ def train(
     first = next(iter(teachers.values()))
     for teacher in teachers.values():  # the first too: what it predicts is checked
         check_successor(first, teacher)
-    _check_objectives(recipe, teachers)
+    check_objectives(recipe, teachers)
     modules = stage_modules(recipe, find_architecture_of(first), ModuleMap.of_student(start) if start else None)
     folders = [Path(stage.cache) if stage.cache else cache for stage in recipe.stages]
     caches = {folder: LatentCache(folder, batch_size=recipe.batch_size, seed=recipe.seed) for folder in set(folders)}
     latents = [caches[folder] for folder in folders]
-    pipelines = decided_by_first(lambda: _find_pipelines(recipe, teachers, latents, start))
+    pipelines = decided_by_first(lambda: find_pipelines(recipe, teachers, latents, start))
     run = decided_by_first(lambda: _describe_run(recipe, teachers, latents, start, options))
     stages = [
         StageRun(
@@ -109,42 +108,6 @@ def train(
     accelerator.end_training()
 
 
-def _check_objectives(recipe: Recipe, teachers: dict[str, Path]) -> None:
-    """Raises UserError for a stage whose objective its teacher cannot serve; a student predicts what its teacher did."""
-    teacher = next(iter(teachers.values()))
-    for stage in recipe.stages:
-        teacher = teachers.get(stage.teacher, teacher)
-        try:
-            stage.objective.check(prediction_type_of(teacher), len(alphas_cumprod_of(teacher)))
-        except UserError as error:
-            raise UserError(f"stage {stage.name}: {error}") from None
-
-
-def _find_pipelines(
-    recipe: Recipe, teachers: dict[str, Path], latents: list[LatentCache], start: Path | None
-) -> list[Path]:
-    """For each stage the folder whose VAE and text encoders its cache was made with: its teacher's as a rule. The student of
-    the stage before has those of that stage.
-
-    Raises UserError where the teacher has others and the stage does not name that cache itself, or where no teacher has
-    those of the cache.
-    """
-    pipelines: list[Path] = []
-    candidates = [*teachers.values(), *([start] if start else [])]
-    for stage, cache in zip(recipe.stages, latents, strict=True):
-        teacher = teachers.get(stage.teacher) or pipelines[-1]
-        others = cache.check_teacher(teacher)
-        fitting = [folder for folder in (teacher, *candidates) if not cache.check_teacher(folder)]
-        if others and not (stage.cache and fitting):
-            raise UserError(
-                f"stage {stage.name}: its cache was made with other files of {', '.join(others)} than {stage.teacher} has; "
-                f'make one with `python -m distill cache --model {stage.teacher} …` and name it as that stage\'s "cache" in '
-                "the recipe"
-            )
-        pipelines.append(fitting[0])
-    return pipelines
-
-
 def _describe_run(
     recipe: Recipe, teachers: dict[str, Path], latents: list[LatentCache], start: Path | None, options: TrainOptions
 ) -> dict[str, Any]:
@@ -160,12 +123,18 @@ def _describe_run(
     return run | {"key": sha256_json(run)}
 
 
+def _require_our_run(out: Path, workdir: Path) -> None:
+    """Raises UserError where `out` holds something that no training wrote. The work folder may be `out` itself or lie
+    below it: the models that a command has made in it are ours."""
+    made = (path for path in workdir.resolve().glob("*/made.json") if path.is_relative_to(out.resolve()))
+    models = [path.relative_to(out.resolve()).parts[0] for path in made]
+    require_our_folder(out, "a training run", ["run.json", "slimxl.json"], ("recipe", "key"), leftovers=models)
+
+
 def _is_finished(out: Path, key: str) -> bool:
-    """Raises UserError where `out` belongs to something else, or was begun by a version whose state is not read."""
+    """Raises UserError where `out` belongs to another run, or was begun by a version whose state is not read."""
     stated = [out / name for name in ("run.json", "slimxl.json") if (out / name).exists()]
     if not stated:
-        if foreign := [name for name in WRITTEN if (out / name).exists()]:
-            raise UserError(f"{out} holds {foreign[0]}, which no training of this recipe wrote; choose another --out")
         return False
     about = read_json(stated[0])
     if about.get("key") != key:
@@ -186,11 +155,11 @@ def _train_stages(stages: list[StageRun], run: dict[str, Any]) -> None:
     done = decided_by_first(lambda: _stages_done(recipe, out))
     if done is None:
         return
-    plans: dict[str, MemoryPlan] = {}
+    uses: dict[str, MemoryUse] = {}
     if accelerator.is_main_process and done < len(stages):
         remove_leftovers(out / "stages")
         remove_leftovers(out / "state")
-        plans = _look_ahead(first)
+        uses = _look_ahead(first)
         write_json(out / "run.json", run | {"format": STATE_FORMAT})
     if options.report_to:
         settings = {"recipe": recipe.name, "batch_size": recipe.batch_size, "seed": recipe.seed}
@@ -203,7 +172,7 @@ def _train_stages(stages: list[StageRun], run: dict[str, Any]) -> None:
     accelerator.wait_for_everyone()
     previous = stage_folder(recipe, done - 1, out) if done else first.start
     micro_batch = recipe.micro_batch(accelerator.num_processes, options.accumulation)
-    with explaining_full_memory(_memory_advice(options, accelerator.num_processes, micro_batch, plans, out)):
+    with explaining_full_memory(_memory_advice(options, accelerator.num_processes, micro_batch, uses, out)):
         for stage in stages[done:]:
             if stage.number and accelerator.is_main_process:
                 stages[stage.number - 1].draw_finished(stage_folder(recipe, stage.number - 1, out))
@@ -223,14 +192,14 @@ def _stages_done(recipe: Recipe, out: Path) -> int | None:
     return next((n for n in numbers if (stage_folder(recipe, n - 1, out) / "slimxl.json").exists()), 0)
 
 
-def _look_ahead(stage: StageRun) -> dict[str, MemoryPlan]:
-    """Tells the memory plan of the run that `stage` is the first of before anything is loaded, and returns it.
+def _look_ahead(stage: StageRun) -> dict[str, MemoryUse]:
+    """Tells the memory needed by the run that `stage` is the first of before anything is loaded, and returns it.
 
     Raises UserError where the disk cannot hold the run: its checkpoints and one more while that is written, the student
     that a stage begins with, and whole pipelines of the stage before and of this (of a LoRA its two files).
     """
     options, processes, out = stage.options, stage.accelerator.num_processes, stage.out
-    title, plans = plan_recipe(
+    title, uses = count_recipe_memory(
         stage.recipe,
         find_architecture_of(stage.teacher),
         half=COMPUTE_DTYPE[options.mixed_precision],
@@ -240,28 +209,28 @@ def _look_ahead(stage: StageRun) -> dict[str, MemoryPlan]:
         fsdp=options.fsdp,
         started=stage.start is not None,
     )
-    for line in describe_plan(plans, title, *device_memory()):
+    for line in describe_memory(uses, title, *device_memory()):
         say(line)
-    plan = next(iter(plans.values()))
+    use = next(iter(uses.values()))
     shards = processes if options.fsdp else 1
-    state_bytes = (plan.student + plan.ema + plan.optimizer) * shards
-    initial_bytes = plan.student * shards
+    state_bytes = (use.student + use.ema + use.optimizer) * shards
+    initial_bytes = use.student * shards
     unet_bytes = initial_bytes * student_dtype(stage.teacher).itemsize // 4
     others = {} if stage.recipe.stages[-1].student.adapter else files_but_unet(stage.pipeline)
     pipeline_bytes = unet_bytes + sum(path.stat().st_size for path in others.values())
     needed = (options.keep_checkpoints + 1) * state_bytes + initial_bytes + 2 * pipeline_bytes
-    held = sum(
+    kept_bytes = sum(
         path.stat().st_size for kept in ("state", "stages") for path in (out / kept).rglob("*") if path.is_file()
     )
-    require_free_disk(out, needed - held, "what this run has yet to keep")
-    return plans
+    require_free_disk(out, needed - kept_bytes, "what this run has yet to keep")
+    return uses
 
 
 def _memory_advice(
-    options: TrainOptions, processes: int, micro_batch: int, plans: dict[str, MemoryPlan], out: Path
+    options: TrainOptions, processes: int, micro_batch: int, uses: dict[str, MemoryUse], out: Path
 ) -> str:
     """What was planned, and what of all that saves memory is left to try."""
-    planned = ", ".join(f"{plan.total / 1e9:.1f} GB {name}" for name, plan in plans.items())
+    planned = ", ".join(f"{size_text(use.total)} {name}" for name, use in uses.items())
     left = []
     if not options.gradient_checkpointing:
         left.append("--gradient-checkpointing")

@@ -31,14 +31,13 @@ from engines.bundle import (
     BuildRecord,
     Engine,
     FileRecord,
-    Guidance,
-    Layout,
     Manifest,
     Options,
     TensorInfo,
     read_manifest,
     write_manifest,
 )
+from engines.choices import Guidance, Layout
 from engines.flavors import BuildRequest
 from engines.integrity import is_intact
 from engines.memory import available_memory_bytes
@@ -141,14 +140,14 @@ def _build_one(job: Job, out: Path, budget_bytes: int, progress: BuildProgress) 
         raise
     records = _move_into_place(partial, target, out)
     return Engine(
-        component=job.component.name,  # type: ignore[arg-type]
+        component=job.component.name,
         flavor=job.flavor,  # type: ignore[arg-type]
         flavor_version=job.flavor_version,
         layout=job.layout,
         guidance=job.guidance,
         gpus=list(job.target.gpus),
         compute_capabilities=list(job.target.compute_capabilities),
-        precision=job.precision,  # type: ignore[arg-type]
+        precision=job.component.precision,  # type: ignore[arg-type]
         resolutions=job.resolutions,
         batches=job.batches,
         profiles=job.profiles,

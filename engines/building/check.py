@@ -15,7 +15,7 @@ import numpy as np
 from distill.common.errors import UserError
 from distill.common.files import sha256_file
 from engines.bundle import BuildRecord, Engine, FileRecord, Profile, ShapeRange, TensorInfo
-from engines.flavors import FLAVORS, BuildRequest, LoadOptions, find_flavor
+from engines.flavors import FLAVORS, BuildRequest, LoadOptions, find_flavor, why_not_here
 from engines.gpus import gpu_at_hand
 
 SIDE = 64
@@ -48,11 +48,9 @@ def check_flavor(name: str) -> str:
     """Builds, loads and runs y = relu(x @ w). Returns `yes, …` or `no: …`, with the runtime's own reason."""
     try:
         flavor, gpu = find_flavor(name), gpu_at_hand()
+        if why := why_not_here(flavor):
+            return f"no: {why}"
         version, device = flavor.version(), flavor.default_device()
-        if flavor.targets is not None and (gpu is None or gpu[1] not in flavor.targets):
-            found = f"compute capability {gpu[1]}" if gpu else "no GPU"
-            built = "; it builds for other GPUs here" if name == "tensorrt-rtx" else ""
-            return f"no: {version} runs on {', '.join(sorted(flavor.targets, key=float))}, found {found}{built}"
         with tempfile.TemporaryDirectory() as folder:
             error = _largest_error(Path(folder), name, version, device, gpu[1] if gpu else "")
     except UserError as reason:

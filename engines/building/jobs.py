@@ -6,15 +6,16 @@ import re
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
-from distill.common.errors import UserError
+from distill.common.errors import UserError, require_least
 from distill.common.files import sha256_json, size_text
-from distill.models.resolution import Resolution
+from distill.models.resolution import Resolution, parse_resolutions
 from engines.building.layouts import DEFAULT_LAYOUTS, make_profiles
-from engines.building.options import parse_resolutions
-from engines.bundle import Guidance, Layout, Options, Profile
+from engines.bundle import Options, Profile
+from engines.choices import Guidance, Layout
 from engines.flavors import Flavor, find_flavor
 from engines.gpus import Target, resolve_targets
-from engines.onnx_folder import UNSIZED, OnnxComponent, OnnxFolder
+from engines.onnx_folder import OPTIONAL, OnnxComponent, OnnxFolder
+from export.components import TEXT_ENCODERS
 from export.folder import check_files
 
 ENGINE_NAME = re.compile(
@@ -23,8 +24,6 @@ ENGINE_NAME = re.compile(
 """Of the names that `Job.path` gives, and of no other: a file or folder called so in a bundle was built by slimxl."""
 RECIPE_VERSION = 2
 """Part of every key. Raise it when the same inputs should give another plan."""
-OPTIONAL = ("vae_encoder",)
-"""Components that are built only if named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,6 @@ class Job:
     target: Target
     profiles: list[Profile]
     batches: list[int]
-    precision: str
     options: Options = field(default_factory=dict)
 
     @property
@@ -124,10 +122,12 @@ def list_jobs(
     """A job for every engine the command asks for, in the order they are built. Raises UserError for what is impossible."""
     backend: Flavor = find_flavor(flavor)
     targets = resolve_targets(gpus, flavor, backend.targets)
-    chosen = parse_resolutions(resolutions, folder.resolutions)
+    chosen = list(parse_resolutions(resolutions, folder.resolutions))
+    if strange := [one for one in chosen if one not in folder.resolutions]:
+        known = ", ".join(map(str, folder.resolutions))
+        raise UserError(f"resolution {strange[0]} is not one of this model's: {known}, or all")
     wanted_batches = sorted(set(batches or [1]))
-    if wanted_batches[0] < 1:
-        raise UserError(f"batch {wanted_batches[0]} is not possible: name numbers of images from 1 up")
+    require_least(1, batches=wanted_batches[0])
     if flavor == "onnxruntime" and layout not in (None, "ranged"):
         raise UserError(f"flavor onnxruntime has one engine for all resolutions: layout {layout} is for TensorRT")
     if folder.is_static:
@@ -148,7 +148,7 @@ def list_jobs(
     for name in names:
         component = folder.components[name]
         sizes, spread = chosen, layout
-        if name in UNSIZED:  # the same engine for every command, so that it is built once
+        if name in TEXT_ENCODERS:  # the same engine for every command, so that it is built once
             sizes, spread = folder.resolutions, "per-resolution" if folder.is_static else "ranged"
         for profiles in make_profiles(component, spread, sizes, wanted_batches, guidance):
             graph = component.at(Resolution.parse(profiles[0].resolutions[0]))
@@ -163,7 +163,6 @@ def list_jobs(
                         target=target,
                         profiles=profiles,
                         batches=wanted_batches,
-                        precision=graph.precision,
                         options=options or {},
                     )
                 )

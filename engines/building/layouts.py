@@ -18,8 +18,10 @@ from __future__ import annotations
 
 from distill.common.errors import UserError
 from distill.models.resolution import Resolution
-from engines.bundle import Guidance, Layout, Profile, ShapeRange
-from engines.onnx_folder import UNSIZED, OnnxComponent
+from engines.bundle import Profile, ShapeRange
+from engines.choices import Guidance, Layout
+from engines.onnx_folder import OnnxComponent
+from export.components import TEXT_ENCODERS
 
 DEFAULT_LAYOUTS: dict[str, Layout] = {"tensorrt": "shared", "tensorrt-rtx": "ranged", "onnxruntime": "ranged"}
 
@@ -86,7 +88,7 @@ def make_profiles(
     guidance: Guidance = "always",
 ) -> list[list[Profile]]:
     """The profiles of each plan of the component."""
-    if layout == "ranged" or component.name in UNSIZED:
+    if layout == "ranged" or component.name in TEXT_ENCODERS:
         return [[_profile(0, component, resolutions, (min(batches), max(batches)), guidance)]]
     groups = [[resolution] for resolution in resolutions] if layout == "per-resolution" else [resolutions]
     return [

@@ -1,29 +1,10 @@
-"""Reads the options of the commands: lists of names, numbers and resolutions, and the builder's switches."""
+"""The builder's switches, as a command states them."""
 
 from __future__ import annotations
 
 from distill.common.errors import UserError
-from distill.models.resolution import Resolution
 from engines.bundle import Options
 from engines.gpus import gpu_at_hand
-
-
-def parse_names(text: str) -> list[str]:
-    """Names separated by commas."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def parse_resolutions(text: str, family: list[Resolution]) -> list[Resolution]:
-    """`all`, or some of the family's sizes separated by commas. Raises UserError for any other."""
-    if text == "all":
-        return family
-    chosen = [Resolution.parse(part.strip()) for part in text.split(",")]
-    for resolution in chosen:
-        if resolution not in family:
-            raise UserError(
-                f"resolution {resolution} is not one of this model's: {', '.join(map(str, family))}, or all"
-            )
-    return list(dict.fromkeys(chosen))
 
 
 def builder_options(

@@ -11,14 +11,14 @@ from engines.building.reports import console
 from engines.bundle import Engine, Manifest, read_manifest, write_manifest
 from engines.flavors import FLAVORS
 from engines.gpus import GPUS, version_tuple
-from engines.onnx_folder import UNSIZED
+from export.components import TEXT_ENCODERS
 
 
 def _wanted(engine: Engine, gpus: list[str], flavors: list[str], resolutions: list[str]) -> bool:
     """An empty list wants everything; an engine for any GPU, or of a component without sizes, is always wanted."""
     by_gpu = not gpus or any(engine.serves(GPUS[name].compute_capability) for name in gpus)
     by_flavor = not flavors or engine.flavor in flavors
-    by_size = not resolutions or engine.component in UNSIZED or bool(set(resolutions) & set(engine.resolutions))
+    by_size = not resolutions or engine.component in TEXT_ENCODERS or bool(set(resolutions) & set(engine.resolutions))
     return by_gpu and by_flavor and by_size
 
 

@@ -1,6 +1,7 @@
 """Runtimes behind one small interface: `build` writes an engine's files, `load` opens them, `run` runs them.
 
-A new runtime is one more module with a class like `Flavor`, and an entry in `_MODULES`.
+A new runtime is one more module with a class like `Flavor`, an entry in `_MODULES`, and its name
+among the `choices`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from distill.common.errors import unknown
+from distill.common.errors import UserError, unknown
+from engines import gpus
 from engines.bundle import Engine, Options, Profile, TensorInfo
 
 if TYPE_CHECKING:
@@ -100,3 +102,18 @@ def find_flavor(name: str) -> Flavor:
     module = import_module(f"engines.flavors.{_MODULES[name]}")
     flavor: Flavor = module.make(name)
     return flavor
+
+
+def why_not_here(flavor: Flavor) -> str | None:
+    """Why this machine cannot run a flavor: it is not installed, or has no target for the GPU at hand. None where neither
+    is so."""
+    try:
+        version = flavor.version()
+    except UserError as error:
+        return str(error)
+    gpu = gpus.gpu_at_hand()
+    if flavor.targets is None or (gpu and gpu[1] in flavor.targets):
+        return None
+    found = f"{gpu[0]} (compute capability {gpu[1]})" if gpu else "no GPU"
+    built = "; it builds for other GPUs here" if flavor.name == "tensorrt-rtx" else ""
+    return f"{version} runs on compute capability {', '.join(sorted(flavor.targets, key=float))}, found {found}{built}"

@@ -104,7 +104,7 @@ class OnnxRuntimeFlavor:
         once to see that it loads. No hard link: onnx refuses to read weights that have a second one, the user's too."""
         import onnx_ir as ir
 
-        from export.graph import spell_group_norms
+        from export.graph.passes import spell_group_norms
 
         request.out.mkdir()
         graph, *weights = request.onnx_files

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from distill.common.errors import UserError
 from distill.common.files import read_json
+from distill.common.validation import first_fault
 
 LOAD_SCHEMA: Literal["slimxl.load/1"] = "slimxl.load/1"
 
@@ -104,8 +105,5 @@ def read_load(path: Path) -> LoadFile:
     try:
         return LoadFile.model_validate(read_json(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"{path} does not keep to {LOAD_SCHEMA}: {where}: {first['msg']}; make it anew with python -m engines load-test"
-        ) from None
+        fault = f"{path} does not keep to {LOAD_SCHEMA}: {first_fault(error)}"
+        raise UserError(f"{fault}; make it anew with python -m engines load-test") from None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill.common.errors import require_between, require_least
+from engines.serving.request import DEFAULTS, LIMITS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +42,14 @@ class Workload:
 
     size: str | None = None
     """Of the pictures, WIDTHxHEIGHT in pixels, e.g. 1024x1024. None: the first that is served."""
-    steps: int = 25
+    steps: int = DEFAULTS["steps"]
     """Denoising steps, 1 to 200."""
-    guidance: float = 5.0
+    guidance: float = DEFAULTS["guidance"]
     """Guidance scale, 0 to 50; up to 1 is no guidance."""
-    images: int = 1
+    images: int = DEFAULTS["images"]
     """Pictures for each request, 1 to 16."""
 
     def __post_init__(self) -> None:
         """Raises UserError for what no server takes."""
-        require_between(1, 200, steps=self.steps)
-        require_between(0, 50, guidance=self.guidance)
-        require_between(1, 16, images=self.images)
+        for name in ("steps", "guidance", "images"):
+            require_between(*LIMITS[name], **{name: getattr(self, name)})

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from distill.common.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DEFAULTS: dict[str, Any] = {
     "negative_prompt": None,

@@ -12,7 +12,7 @@ from bench.contestants.spec import Spec, parse_specs
 from bench.quality.fidelity import FidelityOptions
 from bench.results import read_results
 from bench.run import run_bench
-from bench.workload import Workload, make_workloads, parse_resolutions
+from bench.workload import Workload, family_resolutions, make_workloads
 from distill.common.errors import UserError, counts
 from distill.models.families import MINI_FAMILY
 from distill.models.resolution import Resolution
@@ -245,7 +245,7 @@ def test_damaged_artifacts_are_told_before_anything_is_loaded(tmp_path, monkeypa
         ({"guidance": "5,-1"}, "at least 0"),
         ({"resolutions": "0x64"}, "the nearest is 32x64"),
         ({"resolutions": "1000"}, "WIDTHxHEIGHT"),
-        ({"resolutions": ","}, "resolutions ','"),
+        ({"resolutions": ","}, "WIDTHxHEIGHT"),
         ({"resolutions": "1000x1000"}, "multiples of 32"),
         ({"scheduler": "eulr"}, "did you mean 'euler'"),
         ({"device": "tpu"}, "unknown device"),
@@ -269,7 +269,7 @@ def test_specs_keep_colons_of_the_source():
 
 def test_workloads_change_one_thing_at_a_time():
     found = make_workloads(
-        parse_resolutions("all", MINI_FAMILY),
+        family_resolutions("all", MINI_FAMILY),
         counts("--steps", "8,4"),
         batches=[1, 2],
         guidance_scales=[5.0, 1.0],

@@ -9,7 +9,7 @@ from bench.contestants.spec import make_contestant, parse_specs
 from bench.jobs import COMPILED_LOOP, LOOPS_ON_CPU, Job, Jobs
 from bench.suite import SuiteOptions, run_suite
 from distill.common.errors import UserError
-from distill.studies.bench import LOOPS
+from distill.studies.loops import LOOPS
 
 MINI = {"device": "cpu", "models": "mini-ssd-1b,mini-vega", "resolutions": "64x64", "steps": 1}
 
@@ -180,7 +180,7 @@ def test_a_gpu_without_a_target_is_told_before_anything_is_exported(monkeypatch,
         monkeypatch.setattr(type(find_flavor(name)), "version", lambda _: "1")
     monkeypatch.setattr("engines.gpus.gpu_at_hand", lambda: ("NVIDIA H200", "9.0"))
     assert "tensorrt-rtx" not in suite._flavors("cuda")
-    assert "tensorrt-rtx is left out: has no target for NVIDIA H200" in capsys.readouterr().out
+    assert "12.1, found NVIDIA H200 (compute capability 9.0)" in capsys.readouterr().out
     assert not {"tensorrt", "tensorrt-rtx"} & set(suite._flavors("cpu"))
 
 

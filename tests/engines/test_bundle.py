@@ -108,6 +108,9 @@ def test_manifest_survives_a_round_trip(toy_manifest: Manifest) -> None:
         (lambda m: m["engines"][0]["files"][0].update(sha256="0"), "damaged at engines.0.files.0.sha256"),
         (lambda m: m["engines"][0]["files"][0].update(size_bytes=-1), "size_bytes"),
         (lambda m: m["engines"][0].update(flavor="pickle"), "damaged at engines.0.flavor"),
+        (lambda m: m["engines"][0].update(component="lora"), "engines.0.component: .* known are unet, vae_decoder"),
+        (lambda m: m["source"].update(pipeline="FluxPipeline"), "source.pipeline: .* no pipeline of Stable Diffusion"),
+        (lambda m: m["source"].pop("pipeline"), "source.pipeline: field required"),
         (lambda m: m["engines"][0]["profiles"][0].update(index=3), "profile 3 at position 0"),
         (lambda m: m["engines"][0]["profiles"][0]["shapes"]["sample"].update(min=[9, 9, 9, 9]), "min <= opt <= max"),
         (lambda m: m["engines"].append(m["engines"][0]), "two records name the same file"),
@@ -169,13 +172,16 @@ def test_no_manifest(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-def test_a_link_that_leads_out_is_refused(bundle: Path, tmp_path: Path) -> None:
-    record = read_manifest(bundle).engines[0].files[0]
-    outside = tmp_path / "outside"
-    shutil.copyfile(bundle / record.path, outside)
-    (bundle / record.path).unlink()
-    (bundle / record.path).symlink_to(outside)
-    assert any("leads out of the bundle" in fault for fault in verify_bundle(bundle))
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("outside", "leads out of the bundle"), ("nothing", "leads out of the bundle"), ("circle", "is missing")],
+)
+def test_a_link_that_leads_nowhere_or_out_is_refused(bundle: Path, tmp_path: Path, name: str, message: str) -> None:
+    path = bundle / read_manifest(bundle).engines[0].files[0].path
+    shutil.copyfile(path, tmp_path / "outside")
+    path.unlink()
+    path.symlink_to(path if name == "circle" else tmp_path / name)
+    assert any(message in fault for fault in verify_bundle(bundle))
 
 
 def test_a_file_without_a_hash_is_not_read(bundle: Path) -> None:

@@ -108,7 +108,7 @@ def test_the_same_program_reads_plans(
     monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", OnnxPlans(graphs, cudart, plans[0].flavor_version))
-    monkeypatch.delitem(sys.modules, "plan_tensorrt", raising=False)
+    monkeypatch.delitem(sys.modules, "run_tensorrt", raising=False)
     noise = np.random.default_rng(1).standard_normal((1, 4, 12, 28))
     example = load_example("without_torch")
     arguments = (toy_bundle, "a red circle", "224x96", 4, 5.0, noise)
@@ -125,9 +125,9 @@ def test_the_same_program_reads_plans(
     cudart.cudaGetDeviceProperties = FakeCudart((9, 0)).cudaGetDeviceProperties
     with pytest.raises(SystemExit, match=r"no unet \(tensorrt-rtx\) serves 224x96, .* and runs here; .*'8.0', '8.9'"):
         example.text_to_latent(*arguments, "tensorrt-rtx")
-    runs_here = load_example("plan_tensorrt").runs_here
+    runs_here = load_example("run_tensorrt").runs_here
     assert runs_here(unet | {"options": {"hardware_compatible": "ampere+"}}) and not runs_here(unet)
-    monkeypatch.delitem(sys.modules, "plan_tensorrt")
+    monkeypatch.delitem(sys.modules, "run_tensorrt")
 
 
 def test_a_damaged_file_is_not_opened_without_torch(toy_bundle: Path, tmp_path: Path) -> None:

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from export.__main__ import _words
-
 
 def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "export", *map(str, words)]
@@ -29,10 +27,6 @@ def test_bad_input_is_one_line_and_exit_code_2(mini_vega: Path, tmp_path: Path, 
     assert done.returncode == 2, done.stderr
     assert message in done.stderr and done.stderr.strip().count("\n") == 0
     assert not (tmp_path / "out").exists()
-
-
-def test_words_stand_between_commas_and_count_once() -> None:
-    assert _words("unet, vae_decoder,,unet ") == ("unet", "vae_decoder")
 
 
 def test_export_then_verify(mini_vega: Path, tmp_path: Path) -> None:

@@ -26,11 +26,11 @@ from distill.common.files import exclusive, read_json, sha256_file
 from distill.models.catalogue import count_parameters
 from distill.models.families import MINI_FAMILY
 from distill.models.resolution import Resolution
+from export.checks.parity import cpu_session
 from export.components import COMPONENTS
 from export.folder import check_files, export_checkpoint
+from export.graph.trace import trace
 from export.job import ExportOptions, make_job
-from export.parity import cpu_session
-from export.trace import trace
 
 SMALL = ("text_encoder",)
 
@@ -342,7 +342,7 @@ def test_the_disk_wanted_is_that_of_the_weights(
     ("options", "message"),
     [
         ({"opset": 17}, "opset 17.*allowed are 18, 19, 20, 21, 22, 23"),
-        ({"batch": 0}, "batch 0 is not possible"),
+        ({"batch": 0}, "--batch is 0; the least is 1"),
         ({"guidance": "any"}, "unknown guidance 'any'"),
         ({"components": ()}, "no component is named: known are unet"),
         ({"components": ("unit",)}, "unknown component 'unit'.*did you mean 'unet'"),

@@ -15,9 +15,9 @@ from distill.common.files import read_json
 from distill.models.architectures import VEGA_DEPTH, Architecture, find_architecture
 from distill.models.families import MINI_FAMILY
 from distill.models.resolution import Resolution
+from export.checks.verify import verify_folder
 from export.folder import export_checkpoint
 from export.job import ExportOptions
-from export.verify import verify_folder
 
 WIDTHS = {
     "unet": {

@@ -17,7 +17,8 @@ import engines
 from distill.common.errors import UserError
 from engines.building.build import build_bundle
 from engines.building.options import builder_options
-from engines.bundle import Layout, read_manifest
+from engines.bundle import read_manifest
+from engines.choices import Layout
 from engines.flavors import find_flavor
 from engines.gpus import gpu_at_hand
 from export import ExportOptions, export_checkpoint
@@ -175,4 +176,4 @@ def test_the_program_without_torch(flavor: str, tmp_path: Path, monkeypatch: pyt
     settings = {"guidance_scale": 5.0, "latents": start, "output_type": "latent"}
     expected = draw(engines.load(bundle, flavor=flavor), "224x96", **settings).float().cpu().numpy()  # type: ignore[attr-defined]
     assert np.abs(latent - expected).max() < 2e-2 * np.abs(expected).max()
-    sys.modules.pop("plan_tensorrt", None)
+    sys.modules.pop("run_tensorrt", None)

@@ -55,7 +55,7 @@ class Nets:
     alphas_cumprod: torch.Tensor
     unconditional: Mapping[str, torch.Tensor]
     prediction_type: str = "epsilon"
-    target: Predict | None = None
+    target: Any = None
 
     def unprompted(self, batch: Batch) -> Batch:
         """The batch, of whatever size, with no prompt in place of its own."""

@@ -95,9 +95,9 @@ class TrainingState:
     def _exchange(self, ema: EMAModel) -> None:
         """Swaps student and average, one tensor at a time: a GPU may have no room for a third copy."""
         for parameter, average in zip(trained_parameters(self.student), ema.shadow_params, strict=True):
-            held = parameter.detach().clone()
+            own = parameter.detach().clone()
             parameter.copy_(average)
-            average.copy_(held)
+            average.copy_(own)
 
 
 @dataclass(frozen=True, kw_only=True)

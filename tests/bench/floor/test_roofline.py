@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from shutil import copytree
 
 import pytest
 
@@ -12,7 +13,6 @@ from bench.floor.roofline import (
     component_costs,
     count_cost,
     measure_cpu_peak,
-    mfu,
     total_floor_ms,
     total_flops,
 )
@@ -54,7 +54,7 @@ def test_a_tiny_vae_is_counted_too():
 
     narrow = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
     vae = json.dumps(dict(narrow.config) | {"_class_name": "AutoencoderTiny"})
-    networks = dict(architecture_configs("mini-vega").networks) | {"vae": vae}
+    networks = dict(architecture_configs("mini-vega").texts) | {"vae": vae}
     costs = component_costs(ModelConfigs(tuple(networks.items())), SQUARE)
     counted = count_cost("vae_decoder", vae, 32, 16, 16, 1)
     assert counted.parameters == sum(one.numel() for one in narrow.decoder.parameters())
@@ -69,10 +69,18 @@ def test_guidance_and_batch_double_the_unet():
     assert guided["vae_decoder"][1].flops == plain["vae_decoder"][1].flops
 
 
+@pytest.mark.parametrize(("zeros", "calls"), [(True, 1), (False, 2)])
+def test_an_empty_prompt_is_encoded_where_the_checkpoint_says_so(mini_vega, tmp_path, zeros, calls):
+    folder = copytree(mini_vega, tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text()) | {"force_zeros_for_empty_prompt": zeros}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    costs = component_costs(ModelConfigs.of_folder(folder), Workload(resolution=Resolution(128, 128), steps=1))
+    assert [costs[name][0] for name in ("text_encoder", "text_encoder_2")] == [calls, calls]
+
+
 def test_the_floor_is_the_slower_of_arithmetic_and_memory():
     assert Cost(0, flops=2e12, bytes=1e9).floor_ms(1.0, 1.0) == pytest.approx(2000)
     assert Cost(0, flops=1e9, bytes=3e12).floor_ms(1.0, 1.0) == pytest.approx(3000)
-    assert mfu({"unet": (10, Cost(0, 1e12, 0))}, total_ms=20_000, tflops=1.0) == pytest.approx(0.5)
 
 
 def test_boards_are_known_by_nvmls_name_and_unknown_ones_have_no_floor():

@@ -3,7 +3,7 @@ import pytest
 from bench.contestants.spec import Spec, make_contestant
 from bench.measure.kernels import profile_denoise
 from bench.workload import Workload
-from distill.common.kernels import by_family, family_of
+from distill.common.kernels import by_kind, kernel_kind
 from distill.models.resolution import Resolution
 
 
@@ -43,15 +43,15 @@ from distill.models.resolution import Resolution
     ],
 )
 def test_kernels_are_told_by_name(kernel, family):
-    assert family_of(kernel) == family
+    assert kernel_kind(kernel) == family
 
 
 def test_what_no_kernel_explains_is_idle():
-    found = by_family({"flash_fwd": 6000.0, "nvjet_x": 3000.0}, steps=3, step_ms=5.0)
+    found = by_kind({"flash_fwd": 6000.0, "nvjet_x": 3000.0}, steps=3, step_ms=5.0)
     assert found["families_ms"] == {"attention": 2.0, "idle": 2.0, "gemm": 1.0}
     assert found["kernels"][0] == {"name": "flash_fwd", "ms": 2.0, "family": "attention"}
-    assert by_family({"flash_fwd": 6000.0}, steps=1, step_ms=5.0)["families_ms"]["idle"] == 0
-    assert "idle" not in by_family({"flash_fwd": 6000.0}, steps=1, step_ms=None)["families_ms"]
+    assert by_kind({"flash_fwd": 6000.0}, steps=1, step_ms=5.0)["families_ms"]["idle"] == 0
+    assert "idle" not in by_kind({"flash_fwd": 6000.0}, steps=1, step_ms=None)["families_ms"]
 
 
 def test_a_real_denoise_loop_is_profiled():

@@ -11,7 +11,7 @@ from distill.common.errors import UserError
 def test_a_file_of_only_its_schema_is_one_line(tmp_path, schema):
     path = tmp_path / "empty.json"
     path.write_text(json.dumps({"schema_version": schema}))
-    with pytest.raises(UserError, match=f"does not keep to {schema}: .*: Field required"):
+    with pytest.raises(UserError, match=f"does not keep to {schema}: .*: field required"):
         read_inputs([path])
 
 

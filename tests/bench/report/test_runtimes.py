@@ -10,7 +10,7 @@ from bench.floor.predict import floor_ms
 from bench.floor.roofline import ModelConfigs, component_costs, total_flops
 from bench.measure.clock import Sample
 from bench.measure.stats import Estimate
-from bench.report.formatting import by_size
+from bench.report.elements.formatting import by_size
 from bench.report.report import write_report
 from bench.report.runtimes import layout_table, limits, quotient, runtime_figures
 from bench.results import Results, read_results
@@ -30,7 +30,7 @@ def about(model):
         name: {"calls": calls, "parameters": cost.parameters, "flops": cost.flops, "bytes": cost.bytes}
         for name, (calls, cost) in costs.items()
     }
-    return told["unet"]["parameters"], told, dict(configs.networks)
+    return told["unet"]["parameters"], told, dict(configs.texts)
 
 
 def gpu_results(template, contestants, sizes=SIZES[:1], part="x"):

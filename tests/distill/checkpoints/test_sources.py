@@ -27,7 +27,6 @@ from transformers import CLIPTextConfig
 from distill.checkpoints.sources import (
     MINI_TEACHER,
     check_checkpoint,
-    check_successor,
     checkpoint_hash,
     find_architecture_of,
     load_component,
@@ -43,6 +42,7 @@ from distill.common.files import remove_leftovers, replacing, write_json
 from distill.models.architectures import ARCHITECTURES, find_architecture
 from distill.models.networks import DEFAULTS
 from distill.models.unet_config import UNET_DEFAULTS
+from distill.training.teachers import check_successor
 
 
 @pytest.fixture

@@ -198,3 +198,12 @@ def test_a_damaged_file_is_one_line(damage, message: str, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=message) as refusal:
         read_safetensors_header(path)
     assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_header_may_be_as_long_as_a_pickle_begins(tmp_path: Path) -> None:
+    """640 bytes are written as 80 02, which is how a pickle of protocol 2 begins."""
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(2)}, path)
+    header(path, lambda h: h.update(__metadata__={"text": " " * (640 - len(json.dumps(h)) - 30)}))
+    assert path.read_bytes()[:2] == b"\x80\x02"
+    assert read_safetensors_header(path)["a"].shape == (2,)

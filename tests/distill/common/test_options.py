@@ -9,7 +9,7 @@ import pytest
 import tyro
 
 from distill.common.errors import UserError, counts, require_above, require_between, require_least
-from distill.common.options import OPTIONS
+from distill.common.options import OPTIONS, parse_names
 
 
 @dataclass(kw_only=True)
@@ -62,6 +62,10 @@ def test_numbers_between_commas() -> None:
     for text in ("", ",", "0", "-1", "²", "1.5", "nan", "1025", "9" * 5000, "1;2"):
         with pytest.raises(UserError, match="is not a list of whole numbers from 1 to 1024"):
             counts("--steps", text)
+
+
+def test_names_stand_between_commas_and_count_once() -> None:
+    assert parse_names("unet, vae_decoder,,unet ") == ["unet", "vae_decoder"]
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])

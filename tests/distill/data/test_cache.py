@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from distill.checkpoints.sources import load_component
 from distill.common.errors import UserError
 from distill.data.cache import UNCONDITIONAL, LatentCache, checksum
+from distill.data.cache_index import INDEX, write_index
 from distill.data.make_cache import encode, make_cache
 from distill.data.pictures import open_source
 from distill.data.samples import Fitting, Sample
@@ -129,6 +130,7 @@ def test_a_resolution_is_seen_as_often_as_its_samples_are_many(tmp_path: Path) -
             f"{size}/crc32": torch.tensor([checksum([torch.zeros(1), i]) for i in ids]),
         }
     save_file(tensors, tmp_path / "shard-000000.safetensors")
+    write_index(tmp_path / INDEX, [tmp_path / "shard-000000.safetensors"])
     (tmp_path / "cache.json").write_text('{"shards": 1}')
     save_file({"encoder_hidden_states": torch.zeros(1, 1)}, tmp_path / UNCONDITIONAL)
     latents = LatentCache(tmp_path, batch_size=8, seed=0)
@@ -157,6 +159,24 @@ def test_a_cache_is_held_against_the_teacher(mini_vega: Path, cache: Path, tmp_p
 def test_an_empty_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"it has no cache\.json; make one with"):
         LatentCache(tmp_path, batch_size=1, seed=0)
+
+
+def test_an_index_is_of_the_shards_that_are_there(mini_vega: Path, tmp_path: Path, capsys) -> None:
+    make_cache(mini_vega, "shapes:2", tmp_path)
+    index, shard = tmp_path / INDEX, tmp_path / "shard-000000.safetensors"
+    whole, made = index.read_bytes(), shard.read_bytes()
+    for damage, told in (
+        (index.unlink, f"not finished: it has no {INDEX}; run the same"),
+        (lambda: index.write_bytes(whole[:-1]), rf"{INDEX} is damaged .* run the same `distill cache` command"),
+    ):
+        damage()
+        with pytest.raises(UserError, match=told):
+            LatentCache(tmp_path, batch_size=1, seed=0)
+        make_cache(mini_vega, "shapes:2", tmp_path)
+        assert index.read_bytes() == whole and "is finished, nothing is to do" in capsys.readouterr().out
+    shard.write_bytes(made[:-1] + bytes([made[-1] ^ 1]))  # changed since the index was made, and as long
+    with pytest.raises(UserError, match="another than the index was made of: remove it and run"):
+        [LatentCache(tmp_path, batch_size=1, seed=0).batch(step) for step in range(4)]
 
 
 def test_a_cut_shard_is_named_and_made_again(mini_vega: Path, tmp_path: Path, capsys) -> None:
@@ -205,6 +225,7 @@ def test_a_sample_that_is_damaged_or_not_finite_is_named(mini_vega: Path, tmp_pa
     fields = sorted(name for name in tensors if not name.endswith("crc32"))
     tensors[f"{size}/crc32"][0] = checksum([tensors[name][0] for name in fields])
     save_file(tensors, shard, metadata=metadata)
+    write_index(tmp_path / INDEX, [shard])
     told = f"shard-000000.safetensors: the latents of sample '{key}' .row 0 of {size}. are not finite"
     with pytest.raises(UserError, match=told):
         LatentCache(tmp_path, batch_size=1, seed=0).batch(0)

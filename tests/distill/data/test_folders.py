@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,6 +64,20 @@ def _captions_of_other_trainers(folder: Path) -> None:
     (folder / "1.caption").write_text("not this")
 
 
+def _from_windows(folder: Path) -> None:
+    _pictures(folder, kind="PNG")
+    (folder / "0.TXT").write_text("a")
+    (folder / "1.Caption").write_text("b")
+
+
+def _put_together_by_links(folder: Path) -> None:
+    _pictures(folder.with_name("elsewhere"), 1, "a")
+    folder.mkdir()
+    for name in ("here", "there"):
+        (folder / name).symlink_to(folder.with_name("elsewhere"))
+    (folder.with_name("elsewhere") / "back").symlink_to(folder)
+
+
 def _splits(folder: Path) -> None:
     _pictures(folder / "train", caption="a")
     _pictures(folder / "test", caption="not this")
@@ -78,6 +93,8 @@ def _classes(folder: Path) -> None:
     [
         (_copied_from_a_mac, [("0.png", "a"), ("1.png", "a")]),
         (_captions_of_other_trainers, [("0.png", "a"), ("1.png", "b")]),
+        (_from_windows, [("0.PNG", "a"), ("1.PNG", "b")]),
+        (_put_together_by_links, [("here/0.png", "a")]),
         (_splits, [("0.png", "a"), ("1.png", "a")]),
         (_classes, [("bus/0.png", "bus"), ("train/0.png", "train")]),
         (_metadata(_lines("text", "a", "b")), [("0.png", "a"), ("1.png", "b")]),
@@ -165,8 +182,10 @@ def test_whatever_is_wrong_with_a_picture_makes_it_a_bad_sample_with_its_name(tm
     (folder / "no.jpg").write_text("not a picture")
     (folder / "no.txt").write_text("a caption")
     save_picture(folder, "silent", (150, 150), None)
+    (folder / "silent.png").rename(folder / os.fsdecode(b"silent\xe9.png"))
     source = opened(folder)
-    reasons = {"cut.png": "truncated|broken", "latin.png": "UTF-8", "no.jpg": "identify", "silent.png": "silent.txt"}
+    reasons = {"cut.png": "truncated|broken", "latin.png": "UTF-8", "no.jpg": "identify"}
+    reasons[r"silent\\udce9.png"] = r"same name with \.txt"
     for index, (name, reason) in enumerate(reasons.items()):
         with pytest.raises(BadSample, match=rf"{name}: .*({reason})"):
             source.read(index)

@@ -77,8 +77,9 @@ def test_deep_greys_keep_their_levels_and_what_is_transparent_is_white() -> None
     palette.save(data, "PNG")
     for image in (clear, palette, Image.open(data)):
         assert np.asarray(in_eight_bits(image))[0].tolist() == [[200, 0, 0], [255, 255, 255]]
-    with pytest.raises(ValueError, match="floating point"):
-        in_eight_bits(Image.new("F", (2, 2)))
+    for mode, color, message in (("F", 0.5, "floating point"), ("I", 1 << 20, "32 bits")):
+        with pytest.raises(ValueError, match=message):
+            in_eight_bits(Image.new(mode, (2, 2), color))
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,7 @@ def test_deep_greys_keep_their_levels_and_what_is_transparent_is_white() -> None
         ((100, 100), "a", "skip", "100x100 is smaller than its bucket 128x128"),
         ((12, 12), "a", "upscale", "12x12 has fewer pixels than the latent of its bucket 128x128"),
         ((200, 200), " ", "upscale", "empty caption"),
+        ((200, 200), "a" * 10_001, "upscale", "its caption has 10,001 characters"),
     ],
 )
 def test_too_small_and_captionless_pictures_are_bad_samples(size, caption, small_pictures, message: str) -> None:

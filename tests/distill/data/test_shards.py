@@ -74,9 +74,20 @@ def test_repeated_keys_are_told_and_not_merged(tmp_path: Path) -> None:
 def test_a_bad_sample_of_a_shard_is_named(tmp_path: Path) -> None:
     latin = "café".encode("latin-1")
     files = [("torn.jpg", TORN), ("torn.txt", b"a"), ("mute.png", PNG), ("blind.txt", b"a"), ("odd.png", PNG)]
-    save_tar(tmp_path / "data.tar", [*files, ("odd.txt", latin), ("list.png", PNG), ("list.json", b"[1]")])
+    save_tar(
+        tmp_path / "data.tar",
+        [
+            *files,
+            ("odd.txt", latin),
+            ("list.png", PNG),
+            ("list.json", b"[1]"),
+            ("several.png", PNG),
+            ("several.json", b'{"caption": ["a", "b"]}'),
+        ],
+    )
     source = opened(tmp_path / "data.tar")
     reasons = {"torn": "identify", "mute": "empty caption", "blind": "no picture", "odd": "UTF-8", "list": "no object"}
+    reasons["several"] = r'caption is \["a", "b"\], a text is needed'
     for index, (key, reason) in enumerate(reasons.items()):
         with pytest.raises(BadSample, match=rf"data.tar/{key}: .*{reason}"):
             source.read(index)
@@ -86,6 +97,7 @@ def test_a_bad_sample_of_a_shard_is_named(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda path: path.write_bytes(path.read_bytes()[:1000]), "no whole, uncompressed tar file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:1100]), "no whole, uncompressed tar file"),
         (lambda path: path.write_bytes(b""), "no whole, uncompressed tar file"),
         (lambda path: path.unlink(), "no such file"),
         (lambda path: save_tar(path, []), "holds no samples"),

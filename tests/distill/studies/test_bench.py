@@ -12,7 +12,8 @@ import torch
 from distill.common.errors import UserError
 from distill.models.architectures import ARCHITECTURES
 from distill.models.catalogue import catalogue_row
-from distill.studies.bench import LOOPS, Loop, Setup, bench_loops, describe, peak_memory, ratio, step_tflop
+from distill.studies.bench import bench_loops, describe, peak_memory, ratio, step_tflop
+from distill.studies.loops import LOOPS, Loop, Setup
 from distill.training.options import BenchOptions
 
 HALF = "-/1,1/1,1:0:1,1,1/1,1,1/-"
@@ -47,7 +48,7 @@ def test_every_loop_is_measured_and_every_sample_kept(mini_vega: Path, tmp_path:
     assert [row["name"] for row in result["loops"]] == [loop.name for loop in LOOPS]
     assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in result["loops"])
     table = "\n".join(describe(result))
-    assert all(loop.name in table for loop in LOOPS) and "1,000 MB" in table
+    assert all(loop.name in table for loop in LOOPS) and "1 GB" in table
 
 
 def test_one_loop_is_compiled_and_the_others_on_the_same_nets_are_not(
@@ -108,7 +109,7 @@ def test_a_loop_that_does_not_fit_the_gpu_leaves_the_others_their_turn(
     def full() -> float:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.20 GiB free. More.")
 
-    monkeypatch.setattr("distill.studies.bench.published_steps", lambda *_: nullcontext(full))
+    monkeypatch.setattr("distill.studies.loops.published_steps", lambda *_: nullcontext(full))
     monkeypatch.setattr("distill.studies.bench.peak_memory", lambda *_: 10**9)
     options = BenchOptions(model=str(mini_vega), student=HALF, batch=2, rounds=1, loops=("published", "output only"))
     result = bench_loops(options, tmp_path / "bench.json")
@@ -123,7 +124,7 @@ def test_a_loop_that_does_not_fit_the_gpu_leaves_the_others_their_turn(
 
 def test_random_weights_are_made_without_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distill.studies.bench.peak_memory", lambda *_: None)
-    monkeypatch.setattr("distill.studies.bench.resolve", None)
+    monkeypatch.setattr("distill.studies.loops.resolve", None)
     loops = ("published", "output only")
     options = BenchOptions(
         model="random:mini-ssd-1b", student="mini-vega", batch=1, rounds=1, loops=loops, kernels=True

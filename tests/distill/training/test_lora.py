@@ -24,7 +24,7 @@ from distill.common.errors import UserError
 from distill.models.architectures import ARCHITECTURES
 from distill.models.module_map import make_module_map
 from distill.training.accelerator import check_fsdp, trained_parameters
-from distill.training.memory_plan import plan_memory
+from distill.training.memory import count_memory
 from distill.training.objectives import Distill
 from distill.training.objectives.interface import Nets
 from distill.training.options import TrainOptions
@@ -204,12 +204,12 @@ def test_the_plan_holds_the_base_once_and_only_adapters_in_full() -> None:
     options = {"resolution": VEGA.family.resolutions[0], "micro_batch": 4, "ema": True}
     with torch.device("meta"):
         whole = UNet2DConditionModel(**VEGA.unet_config).num_parameters()
-    half = plan_memory(VEGA, student, objective, half=torch.bfloat16, **options)
-    apart = plan_memory(VEGA, student, objective, half=torch.bfloat16, taught_by_base=False, **options)
+    half = count_memory(VEGA, student, objective, half=torch.bfloat16, **options)
+    apart = count_memory(VEGA, student, objective, half=torch.bfloat16, taught_by_base=False, **options)
     adapters = 4 * 8 * 61_280
     assert (half.frozen, apart.frozen) == (2 * whole, 2 * 2 * whole)
     assert (half.student, half.ema, half.optimizer) == (adapters, adapters, 2 * adapters)
     unet = UNet2DConditionModel(**VEGA.unet_config)
     student.prepare(unet)
-    plan = plan_memory(VEGA, student, objective, **options)
+    plan = count_memory(VEGA, student, objective, **options)
     assert plan.gradients + plan.work == pytest.approx(_allocated_peak(unet, 4), rel=0.02)

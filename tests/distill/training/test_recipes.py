@@ -115,6 +115,7 @@ def test_a_recipe_printed_and_read_is_the_same_recipe(
         ({"stages/student": {"kind": "lora"}}, "stage shorten-mid trains a LoRA, .* it must be the only stage"),
         ({"stages/student": 3}, "stages.0.student.pruned: input should be an object"),
         ({"stages/steps": 1.5}, "stages.0.steps: input should be a valid integer"),
+        ({"stages/steps": 10**400}, "is beyond 64 bits"),
         (
             {"stages/objective/task": 0, "stages/objective/output": 0},
             "stages.0.objective: value error, task or output must be above 0",

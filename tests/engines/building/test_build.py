@@ -252,7 +252,7 @@ def test_the_tensorrt_flavor_asks_for_nothing_that_tensorrt_lacks(
         ({"resolutions": "100x100"}, "100x100 is not one of this model's: 128x128"),
         ({"resolutions": "big"}, "not of the form WIDTHxHEIGHT"),
         ({"components": ["unet3"]}, "no component 'unet3'"),
-        ({"batches": [0]}, "batch 0 is not possible"),
+        ({"batches": [0]}, "--batches is 0; the least is 1"),
         ({"memory_gb": 0.0}, r"--memory-gb is 0\.0; it must be above 0"),
         ({"memory_gb": float("nan")}, "--memory-gb is nan"),
         ({"memory_gb": 0.1}, "needs about .* MB of memory .* 100 MB may be used"),

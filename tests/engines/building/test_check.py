@@ -14,6 +14,6 @@ def test_onnx_runtime_builds_and_runs_here() -> None:
 
 
 def test_a_flavor_that_does_not_run_here_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engines.building.check.gpu_at_hand", lambda: ("NVIDIA H100", "9.0"))
-    assert "runs on 7.5, 8.0, 8.6, 8.9, 12.0, 12.1, found compute capability 9.0" in check_flavor("tensorrt-rtx")
+    monkeypatch.setattr("engines.gpus.gpu_at_hand", lambda: ("NVIDIA H100", "9.0"))
+    assert "8.6, 8.9, 12.0, 12.1, found NVIDIA H100 (compute capability 9.0)" in check_flavor("tensorrt-rtx")
     assert check_flavor("openvino").startswith("no: unknown flavor 'openvino'")

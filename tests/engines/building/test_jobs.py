@@ -9,10 +9,10 @@ import pytest
 from distill.common.errors import UserError
 from distill.common.files import sha256_file
 from distill.models.families import MINI_FAMILY
-from distill.models.resolution import Resolution
 from engines.building.jobs import Job, list_jobs, require_memory
-from engines.building.options import builder_options, parse_resolutions
-from engines.bundle import Layout, ShapeRange
+from engines.building.options import builder_options
+from engines.bundle import ShapeRange
+from engines.choices import Layout
 from engines.gpus import GPUS, resolve_targets
 from engines.onnx_folder import OnnxComponent, read_onnx_folder
 from tests.engines.toys import make_static, make_toy_onnx
@@ -142,12 +142,6 @@ def test_memory_estimate_is_above_what_was_measured_but_not_by_much(
     with pytest.raises(UserError, match=r"needs about .* GB of memory"):
         require_memory([sized], int(sized.memory_bytes * 0.9))
     require_memory([sized], sized.memory_bytes)
-
-
-def test_resolutions() -> None:
-    family = list(MINI_FAMILY.resolutions)
-    assert parse_resolutions("all", family) == family
-    assert parse_resolutions("128x128, 224X96,128x128", family) == [Resolution(128, 128), Resolution(224, 96)]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,10 @@
+"""What a command and a manifest may choose from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+FlavorName = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
+Layout = Literal["per-resolution", "shared", "ranged"]
+Guidance = Literal["always", "never", "any"]
+"""Whether a UNet is called with guidance (2 latents for each image), without (1), or either way."""

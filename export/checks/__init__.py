@@ -1,0 +1,1 @@
+"""Does a graph compute what torch computes?"""

@@ -1,0 +1,1 @@
+"""From a component's network to its ONNX graph."""
