@@ -56,6 +56,8 @@ WORKDIR = Path("out/models")
 """Where every room keeps what `resolve` has to make, if not told otherwise: once."""
 CONVERSION = 1
 """Raised whenever a random, converted or fused checkpoint comes out otherwise than before: older ones are made again."""
+ON_HUB = {"segmind/SSD-1B": "ssd-1b", "segmind/Segmind-Vega": "vega"}
+"""The architecture of checkpoints that recipes name, so that these are checked and planned before anything is fetched."""
 PART_CLASSES = {"diffusers": "EulerDiscreteScheduler", "transformers": "CLIPTokenizer"}
 """What the parts beside the networks usually are."""
 FORMS = "a Hugging Face id, a diffusers folder, a single .safetensors file, random:NAME or mini:sdxl"
@@ -142,7 +144,8 @@ def find_architecture_of(folder: Path) -> Architecture:
 
 
 def peek_architecture(source: str) -> Architecture:
-    """The architecture of `source` by what is at hand: nothing is fetched or made, and a hub id counts as SDXL.
+    """The architecture of `source` by what is at hand: nothing is fetched or made, and a hub id that is not known counts as
+    SDXL.
 
     Raises UserError as `resolve` does.
     """
@@ -156,7 +159,7 @@ def peek_architecture(source: str) -> Architecture:
         from distill.checkpoints.single_file import find_single_file_architecture
 
         return find_single_file_architecture(read_safetensors_header(_single_file(path)), path)
-    return ARCHITECTURES["sdxl"]
+    return ARCHITECTURES[ON_HUB.get(source, "sdxl")]
 
 
 def load_component(folder: Path, component: str, dtype: torch.dtype) -> Any:

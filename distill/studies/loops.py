@@ -28,7 +28,7 @@ from distill.training.accelerator import COMPUTE_DTYPE, make_accelerator
 from distill.training.objectives import Distill
 from distill.training.objectives.taps import Level
 from distill.training.options import BenchOptions, TrainOptions
-from distill.training.recipes import Recipe
+from distill.training.recipe import Recipe
 from distill.training.step import Pair, alphas_cumprod_of
 
 LEARNING_RATE = 1e-5

@@ -30,7 +30,7 @@ from distill.models.resolution import Resolution
 from distill.training.accelerator import OPTIMIZER_BYTES, SHARDED_TOGETHER, trained_parameters
 from distill.training.objectives import Objective
 from distill.training.objectives.interface import Nets
-from distill.training.recipes import Recipe
+from distill.training.recipe import Recipe
 from distill.training.step import predict
 from distill.training.student import Student
 from distill.training.student.lora import adapters_off

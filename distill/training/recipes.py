@@ -1,4 +1,4 @@
-"""Recipes: the stages of a distillation in order, as data. A recipe is a function that returns one.
+"""The recipes for smaller students, and where all of them are found by name. Each is a function that returns one.
 
 SSD-1B and Vega follow what is published (arXiv 2401.02677): lr 1e-5, batch 32 x 4 = 128, 1024 px, losses 1 / 0.5 / 0.5,
 one part of the UNet shortened at a time, then SDXL, ZavyChromaXL and JuggernautXL as teachers in succession, 251k steps
@@ -8,108 +8,28 @@ were kept, was not published: both stand here as data to change.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from typing import Any
 
 from distill.checkpoints.sources import peek_architecture
 from distill.common.errors import UserError, unknown
 from distill.common.files import read_json
-from distill.common.validation import STRICT, from_json
+from distill.common.validation import from_json
 from distill.models.architectures import SDXL_DEPTH, SSD_1B_DEPTH, Architecture, find_architecture
 from distill.models.depth import Depth
 from distill.models.families import MINI_FAMILY
 from distill.models.module_map import LayerMap, ModuleMap, read_layer_map
-from distill.training.objectives import Distill, Objective
+from distill.training.lora_recipes import LORA_RECIPES
+from distill.training.objectives import Distill
+from distill.training.recipe import MINI_PROMPTS, SDXL_BASE, Recipe, Stage
 from distill.training.schedule import Schedule
-from distill.training.student import Pruned, Student
+from distill.training.student import Pruned
 
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
-"""It becomes part of a folder name."""
-
-SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
-PREVIOUS = "previous"
-"""As a stage's teacher: the student of the stage before."""
 ZAVY_CHROMA_XL = "stablediffusionapi/zavychromaxl-v80"
 JUGGERNAUT_XL = "RunDiffusion/Juggernaut-XL-v9"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One run of the training loop: `student` says what is trained, `objective` what it is taught by the `teacher` (a
-    source, or `previous`: the student of the stage before, as that stage left it);
-    `learning_rate` is the highest that `schedule` reaches. `cache` is a latent cache of its own, where the teacher has
-    another VAE or other text encoders than the run's cache was made with."""
-
-    __pydantic_config__ = STRICT
-    name: Name
-    teacher: str
-    student: Student
-    steps: PositiveInt
-    objective: Objective = field(default_factory=Distill)
-    learning_rate: PositiveFloat = 1e-5
-    schedule: Schedule = field(default_factory=Schedule)
-    cache: Annotated[str, Field(min_length=1)] | None = None
-
-    def __post_init__(self) -> None:
-        """Raises ValueError, which pydantic tells with its place, for an objective that adapters cannot learn."""
-        if self.student.adapter and (self.objective.student_config or self.objective.target_decay is not None):
-            raise ValueError(
-                "a LoRA leaves its UNet as it is: no objective that widens it (guidance embedding) or averages it (target)"
-            )
-
-    def learning_rate_at(self, step: int) -> float:
-        return self.schedule.rate(self.learning_rate, step, self.steps)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """`batch_size` is global: over all processes and accumulation steps."""
-
-    __pydantic_config__ = STRICT
-    name: Name
-    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
-    batch_size: PositiveInt = 128
-    caption_dropout: Fraction = 0.1
-    weight_decay: NonNegativeFloat = 1e-2
-    max_grad_norm: PositiveFloat = 1.0
-    ema_decay: Fraction | None = 0.9999
-    seed: NonNegativeInt = 0
-    validation_prompts: tuple[str, ...] = (
-        "a portrait of an old fisherman, golden hour, 85 mm",
-        "a red fox in fresh snow, wide shot",
-        "an isometric city block at night, neon",
-        "a still life of pears and a blue jug, oil on canvas",
-    )
-
-    def __post_init__(self) -> None:
-        """Raises ValueError, which pydantic tells with its place, for a first stage without a teacher, and for adapters on a
-        student that would not stay."""
-        if self.stages and self.stages[0].teacher == PREVIOUS:
-            raise ValueError(f"the first stage has no {PREVIOUS} student to learn from: name its teacher")
-        adapted = [stage.name for stage in self.stages if stage.student.adapter]
-        if adapted and len(self.stages) > 1:
-            raise ValueError(
-                f"stage {adapted[0]} trains a LoRA, kept apart from what it is put on, so it must be the only stage; "
-                "train the others first, and name the finished student's folder as the teacher of this one"
-            )
-
-    def micro_batch(self, processes: int, accumulation: int) -> int:
-        """Samples that one process passes at once. Raises UserError where the batch cannot be shared so."""
-        parts = processes * accumulation
-        if min(processes, accumulation) < 1 or self.batch_size % parts:
-            raise UserError(
-                f"batch size {self.batch_size} cannot be shared by {processes} processes x {accumulation} accumulation steps"
-            )
-        return self.batch_size // parts
-
-    def as_dict(self) -> dict[str, Any]:
-        """The whole recipe as JSON-ready data: what is saved inside every checkpoint."""
-        return asdict(self)
 
 
 def shortened(
@@ -172,14 +92,6 @@ def vega(student: str = "vega", layer_map: str | LayerMap = "similarity") -> Rec
     return _published("vega", student, layer_map, SSD_1B_DEPTH)
 
 
-MINI_PROMPTS = (
-    "a large red circle at the center on a white background",
-    "a small yellow star at the top left and a large blue square at the bottom right on a gray background",
-    "a large green triangle at the top and a small pink ring at the bottom on a black background",
-    "a small purple cross at the left and a large orange circle at the right on a brown background",
-)
-
-
 def _mini(
     name: str, student: str, layer_map: str | LayerMap, start: Depth, shorten_steps: int, whole_steps: int
 ) -> Recipe:
@@ -220,6 +132,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "vega": vega,
     "mini-ssd-1b": mini_ssd_1b,
     "mini-vega": mini_vega,
+    **LORA_RECIPES,
 }
 
 
@@ -240,6 +153,10 @@ def find_recipe(name: str, *, student: str | None = None, layer_map: str | Layer
         for stage in recipe.stages:  # its layer maps are checked when its teacher is at hand
             stage.student.check()
     elif name in RECIPES:
+        if others := changes.keys() - inspect.signature(RECIPES[name]).parameters.keys():
+            raise UserError(
+                f"the recipe {name} adapts its teacher as it is: it takes no {' and no '.join(sorted(others))}"
+            )
         recipe = RECIPES[name](**changes)
         stage_modules(recipe, peek_architecture(recipe.stages[0].teacher))
     else:

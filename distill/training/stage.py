@@ -27,7 +27,7 @@ from distill.training.options import TrainOptions
 from distill.training.output.samples import draw_samples
 from distill.training.output.state import Progress, TrainingState, gather_student, resume, save_state
 from distill.training.output.student_folder import save_student, stage_folder, stage_title, student_dtype
-from distill.training.recipes import PREVIOUS, Recipe
+from distill.training.recipe import PREVIOUS, Recipe
 from distill.training.sigterm import noting_sigterm
 from distill.training.step import Pair, Terms, alphas_cumprod_of
 

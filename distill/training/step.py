@@ -26,7 +26,7 @@ from distill.training.accelerator import make_optimizer, shard
 from distill.training.objectives import Objective
 from distill.training.objectives.interface import Batch, LossTerms, Nets
 from distill.training.options import TrainOptions
-from distill.training.recipes import Recipe
+from distill.training.recipe import Recipe
 from distill.training.student.lora import adapters_off
 
 Terms = dict[str, float]

@@ -13,7 +13,7 @@ from distill.common.files import read_object
 from distill.data.cache import LatentCache
 from distill.models.conditioning import conditioning_of
 from distill.models.depth import Depth
-from distill.training.recipes import Recipe
+from distill.training.recipe import Recipe
 from distill.training.step import alphas_cumprod_of
 
 

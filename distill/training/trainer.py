@@ -33,7 +33,8 @@ from distill.training.options import TrainOptions
 from distill.training.output.card import write_card
 from distill.training.output.state import STATE_FORMAT
 from distill.training.output.student_folder import stage_folder, student_dtype
-from distill.training.recipes import PREVIOUS, Recipe, stage_modules
+from distill.training.recipe import PREVIOUS, Recipe
+from distill.training.recipes import stage_modules
 from distill.training.stage import StageRun
 from distill.training.teachers import check_objectives, check_successor, find_pipelines
 

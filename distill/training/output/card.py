@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from distill.common.files import replacing
 from distill.training.output.student_folder import stage_title
-from distill.training.recipes import Recipe
+from distill.training.recipe import Recipe
 from distill.training.student.lora import KOHYA_FILE, LORA_FILE
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
