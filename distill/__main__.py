@@ -290,6 +290,29 @@ def ablate(
 
 
 @app.command
+def few_steps(
+    models: tyro.conf.Positional[tuple[str, ...]],
+    /,
+    *,
+    pictures: int = 90,
+    results: Path = Path("distill/results"),
+    workdir: Workdir = WORKDIR,
+) -> None:
+    """Compare mini models drawn in few steps: caption-following against the compute of a picture.
+
+    Args:
+        models: NAME=MODEL@STEPS,STEPS, any number, as teacher=mini:sdxl@4,25 lcm=out/lcm@1,4; the first is what others
+            are told against.
+        pictures: Pictures by which each is judged, over the nine resolutions.
+        results: Where few-steps.json, .md and .svg go.
+    """
+    from distill.studies.few_steps import compare_steps, parse_point, table
+
+    points = [point for model in models for point in parse_point(model, workdir)]
+    print(table(compare_steps(points, results, pictures=pictures)))
+
+
+@app.command
 def importance(
     *,
     model: str,

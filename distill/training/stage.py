@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
+from distill.checkpoints.sampling import sampling_of
 from distill.checkpoints.sources import load_component, prediction_type_of
 from distill.common.ahead import ahead
 from distill.common.errors import UserError
@@ -60,9 +61,10 @@ class StageRun:
             self._train(pair, take_step, state, previous)
         self._check_weights(state, previous)
         student = gather_student(state)
+        sampling = self.recipe.stages[self.number].objective.sampling(sampling_of(self.teacher))
         folder = stage_folder(self.recipe, self.number, self.out)
         if student is not None and self.accelerator.is_main_process:
-            save_student(student, self.pipeline, folder, self.modules, self.recipe, self.number)
+            save_student(student, self.pipeline, folder, self.modules, self.recipe, self.number, sampling)
             for old in [self.out / "state", *folder.parent.iterdir()]:
                 if old != folder:
                     shutil.rmtree(old, ignore_errors=True)
@@ -163,20 +165,22 @@ class StageRun:
                 if options.validate_every and done % options.validate_every == 0 and done < stage.steps:
                     self._draw(state, done)
 
-    def draw_finished(self, folder: Path) -> None:
+    def draw_finished(self, folder: Path, about: Path | None = None) -> None:
         """What the student that this stage left in `folder` draws, unless that picture is there: a run that goes on makes up
-        for a kill. It stays in OUT/samples when later stages end."""
+        for a kill. It stays in OUT/samples when later stages end. Its slimxl.json lies in `about`, if not in `folder`."""
         path = self.out / "samples" / f"{stage_title(self.recipe, self.number)}.png"
         if self.recipe.validation_prompts and not path.exists():
             student = self.recipe.stages[self.number].student
             unet = student.load(folder, self.start or self.teacher, student_dtype(self.pipeline))
-            draw_samples(unet, self.pipeline, self.recipe.validation_prompts, path)
+            sampling = sampling_of(about or folder)
+            draw_samples(unet, self.pipeline, self.recipe.validation_prompts, path, sampling=sampling)
 
     def _draw(self, state: TrainingState, done: int) -> None:
         student = gather_student(state)
         if student is not None and self.accelerator.is_main_process:
             path = self.out / "samples" / f"{stage_title(self.recipe, self.number)}-{done:07d}.png"
-            draw_samples(student, self.pipeline, self.recipe.validation_prompts, path)
+            sampling = self.recipe.stages[self.number].objective.sampling(sampling_of(self.teacher))
+            draw_samples(student, self.pipeline, self.recipe.validation_prompts, path, sampling=sampling)
         del student
         torch.cuda.empty_cache()  # of the picture's own nets
         self.accelerator.wait_for_everyone()

@@ -216,6 +216,8 @@ class Pair:
     @torch.no_grad()
     def _move_target(self, decay: float) -> None:
         """θ⁻ ← μ θ⁻ + (1 − μ) θ, as the last optimiser step left θ (arXiv 2310.04378, algorithm 1)."""
+        if self.options.fsdp:
+            self.target.reshard()  # what lies outside the blocks stays gathered after a forward pass
         for average, own in zip(self.target.parameters(), self.student.parameters(), strict=True):
             average.lerp_(own, 1 - decay)
 

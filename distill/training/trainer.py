@@ -254,7 +254,7 @@ def _finish(stages: list[StageRun], run: dict[str, Any]) -> None:
     for item in folder.iterdir():
         if item.name != "slimxl.json":
             item.rename(out / item.name)
-    last.draw_finished(out)
+    last.draw_finished(out, folder)
     stage = last.recipe.stages[-1]
     write_card(
         out,

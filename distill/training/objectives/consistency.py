@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from distill.checkpoints.sampling import Sampling
 from distill.common.errors import UserError
 from distill.common.validation import STRICT
 from distill.training.objectives.diffusion import Levels, Noised
@@ -45,6 +46,17 @@ class Consistency(Defaults):
     @property
     def student_config(self) -> Mapping[str, Any]:
         return self.guidance.student_config if self.guidance else {}
+
+    def sampling(self, teacher: Sampling | None) -> Sampling:
+        """By diffusers' LCM scheduler, in four steps as published, at most in the solver's; as its teacher is under guidance
+        where it was taught none."""
+        return replace(
+            self.guidance.sampling() if self.guidance else teacher or Sampling(),
+            scheduler="LCMScheduler",
+            settings={"original_inference_steps": self.solver_steps, "timestep_scaling": TIMESTEP_SCALING},
+            steps=min(4, self.solver_steps),
+            most_steps=self.solver_steps,
+        )
 
     def check(self, prediction_type: str, timesteps: int) -> None:
         super().check(prediction_type, timesteps)

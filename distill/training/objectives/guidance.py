@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
+from distill.checkpoints.sampling import Sampling
 from distill.common.validation import STRICT
 from distill.training.objectives.diffusion import Levels
 from distill.training.objectives.distill import prediction_loss
@@ -39,6 +40,11 @@ class Guidance(Defaults):
     @property
     def student_config(self) -> Mapping[str, Any]:
         return self.guidance.student_config
+
+    def sampling(self, teacher: Sampling | None) -> Sampling:
+        """In one pass a step, else as its teacher is."""
+        own = self.guidance.sampling()
+        return replace(teacher or own, guidance_scale=own.guidance_scale, one_pass=True)
 
     def draw(self, size: int, timesteps: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """A timestep and a w (size,) for each sample."""

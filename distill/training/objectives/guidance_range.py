@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, NonNegativeFloat
 
+from distill.checkpoints.sampling import Sampling
 from distill.common.validation import STRICT
 from distill.training.objectives.interface import Batch, Nets, Predict
 
@@ -37,6 +38,11 @@ class GuidanceRange:
     @property
     def student_config(self) -> Mapping[str, Any]:
         return {"time_cond_proj_dim": self.embedding} if self.embedding else {}
+
+    def sampling(self) -> Sampling:
+        """One pass a step; at the middle of the range, where the student is told, and else at the scale that means none."""
+        scale = 1 + (self.low + self.high) / 2 if self.embedding else 1.0
+        return Sampling(guidance_scale=scale, one_pass=True)
 
     def draw(self, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """`guidance` (size,)."""

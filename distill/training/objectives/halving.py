@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from pydantic import PositiveInt
 
+from distill.checkpoints.sampling import Sampling
 from distill.common.errors import UserError
 from distill.common.validation import STRICT
 from distill.training.objectives.diffusion import CLEAN, Levels, Noised, trailing_timesteps
@@ -39,6 +40,21 @@ class Halving(Defaults):
     @property
     def student_config(self) -> Mapping[str, Any]:
         return self.guidance.student_config if self.guidance else {}
+
+    def sampling(self, teacher: Sampling | None) -> Sampling:
+        """By diffusers' DDIM in exactly these steps; as its teacher is under guidance where it was taught none."""
+        return replace(
+            self.guidance.sampling() if self.guidance else teacher or Sampling(),
+            scheduler="DDIMScheduler",
+            settings={
+                "timestep_spacing": "trailing",
+                "set_alpha_to_one": True,
+                "clip_sample": False,
+                "steps_offset": 0,
+            },
+            steps=self.steps,
+            most_steps=self.steps,
+        )
 
     def check(self, prediction_type: str, timesteps: int) -> None:
         super().check(prediction_type, timesteps)

@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from distill.checkpoints.sampling import Sampling
 from distill.common.files import replacing
 from distill.training.output.student_folder import stage_title
 from distill.training.recipe import Recipe
@@ -47,7 +48,7 @@ def write_card(
         f"---\n{metadata.to_yaml()}\n---",
         f"# {recipe.name}",
         _summary(about, base),
-        _usage(pipeline, base),
+        _usage(pipeline, base, Sampling(**about["sampling"]) if "sampling" in about else Sampling()),
         "## Teachers",
         "\n".join(
             f"- {_shown(name)} (sha256 of its files `{digest[:12]}`)" for name, digest in run["teachers"].items()
@@ -78,10 +79,23 @@ def _summary(about: Mapping[str, Any], base: str | None) -> str:
     )
 
 
-def _usage(pipeline: str, base: str | None) -> str:
-    lines = [f"from diffusers import {pipeline}", "", f"pipe = {pipeline}.from_pretrained(FOLDER)"]
+def _usage(pipeline: str, base: str | None, sampling: Sampling) -> str:
+    """A few lines of diffusers. A whole pipeline has its scheduler in its folder."""
+    imported = [pipeline]
+    lines = [f"pipe = {pipeline}.from_pretrained(FOLDER)"]
     if base is not None:
-        lines[-1:] = [f'pipe = {pipeline}.from_pretrained("{_shown(base)}")', "pipe.load_lora_weights(FOLDER)"]
+        lines = [f'pipe = {pipeline}.from_pretrained("{_shown(base)}")', "pipe.load_lora_weights(FOLDER)"]
+        if sampling.scheduler:
+            imported.append(sampling.scheduler)
+            settings = "".join(f", {name}={value!r}" for name, value in sampling.settings.items())
+            lines.append(f"pipe.scheduler = {sampling.scheduler}.from_config(pipe.scheduler.config{settings})")
+    arguments = "".join(f", {name}={value}" for name, value in sampling.call_arguments.items())
+    lines = [
+        f"from diffusers import {', '.join(sorted(imported))}",
+        "",
+        *lines,
+        f"image = pipe(PROMPT{arguments}).images[0]",
+    ]
     return "\n".join(["```python", *lines, "```"])
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
 
+from distill.checkpoints.sampling import Sampling
 from distill.checkpoints.sources import find_family
 from distill.common.files import read_json, replacing, write_json
 from distill.models.module_map import ModuleMap
@@ -33,14 +35,23 @@ def student_dtype(teacher_folder: Path) -> torch.dtype:
 
 
 def save_student(
-    student: UNet2DConditionModel, pipeline: Path, folder: Path, modules: ModuleMap, recipe: Recipe, number: int
+    student: UNet2DConditionModel,
+    pipeline: Path,
+    folder: Path,
+    modules: ModuleMap,
+    recipe: Recipe,
+    number: int,
+    sampling: Sampling | None = None,
 ) -> None:
     """Writes what the stage leaves, whole or not at all: a pipeline folder with the VAE and text encoders of the folder
-    `pipeline`, or adapters alone. It depends on nothing but these: no config says where it was made."""
+    `pipeline` and the scheduler that `sampling` names, or adapters alone. It depends on nothing but these: no config says
+    where it was made."""
     with replacing(folder) as temporary:
         temporary.mkdir()
         trained = recipe.stages[number].student
         trained.save(student, pipeline, temporary, student_dtype(pipeline))
+        if sampling and not trained.adapter:
+            sampling.write_scheduler(temporary)
         for path in temporary.rglob("*.json"):
             stated = read_json(path)
             if isinstance(stated, dict) and stated.keys() & LOCAL_PATHS:
@@ -53,5 +64,6 @@ def save_student(
                 "stages_done": number + 1,
                 "parameters": sum(p.numel() for p in trained_parameters(student)),
                 "recipe": recipe.as_dict(),
-            },
+            }
+            | ({"sampling": asdict(sampling)} if sampling else {}),
         )

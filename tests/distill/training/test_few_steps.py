@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import LCMScheduler, StableDiffusionXLPipeline
 
+from distill.checkpoints.sampling import sampling_of
 from distill.checkpoints.sources import component_tensors, read_config
 from distill.checkpoints.surgery import extend_unet
 from distill.common.errors import UserError
@@ -70,6 +72,7 @@ def test_few_step_stages_follow_each_other_and_go_on_where_they_were(
     pipe.set_progress_bar_config(disable=True)
     assert pipe.unet.config.time_cond_proj_dim == 256 and pipe.unet.time_embedding.cond_proj.weight.abs().sum() > 0
     assert pipe("a small red ring", num_inference_steps=2, output_type="np").images.shape == (1, 128, 128, 3)
+    assert sampling_of(tmp_path / "whole") == Consistency().sampling(None) and type(pipe.scheduler) is LCMScheduler
     terms = [next(iter(json.loads(line)["terms"])) for line in (tmp_path / "whole" / "losses.jsonl").open()]
     assert terms == ["guidance"] * 2 + ["halving"] * 2 + ["consistency"] * 3
 
@@ -84,21 +87,18 @@ def test_the_target_is_a_running_average() -> None:
 
 
 def test_a_unet_that_is_told_w_begins_as_it_was(mini_vega: Path, tmp_path: Path) -> None:
-    whole = tmp_path / "model"
-    whole.mkdir()
-    (whole / "unet").symlink_to(mini_vega / "unet")
-    before = component_tensors(whole / "unet")
-    (whole / "unet").unlink()
-    (whole / "unet").mkdir()
-    for file in (mini_vega / "unet").iterdir():
-        (whole / "unet" / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(mini_vega / "unet", tmp_path / "unet")
+    before = _tensor_bytes(tmp_path / "unet")
     for _ in range(2):  # the second time nothing is to do
-        extend_unet(whole / "unet", {"time_cond_proj_dim": 256})
-    after = component_tensors(whole / "unet")
-    [added] = after.keys() - before.keys()
-    assert added == "time_embedding.cond_proj.weight" and not any(b"".join(after[added].chunks()))
-    assert all(b"".join(after[key].chunks()) == b"".join(record.chunks()) for key, record in before.items())
-    assert read_config(whole, "unet")["time_cond_proj_dim"] == 256
+        extend_unet(tmp_path / "unet", {"time_cond_proj_dim": 256})
+    after = _tensor_bytes(tmp_path / "unet")
+    added = after.pop("time_embedding.cond_proj.weight")
+    assert not any(added) and len(added) == 256 * 32 * 4 and after == before
+    assert read_config(tmp_path, "unet")["time_cond_proj_dim"] == 256
+
+
+def _tensor_bytes(folder: Path) -> dict[str, bytes]:
+    return {key: b"".join(record.chunks()) for key, record in component_tensors(folder).items()}
 
 
 def test_a_stage_without_a_student_before_it_names_its_teacher(cache: Path, mini_vega: Path, tmp_path: Path) -> None:
