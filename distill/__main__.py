@@ -13,7 +13,7 @@ import tyro
 
 from distill.checkpoints.sources import WORKDIR
 from distill.common.errors import UserError, exit_on_user_error, require_above, require_least
-from distill.data.samples import SmallPictures
+from distill.data.samples import SmallPictures, Text
 from distill.training.options import Accumulation, BenchOptions, Fsdp, Optimizer, Precision, TrainOptions, Workdir
 
 app = tyro.extras.SubcommandApp()
@@ -56,7 +56,7 @@ def fetch(*, model: str, workdir: Workdir = WORKDIR) -> None:
     """Print the local diffusers folder of a model, making, converting or downloading it first.
 
     Args:
-        model: A Hugging Face id, a diffusers folder, a .safetensors file, random:NAME or mini:sdxl.
+        model: A Hugging Face id, a diffusers folder, a .safetensors file, random:NAME, mini:sdxl or mini:sd.
     """
     from distill.checkpoints.sources import resolve
 
@@ -95,6 +95,7 @@ def cache(
     small_pictures: SmallPictures | None = None,
     flip: bool = True,
     variants: int = 1,
+    text: Text = "cached",
     workdir: Workdir = WORKDIR,
 ) -> None:
     """Precompute VAE latents and text embeddings of a data set. Under torchrun the processes share the shards.
@@ -109,6 +110,8 @@ def cache(
             that is told their original size (SDXL's), skip them for others.
         flip: Mirror half of the pictures, never one whose caption names a side or writing.
         variants: Samples made of each picture, each with its own crop, flip and draw of the VAE.
+        text: online keeps the captions' tokens alone, a third of the bytes; the trainer then runs the text encoders in
+            each step.
     """
     from distill.checkpoints.sources import resolve
     from distill.data.make_cache import make_cache
@@ -117,7 +120,9 @@ def cache(
     fitting = Fitting(small_pictures=small_pictures, flip=flip, variants=variants)
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     checkpoint = resolve(model, workdir)
-    make_cache(checkpoint, data, out, seed=seed, batch=batch, fitting=fitting, rank=rank, processes=processes)
+    make_cache(
+        checkpoint, data, out, seed=seed, batch=batch, fitting=fitting, text=text, rank=rank, processes=processes
+    )
 
 
 @app.command
@@ -125,7 +130,7 @@ def recipe(name: tyro.conf.Positional[str], /, *, student: str | None = None, la
     """Print a recipe as JSON: stages, teachers, losses, steps. Changed and saved, it is a recipe of your own.
 
     Args:
-        name: ssd-1b, vega, mini-ssd-1b, mini-vega, or the slimxl.json of a finished student.
+        name: A recipe's name, as ssd-1b (an unknown one is answered with all), or the slimxl.json of a finished student.
         student: Another student by the same road: an architecture or a depth pattern; if not given, the recipe's own.
         layer_map: first, spread, similarity, or a JSON file (importance.json); if not given, the recipe's own.
     """
@@ -149,7 +154,8 @@ def train(
     """Distil a student by a recipe. Start it with torchrun for many GPUs or nodes. First it tells its memory plan.
 
     Args:
-        recipe: ssd-1b, vega, mini-ssd-1b, mini-vega, or a .json file that `distill recipe` has begun.
+        recipe: A recipe's name, as ssd-1b (an unknown one is answered with all), or a .json file that `distill recipe`
+            has begun.
         cache: A latent cache made by `distill cache` with the teacher's VAE and text encoders; a stage of the recipe may
             name its own.
         out: Becomes a diffusers pipeline folder; an unfinished run there is continued.
@@ -177,20 +183,21 @@ def plan(
     mixed_precision: Precision = "bf16",
     optimizer: Optimizer = "adamw",
     fsdp: Fsdp = False,
+    text: Text = "cached",
     memory_gb: float | None = None,
 ) -> None:
     """Tell what a training needs of each GPU's memory, with and without gradient checkpointing; nothing is loaded.
 
     Args:
-        recipe: ssd-1b, vega, mini-ssd-1b, mini-vega, or a .json file.
+        recipe: A recipe's name, as ssd-1b (an unknown one is answered with all), or a .json file.
         student: Another student by the same road: an architecture or a depth pattern; if not given, the recipe's own.
         processes: GPUs that share the batch.
+        text: online, as the cache was made, adds the text encoders and says what part of the step's arithmetic they are.
         memory_gb: The GPU's memory in units of 1e9 bytes; if not given, that of the device at hand.
     """
-    from distill.checkpoints.sources import peek_architecture
     from distill.training.accelerator import COMPUTE_DTYPE, check_fsdp
     from distill.training.memory import count_recipe_memory, describe_memory, device_memory
-    from distill.training.recipes import find_recipe
+    from distill.training.recipes import find_recipe, peek_teacher
 
     require_least(1, processes=processes, accumulation=accumulation)
     if memory_gb is not None:
@@ -201,12 +208,13 @@ def plan(
         check_fsdp(processes, mixed_precision, optimizer, adapters=adapters)
     title, uses = count_recipe_memory(
         chosen,
-        peek_architecture(chosen.stages[0].teacher),
+        peek_teacher(chosen),
         half=COMPUTE_DTYPE[mixed_precision],
         optimizer=optimizer,
         processes=processes,
         accumulation=accumulation,
         fsdp=fsdp,
+        text=text,
     )
     device = ("the GPU", int(memory_gb * 1e9)) if memory_gb else device_memory()
     print("\n".join(describe_memory(uses, title, *device)))
@@ -343,23 +351,28 @@ def importance(
 def teach(
     *,
     out: Path,
-    start: Path | None = None,
+    architecture: str = "mini-sdxl",
+    start: str | None = None,
     vae_steps: int = 3000,
     vae_whole_steps: int = 1200,
     minutes: float = 120,
     learning_rate: float = 8e-4,
+    batch: int = 32,
     decoder_steps: int = 3000,
     seed: int = 0,
 ) -> None:
-    """Make the mini teacher anew: its VAE, then its UNet and text encoders, on the shapes world.
+    """Make a mini teacher anew: its VAE, then its UNet and text encoders, on the shapes world.
 
     Args:
         out: The pipeline folder to write.
-        start: A mini pipeline folder to teach further instead of a new one; its VAE's encoder stays as it is.
+        architecture: What is taught: mini-sdxl or mini-sd-1.5.
+        start: A mini checkpoint, as `fetch` takes it; those of its networks that the architecture has too are taught
+            further instead of new ones, but for its VAE's encoder, which stays as it is.
         vae_steps: Optimiser steps of the VAE on crops.
         vae_whole_steps: And on whole pictures.
         minutes: Training time of the UNet and text encoders; 0 leaves them as they are.
         learning_rate: Of the UNet and text encoders, at its highest.
+        batch: Pictures a step of the UNet and text encoders, all of one size.
         decoder_steps: Optimiser steps of the VAE's decoder alone, last.
         seed: Of the first weights, the pictures and the noise.
     """
@@ -367,11 +380,13 @@ def teach(
 
     result = teach_mini(
         out,
+        architecture=architecture,
         start=start,
         vae_steps=vae_steps,
         vae_whole_steps=vae_whole_steps,
         minutes=minutes,
         learning_rate=learning_rate,
+        batch=batch,
         decoder_steps=decoder_steps,
         seed=seed,
     )
@@ -379,22 +394,24 @@ def teach(
 
 
 @app.command
-def judge(*, model: str, count: int = 90, steps: int = 25, workdir: Workdir = WORKDIR) -> None:
+def judge(
+    *, model: str, count: int = 90, steps: int = 25, held_out: Path | None = None, workdir: Workdir = WORKDIR
+) -> None:
     """How often a mini model's pictures of unseen captions show what they say, read exactly from the pixels (JSON).
 
     Args:
         model: A mini checkpoint, as `fetch` takes it.
-        count: Pictures in all, as many of each of the nine resolutions.
+        count: Pictures in all, as many of each resolution of its family.
         steps: Denoising steps.
+        held_out: A latent cache that it was not trained on: the mean square error of its noise_pred over that too.
     """
-    import torch
+    from distill.checkpoints.sources import resolve
+    from distill.mini.judge import judge_checkpoint
+    from distill.studies.ablate import held_out_loss
 
-    from distill.checkpoints.sources import load_pipeline, resolve
-    from distill.mini.judge import judge as judge_pipeline
-
-    pipe = load_pipeline(resolve(model, workdir), torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    print(json.dumps(judge_pipeline(pipe, count=count, steps=steps), indent=1))
+    folder = resolve(model, workdir)
+    loss = {} if held_out is None else {"held_out_loss": held_out_loss(folder, held_out)}
+    print(json.dumps(loss | judge_checkpoint(folder, count=count, steps=steps), indent=1))
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler
 
 from bench.run import taught
 from distill.checkpoints.sampling import Sampling, sampling_of
-from distill.checkpoints.sources import MINI_TEACHER, load_parts
+from distill.checkpoints.sources import MINI_TEACHERS, load_parts
 from distill.common.errors import UserError
 from distill.training.objectives import Consistency, Distill, Guidance, GuidanceRange, Halving, Objective
 from engines.building import build
@@ -54,13 +54,13 @@ def test_a_student_is_drawn_as_it_was_taught_and_else_as_its_teacher(
 def test_diffusers_loads_the_scheduler_with_the_same_noise_levels(
     objective: Objective, kind: type, timesteps: list[int], tmp_path: Path
 ) -> None:
-    shutil.copytree(MINI_TEACHER, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(MINI_TEACHERS["sdxl"], tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     sampling = objective.sampling(None)
     assert sampling is not None
     sampling.write_scheduler(tmp_path / "model")
     scheduler = load_parts(tmp_path / "model")["scheduler"]
     assert type(scheduler) is kind
-    teacher = EulerDiscreteScheduler.from_pretrained(MINI_TEACHER, subfolder="scheduler")
+    teacher = EulerDiscreteScheduler.from_pretrained(MINI_TEACHERS["sdxl"], subfolder="scheduler")
     assert scheduler.alphas_cumprod.tolist() == teacher.alphas_cumprod.tolist()
     scheduler.set_timesteps(4)
     assert scheduler.timesteps.tolist() == timesteps

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from distill.checkpoints.sampling import sampling_of
-from distill.checkpoints.sources import checkpoint_hash, find_architecture_of, load_pipeline, resolve
+from distill.checkpoints.sources import checkpoint_hash, find_architecture_of, find_family, load_pipeline, resolve
 from distill.common.errors import UserError, require_between
 from distill.common.files import read_object, replacing, write_json
 from distill.common.ownership import require_our_files
@@ -68,7 +68,8 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 def compare_steps(points: Sequence[Point], results: Path, *, pictures: int) -> dict[str, Any]:
     """Judges each point, and writes few-steps.json, .md and .svg into `results`. Raises UserError for bad input."""
-    check_pictures(pictures, 1)
+    for point in points:
+        check_pictures(pictures, point.steps, find_family(point.folder).resolutions)
     path = results / f"{NAME}.json"
     require_our_files(results, WRITTEN, f"{NAME}.json", ("rows", "settings"), "--results")
     settings = {"pictures": pictures, "reader": READER}
@@ -84,7 +85,8 @@ def compare_steps(points: Sequence[Point], results: Path, *, pictures: int) -> d
             say(f"{point.name}: {pictures} pictures in {point.steps} steps")
             pipe = load_pipeline(point.folder, torch.float32)
             pipe.set_progress_bar_config(disable=True)
-            row["followed"] = judge(pipe, count=pictures, steps=point.steps, guidance_scale=point.guidance_scale)
+            sizes = find_family(point.folder).resolutions
+            row["followed"] = judge(pipe, sizes, count=pictures, steps=point.steps, guidance_scale=point.guidance_scale)
             row["interval"] = wilson(row["followed"]["all"], pictures)
             held[_key(row)] = row
         rows.append(row)

@@ -17,7 +17,7 @@ from diffusers.training_utils import EMAModel
 
 from distill.checkpoints.sampling import sampling_of
 from distill.checkpoints.sources import load_component, prediction_type_of
-from distill.common.ahead import ahead
+from distill.common.ahead import Awaited, ahead
 from distill.common.errors import UserError
 from distill.common.progress import say, track
 from distill.data.cache import LatentCache, seed_of
@@ -28,9 +28,10 @@ from distill.training.options import TrainOptions
 from distill.training.output.samples import draw_samples
 from distill.training.output.state import Progress, TrainingState, gather_student, resume, save_state
 from distill.training.output.student_folder import save_student, stage_folder, stage_title, student_dtype
-from distill.training.recipe import PREVIOUS, Recipe
+from distill.training.recipes import PREVIOUS, Recipe
 from distill.training.sigterm import noting_sigterm
 from distill.training.step import Pair, Terms, alphas_cumprod_of
+from distill.training.text import TextEncoders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ class StageRun:
             modules = modules.relative_to(ModuleMap.of_student(self.teacher))
         student = load_component(initial, "unet", stage.student.dtype(half)).train()
         stage.student.prepare(student, seed=self._seed)
-        teacher = None
+        teacher, device = None, self.accelerator.device
         if stage.objective.needs_teacher:
             teacher = student if initial == self.teacher else load_component(self.teacher, "unet", half)
         return Pair(
@@ -111,6 +112,7 @@ class StageRun:
             self.recipe,
             self.options,
             prediction_type=prediction_type_of(self.teacher),
+            text_encoders=None if self.latents.holds_text else TextEncoders.load(self.pipeline, half, device),
         )
 
     def _batches(self, pair: Pair, steps: range) -> Iterator[dict[str, torch.Tensor]]:
@@ -137,7 +139,8 @@ class StageRun:
         started = saved = time.monotonic()
         due = False
         with noting_sigterm() as sigterm_came:
-            for step, batch in zip(shown, self._batches(pair, steps), strict=True):
+            batches = Awaited(self._batches(pair, steps))
+            for step, batch in zip(shown, batches, strict=True):
                 rate = stage.learning_rate_at(step)
                 terms = take_step(batch, step, learning_rate=rate)
                 if state.ema:
@@ -147,7 +150,7 @@ class StageRun:
                     raise UserError(f"{title}: {fault}; {self._advice(previous)}")
                 done = step + 1
                 if accelerator.is_main_process and (done % options.log_every == 0 or done == stage.steps):
-                    self._log(done, terms, rate, time.monotonic() - started)
+                    self._log(done, terms, rate, time.monotonic() - started, batches.seconds)
                 late = time.monotonic() - saved > 60 * options.checkpoint_minutes
                 stop, late = self._any_process(sigterm_came(), late)
                 due = done < stage.steps and (due or late or done % options.checkpoint_every == 0)
@@ -211,11 +214,13 @@ class StageRun:
             f"--recipe mine.json{begin} and another --out"
         )
 
-    def _log(self, done: int, terms: Terms, rate: float, seconds: float) -> None:
+    def _log(self, done: int, terms: Terms, rate: float, seconds: float, data_seconds: float) -> None:
+        """One line: `seconds` since the run began or went on, `data_seconds` of them spent waiting for data."""
         total, norm = terms.pop("total"), terms.pop("gradient_norm")
         curves = {"lr": rate, "loss": total, "gradient_norm": norm if math.isfinite(norm) else None}
         stage = self.recipe.stages[self.number]
         line = {"stage": f"{self.number + 1}-{stage.name}", "step": done, "seconds": round(seconds, 3)}
+        line["data_seconds"] = round(data_seconds, 3)
         with (self.out / "losses.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(line | curves | {"terms": terms}) + "\n")
         if self.options.report_to:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,13 @@ from distill.common.progress import say
 from distill.data.cache import LatentCache
 from distill.models.conditioning import conditioning_of
 from distill.models.module_map import ModuleMap
-from distill.training.accelerator import COMPUTE_DTYPE, check_fsdp, decided_by_first, make_accelerator
+from distill.training.accelerator import COMPUTE_DTYPE, check_fsdp, decided_by_first, make_accelerator, require_alike
 from distill.training.memory import MemoryUse, count_recipe_memory, describe_memory, device_memory
 from distill.training.options import TrainOptions
 from distill.training.output.card import write_card
 from distill.training.output.state import STATE_FORMAT
 from distill.training.output.student_folder import stage_folder, student_dtype
-from distill.training.recipe import PREVIOUS, Recipe
-from distill.training.recipes import stage_modules
+from distill.training.recipes import PREVIOUS, Recipe, stage_modules
 from distill.training.stage import StageRun
 from distill.training.teachers import check_objectives, check_successor, find_pipelines
 
@@ -78,6 +78,8 @@ def train(
     folders = [Path(stage.cache) if stage.cache else cache for stage in recipe.stages]
     caches = {folder: LatentCache(folder, batch_size=recipe.batch_size, seed=recipe.seed) for folder in set(folders)}
     latents = [caches[folder] for folder in folders]
+    versions = {package: version(package) for package in ("slimxl", "torch", "diffusers")}
+    require_alike(versions | {f"the cache {folder}": cached.digest[:12] for folder, cached in caches.items()})
     pipelines = decided_by_first(lambda: find_pipelines(recipe, teachers, latents, start))
     run = decided_by_first(lambda: _describe_run(recipe, teachers, latents, start, options))
     stages = [
@@ -208,6 +210,7 @@ def _look_ahead(stage: StageRun) -> dict[str, MemoryUse]:
         processes=processes,
         accumulation=options.accumulation,
         fsdp=options.fsdp,
+        text="cached" if stage.latents.holds_text else "online",
         started=stage.start is not None,
     )
     for line in describe_memory(uses, title, *device_memory()):

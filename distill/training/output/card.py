@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from distill.checkpoints.sampling import Sampling
 from distill.common.files import replacing
 from distill.training.output.student_folder import stage_title
-from distill.training.recipe import Recipe
+from distill.training.recipes import Recipe
 from distill.training.student.lora import KOHYA_FILE, LORA_FILE
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")

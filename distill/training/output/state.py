@@ -33,8 +33,9 @@ from distill.common.files import read_json, remove_leftovers, replacing, write_j
 from distill.common.progress import say
 from distill.training.accelerator import trained_parameters
 
-STATE_FORMAT = 1
-"""Stands in run.json; another number is a state that this version does not read."""
+STATE_FORMAT = 2
+"""Stands in run.json; another number is a state that this version does not read, or would go on from otherwise (2: samples
+come in another order, and what is drawn of each by its own seed)."""
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 """A state that lacks a trained weight is refused all the same, by torch.distributed.checkpoint."""
 

@@ -13,7 +13,7 @@ from distill.checkpoints.sources import find_family
 from distill.common.files import read_json, replacing, write_json
 from distill.models.module_map import ModuleMap
 from distill.training.accelerator import trained_parameters
-from distill.training.recipe import Recipe
+from distill.training.recipes import Recipe
 
 LOCAL_PATHS = {"_name_or_path", "name_or_path"}
 """Under which diffusers and transformers note the folder that a network was loaded from."""

@@ -5,6 +5,7 @@ A kind is a frozen dataclass, a part of a recipe. The loop asks it for these:
     adapter                            whether the net that it begins on stays as it is, and what is trained lies apart
     title                              how tables call it
     check()                            raises UserError for what is wrong whatever the teacher
+    family                             of a teacher that is not at hand
     architecture_of(teacher)           what the student's UNet is
     modules(teacher, held)             what it is made from, in the teacher's names
     begin(source, …, folder)           its first weights; returns the folder whose `unet` the training loads

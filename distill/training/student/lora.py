@@ -25,6 +25,7 @@ from distill.checkpoints.sources import load_component
 from distill.common.errors import unknown
 from distill.common.validation import STRICT
 from distill.models.architectures import Architecture
+from distill.models.families import SDXL_FAMILY, Family
 from distill.models.module_map import ModuleMap, make_module_map
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -54,6 +55,11 @@ class Lora:
 
     def check(self) -> None:
         """Nothing is wrong with it whatever the teacher."""
+
+    @property
+    def family(self) -> Family:
+        """Of a base that says nothing of itself, as one on the hub."""
+        return SDXL_FAMILY
 
     def architecture_of(self, teacher: Architecture) -> Architecture:
         return teacher

@@ -23,6 +23,7 @@ from distill.common.errors import UserError
 from distill.common.files import replacing
 from distill.common.validation import STRICT
 from distill.models.architectures import Architecture, find_architecture
+from distill.models.families import Family
 from distill.models.module_map import LayerMap, ModuleMap, make_module_map
 
 
@@ -47,20 +48,20 @@ class Pruned:
         """Raises UserError for what is wrong whatever the teacher: an unknown architecture."""
         find_architecture(self.architecture)
 
+    @property
+    def family(self) -> Family:
+        return find_architecture(self.architecture).family
+
     def architecture_of(self, teacher: Architecture) -> Architecture:
         return find_architecture(self.architecture, teacher.family)
 
     def modules(self, teacher: Architecture, held: ModuleMap | None) -> ModuleMap:
         """What the student is made from, in the teacher's names; `held` is the map of the student it starts from.
 
-        Raises UserError for a student of another family, one deeper than what it starts from, and a layer map that does
-        not fit the teacher or is not nested in `held`.
+        Raises UserError for a student deeper than what it starts from, and a layer map that does not fit the teacher or is
+        not nested in `held`.
         """
         student = self.architecture_of(teacher)
-        if student.family != teacher.family:
-            raise UserError(
-                f"{student.name} is of the family {student.family.name}, its teacher of {teacher.family.name}"
-            )
         if held and held.teacher != teacher.depth:
             raise UserError(
                 f"the student to start from was made from a teacher of depth {held.teacher}, this one has {teacher.depth}; "

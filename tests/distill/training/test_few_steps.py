@@ -19,7 +19,7 @@ from distill.common.validation import from_json
 from distill.training.objectives import Consistency, Guidance, GuidanceRange, Halving
 from distill.training.options import TrainOptions
 from distill.training.output.state import TrainingState
-from distill.training.recipe import PREVIOUS, Recipe, Stage
+from distill.training.recipes import PREVIOUS, Recipe, Stage
 from distill.training.step import Pair
 from distill.training.trainer import train
 from tests.distill.small_runs import HALF, curve, small_recipe

@@ -28,7 +28,9 @@ from distill.training.memory import count_memory
 from distill.training.objectives import Distill
 from distill.training.objectives.interface import Nets
 from distill.training.options import TrainOptions
-from distill.training.recipes import stage_modules
+from distill.training.output.card import _usage
+from distill.training.recipes import find_recipe, peek_teacher, stage_modules
+from distill.training.recipes.sdxl import SDXL_BASE
 from distill.training.step import predict
 from distill.training.student import Lora
 from distill.training.student.lora import KOHYA_FILE, LORA_FILE, adapters_off
@@ -170,6 +172,28 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(
     monkeypatch.setattr("sys.argv", ["distill", "plan", "--recipe", str(tmp_path / "mine.json"), "--fsdp"])
     assert main() == 2
     assert "leave --fsdp out" in capsys.readouterr().err
+
+
+def test_the_published_recipes_are_adapters_of_their_sizes_drawn_in_four_steps() -> None:
+    for name, teacher, rank in (
+        ("lcm-lora-sdxl", SDXL_BASE, 64),
+        ("lcm-lora-ssd-1b", "segmind/SSD-1B", 64),
+        ("vega-rt", "segmind/Segmind-Vega", 128),
+    ):
+        recipe = find_recipe(name)
+        [stage] = recipe.stages
+        assert (recipe.name, stage.teacher, stage.student) == (name, teacher, Lora(rank=rank))
+        assert peek_teacher(recipe).name == name.removeprefix("lcm-lora-").replace("vega-rt", "vega")
+        assert (recipe.weight_decay, recipe.ema_decay, stage.learning_rate_at(999)) == (0.0, None, 1e-4)
+    sampling = stage.objective.sampling(None)
+    assert _usage("StableDiffusionXLPipeline", "a/b", sampling).splitlines()[1:-1] == [
+        "from diffusers import LCMScheduler, StableDiffusionXLPipeline",
+        "",
+        'pipe = StableDiffusionXLPipeline.from_pretrained("a/b")',
+        "pipe.load_lora_weights(FOLDER)",
+        "pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=50, timestep_scaling=10.0)",
+        "image = pipe(PROMPT, num_inference_steps=4, guidance_scale=1.0).images[0]",
+    ]
 
 
 def _allocated_peak(unet: UNet2DConditionModel, batch: int) -> int:

@@ -1,31 +1,29 @@
-"""What a recipe is: the stages of a distillation in order, as data."""
+"""What a recipe is: the stages of a distillation in order, as data. Its faults are told before anything is loaded."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from distill.checkpoints.sources import peek_architecture
 from distill.common.errors import UserError
-from distill.common.validation import STRICT
+from distill.common.files import read_json
+from distill.common.validation import STRICT, from_json
+from distill.models.architectures import Architecture
+from distill.models.depth import Depth
+from distill.models.module_map import LayerMap, ModuleMap
 from distill.training.objectives import Distill, Objective
 from distill.training.schedule import Schedule
-from distill.training.student import Student
+from distill.training.student import Pruned, Student
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
 """It becomes part of a folder name."""
-
-SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 PREVIOUS = "previous"
 """As a stage's teacher: the student of the stage before."""
-MINI_PROMPTS = (
-    "a large red circle at the center on a white background",
-    "a small yellow star at the top left and a large blue square at the bottom right on a gray background",
-    "a large green triangle at the top and a small pink ring at the bottom on a black background",
-    "a small purple cross at the left and a large orange circle at the right on a brown background",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,3 +98,60 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """The whole recipe as JSON-ready data: what is saved inside every checkpoint."""
         return asdict(self)
+
+
+def shortened(
+    steps: int, teacher: str, target: Depth, start: Depth, layer_map: str | LayerMap, **stage: Any
+) -> tuple[Stage, ...]:
+    """Middle, then up, then down made as short as `target`, `steps` each; parts that are already so are left out. A
+    middle block that stays must be as deep as the last down block, so there the two go together."""
+    parts, depth = [], start
+    for sides in (("mid",), ("up",), ("down",)) if not target.mid else (("up",), ("mid", "down")):
+        shorter = replace(depth, **{side: getattr(target, side) for side in sides})
+        if shorter != depth:
+            name, student = "shorten-" + "-".join(sides), str(shorter)
+            pruned = Pruned(architecture=student, layer_map=layer_map)
+            parts.append(Stage(name=name, teacher=teacher, student=pruned, steps=steps, **stage))
+        depth = shorter
+    return tuple(parts)
+
+
+def peek_teacher(recipe: Recipe) -> Architecture:
+    """The first teacher by what is at hand; one on the hub counts as the whole model of its student's family. Raises
+    UserError for an unknown student or `random:` name."""
+    stage = recipe.stages[0]
+    return peek_architecture(stage.teacher, stage.student.family)
+
+
+def stage_modules(recipe: Recipe, teacher: Architecture, start: ModuleMap | None = None) -> list[ModuleMap]:
+    """What each stage's student is made from, in the teacher's names; `start` is the map of the student that the first
+    begins with.
+
+    Raises UserError for a student of another family or deeper than the one before, and for layer maps that do not fit
+    the teacher or are not nested: before the first step of the first stage.
+    """
+    for stage in recipe.stages:
+        student = stage.student.architecture_of(teacher)
+        if student.family != teacher.family:
+            raise UserError(
+                f"stage {stage.name}: {student.name} is of the family {student.family.name}, its teacher of "
+                f"{teacher.family.name}"
+            )
+    maps: list[ModuleMap] = []
+    for stage in recipe.stages:
+        try:
+            maps.append(stage.student.modules(teacher, maps[-1] if maps else start))
+        except UserError as error:
+            raise UserError(f"stage {stage.name}: {error}") from None
+    return maps
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe that a JSON file is, or holds as its `recipe` (a student's slimxl.json does). Raises UserError with the
+    first fault."""
+    stated = read_json(path)
+    stated = stated.get("recipe", stated) if isinstance(stated, dict) else stated
+    try:
+        return from_json(Recipe, stated)
+    except ValueError as error:
+        raise UserError(f"{path} is no recipe: {error}; `python -m distill recipe ssd-1b` prints one") from None

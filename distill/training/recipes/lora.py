@@ -15,7 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from distill.training.objectives import Consistency, GuidanceRange
-from distill.training.recipe import MINI_PROMPTS, SDXL_BASE, Recipe, Stage
+from distill.training.recipes.mini import MINI_PROMPTS
+from distill.training.recipes.recipe import Recipe, Stage
+from distill.training.recipes.sdxl import SDXL_BASE
 from distill.training.schedule import Schedule
 from distill.training.student import Lora
 
@@ -67,7 +69,7 @@ def mini_lcm_lora() -> Recipe:
     )
 
 
-LORA_RECIPES: dict[str, Callable[..., Recipe]] = {
+RECIPES: dict[str, Callable[..., Recipe]] = {
     "lcm-lora-sdxl": lcm_lora_sdxl,
     "lcm-lora-ssd-1b": lcm_lora_ssd_1b,
     "vega-rt": vega_rt,
