@@ -35,7 +35,7 @@ from distill.training.step import predict
 from distill.training.student import Lora
 from distill.training.student.lora import KOHYA_FILE, LORA_FILE, adapters_off
 from distill.training.trainer import train
-from export.checkpoint import with_loras
+from export.checkpoint.prepare import with_loras
 from tests.distill.small_runs import curve, lora_recipe, run_alone
 
 VEGA = ARCHITECTURES["mini-vega"]
@@ -191,7 +191,8 @@ def test_the_published_recipes_are_adapters_of_their_sizes_drawn_in_four_steps()
         "",
         'pipe = StableDiffusionXLPipeline.from_pretrained("a/b")',
         "pipe.load_lora_weights(FOLDER)",
-        "pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=50, timestep_scaling=10.0)",
+        "pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config"
+        ", original_inference_steps=50, timestep_scaling=10.0)",
         "image = pipe(PROMPT, num_inference_steps=4, guidance_scale=1.0).images[0]",
     ]
 
