@@ -202,9 +202,10 @@ def plan(
     require_least(1, processes=processes, accumulation=accumulation)
     if memory_gb is not None:
         require_above(0, memory_gb=memory_gb)
-    if fsdp:
-        check_fsdp(processes, mixed_precision, optimizer)
     chosen = find_recipe(recipe, student=student)
+    if fsdp:
+        adapters = any(stage.student.adapter for stage in chosen.stages)
+        check_fsdp(processes, mixed_precision, optimizer, adapters=adapters)
     title, uses = count_recipe_memory(
         chosen,
         peek_teacher(chosen),
