@@ -116,8 +116,8 @@ def test_a_recipe_printed_and_read_is_the_same_recipe(
     file.write_text(capsys.readouterr().out)
     recipe = find_recipe(name)
     assert find_recipe(str(file)) == recipe and find_recipe(str(file)).as_dict() == recipe.as_dict()
-    file.write_text(json.dumps({"key": "k", "recipe": find_recipe(name, layer_map="spread").as_dict()}))
-    assert find_recipe(str(file)) == find_recipe(name, layer_map="spread") != recipe
+    file.write_text(json.dumps({"key": "k", "recipe": recipe.as_dict()}))
+    assert find_recipe(str(file)) == recipe
 
 
 def test_explicit_indices_are_read_back(tmp_path: Path) -> None:
@@ -144,7 +144,14 @@ def test_explicit_indices_are_read_back(tmp_path: Path) -> None:
         ({"stages/learning_rate": float("inf")}, "stages.0.learning_rate: input should be a finite number"),
         ({"max_grad_norm": float("inf")}, "no recipe: max_grad_norm: input should be a finite number"),
         ({"stages/schedule/floor": 1.5}, "stages.0.schedule.floor: input should be less than or equal to 1"),
-        ({"stages/student/kind": "lora"}, "stages.0.student: input tag 'lora'"),
+        ({"stages/student/kind": "loha"}, "stages.0.student: input tag 'loha'"),
+        ({"stages/student": {"kind": "lora", "rank": 0}}, "lora.rank: input should be greater than 0"),
+        ({"stages/student": {"kind": "lora", "alpha": float("inf")}}, "lora.alpha: input should be a finite number"),
+        (
+            {"stages/student": {"kind": "lora"}, "stages/objective": {"kind": "consistency"}},
+            "stages.0: value error, a LoRA leaves its UNet as it is: no objective that widens it",
+        ),
+        ({"stages/student": {"kind": "lora"}}, "stage shorten-mid trains a LoRA, .* it must be the only stage"),
         ({"stages/objective/kind": "lcm"}, "stages.0.objective: input tag 'lcm'"),
         ({"stages/student": 3}, "stages.0.student.pruned: input should be an object"),
         ({"stages/steps": 1.5}, "stages.0.steps: input should be a valid integer"),
@@ -188,6 +195,8 @@ def test_what_is_no_recipe_file(tmp_path: Path) -> None:
     file.write_text(json.dumps(find_recipe("vega").as_dict()))
     with pytest.raises(UserError, match="says its own student and layer_map: change it there"):
         find_recipe(str(file), student="vega", layer_map="first")
+    with pytest.raises(UserError, match="the recipe vega-rt adapts its teacher as it is: it takes no student"):
+        find_recipe("vega-rt", student="vega")
     with pytest.raises(UserError, match=r"unknown recipe 'vegan': known are FILE\.json, .*mini.*did you mean 'vega'"):
         find_recipe("vegan")
 
