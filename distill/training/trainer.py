@@ -42,7 +42,7 @@ from distill.training.teachers import check_objectives, check_successor, find_pi
 def train(
     recipe: Recipe,
     *,
-    cache: Path,
+    cache: str | Path,
     out: Path,
     workdir: Path,
     start: Path | None = None,
@@ -75,11 +75,11 @@ def train(
         check_successor(first, teacher)
     check_objectives(recipe, teachers)
     modules = stage_modules(recipe, find_architecture_of(first), ModuleMap.of_student(start) if start else None)
-    folders = [Path(stage.cache) if stage.cache else cache for stage in recipe.stages]
-    caches = {folder: LatentCache(folder, batch_size=recipe.batch_size, seed=recipe.seed) for folder in set(folders)}
-    latents = [caches[folder] for folder in folders]
+    places = [stage.cache or str(cache) for stage in recipe.stages]
+    caches = {place: LatentCache(place, batch_size=recipe.batch_size, seed=recipe.seed) for place in set(places)}
+    latents = [caches[place] for place in places]
     versions = {package: version(package) for package in ("slimxl", "torch", "diffusers")}
-    require_alike(versions | {f"the cache {folder}": cached.digest[:12] for folder, cached in caches.items()})
+    require_alike(versions | {f"the cache {place}": cached.digest[:12] for place, cached in caches.items()})
     pipelines = decided_by_first(lambda: find_pipelines(recipe, teachers, latents, start))
     run = decided_by_first(lambda: _describe_run(recipe, teachers, latents, start, options))
     stages = [

@@ -52,11 +52,11 @@ def _few_step_model(folder: Path) -> Path:
 def test_every_point_is_judged_once_and_told_against_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judged = []
 
-    def judge(_pipe: Any, _sizes: Any, *, steps: int, **_asked: Any) -> dict[str, float]:
+    def judge(_folder: Any, *, steps: int, **_asked: Any) -> dict[str, float]:
         judged.append(steps)
         return {"all": 0.5}
 
-    monkeypatch.setattr(few_steps, "judge", judge)
+    monkeypatch.setattr(few_steps, "judge_checkpoint", judge)
     few = _few_step_model(tmp_path)
     points = [point for text in ("teacher=mini:sdxl@8,4", f"few={few}@4") for point in parse_point(text, tmp_path)]
     assert [point.passes for point in points] == [16, 8, 4]
