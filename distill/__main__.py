@@ -65,7 +65,7 @@ def fetch(*, model: str, workdir: Workdir = WORKDIR) -> None:
     """Print the local diffusers folder of a model, making, converting or downloading it first.
 
     Args:
-        model: A Hugging Face id, a diffusers folder, a .safetensors file, random:NAME or mini:sdxl.
+        model: A Hugging Face id, a diffusers folder, a .safetensors file, random:NAME, mini:sdxl or mini:sd.
     """
     from distill.checkpoints.sources import resolve
 
@@ -139,7 +139,7 @@ def recipe(name: tyro.conf.Positional[str], /, *, student: str | None = None, la
     """Print a recipe as JSON: stages, teachers, losses, steps. Changed and saved, it is a recipe of your own.
 
     Args:
-        name: ssd-1b, vega, mini-ssd-1b, mini-vega, or the slimxl.json of a finished student.
+        name: A recipe's name, as ssd-1b (an unknown one is answered with all), or the slimxl.json of a finished student.
         student: Another student by the same road: an architecture or a depth pattern; if not given, the recipe's own.
         layer_map: first, spread, similarity, or a JSON file (importance.json); if not given, the recipe's own.
     """
@@ -163,7 +163,8 @@ def train(
     """Distil a student by a recipe. Start it with torchrun for many GPUs or nodes. First it tells its memory plan.
 
     Args:
-        recipe: ssd-1b, vega, mini-ssd-1b, mini-vega, or a .json file that `distill recipe` has begun.
+        recipe: A recipe's name, as ssd-1b (an unknown one is answered with all), or a .json file that `distill recipe`
+            has begun.
         cache: A latent cache made by `distill cache` with the teacher's VAE and text encoders, a folder or its URL (https://,
             s3://, gs://, hf://); a stage of the recipe may name its own.
         out: Becomes a diffusers pipeline folder; an unfinished run there is continued.
@@ -197,26 +198,26 @@ def plan(
     """Tell what a training needs of each GPU's memory, with and without gradient checkpointing; nothing is loaded.
 
     Args:
-        recipe: ssd-1b, vega, mini-ssd-1b, mini-vega, or a .json file.
+        recipe: A recipe's name, as ssd-1b (an unknown one is answered with all), or a .json file.
         student: Another student by the same road: an architecture or a depth pattern; if not given, the recipe's own.
         processes: GPUs that share the batch.
         text: online, as the cache was made, adds the text encoders and says what part of the step's arithmetic they are.
         memory_gb: The GPU's memory in units of 1e9 bytes; if not given, that of the device at hand.
     """
-    from distill.checkpoints.sources import peek_architecture
     from distill.training.accelerator import COMPUTE_DTYPE, check_fsdp
     from distill.training.memory import count_recipe_memory, describe_memory, device_memory
-    from distill.training.recipes import find_recipe
+    from distill.training.recipes import find_recipe, peek_teacher
 
     require_least(1, processes=processes, accumulation=accumulation)
     if memory_gb is not None:
         require_above(0, memory_gb=memory_gb)
-    if fsdp:
-        check_fsdp(processes, mixed_precision, optimizer)
     chosen = find_recipe(recipe, student=student)
+    if fsdp:
+        adapters = any(stage.student.adapter for stage in chosen.stages)
+        check_fsdp(processes, mixed_precision, optimizer, adapters=adapters)
     title, uses = count_recipe_memory(
         chosen,
-        peek_architecture(chosen.stages[0].teacher),
+        peek_teacher(chosen),
         half=COMPUTE_DTYPE[mixed_precision],
         optimizer=optimizer,
         processes=processes,
@@ -393,23 +394,28 @@ def importance(
 def teach(
     *,
     out: Path,
-    start: Path | None = None,
+    architecture: str = "mini-sdxl",
+    start: str | None = None,
     vae_steps: int = 3000,
     vae_whole_steps: int = 1200,
     minutes: float = 120,
     learning_rate: float = 8e-4,
+    batch: int = 32,
     decoder_steps: int = 3000,
     seed: int = 0,
 ) -> None:
-    """Make the mini teacher anew: its VAE, then its UNet and text encoders, on the shapes world.
+    """Make a mini teacher anew: its VAE, then its UNet and text encoders, on the shapes world.
 
     Args:
         out: The pipeline folder to write.
-        start: A mini pipeline folder to teach further instead of a new one; its VAE's encoder stays as it is.
+        architecture: What is taught: mini-sdxl or mini-sd-1.5.
+        start: A mini checkpoint, as `fetch` takes it; those of its networks that the architecture has too are taught
+            further instead of new ones, but for its VAE's encoder, which stays as it is.
         vae_steps: Optimiser steps of the VAE on crops.
         vae_whole_steps: And on whole pictures.
         minutes: Training time of the UNet and text encoders; 0 leaves them as they are.
         learning_rate: Of the UNet and text encoders, at its highest.
+        batch: Pictures a step of the UNet and text encoders, all of one size.
         decoder_steps: Optimiser steps of the VAE's decoder alone, last.
         seed: Of the first weights, the pictures and the noise.
     """
@@ -417,11 +423,13 @@ def teach(
 
     result = teach_mini(
         out,
+        architecture=architecture,
         start=start,
         vae_steps=vae_steps,
         vae_whole_steps=vae_whole_steps,
         minutes=minutes,
         learning_rate=learning_rate,
+        batch=batch,
         decoder_steps=decoder_steps,
         seed=seed,
     )
@@ -429,22 +437,24 @@ def teach(
 
 
 @app.command
-def judge(*, model: str, count: int = 90, steps: int = 25, workdir: Workdir = WORKDIR) -> None:
+def judge(
+    *, model: str, count: int = 90, steps: int | None = None, held_out: Path | None = None, workdir: Workdir = WORKDIR
+) -> None:
     """How often a mini model's pictures of unseen captions show what they say, read exactly from the pixels (JSON).
 
     Args:
         model: A mini checkpoint, as `fetch` takes it.
-        count: Pictures in all, as many of each of the nine resolutions.
-        steps: Denoising steps.
+        count: Pictures in all, as many of each resolution of its family.
+        steps: Denoising steps. None: those that a few-step model was taught, else 25.
+        held_out: A latent cache that it was not trained on: the mean square error of its noise_pred over that too.
     """
-    import torch
+    from distill.checkpoints.sources import resolve
+    from distill.mini.judge import judge_checkpoint
+    from distill.studies.ablate import held_out_loss
 
-    from distill.checkpoints.sources import load_pipeline, resolve
-    from distill.mini.judge import judge as judge_pipeline
-
-    pipe = load_pipeline(resolve(model, workdir), torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    print(json.dumps(judge_pipeline(pipe, count=count, steps=steps), indent=1))
+    folder = resolve(model, workdir)
+    loss = {} if held_out is None else {"held_out_loss": held_out_loss(folder, held_out)}
+    print(json.dumps(loss | judge_checkpoint(folder, count=count, steps=steps), indent=1))
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from distill.common.errors import UserError, described
+from distill.common.errors import UserError, describe_error
 from distill.common.progress import say
 
 Ranges = Sequence[tuple[str, int, int]]
@@ -103,10 +103,10 @@ class RemoteFiles:
                 if wait_s is None or isinstance(error, PermissionError) or _refused(error):
                     tries = "" if wait_s is not None else f" after {len(WAITS_S) + 1} tries"
                     raise UserError(
-                        f"{self.url}/{name} cannot be had{tries} ({described(error)}); see that this machine may read it, "
+                        f"{self.url}/{name} cannot be had{tries} ({describe_error(error)}); see that this machine may read it, "
                         "and run the same command again"
                     ) from None
-                say(f"{self.url}/{name}: {described(error)}; trying again in {wait_s} s")
+                say(f"{self.url}/{name}: {describe_error(error)}; trying again in {wait_s} s")
                 time.sleep(wait_s)
         raise AssertionError("the last try returns or raises")
 

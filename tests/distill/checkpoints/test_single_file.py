@@ -198,7 +198,9 @@ def test_what_is_no_sdxl_file_is_refused_and_leaves_nothing(
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
-def test_a_file_that_says_v_prediction_is_believed_and_refused_as_a_teacher(mini_vega: Path, tmp_path: Path) -> None:
+def test_a_file_that_says_v_prediction_at_no_signal_is_believed_and_refused_as_a_teacher(
+    mini_vega: Path, tmp_path: Path
+) -> None:
     said = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     save_file(ldm_tensors(mini_vega) | said, tmp_path / "v.safetensors")
     folder = resolve(str(tmp_path / "v.safetensors"), tmp_path)
@@ -209,7 +211,7 @@ def test_a_file_that_says_v_prediction_is_believed_and_refused_as_a_teacher(mini
     make_cache(mini_vega, "shapes:9", tmp_path / "cache")
     stage = Stage(name="whole", teacher=str(folder), student=Pruned(architecture="mini-vega"), steps=1)
     recipe = Recipe(name="v", stages=(stage,), batch_size=1)
-    with pytest.raises(UserError, match="predicts 'v_prediction'"):
+    with pytest.raises(UserError, match="trained on other noise levels"):
         train(recipe, cache=tmp_path / "cache", out=tmp_path / "out", workdir=tmp_path)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from distill.checkpoints.sources import MINI_TEACHER
+from distill.checkpoints.sources import MINI_TEACHERS
 from distill.common.errors import UserError
 from distill.studies import few_steps
 from distill.studies.few_steps import compare_steps, parse_point, wilson
@@ -40,7 +40,7 @@ def _few_step_model(folder: Path) -> Path:
     """The mini teacher's folder by links, and what a student of halving says of itself."""
     model = folder / "few"
     model.mkdir()
-    for item in MINI_TEACHER.iterdir():
+    for item in MINI_TEACHERS["sdxl"].iterdir():
         (model / item.name).symlink_to(item)
     sampling = Halving(steps=4).sampling(None)
     (model / "slimxl.json").write_text(
@@ -52,11 +52,11 @@ def _few_step_model(folder: Path) -> Path:
 def test_every_point_is_judged_once_and_told_against_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judged = []
 
-    def judge(_pipe: Any, *, steps: int, **_asked: Any) -> dict[str, float]:
+    def judge(_folder: Any, *, steps: int, **_asked: Any) -> dict[str, float]:
         judged.append(steps)
         return {"all": 0.5}
 
-    monkeypatch.setattr(few_steps, "judge", judge)
+    monkeypatch.setattr(few_steps, "judge_checkpoint", judge)
     few = _few_step_model(tmp_path)
     points = [point for text in ("teacher=mini:sdxl@8,4", f"few={few}@4") for point in parse_point(text, tmp_path)]
     assert [point.passes for point in points] == [16, 8, 4]
