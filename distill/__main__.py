@@ -243,21 +243,19 @@ def budget(
     """Predict bytes of cache, hours and GPU-hours of a recipe, from its counted arithmetic; nothing is measured.
 
     Args:
-        recipe: ssd-1b, vega, mini-ssd-1b, mini-vega, or a .json file.
+        recipe: A recipe's name, as ssd-1b (an unknown one is answered with all), or a .json file.
         samples: Pictures of the data set.
         gpus: How many GPUs share the work, a line for each.
         text: As the cache is made.
         peak_tflops: Of a GPU, in half precision with fp32 accumulation; if not given, an A100's.
         share_of_peak: What is reached of it; if not given, what diffusers reaches with SSD-1B on an A100, as published.
     """
-    from distill.checkpoints.sources import peek_architecture
     from distill.studies.budget import count_budget, describe_budget
-    from distill.training.recipes import find_recipe
+    from distill.training.recipes import find_recipe, peek_teacher
 
     require_least(1, samples=samples)
     chosen = find_recipe(recipe)
-    teacher = peek_architecture(chosen.stages[0].teacher)
-    counted = count_budget(chosen, teacher, samples, text=text, checkpointing=gradient_checkpointing)
+    counted = count_budget(chosen, peek_teacher(chosen), samples, text=text, checkpointing=gradient_checkpointing)
     title = f"{chosen.name} on {samples:,} pictures, text {text}"
     lines = describe_budget(counted, title, gpus, peak_tflops=peak_tflops, share_of_peak=share_of_peak)
     print("\n".join(lines))

@@ -17,7 +17,7 @@ from distill.common.errors import require_above, require_between, require_least
 from distill.common.files import size_text
 from distill.data.make_cache import sample_bytes
 from distill.data.samples import Text
-from distill.models.architectures import Architecture, find_architecture
+from distill.models.architectures import Architecture
 from distill.models.catalogue import meta_unet, text_tflop, unet_tflop
 from distill.models.families import Family
 from distill.models.networks import make_network
@@ -48,19 +48,18 @@ def count_budget(recipe: Recipe, teacher: Architecture, samples: int, *, text: T
     student's, four where its activations are recomputed."""
     family = teacher.family
     size = family.resolutions[0]
-    students = {stage.student.architecture for stage in recipe.stages}
-    architectures = {name: find_architecture(name, family) for name in students}
-    forward = {name: unet_tflop(meta_unet(one), one, size, batch=1) for name, one in architectures.items()}
+    students = [stage.student.architecture_of(teacher) for stage in recipe.stages]
+    forward = {str(one.depth): unet_tflop(meta_unet(one), one, size, batch=1) for one in students}
     of_teacher, of_text = unet_tflop(meta_unet(teacher), teacher, size, batch=1), text_tflop(family)
     training = sum(
         stage.steps
         * recipe.batch_size
         * (
             stage.objective.needs_teacher * of_teacher
-            + (3 + checkpointing) * forward[stage.student.architecture]
+            + (3 + checkpointing) * forward[str(student.depth)]
             + (text == "online") * of_text
         )
-        for stage in recipe.stages
+        for stage, student in zip(recipe.stages, students, strict=True)
     )
     cached = vae_encoder_tflop(family) / TF32 + (text == "cached") * of_text / FP32
     return Budget(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from distill.common.errors import UserError
-from distill.models.architectures import ARCHITECTURES, find_architecture
+from distill.models.architectures import ARCHITECTURES
 from distill.studies.bench import step_tflop
 from distill.studies.budget import count_budget, describe_budget
 from distill.training.recipes import find_recipe
@@ -12,7 +12,7 @@ from distill.training.recipes import find_recipe
 def test_a_budget_is_its_counted_arithmetic_shared_out() -> None:
     teacher, recipe = ARCHITECTURES["mini-sdxl"], find_recipe("mini-vega")
     budget = count_budget(recipe, teacher, 1000, text="cached", checkpointing=False)
-    students = [find_architecture(stage.student.architecture, teacher.family) for stage in recipe.stages]
+    students = [stage.student.architecture_of(teacher) for stage in recipe.stages]
     steps = [step_tflop(teacher, student, recipe.batch_size) for student in students]
     counted = sum(stage.steps * tflop for stage, tflop in zip(recipe.stages, steps, strict=True))
     assert budget.training_tflop == pytest.approx(counted)
