@@ -103,8 +103,8 @@ class RemoteFiles:
                 if wait_s is None or isinstance(error, PermissionError) or _refused(error):
                     tries = "" if wait_s is not None else f" after {len(WAITS_S) + 1} tries"
                     raise UserError(
-                        f"{self.url}/{name} cannot be had{tries} ({describe_error(error)}); see that this machine may "
-                        "read it, and run the same command again"
+                        f"{self.url}/{name} cannot be had{tries} ({describe_error(error)}); see that this machine may read "
+                        "it, and run the same command again"
                     ) from None
                 say(f"{self.url}/{name}: {describe_error(error)}; trying again in {wait_s} s")
                 time.sleep(wait_s)

@@ -17,7 +17,8 @@ from distill.models.families import MINI_FAMILY, MINI_SD_FAMILY, SD_1_FAMILY, SD
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A family at a depth. `title` is the name as its makers write it, `parameters` is the UNet's (total, down, mid, up) as published; None for a custom depth."""
+    """A family at a depth. `title` is the name as its makers write it, `parameters` is the UNet's (total, down, mid,
+    up) as published; empty and None for a custom depth."""
 
     name: str
     title: str = ""
