@@ -13,7 +13,7 @@ import tyro
 
 from distill.checkpoints.sources import WORKDIR
 from distill.common.errors import UserError, exit_on_user_error, require_above, require_least
-from distill.data.samples import SmallPictures
+from distill.data.samples import SmallPictures, Text
 from distill.training.options import Accumulation, BenchOptions, Fsdp, Optimizer, Precision, TrainOptions, Workdir
 
 app = tyro.extras.SubcommandApp()
@@ -95,6 +95,7 @@ def cache(
     small_pictures: SmallPictures | None = None,
     flip: bool = True,
     variants: int = 1,
+    text: Text = "cached",
     workdir: Workdir = WORKDIR,
 ) -> None:
     """Precompute VAE latents and text embeddings of a data set. Under torchrun the processes share the shards.
@@ -109,6 +110,8 @@ def cache(
             that is told their original size (SDXL's), skip them for others.
         flip: Mirror half of the pictures, never one whose caption names a side or writing.
         variants: Samples made of each picture, each with its own crop, flip and draw of the VAE.
+        text: online keeps the captions' tokens alone, a third of the bytes; the trainer then runs the text encoders in
+            each step.
     """
     from distill.checkpoints.sources import resolve
     from distill.data.make_cache import make_cache
@@ -117,7 +120,9 @@ def cache(
     fitting = Fitting(small_pictures=small_pictures, flip=flip, variants=variants)
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     checkpoint = resolve(model, workdir)
-    make_cache(checkpoint, data, out, seed=seed, batch=batch, fitting=fitting, rank=rank, processes=processes)
+    make_cache(
+        checkpoint, data, out, seed=seed, batch=batch, fitting=fitting, text=text, rank=rank, processes=processes
+    )
 
 
 @app.command
@@ -178,6 +183,7 @@ def plan(
     mixed_precision: Precision = "bf16",
     optimizer: Optimizer = "adamw",
     fsdp: Fsdp = False,
+    text: Text = "cached",
     memory_gb: float | None = None,
 ) -> None:
     """Tell what a training needs of each GPU's memory, with and without gradient checkpointing; nothing is loaded.
@@ -186,6 +192,7 @@ def plan(
         recipe: A recipe's name, as ssd-1b (an unknown one is answered with all), or a .json file.
         student: Another student by the same road: an architecture or a depth pattern; if not given, the recipe's own.
         processes: GPUs that share the batch.
+        text: online, as the cache was made, adds the text encoders and says what part of the step's arithmetic they are.
         memory_gb: The GPU's memory in units of 1e9 bytes; if not given, that of the device at hand.
     """
     from distill.training.accelerator import COMPUTE_DTYPE, check_fsdp
@@ -206,6 +213,7 @@ def plan(
         processes=processes,
         accumulation=accumulation,
         fsdp=fsdp,
+        text=text,
     )
     device = ("the GPU", int(memory_gb * 1e9)) if memory_gb else device_memory()
     print("\n".join(describe_memory(uses, title, *device)))
@@ -286,6 +294,29 @@ def ablate(
         picture_steps=picture_steps,
         jobs=jobs,
     )
+
+
+@app.command
+def few_steps(
+    models: tyro.conf.Positional[tuple[str, ...]],
+    /,
+    *,
+    pictures: int = 90,
+    results: Path = Path("distill/results"),
+    workdir: Workdir = WORKDIR,
+) -> None:
+    """Compare mini models drawn in few steps: caption-following against the compute of a picture.
+
+    Args:
+        models: NAME=MODEL@STEPS,STEPS, any number, as teacher=mini:sdxl@4,25 lcm=out/lcm@1,4; the first is what others
+            are told against.
+        pictures: Pictures by which each is judged, over the nine resolutions.
+        results: Where few-steps.json, .md and .svg go.
+    """
+    from distill.studies.few_steps import compare_steps, parse_point, table
+
+    points = [point for model in models for point in parse_point(model, workdir)]
+    print(table(compare_steps(points, results, pictures=pictures)))
 
 
 @app.command

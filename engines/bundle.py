@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from distill.checkpoints.sampling import Sampling
 from distill.common.errors import UserError
 from distill.common.files import write_json
 from distill.common.validation import first_fault
@@ -241,11 +242,13 @@ class Engine(_Record):
 
 
 class Source(_Record):
-    """The checkpoint that every engine of the bundle comes from; `pipeline` is diffusers' class for it."""
+    """The checkpoint that every engine of the bundle comes from; `pipeline` is diffusers' class for it, `sampling` how a
+    few-step model is drawn with."""
 
     name: str
     sha256: str
     pipeline: Annotated[str, AfterValidator(_known_pipeline)]
+    sampling: Sampling | None = None
 
 
 class Manifest(_Record):

@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx
 
+from distill.checkpoints.sampling import Sampling, sampling_of
 from distill.common.errors import UserError
 from distill.common.files import read_json, sha256_file_once
 from distill.models.conditioning import Conditioning, TensorSpec, conditioning_named
@@ -152,7 +153,8 @@ def weights_for(engine: Engine, root: Path) -> OnnxComponent | None:
 
 @dataclass(frozen=True)
 class OnnxFolder:
-    """The whole folder. `source` names the checkpoint and its hash; resolutions are those of the family."""
+    """The whole folder. `source` names the checkpoint and its hash; resolutions are those of the family; `sampling` is how a
+    few-step model is drawn with."""
 
     root: Path
     components: dict[str, OnnxComponent]
@@ -161,6 +163,7 @@ class OnnxFolder:
     precision: str
     resolutions: list[Resolution]
     conditioning: Conditioning
+    sampling: Sampling | None = None
 
     @property
     def is_static(self) -> bool:
@@ -201,4 +204,5 @@ def read_onnx_folder(root: Path) -> OnnxFolder:
         precision=str(about.get("precision", "fp16")),
         resolutions=[Resolution.parse(text) for text in about["resolutions"]],
         conditioning=read_conditioning(root),
+        sampling=sampling_of(root),
     )

@@ -61,6 +61,9 @@ WRITERS = {
     "bench run": "run --contestants a=fake:denoise=1 --seconds 0 --out {home}/numbers.json",
     "bench run, what is unfinished": "run --contestants a=fake:denoise=1 --seconds 0 --out {home}/fresh.json",
     "bench report": "report --results {home}/none.json --out {home}",
+    "bench study make": "study make --models a=fake: b=fake: --count 1 --device cpu --out {home}",
+    "bench study serve": "study serve --study {home} --votes {home}/photo.jpg",
+    "bench study tally": "study tally --key {home}/none.json --votes {home}/none.json --out {home}",
     "bench gpu": "gpu --models mini-ssd-1b,mini-vega --resolutions 128x128 --device cpu --minutes 0 --out {home}",
 }
 
@@ -153,6 +156,9 @@ HOSTILE = {
             ("bench run --contestants a=fake:denoise=1", "--out"),
             ("bench report --out x", "--results"),
             ("bench gpu --device cpu", "--out"),
+            ("bench study make --models a=fake: b=fake:", "--out"),
+            ("bench study serve", "--study"),
+            ("bench study tally --key x --votes x", "--out"),
         )
     },
     "memory, infinite": [*BUILD.split(), "--memory-gb", "inf"],

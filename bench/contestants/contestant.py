@@ -11,6 +11,7 @@ from typing import Any
 from bench.contestants.pictures import Pictures
 from bench.floor.roofline import Costs, ModelConfigs, component_costs
 from bench.workload import Workload
+from distill.checkpoints.sampling import Sampling
 from distill.checkpoints.sources import WORKDIR
 from distill.models.architectures import find_architecture
 from distill.models.families import SDXL_FAMILY, Family
@@ -63,6 +64,11 @@ class Contestant:
         if kind == "random":
             return ModelConfigs.of(find_architecture(name).configs)
         return ModelConfigs.of_folder(self.checkpoint_folder())
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How a few-step model is drawn with; None where it does not say."""
+        return None
 
     def checkpoint_folder(self) -> Path:
         from distill.checkpoints.sources import resolve

@@ -28,7 +28,7 @@ from distill.common.files import read_object, sha256_file_once, sha256_json
 from distill.common.files import seed_of as seed_of  # noqa: PLC0414  # step.py and stage.py take it from here
 from distill.data.cache_index import DTYPES, INDEX, Bucket, read_index
 from distill.data.order import BatchOrder
-from distill.models.conditioning import conditioning_of
+from distill.models.conditioning import TEXT_INPUTS, TOKENS, conditioning_of
 
 KEY_FILE = "cache.json"
 UNCONDITIONAL = "unconditional.safetensors"
@@ -60,6 +60,10 @@ def checksum(tensors: Iterable[torch.Tensor]) -> int:
     return crc
 
 
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}.safetensors"
+
+
 class LatentCache:
     """Batches of one resolution each, a pure function of the step: resuming needs no state, and the order does not
     depend on the number of processes. What it holds in memory is some 400 bytes a shard, whatever its samples."""
@@ -73,18 +77,26 @@ class LatentCache:
         self.key = read_object(folder / KEY_FILE)
         self.folder = folder
         files = {entry.name: entry for entry in os.scandir(folder)}
-        self._shards = sorted(name for name in files if name.startswith("shard-") and name.endswith(".safetensors"))
-        wanted = self.key.get("shards", 0)
-        lacking = [f"no {name}" for name in (UNCONDITIONAL, INDEX) if name not in files]
-        if len(self._shards) < wanted or lacking:
-            told = f"{len(self._shards)} of {wanted} shards" if len(self._shards) < wanted else lacking[0]
-            raise UserError(f"{folder} is not finished: it has {told}; run the same `distill cache` command again")
+        wanted = [shard_name(number) for number in range(self.key.get("shards", 0))]
+        found = sum(name in files for name in wanted)
+        lacking = [f"{found} of {len(wanted)} shards"] if found < len(wanted) else []
+        lacking += [f"no {name}" for name in (UNCONDITIONAL, INDEX) if name not in files]
+        if lacking:
+            raise UserError(
+                f"{folder} is not finished: it has {lacking[0]}; run the same `distill cache` command again"
+            )
         index = read_index(folder / INDEX)
-        for name, size in zip(self._shards, index.shard_bytes, strict=True):
-            if files[name].stat().st_size != size:
+        if len(index.shard_bytes) != len(wanted):
+            raise UserError(
+                f"{folder / INDEX} is of {len(index.shard_bytes)} shards, the cache has {len(wanted)}: run the same "
+                "`distill cache` command again, which makes it anew"
+            )
+        sizes = {name: files[name].stat().st_size for name in wanted}
+        for name, size in zip(wanted, index.shard_bytes, strict=True):
+            if sizes[name] != size:
                 raise UserError(
-                    f"{folder / name} is damaged (it has {files[name].stat().st_size} bytes, {INDEX} says {size}): run the "
-                    "same `distill cache` command again, which makes it anew"
+                    f"{folder / name} is damaged (it has {sizes[name]} bytes, {INDEX} says {size}): run the same `distill "
+                    "cache` command again, which makes it anew"
                 )
         self.unconditional = {name: value.float() for name, value in load_file(folder / UNCONDITIONAL).items()}
         self._buckets = index.buckets
@@ -94,6 +106,16 @@ class LatentCache:
 
     def __len__(self) -> int:
         return sum(map(len, self._buckets))
+
+    @property
+    def digest(self) -> str:
+        """Of its key, and of its index, which has a checksum of every sample."""
+        return sha256_json([self.key, sha256_file_once(self.folder / INDEX)])
+
+    @property
+    def holds_text(self) -> bool:
+        """Whether it holds what the UNet reads of captions, or their tokens alone (`distill cache --text online`)."""
+        return not {field.name for field in self._buckets[0].fields}.isdisjoint(TEXT_INPUTS)
 
     def check_teacher(self, teacher: Path) -> list[str]:
         """Those of the teacher's VAE and text encoders that are other files than the ones the cache was made with.
@@ -112,18 +134,20 @@ class LatentCache:
         return [component for component, digest in hashes.items() if self.key.get(component) != digest]
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
-        """`latents` and what else the UNet takes of a step's global batch, or of some rows of it, in float32.
+        """`latents` and what else the UNet takes of a step's global batch, or of some rows of it, in float32; `TOKENS`, as
+        whole numbers, where it holds no text.
 
         Raises UserError for a sample that holds NaN or infinity.
         """
         kind, numbers = self._order.samples(step, rows)
         samples = [self._sample(self._buckets[kind], int(number)) for number in numbers]
-        return {field: torch.stack([sample[field] for sample in samples]).float() for field in samples[0]}
+        batch = {field: torch.stack([sample[field] for sample in samples]) for field in samples[0]}
+        return {field: value if field in TOKENS.values() else value.float() for field, value in batch.items()}
 
     def _sample(self, bucket: Bucket, number: int) -> dict[str, torch.Tensor]:
         """One sample's fields. Raises UserError, which names it, where they are not what was written or not finite."""
         shard, row = bucket.place(number)
-        path = self.folder / self._shards[shard]
+        path = self.folder / shard_name(shard)
         sample, crc = {}, 0
         with path.open("rb", buffering=0) as file:
             for field, begin in zip(bucket.fields, bucket.begins[shard], strict=True):

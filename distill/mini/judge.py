@@ -65,8 +65,9 @@ def judge(
     return share_followed(scenes, pictures)
 
 
-def judge_checkpoint(folder: Path, *, count: int, steps: int) -> dict[str, float]:
+def judge_checkpoint(folder: Path, *, count: int, steps: int, guidance_scale: float = 5.0) -> dict[str, float]:
     """`judge` of a mini checkpoint, at the sizes of its family."""
     pipe = load_pipeline(folder, torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    return judge(pipe, find_family(folder).resolutions, count=count, steps=steps)
+    resolutions = find_family(folder).resolutions
+    return judge(pipe, resolutions, count=count, steps=steps, guidance_scale=guidance_scale)

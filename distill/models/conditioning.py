@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Config = Mapping[str, Any]
 TEXT_INPUTS = ("encoder_hidden_states", "text_embeds")
 """Those inputs of a UNet that stand for the prompt: what caption dropout and guidance exchange."""
+TOKENS = {"text_encoder": "input_ids", "text_encoder_2": "input_ids_2"}
+"""By its text encoder, what a caption is called as tokens (n, tokens)."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +75,37 @@ class Conditioning:
         )
         return (hidden, "text_embeds") if encoder == self.pooled_from else (hidden,)
 
+    def tokenize(self, pipe: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Captions as `TOKENS` (n, tokens), cut to what the encoders read and padded to it, as the pipeline does."""
+        return {
+            TOKENS[encoder]: getattr(pipe, tokenizer)(
+                list(captions),
+                padding="max_length",
+                max_length=getattr(pipe, tokenizer).model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids.int()
+            for encoder, tokenizer in zip(self.encoders, self.tokenizers, strict=True)
+        }
+
+    def encode_tokens(self, networks: Mapping[str, Any], tokens: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The UNet's text inputs for `TOKENS`: `encoder_hidden_states` (n, tokens, dim) and, of SDXL, `text_embeds`
+        (n, dim), by the text encoders that `networks` holds under their names."""
+        import torch
+
+        hidden, pooled = [], {}
+        for encoder in self.encoders:
+            encoded = networks[encoder](tokens[TOKENS[encoder]], output_hidden_states=self.hidden_state is not None)
+            last = self.hidden_state is None
+            hidden.append(encoded.last_hidden_state if last else encoded.hidden_states[self.hidden_state])
+            if encoder == self.pooled_from:
+                pooled = {"text_embeds": encoded.text_embeds}
+        return {"encoder_hidden_states": torch.cat(hidden, dim=-1), **pooled}
+
     def encode(self, pipe: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The UNet's text inputs for captions: `encoder_hidden_states` (n, tokens, dim) and, of SDXL, `text_embeds`
-        (n, dim)."""
-        encoded = pipe.encode_prompt(
-            prompt=list(captions),
-            device=pipe._execution_device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-        )
-        if self.pooled_from is None:
-            return {"encoder_hidden_states": encoded[0]}
-        return {"encoder_hidden_states": encoded[0], "text_embeds": encoded[2]}
+        """The UNet's text inputs for captions, as `encode_tokens` gives them."""
+        tokens = {name: ids.to(pipe._execution_device) for name, ids in self.tokenize(pipe, captions).items()}
+        return self.encode_tokens(pipe.components, tokens)
 
     def unconditional(self, pipe: Any) -> dict[str, torch.Tensor]:
         """The UNet's text inputs for no prompt, as `encode` gives them for one: zeros where the checkpoint says

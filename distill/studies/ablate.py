@@ -113,9 +113,7 @@ def held_out_loss(checkpoint: Path, cache: Path) -> float:
     alphas_cumprod = alphas_cumprod_of(checkpoint)
     errors = []
     for step in range(len(latents) // HELD_OUT_BATCH):
-        batch = add_noise(
-            Distill(), latents.batch(step), alphas_cumprod, {}, seed=("held out", step), caption_dropout=0.0
-        )
+        batch = add_noise(Distill(), latents.batch(step), alphas_cumprod, seed=("held out", step), caption_dropout=0.0)
         target = task_target(batch, alphas_cumprod, prediction_type_of(checkpoint))
         errors.append((predict(unet, batch) - target).square().mean().item())
     return mean(errors)

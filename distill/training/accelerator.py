@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
@@ -86,6 +86,18 @@ def decided_by_first(compute: Callable[[], Decided]) -> Decided:
     if fault is not None:
         raise UserError(fault)
     return value
+
+
+def require_alike(facts: Mapping[str, str]) -> None:
+    """Raises UserError in every process where one of them has other facts than the first (a version, a cache)."""
+    told = gather_object([dict(facts)])
+    for number, theirs in enumerate(told):
+        for name, value in theirs.items():
+            if value != told[0].get(name):
+                raise UserError(
+                    f"process {number} has {name} {value}, the first one has {told[0].get(name)}: all nodes must have "
+                    "the same; install or copy it there, and run the same command again"
+                )
 
 
 def check_fsdp(processes: int, mixed_precision: str, optimizer: str) -> None:

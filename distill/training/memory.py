@@ -23,8 +23,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from distill.common.files import size_text
+from distill.data.samples import Text
 from distill.models.architectures import Architecture, find_architecture
-from distill.models.catalogue import count_parameters
+from distill.models.catalogue import count_parameters, meta_text_encoders, meta_unet, text_tflop, unet_tflop
 from distill.models.module_map import make_module_map
 from distill.models.resolution import Resolution
 from distill.training.accelerator import OPTIMIZER_BYTES, SHARDED_TOGETHER
@@ -97,8 +98,9 @@ class AsOnGpu(TorchFunctionMode):
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryUse:
-    """Bytes on one GPU when most are in use. `work` is activations, features and whatever else a step holds for a
-    while; under FSDP also the weights gathered from the other GPUs."""
+    """Bytes on one GPU when most are in use. `text` are the text encoders, where captions are cached as tokens; `work` is
+    activations, features and whatever else a step holds for a while; under FSDP also the weights gathered from the other
+    GPUs."""
 
     teacher: int
     student: int
@@ -106,10 +108,11 @@ class MemoryUse:
     optimizer: int
     gradients: int
     work: int
+    text: int = 0
 
     @property
     def total(self) -> int:
-        return self.teacher + self.student + self.ema + self.optimizer + self.gradients + self.work
+        return self.teacher + self.student + self.ema + self.optimizer + self.gradients + self.work + self.text
 
 
 def count_memory(
@@ -125,6 +128,7 @@ def count_memory(
     ema: bool = False,
     optimizer: str = "adamw",
     shards: int = 1,
+    text: Text = "cached",
 ) -> MemoryUse:
     """Counts one step of `micro_batch` samples. `gradients_stay` says that gradients are held through the whole step
     (accumulation, or DDP's buckets), else each appears as backward reaches it. `shards` is the number of FSDP's
@@ -166,6 +170,7 @@ def count_memory(
     if 4 * parameters > gradients + work:  # the optimiser's step, when all gradients are there and nothing else
         gradients, work = 4 * parameters, 0
     gathered = _gathered_bytes(student_net) if shards > 1 else 0
+    encoders = meta_text_encoders(family) if text == "online" else {}
     return MemoryUse(
         teacher=half.itemsize * count_parameters(teacher_net) if objective.needs_teacher else 0,
         student=4 * parameters // shards,
@@ -173,6 +178,7 @@ def count_memory(
         optimizer=int(OPTIMIZER_BYTES[optimizer] * parameters) // shards,
         gradients=gradients // shards,
         work=work + gathered,
+        text=half.itemsize * sum(map(count_parameters, encoders.values())),
     )
 
 
@@ -192,6 +198,7 @@ def count_recipe_memory(
     processes: int,
     accumulation: int,
     fsdp: bool,
+    text: Text = "cached",
 ) -> tuple[str, dict[str, MemoryUse]]:
     """What the recipe's deepest stage needs of each GPU, without and with gradient checkpointing, under a title.
 
@@ -215,6 +222,7 @@ def count_recipe_memory(
             ema=recipe.ema_decay is not None,
             optimizer=optimizer,
             shards=processes if fsdp else 1,
+            text=text,
         )
         for name, checkpointing in (("plain", False), ("gradient checkpointing", True))
     }
@@ -223,7 +231,18 @@ def count_recipe_memory(
         f"memory needed of {gpus} at its peak, {recipe.name}, stage {stage.name}: {micro_batch} pictures of "
         f"{resolution} at once, {str(half).removeprefix('torch.')}"
     )
+    if text == "online":
+        share = _text_share(teacher, student, stage.objective)
+        title += f", captions encoded in each step ({share:.1%} of its arithmetic)"
     return title, uses
+
+
+def _text_share(teacher: Architecture, student: Architecture, objective: Objective) -> float:
+    """What encoding captions is of a step's arithmetic: of that, the teacher's pass, and three times the student's."""
+    size = teacher.family.resolutions[0]
+    of_teacher, of_student = (unet_tflop(meta_unet(one), one, size, batch=1) for one in (teacher, student))
+    text = text_tflop(teacher.family)
+    return text / (text + objective.needs_teacher * of_teacher + 3 * of_student)
 
 
 def device_memory() -> tuple[str, int]:
@@ -243,9 +262,12 @@ def describe_memory(uses: dict[str, MemoryUse], title: str, device: str, device_
         "optimiser moments": "optimizer",
         "gradients": "gradients",
         "activations and work": "work",
+        "text encoders": "text",
         "peak": "total",
     }
     lines = [title, " " * 24 + "".join(f"{name:>28}" for name in uses)]
+    if not any(use.text for use in uses.values()):
+        del rows["text encoders"]
     for name, field in rows.items():
         lines.append(f"{name:24}" + "".join(f"{size_text(getattr(use, field)):>28}" for use in uses.values()))
     usable = device_bytes - RESERVED_BYTES

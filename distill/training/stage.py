@@ -15,9 +15,10 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
+from distill.checkpoints.sampling import sampling_of
 from distill.checkpoints.sources import prediction_type_of
 from distill.checkpoints.surgery import extend_unet
-from distill.common.ahead import ahead
+from distill.common.ahead import Awaited, ahead
 from distill.common.errors import UserError
 from distill.common.progress import say, track
 from distill.data.cache import LatentCache, seed_of
@@ -31,6 +32,7 @@ from distill.training.output.student_folder import save_student, stage_folder, s
 from distill.training.recipes import PREVIOUS, Recipe
 from distill.training.sigterm import noting_sigterm
 from distill.training.step import Pair, Terms, alphas_cumprod_of, load_nets
+from distill.training.text import TextEncoders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +60,10 @@ class StageRun:
             self._train(pair, take_step, state, previous)
         self._check_weights(state, previous)
         student = gather_student(state)
+        sampling = self.recipe.stages[self.number].objective.sampling(sampling_of(self.teacher))
         folder = stage_folder(self.recipe, self.number, self.out)
         if student is not None and self.accelerator.is_main_process:
-            save_student(student, self.pipeline, folder, self.modules, self.recipe, self.number)
+            save_student(student, self.pipeline, folder, self.modules, self.recipe, self.number, sampling)
             for old in [self.out / "state", *folder.parent.iterdir()]:
                 if old != folder:
                     shutil.rmtree(old, ignore_errors=True)
@@ -85,16 +88,18 @@ class StageRun:
         stage, modules = self.recipe.stages[self.number], self.modules
         if stage.teacher == PREVIOUS:
             modules = modules.relative_to(ModuleMap.of_student(self.teacher))
+        half, device = COMPUTE_DTYPE[self.options.mixed_precision], self.accelerator.device
         needs_teacher = stage.objective.needs_teacher
         return Pair(
             self.accelerator,
-            *load_nets(self.teacher if needs_teacher else None, initial, COMPUTE_DTYPE[self.options.mixed_precision]),
+            *load_nets(self.teacher if needs_teacher else None, initial, half),
             modules,
             alphas_cumprod_of(self.teacher),
             self.latents.unconditional,
             self.recipe,
             self.options,
             prediction_type=prediction_type_of(self.teacher),
+            text_encoders=None if self.latents.holds_text else TextEncoders.load(self.pipeline, half, device),
         )
 
     def _batches(self, pair: Pair, steps: range) -> Iterator[dict[str, torch.Tensor]]:
@@ -121,7 +126,8 @@ class StageRun:
         started = saved = time.monotonic()
         due = False
         with noting_sigterm() as sigterm_came:
-            for step, batch in zip(shown, self._batches(pair, steps), strict=True):
+            batches = Awaited(self._batches(pair, steps))
+            for step, batch in zip(shown, batches, strict=True):
                 rate = stage.learning_rate_at(step)
                 terms = take_step(batch, step, learning_rate=rate)
                 if state.ema:
@@ -131,7 +137,7 @@ class StageRun:
                     raise UserError(f"{title}: {fault}; {self._advice(previous)}")
                 done = step + 1
                 if accelerator.is_main_process and (done % options.log_every == 0 or done == stage.steps):
-                    self._log(done, terms, rate, time.monotonic() - started)
+                    self._log(done, terms, rate, time.monotonic() - started, batches.seconds)
                 late = time.monotonic() - saved > 60 * options.checkpoint_minutes
                 stop, late = self._any_process(sigterm_came(), late)
                 due = done < stage.steps and (due or late or done % options.checkpoint_every == 0)
@@ -153,7 +159,8 @@ class StageRun:
         student = gather_student(state)
         if student is not None and self.accelerator.is_main_process:
             path = self.out / "samples" / f"{stage_title(self.recipe, self.number)}-{done:07d}.png"
-            draw_samples(student, self.pipeline, self.recipe.validation_prompts, path)
+            sampling = self.recipe.stages[self.number].objective.sampling(sampling_of(self.teacher))
+            draw_samples(student, self.pipeline, self.recipe.validation_prompts, path, sampling=sampling)
         del student
         torch.cuda.empty_cache()  # of the picture's own nets
         self.accelerator.wait_for_everyone()
@@ -184,11 +191,13 @@ class StageRun:
             f"--recipe mine.json{begin} and another --out"
         )
 
-    def _log(self, done: int, terms: Terms, rate: float, seconds: float) -> None:
+    def _log(self, done: int, terms: Terms, rate: float, seconds: float, data_seconds: float) -> None:
+        """One line: `seconds` since the run began or went on, `data_seconds` of them spent waiting for data."""
         total, norm = terms.pop("total"), terms.pop("gradient_norm")
         curves = {"lr": rate, "loss": total, "gradient_norm": norm if math.isfinite(norm) else None}
         stage = self.recipe.stages[self.number]
         line = {"stage": f"{self.number + 1}-{stage.name}", "step": done, "seconds": round(seconds, 3)}
+        line["data_seconds"] = round(data_seconds, 3)
         with (self.out / "losses.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(line | curves | {"terms": terms}) + "\n")
         if self.options.report_to:

@@ -28,6 +28,7 @@ from distill.training.objectives import Objective
 from distill.training.objectives.interface import Batch, LossTerms, Nets
 from distill.training.options import TrainOptions
 from distill.training.recipes import Recipe
+from distill.training.text import TextEncoders, with_text
 
 Terms = dict[str, float]
 """Every loss term by name, their `total`, and the `gradient_norm` before clipping."""
@@ -52,31 +53,29 @@ def add_noise(
     objective: Objective,
     cached: Batch,
     alphas_cumprod: torch.Tensor,
-    unconditional: Batch,
     *,
     seed: Sequence[object],
     caption_dropout: float,
-    rows: slice = slice(None),
-    batch_size: int | None = None,
+    first_row: int = 0,
 ) -> dict[str, torch.Tensor]:
     """A batch of `LatentCache` as the UNet takes it, by the names of its inputs, with the `noise` (n, 4, h, w) that was
-    added and whatever else the objective draws; a dropped caption's text becomes `unconditional`.
+    added, which captions are `dropped` (n,), and whatever else the objective draws.
 
-    Where `cached` is but the `rows` of a global batch, `batch_size` is the size of that: everything is drawn for all of
-    it, so that a sample's own does not depend on how the batch is shared out.
+    All that is drawn of a row depends on `seed` and its number in the global batch, of which `cached` may be the rows from
+    `first_row` on: so it is the same however the batch is shared out, and the work is that of the rows at hand.
     """
     batch = dict(cached)
     latents = batch.pop("latents")
-    size = batch_size or len(latents)
-    generator = torch.Generator().manual_seed(seed_of(*seed))  # type: ignore[arg-type]
-    noise = torch.randn((size, *latents.shape[1:]), generator=generator)[rows]
-    drawn = {name: value[rows] for name, value in objective.draw(size, len(alphas_cumprod), generator).items()}
-    dropped = torch.rand(size, generator=generator)[rows] < caption_dropout
-    for name, nothing in unconditional.items():
-        batch[name] = torch.where(dropped.view(-1, *[1] * nothing.dim()), nothing, batch[name])
+    rows = []
+    for number in range(first_row, first_row + len(latents)):
+        generator = torch.Generator().manual_seed(seed_of(*seed, number))  # type: ignore[arg-type]
+        dropped = torch.rand(1, generator=generator) < caption_dropout
+        noise = torch.randn((1, *latents.shape[1:]), generator=generator)
+        rows.append({"dropped": dropped, "noise": noise, **objective.draw(1, len(alphas_cumprod), generator)})
+    drawn = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
     signal = alphas_cumprod[drawn["timestep"]].view(-1, 1, 1, 1)
-    sample = signal.sqrt() * latents + (1 - signal).sqrt() * noise
-    return batch | drawn | {"sample": sample, "noise": noise}
+    sample = signal.sqrt() * latents + (1 - signal).sqrt() * drawn["noise"]
+    return batch | drawn | {"sample": sample}
 
 
 def predict(unet: Any, batch: Batch, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -116,10 +115,12 @@ class Pair:
         options: TrainOptions,
         *,
         prediction_type: str = "epsilon",
+        text_encoders: TextEncoders | None = None,
     ) -> None:
         """Moves both nets to the device; the student is checkpointed, compiled and wrapped as the options say."""
         self.accelerator, self.modules, self.recipe, self.options = accelerator, modules, recipe, options
-        self.alphas_cumprod, self.unconditional = alphas_cumprod, unconditional
+        self.alphas_cumprod, self.text_encoders = alphas_cumprod, text_encoders
+        self.unconditional = {name: value.to(accelerator.device) for name, value in unconditional.items()}
         self.prediction_type = prediction_type
         self.target: Any = None
         self.student = student.to(accelerator.device)
@@ -154,11 +155,9 @@ class Pair:
             objective,
             cached,
             self.alphas_cumprod,
-            self.unconditional,
             seed=seed,
             caption_dropout=self.recipe.caption_dropout,
-            rows=self.rows,
-            batch_size=self.recipe.batch_size,
+            first_row=self.rows.start,
         )
         on_gpu = self.accelerator.device.type == "cuda"
         return {name: value.pin_memory() for name, value in noised.items()} if on_gpu else noised
@@ -175,7 +174,7 @@ class Pair:
             teacher=self.teacher if objective.needs_teacher else None,
             modules=self.modules,
             alphas_cumprod=self.alphas_cumprod.to(device),
-            unconditional={name: value.to(device) for name, value in self.unconditional.items()},
+            unconditional=self.unconditional,
             prediction_type=self.prediction_type,
             target=self._predict_target,
         )
@@ -220,6 +219,8 @@ class Pair:
     @torch.no_grad()
     def _move_target(self, decay: float) -> None:
         """θ⁻ ← μ θ⁻ + (1 − μ) θ, as the last optimiser step left θ (arXiv 2310.04378, algorithm 1)."""
+        if self.options.fsdp:
+            self.target.reshard()  # what lies outside the blocks stays gathered after a forward pass
         for average, own in zip(self.target.parameters(), self.student.parameters(), strict=True):
             average.lerp_(own, 1 - decay)
 
@@ -232,6 +233,7 @@ class Pair:
                 name: value[begin : begin + size].to(accelerator.device, non_blocking=True)
                 for name, value in noised.items()
             }
+            part = with_text(part, self.text_encoders, self.unconditional)
             with accelerator.accumulate(self.model):
                 terms = terms_of(self._predict_student, self._predict_teacher, part, step)
                 total = torch.stack(list(terms.values())).sum()

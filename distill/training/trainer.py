@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import shutil
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from distill.checkpoints.sampling import sampling_of
 from distill.checkpoints.sources import checkpoint_hash, find_architecture_of, load_component, resolve
 from distill.checkpoints.surgery import files_but_unet
 from distill.common.errors import UserError, explaining_full_memory
@@ -26,7 +28,7 @@ from distill.common.ownership import require_our_folder
 from distill.common.progress import say
 from distill.data.cache import LatentCache
 from distill.models.module_map import ModuleMap
-from distill.training.accelerator import COMPUTE_DTYPE, check_fsdp, decided_by_first, make_accelerator
+from distill.training.accelerator import COMPUTE_DTYPE, check_fsdp, decided_by_first, make_accelerator, require_alike
 from distill.training.memory import MemoryUse, count_recipe_memory, describe_memory, device_memory
 from distill.training.options import TrainOptions
 from distill.training.output.card import write_card
@@ -76,6 +78,8 @@ def train(
     folders = [Path(stage.cache) if stage.cache else cache for stage in recipe.stages]
     caches = {folder: LatentCache(folder, batch_size=recipe.batch_size, seed=recipe.seed) for folder in set(folders)}
     latents = [caches[folder] for folder in folders]
+    versions = {package: version(package) for package in ("slimxl", "torch", "diffusers")}
+    require_alike(versions | {f"the cache {folder}": cached.digest[:12] for folder, cached in caches.items()})
     pipelines = decided_by_first(lambda: find_pipelines(recipe, teachers, latents, start))
     run = decided_by_first(lambda: _describe_run(recipe, teachers, latents, start, options))
     stages = [
@@ -205,6 +209,7 @@ def _look_ahead(stage: StageRun) -> dict[str, MemoryUse]:
         processes=processes,
         accumulation=options.accumulation,
         fsdp=options.fsdp,
+        text="cached" if stage.latents.holds_text else "online",
     )
     for line in describe_memory(uses, title, *device_memory()):
         say(line)
@@ -241,13 +246,13 @@ def _memory_advice(
     )
 
 
-def _draw_samples(folder: Path, stage: StageRun) -> None:
+def _draw_samples(folder: Path, stage: StageRun, about: Path | None = None) -> None:
     """What the student that `stage` left in `folder` draws, unless that picture is there: a run that goes on makes up for
-    a kill. It stays in OUT/samples when later stages end."""
+    a kill. It stays in OUT/samples when later stages end. Its slimxl.json lies in `about`, if not in `folder`."""
     path = stage.out / "samples" / f"{stage_title(stage.recipe, stage.number)}.png"
     if stage.recipe.validation_prompts and not path.exists():
         student = load_component(folder, "unet", student_dtype(folder))
-        draw_samples(student, folder, stage.recipe.validation_prompts, path)
+        draw_samples(student, folder, stage.recipe.validation_prompts, path, sampling=sampling_of(about or folder))
 
 
 def _finish(stages: list[StageRun], run: dict[str, Any]) -> None:
@@ -258,7 +263,7 @@ def _finish(stages: list[StageRun], run: dict[str, Any]) -> None:
     for item in folder.iterdir():
         if item.name != "slimxl.json":
             item.rename(out / item.name)
-    _draw_samples(out, last)
+    _draw_samples(out, last, folder)
     write_card(out, last.recipe, about, run, data={str(stage.latents.key.get("data", "")) for stage in stages})
     write_json(out / "slimxl.json", about | run)
     for left in ("stages", "state"):

@@ -39,7 +39,12 @@ def starting_manifest(out: Path, folder: OnnxFolder, replace: bool) -> Manifest:
     """The bundle's manifest, or an empty one for a new bundle. Where the manifest cannot be read or names engines of another
     checkpoint: an empty one with `replace`, else UserError."""
     fresh = Manifest(
-        source=Source(name=folder.source_name, sha256=folder.source_sha256, pipeline=folder.conditioning.pipeline)
+        source=Source(
+            name=folder.source_name,
+            sha256=folder.source_sha256,
+            pipeline=folder.conditioning.pipeline,
+            sampling=folder.sampling,
+        )
     )
     if not (out / MANIFEST).is_file():
         return fresh

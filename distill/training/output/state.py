@@ -32,8 +32,9 @@ from distill.common.errors import UserError
 from distill.common.files import read_json, remove_leftovers, replacing, write_json
 from distill.common.progress import say
 
-STATE_FORMAT = 1
-"""Stands in run.json; another number is a state that this version does not read."""
+STATE_FORMAT = 2
+"""Stands in run.json; another number is a state that this version does not read, or would go on from otherwise (2: samples
+come in another order, and what is drawn of each by its own seed)."""
 
 
 @dataclass

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
 
+from distill.checkpoints.sampling import Sampling
 from distill.checkpoints.sources import find_family
 from distill.checkpoints.surgery import copy_all_but_unet
 from distill.common.files import read_json, replacing, write_json
@@ -33,13 +35,21 @@ def student_dtype(teacher_folder: Path) -> torch.dtype:
 
 
 def save_student(
-    student: UNet2DConditionModel, pipeline: Path, folder: Path, modules: ModuleMap, recipe: Recipe, number: int
+    student: UNet2DConditionModel,
+    pipeline: Path,
+    folder: Path,
+    modules: ModuleMap,
+    recipe: Recipe,
+    number: int,
+    sampling: Sampling | None = None,
 ) -> None:
-    """Writes a whole pipeline folder or none: the student's UNet, everything else as in the folder `pipeline`. It depends
-    on nothing but these: no config says where it was made."""
+    """Writes a whole pipeline folder or none: the student's UNet and its scheduler, where `sampling` names one, everything
+    else as in the folder `pipeline`. It depends on nothing but these: no config says where it was made."""
     with replacing(folder) as temporary:
         copy_all_but_unet(pipeline, temporary)
         student.to(student_dtype(pipeline)).save_pretrained(temporary / "unet", safe_serialization=True)
+        if sampling:
+            sampling.write_scheduler(temporary)
         for path in temporary.rglob("*.json"):
             stated = read_json(path)
             if isinstance(stated, dict) and stated.keys() & LOCAL_PATHS:
@@ -52,5 +62,6 @@ def save_student(
                 "stages_done": number + 1,
                 "parameters": sum(p.numel() for p in student.parameters()),
                 "recipe": recipe.as_dict(),
-            },
+            }
+            | ({"sampling": asdict(sampling)} if sampling else {}),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -108,7 +109,10 @@ def test_a_batch_that_cannot_be_shared_is_not_planned(processes: int, accumulati
 
 def test_full_size_is_planned_without_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     arguments = ["plan", "--recipe", "ssd-1b", "--processes", "8", "--accumulation", "4", "--memory-gb", "80"]
+    arguments += ["--text", "online"]
     monkeypatch.setattr("sys.argv", ["distill", *arguments])
     assert main() == 0
     told = capsys.readouterr().out
+    assert "captions encoded in each step (0.4% of its arithmetic)" in told
+    assert re.search(r"text encoders +1\.64 GB", told)  # 123 and 695 million parameters in two bytes each
     assert "plain: does NOT fit the GPU, 80 GB" in told and "gradient checkpointing: fits the GPU" in told
