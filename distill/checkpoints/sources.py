@@ -4,7 +4,7 @@ org/name              a Hugging Face model id
 path/to/folder        a diffusers pipeline folder
 path/to/file.safetensors   a single-file checkpoint (as ZavyChromaXL and JuggernautXL ship)
 random:NAME           an architecture of the catalogue at its true size with random weights (nothing to download)
-mini:sdxl, mini:sd    the mini teachers that ship with the package
+mini:sdxl             the mini teacher that ships with the package
 """
 
 from __future__ import annotations
@@ -51,17 +51,14 @@ from distill.models.networks import network_class, stated_config
 if TYPE_CHECKING:
     import torch
 
-MINI_TEACHERS = {
-    "sdxl": Path(__file__).parents[1] / "mini" / "teacher",
-    "sd": Path(__file__).parents[1] / "mini" / "teacher_sd",
-}
+MINI_TEACHERS = {"sdxl": Path(__file__).parents[1] / "mini" / "teacher"}
 WORKDIR = Path("out/models")
 """Where every room keeps what `resolve` has to make, if not told otherwise: once."""
 CONVERSION = 1
 """Raised whenever a random, converted or fused checkpoint comes out otherwise than before: older ones are made again."""
 PART_CLASSES = {"diffusers": "EulerDiscreteScheduler", "transformers": "CLIPTokenizer"}
 """What the parts beside the networks usually are."""
-FORMS = "a Hugging Face id, a diffusers folder, a single .safetensors file, random:NAME, mini:sdxl or mini:sd"
+FORMS = "a Hugging Face id, a diffusers folder, a single .safetensors file, random:NAME or mini:sdxl"
 
 
 def read_config(folder: Path, component: str) -> dict[str, Any]:
