@@ -66,7 +66,7 @@ class RunOptions:
     energy_seconds: float = 10.0
     """Seconds each contestant draws while the GPU's energy counter is read; 0 reads none."""
     kernels: bool = False
-    """Say by kernel family where the denoise loop's time goes, by torch's profiler, after the timed rounds."""
+    """Say by kind of kernel where the denoise loop's time goes, by torch's profiler, after the timed rounds."""
     reference: bool = True
     """Compare each contestant with its checkpoint in fp32 (for bundle and optimum: one among its --artifacts)."""
     fidelity: FidelityOptions = field(default_factory=FidelityOptions)

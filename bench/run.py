@@ -28,7 +28,7 @@ from bench.quality.pictures import draw_pictures
 from bench.quality.reference import judge
 from bench.results import ContestantRecord, Results, record_cell, write_results
 from bench.workload import Workload, family_prompts, family_resolutions, make_workloads, parse_scales
-from distill.common.errors import UserError, counts, described
+from distill.common.errors import UserError, describe_error, parse_counts
 from distill.common.progress import say
 from distill.data.shapes import shares
 from engines.building.worker import peak_rss_bytes
@@ -60,8 +60,8 @@ def run_bench(options: RunOptions) -> Results:
     family = find_family(contestants)
     workloads = make_workloads(
         family_resolutions(options.resolutions, family),
-        counts("--steps", options.steps or taught(contestants, "steps", "30"), most=1000),
-        batches=counts("--batches", options.batches),
+        parse_counts("--steps", options.steps or taught(contestants, "steps", "30"), most=1000),
+        batches=parse_counts("--batches", options.batches),
         guidance_scales=parse_scales(options.guidance or taught(contestants, "guidance_scale", "5")),
         scheduler=options.scheduler,
         seed=options.seed,
@@ -159,7 +159,7 @@ def load_all(
         except UserError:
             raise
         except Exception as error:
-            notes.append(f"{contestant.name} did not load: {described(error)}")
+            notes.append(f"{contestant.name} did not load: {describe_error(error)}")
             say(f"  {notes[-1]}")
             continue
         loaded.append((contestant, make_record(contestant, main, cold, memory)))
@@ -238,6 +238,6 @@ def energy_of(contestant: Contestant, main: Workload, gpu: Gpu, seconds: float, 
     try:
         return energy_per_image(gpu, draw, seconds)
     except Exception as error:
-        notes.append(f"{contestant.name} failed while its energy was read: {described(error)}")
+        notes.append(f"{contestant.name} failed while its energy was read: {describe_error(error)}")
         say(f"  {notes[-1]}")
         return {"j_per_image": None, "why": notes[-1]}

@@ -143,7 +143,7 @@ def recipe(name: tyro.conf.Positional[str], /, *, student: str | None = None, la
 def train(
     *,
     recipe: str,
-    cache: Path,
+    cache: str,
     out: Path,
     student: str | None = None,
     layer_map: str | None = None,
@@ -156,8 +156,8 @@ def train(
     Args:
         recipe: A recipe's name, as ssd-1b (an unknown one is answered with all), or a .json file that `distill recipe`
             has begun.
-        cache: A latent cache made by `distill cache` with the teacher's VAE and text encoders; a stage of the recipe may
-            name its own.
+        cache: A latent cache made by `distill cache` with the teacher's VAE and text encoders, a folder or its URL (https://,
+            s3://, gs://, hf://); a stage of the recipe may name its own.
         out: Becomes a diffusers pipeline folder; an unfinished run there is continued.
         student: Another student by the same road: an architecture or a depth pattern; if not given, the recipe's own.
         layer_map: Which teacher blocks it keeps: first, spread, similarity, or a JSON file (importance.json); if not
@@ -202,9 +202,10 @@ def plan(
     require_least(1, processes=processes, accumulation=accumulation)
     if memory_gb is not None:
         require_above(0, memory_gb=memory_gb)
-    if fsdp:
-        check_fsdp(processes, mixed_precision, optimizer)
     chosen = find_recipe(recipe, student=student)
+    if fsdp:
+        adapters = any(stage.student.adapter for stage in chosen.stages)
+        check_fsdp(processes, mixed_precision, optimizer, adapters=adapters)
     title, uses = count_recipe_memory(
         chosen,
         peek_teacher(chosen),
@@ -394,14 +395,14 @@ def teach(
 
 @app.command
 def judge(
-    *, model: str, count: int = 90, steps: int = 25, held_out: Path | None = None, workdir: Workdir = WORKDIR
+    *, model: str, count: int = 90, steps: int | None = None, held_out: Path | None = None, workdir: Workdir = WORKDIR
 ) -> None:
     """How often a mini model's pictures of unseen captions show what they say, read exactly from the pixels (JSON).
 
     Args:
         model: A mini checkpoint, as `fetch` takes it.
         count: Pictures in all, as many of each resolution of its family.
-        steps: Denoising steps.
+        steps: Denoising steps. None: those that a few-step model was taught, else 25.
         held_out: A latent cache that it was not trained on: the mean square error of its noise_pred over that too.
     """
     from distill.checkpoints.sources import resolve

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from distill.common.errors import counts, exit_on_user_error
+from distill.common.errors import exit_on_user_error, parse_counts
 from distill.common.options import parse_names
 from engines.choices import FlavorName, Guidance, Layout
 from engines.serving.options import Serving, Workload
@@ -71,7 +71,7 @@ def build(
         flavor=flavor,
         layout=layout,
         resolutions=resolutions,
-        batches=counts("--batches", batches),
+        batches=parse_counts("--batches", batches),
         guidance=guidance,
         components=parse_names(components) or None,
         options=options,
@@ -213,7 +213,7 @@ def load_test(
     """
     from engines.serving.load_test import measure_load
 
-    levels = counts("--concurrency", concurrency)
+    levels = parse_counts("--concurrency", concurrency)
     return measure_load(out, server, workload, levels, minutes * 60, rate, workdir)
 
 

@@ -83,6 +83,69 @@ def onnx(
 
 
 @app.command
+def quantise(
+    *,
+    onnx: Path,
+    model: str,
+    precision: Literal["int8", "fp8"],
+    out: Path,
+    prompts: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: a list of our own)")] = None,
+    count: int | None = None,
+    steps: int = 20,
+    guidance_scale: float = 5.0,
+    resolutions: str = "all",
+    seed: int = 0,
+    device: str = "cpu",
+    ranges: Path | None = None,
+    alpha: float | None = None,
+    percentile: float | None = None,
+    keep: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = (),
+    check: bool = True,
+    workdir: Workdir = WORKDIR,
+) -> None:
+    """Put the UNet of an ONNX folder into 8 bits, by the ranges that its inputs take while the checkpoint draws.
+
+    Args:
+        onnx: The ONNX folder, with open dimensions; fp16 for TensorRT, fp32 for ONNX Runtime on the CPU.
+        model: The checkpoint that it was made from; its LoRAs are fused again.
+        precision: int8 runs on every GPU, fp8 on compute capability 8.9 (RTX 4090) and later.
+        out: The quantised ONNX folder to write.
+        prompts: A file with a prompt a line.
+        count: Draw only the first so many.
+        steps: Of each drawing.
+        guidance_scale: Of each drawing.
+        resolutions: all of the family's in turn, or WxH,....
+        seed: Of the first drawing.
+        device: That draws: cpu (in fp32) or cuda (in fp16).
+        ranges: A file of ranges to take in place of drawing.
+        alpha: Of SmoothQuant, 0 to 1. None: 0.8 for int8, 0 for fp8.
+        percentile: That a convolution's range holds: 99, 99.9, 99.99, 99.999, 100. None: 99.999 for int8, 100 for fp8.
+        keep: More layers that stay in half precision, as patterns: up_blocks.2.*
+        check: Compare with torch before the UNet gets its name.
+    """
+    from distill.checkpoints.sources import find_family, resolve
+    from distill.common.progress import say
+    from export.prompts import read_prompts
+    from export.quantise.calibrate import Drawing
+    from export.quantise.folder import QuantiseOptions, check_source, find_ranges, prepare_source, quantise_folder
+
+    options = QuantiseOptions(precision=precision, alpha=alpha, percentile=percentile, keep=keep, check=check)
+    record = check_source(onnx, out, options)
+    checkpoint = resolve(model, workdir)
+    sizes = parse_resolutions(resolutions, find_family(checkpoint).resolutions)
+    drawing = Drawing(
+        prompts=tuple(read_prompts(prompts, checkpoint, count)),
+        resolutions=tuple(sizes),
+        steps=steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+    )
+    prepared = prepare_source(onnx, checkpoint, workdir)
+    found = find_ranges(prepared, record, drawing, workdir, device, ranges)
+    quantise_folder(onnx, out, prepared, found, options, progress=say)
+
+
+@app.command
 def verify(
     folder: Annotated[Path, tyro.conf.Positional],
     *,

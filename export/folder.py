@@ -51,7 +51,7 @@ from export.job import (
 )
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
     """export.json of a component. Raises UserError where it is damaged."""
     if not (folder / "export.json").is_file():
         raise UserError(f"{folder} has no export.json, which says what its files are; export {folder.name} again")
@@ -71,7 +71,7 @@ def _is_file_name(name: str) -> bool:
 
 def _read_finished(folder: Path, key: str) -> dict[str, Any] | None:
     """The record of a component made from the same inputs, if all its files are there in their sizes."""
-    if not (folder / "export.json").is_file() or (record := _read_record(folder)).get("key") != key:
+    if not (folder / "export.json").is_file() or (record := read_record(folder)).get("key") != key:
         return None
     files = ((folder / name, size) for name, size in record["bytes"].items())
     return record if all(file.is_file() and file.stat().st_size == size for file, size in files) else None
@@ -87,7 +87,7 @@ def check_files(folder: Path, components: Sequence[str] = (), *, beside: bool | 
     if not names:
         raise UserError(f"{folder} is no ONNX folder: no component in it has an export.json; make one with export onnx")
     recorded = {
-        f"{name}/{file}": digest for name in names for file, digest in _read_record(folder / name)["sha256"].items()
+        f"{name}/{file}": digest for name in names for file, digest in read_record(folder / name)["sha256"].items()
     }
     if (not components if beside is None else beside) and (folder / "slimxl.json").is_file():
         beside = read_object(folder / "slimxl.json").get("files", {})
@@ -111,7 +111,7 @@ def is_current(folder: Path, job: Job) -> bool:
     return bool(record["checked"]) or not job.options.check or sum(record["bytes"].values()) >= CHECK_BELOW_BYTES
 
 
-def _refuse_foreign(out: Path) -> None:
+def refuse_foreign(out: Path) -> None:
     """Raises UserError where `out` is a file, holds something and no export wrote it, or holds a network that no export
     has written."""
     failed = [f"{name}.failed" for name in COMPONENTS]
@@ -164,7 +164,7 @@ def export_checkpoint(
     Raises UserError for bad input, and where an exported graph disagrees with torch.
     """
     options = options or ExportOptions()
-    _refuse_foreign(out)
+    refuse_foreign(out)
     source_hashes = file_hashes(checkpoint)
     prepared, hashes = prepare(checkpoint, source_hashes, options.vae, options.loras, workdir)
     names = chosen_components(prepared, options)

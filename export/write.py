@@ -45,7 +45,7 @@ def parameters_and_flops(name: str, checkpoint: Path, config: Config, resolution
     return parameters, counter.get_total_flops()
 
 
-def _fix_sizes(folder: Path, job: Job, resolutions: Sequence[Resolution]) -> dict[str, str]:
+def _fixfile_sizes(folder: Path, job: Job, resolutions: Sequence[Resolution]) -> dict[str, str]:
     """Puts a static graph for each resolution, over the same weights, in the place of the open model.onnx.
 
     Returns the file name of each resolution's graph. model.onnx is the first one's.
@@ -57,13 +57,13 @@ def _fix_sizes(folder: Path, job: Job, resolutions: Sequence[Resolution]) -> dic
         specialise(fixed, COMPONENTS[job.name].inputs(job.config, resolution, rows, job.precision))
         graphs[str(resolution)] = f"model.{resolution}.onnx"
         ir.save(fixed, folder / graphs[str(resolution)])
-        _require_valid(folder / graphs[str(resolution)], job.name)
+        require_valid(folder / graphs[str(resolution)], job.name)
     first = str(resolutions[0])
     (folder / graphs[first]).replace(folder / "model.onnx")
     return graphs | {first: "model.onnx"}
 
 
-def _require_valid(file: Path, name: str) -> None:
+def require_valid(file: Path, name: str) -> None:
     """Raises UserError where onnx.checker, with types and shapes inferred, refuses a graph."""
     try:
         onnx.checker.check_model(str(file), full_check=True)
@@ -106,17 +106,17 @@ def write_component(job: Job, folder: Path, progress: Callable[[str], None]) -> 
         del model
         write_json(temporary / "config.json", job.config)
         saved = time.monotonic()
-        _require_valid(temporary / "model.onnx", name)
+        require_valid(temporary / "model.onnx", name)
         if name == "vae_decoder":
             require_finite(temporary / "model.onnx", job.config, small, job.precision)
         checked: list[Parity] = []
-        if options.check and sum(_sizes(temporary).values()) < CHECK_BELOW_BYTES:
+        if options.check and sum(file_sizes(temporary).values()) < CHECK_BELOW_BYTES:
             checked = _compare_with_torch(job, temporary / "model.onnx")
         verified = time.monotonic()
         graphs: dict[str, str] = {}
         fixed = options.resolutions[:1] if name in TEXT_ENCODERS else options.resolutions
         if fixed:
-            graphs = _fix_sizes(temporary, job, fixed)
+            graphs = _fixfile_sizes(temporary, job, fixed)
             rows = options.rows(name)
             inputs, outputs = (
                 make(job.config, fixed[0], rows, job.precision) for make in (component.inputs, component.outputs)
@@ -136,7 +136,7 @@ def write_component(job: Job, folder: Path, progress: Callable[[str], None]) -> 
             "parameters": parameters,
             "flops_per_call": flops,
             "flops_at": {"resolution": str(job.base), "batch": 1},
-            "bytes": _sizes(temporary),
+            "bytes": file_sizes(temporary),
             "sha256": {path.name: sha256_file(path) for path in sorted(temporary.iterdir())},
             "checked": [asdict(result) for result in checked],
             "versions": library_versions(),
@@ -149,5 +149,5 @@ def write_component(job: Job, folder: Path, progress: Callable[[str], None]) -> 
     progress(f"{name}: {job.precision} from {weights}, {nodes} nodes, {seconds:.1f} s ({told})")
 
 
-def _sizes(folder: Path) -> dict[str, int]:
+def file_sizes(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}

@@ -195,8 +195,16 @@ HOSTILE = {
     "bench, a delay of infinity": ["bench", "run", "--out", "{home}/new.json", "--contestants", "a=fake:denoise=inf"],
     "bench, minutes NaN": ["bench", "gpu", "--out", "{home}/new", "--device", "cpu", "--minutes", "nan"],
     "tolerance, NaN": ["bench", "compare", "x", "y", "--tolerance", "nan"],
-    "pictures to cache, ²": ["distill", "cache", "--data", "shapes:²", "--model", "{model}", "--out", "{home}/new"],
-    "samples, 0": ["distill", "cache", "--data", "shapes:0", "--model", "{model}", "--out", "{home}/new"],
+    "a student's folder for an ONNX folder": [
+        "engines",
+        "build",
+        "--onnx",
+        "{home}",
+        "--out",
+        "{home}/new",
+        "--gpus",
+        "a100",
+    ],
     "JSON too deep": ["bench", "report", "--results", "{home}/deep.json", "--out", "{home}/new"],
     "JSON with a number too long": ["bench", "report", "--results", "{home}/long.json", "--out", "{home}/new"],
 }

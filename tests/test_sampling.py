@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +19,12 @@ from distill.checkpoints.sources import MINI_TEACHERS, load_parts
 from distill.common.errors import UserError
 from distill.training.objectives import Consistency, Distill, Guidance, GuidanceRange, Halving, Objective
 from engines.building import build
+from engines.building.contents import starting_manifest
+from engines.bundle import read_manifest, write_manifest
+from engines.onnx_folder import read_onnx_folder
 from engines.pipeline import drawing_as
 from engines.serving.request import DEFAULTS, read_values
+from export import ExportOptions, export_checkpoint
 
 FIXED = GuidanceRange(low=4.0, high=4.0, embedding=None)
 LCM = Consistency().sampling(None)
@@ -79,6 +84,18 @@ def test_what_a_folder_says_is_checked(stated: dict, message: str, tmp_path: Pat
     (tmp_path / "slimxl.json").write_text(json.dumps({"sampling": stated}))
     with pytest.raises(UserError, match=message):
         sampling_of(tmp_path)
+
+
+def test_it_goes_with_the_model_into_the_onnx_folder_and_the_manifest(tmp_path: Path) -> None:
+    shutil.copytree(MINI_TEACHERS["sdxl"], tmp_path / "model")
+    (tmp_path / "model" / "slimxl.json").write_text(json.dumps({"sampling": asdict(LCM)}))
+    export_checkpoint(
+        tmp_path / "model", tmp_path / "onnx", options=ExportOptions(precision="fp32", components=("text_encoder",))
+    )
+    folder = read_onnx_folder(tmp_path / "onnx")
+    assert folder.sampling == LCM
+    write_manifest(tmp_path, starting_manifest(tmp_path / "bundle", folder, replace=False))
+    assert read_manifest(tmp_path).source.sampling == LCM
 
 
 def test_an_engine_pipeline_takes_its_own_steps_unless_told_otherwise() -> None:

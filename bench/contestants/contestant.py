@@ -23,9 +23,9 @@ Mark = Callable[[str], None]
 
 @dataclass
 class Contestant:
-    """A new kind derives from it, with its own `load` and `draw`. `device` is `cpu` or `cuda`, `runtime` and `precision` are
-    words for the report, `spec` is how the command line named it, and what is fetched or made goes below `workdir`.
-    `artifacts` maps each folder that was made on the model's way to its description by `inventory.describe`."""
+    """The base of every kind, which brings its own `load` and `draw`. `device` is `cpu` or `cuda`; `runtime` and `precision`
+    are text for the report; `spec` is the contestant as the command line named it; `workdir` takes what is fetched or made.
+    `artifacts` maps the model's checkpoint, ONNX and bundle folders to their descriptions by `inventory.describe`."""
 
     name: str
     _: KW_ONLY

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Peak:
     """`tflops` dense fp16; `terabytes_per_s` device memory; `nvml_names` the names NVML gives the board, without their
-    "NVIDIA". `floor_only`: known figures are told as a share of the board's other peak, so they say nothing of this one."""
+    "NVIDIA". `floor_only`: figures of this board are compared with its other peak, so nothing is predicted from this one."""
 
     name: str
     tflops: float

@@ -19,7 +19,7 @@ from bench.study.options import MakeOptions
 from bench.study.page import write_page
 from bench.study.prompts import choose_prompts
 from bench.workload import Workload, check_scheduler, family_resolutions, parse_scales
-from distill.common.errors import UserError, counts, described, require_between, require_least
+from distill.common.errors import UserError, describe_error, parse_counts, require_between, require_least
 from distill.common.files import exclusive, read_json, remove_leftovers, replacing, write_json
 from distill.common.ownership import require_our_folder, require_writable_file
 from distill.common.progress import say, track
@@ -75,7 +75,7 @@ def _contestants(options: MakeOptions) -> list[Contestant]:
 def _plan(options: MakeOptions, contestants: list[Contestant]) -> Key:
     family = find_family(contestants)
     sizes = family_resolutions(options.resolutions, family)
-    steps = _of_each("--steps", counts("--steps", options.steps, most=1000), contestants)
+    steps = _of_each("--steps", parse_counts("--steps", options.steps, most=1000), contestants)
     scales = _of_each("--guidance", parse_scales(options.guidance), contestants)
     prompts = choose_prompts(options.prompts, options.count, family)
     return Key(
@@ -153,7 +153,7 @@ def _draw(contestant: Contestant, key: Key, model: int, folder: Path) -> None:
         raise
     except Exception as error:
         raise UserError(
-            f"{about.name} could not draw: {described(error)}; what is drawn stays, the same command goes on"
+            f"{about.name} could not draw: {describe_error(error)}; what is drawn stays, the same command goes on"
         ) from None
     finally:
         del contestant

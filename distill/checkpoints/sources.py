@@ -53,11 +53,13 @@ if TYPE_CHECKING:
 
 MINI_TEACHERS = {"sdxl": Path(__file__).parents[1] / "mini" / "teacher"}
 WORKDIR = Path("out/models")
-"""Where every room keeps what `resolve` has to make, if not told otherwise: once."""
+"""The folder in which all rooms keep the checkpoints that `resolve` makes, unless another is given."""
 CONVERSION = 1
 """Raised whenever a random, converted or fused checkpoint comes out otherwise than before: older ones are made again."""
+ON_HUB = {"segmind/SSD-1B": "ssd-1b", "segmind/Segmind-Vega": "vega"}
+"""The architecture of checkpoints that recipes name, so that these are checked and planned before anything is fetched."""
 PART_CLASSES = {"diffusers": "EulerDiscreteScheduler", "transformers": "CLIPTokenizer"}
-"""What the parts beside the networks usually are."""
+"""The usual class of the scheduler and of the tokenizers, by its library: an example for a message."""
 FORMS = "a Hugging Face id, a diffusers folder, a single .safetensors file, random:NAME or mini:sdxl"
 
 
@@ -142,8 +144,8 @@ def find_architecture_of(folder: Path) -> Architecture:
 
 
 def peek_architecture(source: str, family: Family = SDXL_FAMILY) -> Architecture:
-    """The architecture of `source` by what is at hand: nothing is fetched or made, and a hub id counts as the whole model
-    of `family`.
+    """The architecture of `source` without fetching or making anything. A hub id that is not known is taken for the whole
+    model of `family`.
 
     Raises UserError as `resolve` does.
     """
@@ -157,7 +159,7 @@ def peek_architecture(source: str, family: Family = SDXL_FAMILY) -> Architecture
         from distill.checkpoints.single_file import find_single_file_architecture
 
         return find_single_file_architecture(read_safetensors_header(_single_file(path)), path)
-    return whole(family)
+    return find_architecture(ON_HUB[source]) if source in ON_HUB else whole(family)
 
 
 def load_component(folder: Path, component: str, dtype: torch.dtype) -> Any:

@@ -12,9 +12,8 @@ it was, and several processes (torchrun) share the work by shard. The last of th
 from __future__ import annotations
 
 import json
-import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from distill.common.files import read_object, sha256_file_once, sha256_json
 from distill.common.files import seed_of as seed_of  # noqa: PLC0414  # step.py and stage.py take it from here
 from distill.data.cache_index import DTYPES, INDEX, Bucket, read_index
 from distill.data.order import BatchOrder
+from distill.data.places import open_place
 from distill.models.conditioning import TEXT_INPUTS, TOKENS, conditioning_of
 
 KEY_FILE = "cache.json"
@@ -68,40 +68,43 @@ class LatentCache:
     """Batches of one resolution each, a pure function of the step: resuming needs no state, and the order does not
     depend on the number of processes. What it holds in memory is some 400 bytes a shard, whatever its samples."""
 
-    def __init__(self, folder: Path, *, batch_size: int, seed: int) -> None:
-        """Raises UserError for a folder that is no cache, is not finished or damaged, or holds no sample."""
-        if not (folder / KEY_FILE).is_file():
-            raise UserError(
-                f"{folder} is no latent cache: it has no cache.json; make one with: python -m distill cache"
-            )
-        self.key = read_object(folder / KEY_FILE)
-        self.folder = folder
-        files = {entry.name: entry for entry in os.scandir(folder)}
+    def __init__(self, place: str | Path, *, batch_size: int, seed: int) -> None:
+        """`place` is the cache's folder, or an URL of it that fsspec reads.
+
+        Raises UserError for a place that is no cache, is not finished or damaged, or holds no sample.
+        """
+        self.place, self._files = place, open_place(place)
+        sizes = self._files.sizes()
+        if sizes is not None and KEY_FILE not in sizes:
+            raise UserError(f"{place} is no latent cache: it has no {KEY_FILE}; make one with: python -m distill cache")
+        self.key = read_object(self._files.local(KEY_FILE))
         wanted = [shard_name(number) for number in range(self.key.get("shards", 0))]
-        found = sum(name in files for name in wanted)
-        lacking = [f"{found} of {len(wanted)} shards"] if found < len(wanted) else []
-        lacking += [f"no {name}" for name in (UNCONDITIONAL, INDEX) if name not in files]
-        if lacking:
-            raise UserError(
-                f"{folder} is not finished: it has {lacking[0]}; run the same `distill cache` command again"
-            )
-        index = read_index(folder / INDEX)
+        if sizes is not None:
+            found = sum(name in sizes for name in wanted)
+            lacking = [f"{found} of {len(wanted)} shards"] if found < len(wanted) else []
+            lacking += [f"no {name}" for name in (UNCONDITIONAL, INDEX) if name not in sizes]
+            if lacking:
+                raise UserError(
+                    f"{place} is not finished: it has {lacking[0]}; run the same `distill cache` command again"
+                )
+        index = read_index(self._files.local(INDEX))
         if len(index.shard_bytes) != len(wanted):
             raise UserError(
-                f"{folder / INDEX} is of {len(index.shard_bytes)} shards, the cache has {len(wanted)}: run the same "
+                f"{INDEX} of {place} is of {len(index.shard_bytes)} shards, the cache has {len(wanted)}: run the same "
                 "`distill cache` command again, which makes it anew"
             )
-        sizes = {name: files[name].stat().st_size for name in wanted}
         for name, size in zip(wanted, index.shard_bytes, strict=True):
-            if sizes[name] != size:
+            if sizes is not None and sizes[name] != size:
                 raise UserError(
-                    f"{folder / name} is damaged (it has {sizes[name]} bytes, {INDEX} says {size}): run the same `distill "
+                    f"{place}/{name} is damaged (it has {sizes[name]} bytes, {INDEX} says {size}): run the same `distill "
                     "cache` command again, which makes it anew"
                 )
-        self.unconditional = {name: value.float() for name, value in load_file(folder / UNCONDITIONAL).items()}
+        self.unconditional = {
+            name: value.float() for name, value in load_file(self._files.local(UNCONDITIONAL)).items()
+        }
         self._buckets = index.buckets
         if not self._buckets:
-            raise UserError(f"{folder} holds no cached sample; make it with: python -m distill cache")
+            raise UserError(f"{place} holds no cached sample; make it with: python -m distill cache")
         self._order = BatchOrder([*map(len, self._buckets)], batch_size, seed)
 
     def __len__(self) -> int:
@@ -110,7 +113,7 @@ class LatentCache:
     @property
     def digest(self) -> str:
         """Of its key, and of its index, which has a checksum of every sample."""
-        return sha256_json([self.key, sha256_file_once(self.folder / INDEX)])
+        return sha256_json([self.key, sha256_file_once(self._files.local(INDEX))])
 
     @property
     def holds_text(self) -> bool:
@@ -140,31 +143,44 @@ class LatentCache:
         Raises UserError for a sample that holds NaN or infinity.
         """
         kind, numbers = self._order.samples(step, rows)
-        samples = [self._sample(self._buckets[kind], int(number)) for number in numbers]
+        bucket = self._buckets[kind]
+        places = [bucket.place(int(number)) for number in numbers]
+        ranges = [
+            (shard_name(shard), int(begin) + row * field.nbytes, field.nbytes)
+            for shard, row in places
+            for field, begin in zip(bucket.fields, bucket.begins[shard], strict=True)
+        ]
+        parts = self._files.read(ranges)
+        count = len(bucket.fields)
+        samples = [
+            self._sample(bucket, int(number), parts[count * i : count * (i + 1)]) for i, number in enumerate(numbers)
+        ]
         batch = {field: torch.stack([sample[field] for sample in samples]) for field in samples[0]}
         return {field: value if field in TOKENS.values() else value.float() for field, value in batch.items()}
 
-    def _sample(self, bucket: Bucket, number: int) -> dict[str, torch.Tensor]:
-        """One sample's fields. Raises UserError, which names it, where they are not what was written or not finite."""
+    def _sample(self, bucket: Bucket, number: int, stored: Sequence[bytearray]) -> dict[str, torch.Tensor]:
+        """One sample's fields from their bytes. Raises UserError, which names it, where they are not what was written or
+        not finite."""
         shard, row = bucket.place(number)
-        path = self.folder / shard_name(shard)
-        sample, crc = {}, 0
-        with path.open("rb", buffering=0) as file:
-            for field, begin in zip(bucket.fields, bucket.begins[shard], strict=True):
-                stored = bytearray(field.nbytes)
-                os.preadv(file.fileno(), [stored], int(begin) + row * field.nbytes)
-                crc = zlib.crc32(stored, crc)
-                sample[field.name] = torch.frombuffer(stored, dtype=DTYPES[field.dtype]).view(field.shape)
+        where = f"{self.place}/{shard_name(shard)}"
+        crc = 0
+        for part in stored:
+            crc = zlib.crc32(part, crc)
         if crc != bucket.checksums[number]:
             raise UserError(
-                f"{path}: row {row} of {bucket.resolution} is not what was written there; the shard is damaged, or another "
+                f"{where}: row {row} of {bucket.resolution} is not what was written there; the shard is damaged, or another "
                 "than the index was made of: remove it and run the same `distill cache` command again"
             )
+        sample = {
+            field.name: torch.frombuffer(part, dtype=DTYPES[field.dtype]).view(field.shape)
+            for field, part in zip(bucket.fields, stored, strict=True)
+        }
         for name, value in sample.items():
             if not value.sum(dtype=torch.float32).isfinite():
-                about = json.loads(read_metadata(path)["slimxl"])["samples"][str(bucket.resolution)][row]
+                about = json.loads(read_metadata(self._files.local(shard_name(shard)))["slimxl"])["samples"]
                 raise UserError(
-                    f"{path}: the {name} of sample {about['key']!r} (row {row} of {bucket.resolution}) are not finite; "
-                    "remove that shard, mend or remove the sample, and run the same `distill cache` command again"
+                    f"{where}: the {name} of sample {about[str(bucket.resolution)][row]['key']!r} (row {row} of "
+                    f"{bucket.resolution}) are not finite; remove that shard, mend or remove the sample, and run the same "
+                    "`distill cache` command again"
                 )
         return sample

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from distill.checkpoints.sampling import Sampling, sampling_of
 from distill.checkpoints.sources import find_family, load_pipeline
 from distill.common.errors import UserError, require_between
 from distill.data.shapes import Scene, follows, random_scene, shares
 from distill.models.resolution import Resolution
 
+GUIDANCE_SCALE = 5.0
 READER = 2
 """Counts the ways in which `read_scene` has read: shares read in different ways do not compare."""
 
@@ -38,7 +40,7 @@ def judge(
     *,
     count: int = 90,
     steps: int = 25,
-    guidance_scale: float = 5.0,
+    guidance_scale: float = GUIDANCE_SCALE,
     seed: int = 10_000,
 ) -> dict[str, float]:
     """How often pictures of unseen captions show what they say: shares per attribute over `resolutions`.
@@ -65,9 +67,14 @@ def judge(
     return share_followed(scenes, pictures)
 
 
-def judge_checkpoint(folder: Path, *, count: int, steps: int, guidance_scale: float = 5.0) -> dict[str, float]:
-    """`judge` of a mini checkpoint, at the sizes of its family."""
+def judge_checkpoint(folder: Path, *, count: int, steps: int | None = None) -> dict[str, float]:
+    """`judge` of a mini checkpoint, at the sizes of its family, under its own guidance and in its own steps, if it knows
+    them and is not told otherwise; else in 25 under 5. Raises UserError for more steps than it has."""
+    sampling = sampling_of(folder) or Sampling()
+    called = {"num_inference_steps": 25, "guidance_scale": GUIDANCE_SCALE} | sampling.call_arguments
+    steps = called["num_inference_steps"] if steps is None else steps
+    sampling.check(steps)
     pipe = load_pipeline(folder, torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    resolutions = find_family(folder).resolutions
-    return judge(pipe, resolutions, count=count, steps=steps, guidance_scale=guidance_scale)
+    sizes = find_family(folder).resolutions
+    return judge(pipe, sizes, count=count, steps=steps, guidance_scale=called["guidance_scale"])

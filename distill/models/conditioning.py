@@ -41,16 +41,18 @@ class Conditioning:
 
     `pipeline` and `onnx_pipeline` are the classes of diffusers and of optimum; `networks` maps each folder of a
     checkpoint to its library and class, as model_index.json states them; `encoders` are the text encoders' folders in
-    order and `hidden_state` says which of their hidden states the UNet reads, counted as transformers counts
-    `hidden_states` (-2: before the last layer), or None for the last one after the final norm; `pooled_from` is the
-    encoder whose pooled output goes in too, with the size numbers. `options` are what model_index.json says beside the
-    parts, where the checkpoint is made here, `load_options` what `from_pretrained` is told beside them.
+    order, `pad_tokens` what their tokenizers pad with; `hidden_state` says which of their hidden states the UNet reads,
+    counted as transformers counts `hidden_states` (-2: before the last layer), or None for the last one after the final
+    norm; `pooled_from` is the encoder whose pooled output goes in too, with the size numbers. `options` are the entries
+    of model_index.json beside the parts, for checkpoints made here; `load_options` are further arguments of
+    `from_pretrained`.
     """
 
     pipeline: str
     onnx_pipeline: str
     networks: dict[str, tuple[str, str]]
     encoders: tuple[str, ...]
+    pad_tokens: tuple[str, ...]
     hidden_state: int | None
     pooled_from: str | None
     options: dict[str, Any]
@@ -147,6 +149,7 @@ SDXL = Conditioning(
         "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
     },
     encoders=("text_encoder", "text_encoder_2"),
+    pad_tokens=("<|endoftext|>", "!"),
     hidden_state=-2,
     pooled_from="text_encoder_2",
     options={"force_zeros_for_empty_prompt": True},
@@ -157,6 +160,7 @@ SD = Conditioning(
     onnx_pipeline="ORTStableDiffusionPipeline",
     networks=_UNET_AND_VAE | {"text_encoder": ("transformers", "CLIPTextModel")},
     encoders=("text_encoder",),
+    pad_tokens=("<|endoftext|>",),
     hidden_state=None,
     pooled_from=None,
     options={"safety_checker": (None, None), "feature_extractor": (None, None), "requires_safety_checker": False},

@@ -42,8 +42,8 @@ class Family:
     dtype: str = "float16"
 
     def fits(self, unet: Config) -> bool:
-        """Whether a UNet, at any depth, is of this family: its conditioning, the width of its text and those of its
-        levels are the family's, but for levels left out at the end."""
+        """Whether a UNet of any depth is of this family: the same conditioning, the same width of its text, and the same
+        widths of its levels, of which the last may be missing."""
         widths = tuple(unet["block_out_channels"])
         return (
             self.conditioning is conditioning_of(unet)

@@ -1,4 +1,4 @@
-"""The proof on the mini family: which losses, which start and which road make a better student.
+"""On the mini family: which losses, which first weights and which stages make a better student.
 
 Every variant distils the same student from the same teacher in the same number of optimiser steps, under several
 seeds, and is judged twice: by the task loss on held-out samples, and by how often its pictures of unseen captions
@@ -201,7 +201,7 @@ def run_ablation(
         path = out / "runs" / f"{name}-{seed}" / "result.json"
         if path.exists():
             stated = read_json(path)
-            if _matters(stated.pop("settings")) == _matters(settings):
+            if _deciding_settings(stated.pop("settings")) == _deciding_settings(settings):
                 done[name, seed] = stated
     todo = [pair for pair in wanted if pair not in done]
     started = time.monotonic()
@@ -220,7 +220,7 @@ def run_ablation(
             running |= {pool.submit(_run, *pair, settings) for pair in islice(waiting, len(ended))}
     reference = _reference(teacher, out, pictures, picture_steps)
     report = {
-        "settings": _matters(settings),
+        "settings": _deciding_settings(settings),
         "teacher": reference,
         "runs": [done[pair] for pair in wanted],
         "torch": torch.__version__,
@@ -233,8 +233,8 @@ def run_ablation(
     say(_table(report))
 
 
-def _matters(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a result depends on; where it lies and on how many threads it ran is not of it."""
+def _deciding_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that a result depends on: not where it lies, nor on how many threads it ran."""
     return {key: value for key, value in settings.items() if key not in ("teacher", "threads", "out")}
 
 

@@ -36,7 +36,7 @@ from distill.models.catalogue import meta_unet, unet_tflop
 from distill.studies.loops import LOOPS, Loop, Setup, architectures_of
 from distill.training.options import BenchOptions
 
-SCHEMA = "slimxl.distill.bench/1"
+SCHEMA = "slimxl.distill.bench/2"
 WARMUP_ROUNDS = 2
 RATIOS = (  # how many times faster the second is
     ("published", "sub-block, compiled"),

@@ -18,7 +18,7 @@ from distill.common.errors import UserError, require_between
 from distill.common.files import read_object, replacing, write_json
 from distill.common.ownership import require_our_files
 from distill.common.progress import say
-from distill.mini.judge import READER, check_pictures, judge_checkpoint
+from distill.mini.judge import GUIDANCE_SCALE, READER, check_pictures, judge_checkpoint
 from distill.models.catalogue import catalogue_row
 
 NAME = "few-steps"
@@ -50,7 +50,7 @@ def parse_point(text: str, workdir: Path) -> list[Point]:
         require_between(1, 1000, steps=steps)
         if sampling:
             sampling.check(steps)
-        scale = 5.0 if sampling is None or sampling.guidance_scale is None else sampling.guidance_scale
+        scale = GUIDANCE_SCALE if sampling is None or sampling.guidance_scale is None else sampling.guidance_scale
         passes = steps if sampling and sampling.one_pass else 2 * steps
         points.append(Point(name=name, folder=folder, steps=steps, guidance_scale=scale, passes=passes))
     return points
@@ -67,7 +67,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 def compare_steps(points: Sequence[Point], results: Path, *, pictures: int) -> dict[str, Any]:
     """Judges each point, and writes few-steps.json, .md and .svg into `results`. Raises UserError for bad input."""
     for point in points:
-        check_pictures(pictures, 1, find_family(point.folder).resolutions)
+        check_pictures(pictures, point.steps, find_family(point.folder).resolutions)
     path = results / f"{NAME}.json"
     require_our_files(results, WRITTEN, f"{NAME}.json", ("rows", "settings"), "--results")
     settings = {"pictures": pictures, "reader": READER}
@@ -81,9 +81,7 @@ def compare_steps(points: Sequence[Point], results: Path, *, pictures: int) -> d
             row |= {name: held[_key(row)][name] for name in ("followed", "interval")}
         else:
             say(f"{point.name}: {pictures} pictures in {point.steps} steps")
-            row["followed"] = judge_checkpoint(
-                point.folder, count=pictures, steps=point.steps, guidance_scale=point.guidance_scale
-            )
+            row["followed"] = judge_checkpoint(point.folder, count=pictures, steps=point.steps)
             row["interval"] = wilson(row["followed"]["all"], pictures)
             held[_key(row)] = row
         rows.append(row)

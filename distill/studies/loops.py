@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from distill.checkpoints.random_weights import random_pipeline
-from distill.checkpoints.sources import find_architecture_of, load_pipeline, resolve
+from distill.checkpoints.sources import find_architecture_of, load_component, load_pipeline, resolve
 from distill.checkpoints.surgery import make_student_unet
 from distill.common.files import write_json
 from distill.data.cache import KEY_FILE, UNCONDITIONAL, LatentCache, shard_name
@@ -30,7 +30,7 @@ from distill.training.objectives import Distill
 from distill.training.objectives.taps import Level
 from distill.training.options import BenchOptions, TrainOptions
 from distill.training.recipes import Recipe
-from distill.training.step import Pair, alphas_cumprod_of, load_nets
+from distill.training.step import Pair, alphas_cumprod_of
 from distill.training.text import TextEncoders
 
 LEARNING_RATE = 1e-5
@@ -181,7 +181,7 @@ def _load(options: BenchOptions, student: Architecture, modules: ModuleMap, dtyp
     """A checkpoint and a student cut from it."""
     checkpoint = resolve(options.model, options.workdir)
     make_student_unet(checkpoint, student, modules, folder / "unet")
-    nets = load_nets(checkpoint, folder / "unet", dtype)
+    nets = load_component(checkpoint, "unet", dtype), load_component(folder, "unet", torch.float32).train()
     return load_pipeline(checkpoint, dtype, without=("unet",)), nets, alphas_cumprod_of(checkpoint)
 
 

@@ -30,6 +30,7 @@ from distill.common.progress import say
 from distill.data.cache import KEY_FILE, UNCONDITIONAL, LatentCache, shard_name
 from distill.data.cache_index import CHECKSUM, INDEX, Field, save_index
 from distill.data.make_cache import SAMPLES_PER_SHARD
+from distill.models.conditioning import TEXT_INPUTS
 from distill.models.families import SDXL_FAMILY
 from distill.training.objectives import Distill
 from distill.training.step import add_noise
@@ -54,7 +55,11 @@ def make_sparse_cache(folder: Path, samples: int) -> None:
         specs = [spec for spec in family.unet_inputs(resolution, 1) if spec.name != "timestep"]
         named = {"sample": "latents"}
         each = [
-            Field(named.get(spec.name, spec.name), "I32" if spec.name == "time_ids" else "F16", spec.shape[1:])
+            Field(
+                named.get(spec.name, spec.name),
+                "F16" if spec.name in ("sample", *TEXT_INPUTS) else "I32",
+                spec.shape[1:],
+            )
             for spec in specs
         ]
         fields[str(resolution)] = each = sorted(each, key=lambda field: field.name)

@@ -100,8 +100,13 @@ def require_alike(facts: Mapping[str, str]) -> None:
                 )
 
 
-def check_fsdp(processes: int, mixed_precision: str, optimizer: str) -> None:
+def check_fsdp(processes: int, mixed_precision: str, optimizer: str, *, adapters: bool = False) -> None:
     """Raises UserError for what FSDP cannot do here."""
+    if adapters:
+        raise UserError(
+            "--fsdp shares out weights of one type, and a LoRA's are fp32 beside a base in half precision; leave --fsdp "
+            "out: the adapters alone have gradients and moments"
+        )
     if processes < 2:
         raise UserError(
             "--fsdp shares a model over processes, and there is one; start it with torchrun (plan: --processes)"
@@ -122,10 +127,14 @@ def shard(unet: UNet2DConditionModel) -> None:
     fully_shard(unet)
 
 
+def trained_parameters(student: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in student.parameters() if parameter.requires_grad]
+
+
 def make_optimizer(name: str, student: torch.nn.Module, weight_decay: float) -> torch.optim.Optimizer:
     """AdamW over what has gradients, its moments in 32 or in 8 bits (arXiv 2110.02861). Raises UserError for another
     name, or without the package that has the 8-bit one."""
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    trained = trained_parameters(student)
     if name == "adamw":
         return torch.optim.AdamW(trained, weight_decay=weight_decay, fused=True)
     if name != "adamw-8bit":

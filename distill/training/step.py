@@ -8,7 +8,7 @@ see what one would. The trainer takes this step over a recipe's stages; the benc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from torch.distributed.tensor import DTensor
 
-from distill.checkpoints.sources import load_component
 from distill.common.errors import UserError
 from distill.common.files import read_json
 from distill.data.cache import seed_of
@@ -28,6 +27,7 @@ from distill.training.objectives import Objective
 from distill.training.objectives.interface import Batch, LossTerms, Nets
 from distill.training.options import TrainOptions
 from distill.training.recipes import Recipe
+from distill.training.student.lora import adapters_off
 from distill.training.text import TextEncoders, with_text
 
 Terms = dict[str, float]
@@ -86,16 +86,9 @@ def predict(unet: Any, batch: Batch, dtype: torch.dtype = torch.float32) -> torc
     return call_unet(unet, {**batch, **cast})
 
 
-def load_nets(
-    teacher: Path | None, student: Path, dtype: torch.dtype
-) -> tuple[UNet2DConditionModel | None, UNet2DConditionModel]:
-    """The UNet of the pipeline folder `teacher` in `dtype`, and the one whose own folder is `student` in fp32, to train."""
-    trained = UNet2DConditionModel.from_pretrained(student, torch_dtype=torch.float32).train()
-    return teacher and load_component(teacher, "unet", dtype), trained
-
-
 class Pair:
-    """A frozen teacher (or None, where no loss needs one) and its student, ready to take steps.
+    """A frozen teacher (or None, where no loss needs one) and its student, ready to take steps. Where both are one and the
+    same net, the teacher is that with its adapters off.
 
     Public are the `student` itself, the `model` that runs it (under DDP a wrapper), the `teacher`, the `target` (a running
     average of the student, while an objective is taught that has a `target_decay`) and the `optimizer`.
@@ -124,7 +117,9 @@ class Pair:
         self.prediction_type = prediction_type
         self.target: Any = None
         self.student = student.to(accelerator.device)
-        self.teacher: Any = teacher and teacher.to(accelerator.device).requires_grad_(False)
+        self.teacher: Any = teacher and teacher.to(accelerator.device)
+        if teacher is not None and teacher is not student:
+            teacher.requires_grad_(False)
         if options.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         if options.compile:
@@ -139,7 +134,7 @@ class Pair:
     def _compile_blocks(self) -> None:
         """torch.compile for each transformer block of both nets."""
         torch._dynamo.config.skip_nnmodule_hook_guards = False  # a block that is tapped inside has a graph of its own
-        for unet in filter(None, (self.student, self.teacher)):
+        for unet in {self.student, self.teacher} - {None}:
             unet.compile_repeated_blocks()
 
     @property
@@ -201,7 +196,8 @@ class Pair:
 
     @torch.no_grad()
     def _predict_teacher(self, batch: Batch) -> torch.Tensor:
-        return predict(self.teacher, batch, self.teacher.dtype)
+        with adapters_off(self.teacher) if self.teacher is self.student else nullcontext():
+            return predict(self.teacher, batch, self.teacher.dtype)
 
     def _copy_student(self) -> UNet2DConditionModel:
         """A second net with the student's weights, shared out as the student is."""

@@ -1,4 +1,4 @@
-"""What a build changes in a bundle besides its new engines: manifest, superseded engines, pipeline files, stray files."""
+"""What a build does to a bundle beside building: manifest, superseded engines, pipeline files, stray files, the lock."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from export.checkpoint.prepare import prepare
 from export.checks.parity import Parity, compare
 from export.components import COMPONENTS, TEXT_ENCODERS
 from export.job import weights_hashes
+from export.prompts import some_text
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -51,11 +52,7 @@ def verify_folder(
     seed = secrets.randbits(31) if seed is None else seed
     about = read_about(folder)
     chosen = _choose_components(folder, components)
-    hashes = file_hashes(checkpoint)
-    if sha256_json(hashes) != about["source"]["sha256"]:
-        made_from = about["source"]["name"]
-        raise UserError(f"{folder} was made from {made_from}, not from {checkpoint}; give its own --model")
-    prepared = _prepare_again(folder, about, checkpoint, hashes, workdir)
+    prepared = prepare_again(folder, checkpoint, workdir)
     results: dict[str, list[Parity]] = {}
     for name in chosen:
         export, config = read_json(folder / name / "export.json"), read_json(folder / name / "config.json")
@@ -74,9 +71,11 @@ def verify_folder(
             graphs.setdefault(export["graphs"].get(str(resolution), "model.onnx"), []).append(resolution)
         batches = [batch if export["dynamic"] else export["inputs"][0]["shape"][0]]
         results[name] = []
+        quantised = export.get("quantised")
+        real = {"bound": quantised["precision"], "text": some_text(prepared)} if quantised else {}
         for file, fitting in graphs.items():
             model = folder / name / file
-            for parity in compare(name, model, module, config, fitting, batches, export["precision"], seed):
+            for parity in compare(name, model, module, config, fitting, batches, export["precision"], seed, **real):
                 results[name].append(parity)
                 progress(f"{name}: {parity}")
         if not all(parity.passed for parity in results[name]):
@@ -102,8 +101,12 @@ def _choose_components(folder: Path, components: Sequence[str]) -> Sequence[str]
     return components or present
 
 
-def _prepare_again(folder: Path, about: Any, checkpoint: Path, hashes: dict[str, str], workdir: Path) -> Path:
-    """The checkpoint as it was exported. Raises UserError where a LoRA or the VAE is another one now."""
+def prepare_again(folder: Path, checkpoint: Path, workdir: Path) -> Path:
+    """The checkpoint as it was exported. Raises UserError where it, a LoRA or the VAE is another one now."""
+    about, hashes = read_about(folder), file_hashes(checkpoint)
+    if sha256_json(hashes) != about["source"]["sha256"]:
+        made_from = about["source"]["name"]
+        raise UserError(f"{folder} was made from {made_from}, not from {checkpoint}; give its own --model")
     again = f"changed since {folder} was made; put back what was there, or export again"
     loras = [(Path(lora["file"]), lora["scale"]) for lora in about["loras"]]
     for (path, _), lora in zip(loras, about["loras"], strict=True):

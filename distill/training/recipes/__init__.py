@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
 from distill.common.errors import UserError, unknown
-from distill.models.architectures import find_architecture
 from distill.models.module_map import LayerMap, read_layer_map
-from distill.training.recipes import mini, sd, sdxl
+from distill.training.recipes import few_steps, lora, mini, sd, sdxl
 from distill.training.recipes.recipe import PREVIOUS, Recipe, Stage, peek_teacher, read_recipe, shortened, stage_modules
 
 __all__ = [
@@ -23,7 +23,9 @@ __all__ = [
     "stage_modules",
 ]
 
-RECIPES: dict[str, Callable[..., Recipe]] = {**sdxl.RECIPES, **sd.RECIPES, **mini.RECIPES}
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    name: recipe for family in (sdxl, sd, few_steps, lora, mini) for name, recipe in family.RECIPES.items()
+}
 
 
 def find_recipe(name: str, *, student: str | None = None, layer_map: str | LayerMap | None = None) -> Recipe:
@@ -41,8 +43,12 @@ def find_recipe(name: str, *, student: str | None = None, layer_map: str | Layer
             raise UserError(f"{name} says its own {' and '.join(changes)}: change it there")
         recipe = read_recipe(Path(name))
         for stage in recipe.stages:  # its layer maps are checked when its teacher is at hand
-            find_architecture(stage.student.architecture)
+            stage.student.check()
     elif name in RECIPES:
+        if others := changes.keys() - inspect.signature(RECIPES[name]).parameters.keys():
+            raise UserError(
+                f"the recipe {name} adapts its teacher as it is: it takes no {' and no '.join(sorted(others))}"
+            )
         recipe = RECIPES[name](**changes)
         stage_modules(recipe, peek_teacher(recipe))
     else:

@@ -12,7 +12,7 @@ from distill.checkpoints.sources import peek_architecture
 from distill.common.errors import UserError
 from distill.common.files import read_json
 from distill.common.validation import STRICT, from_json
-from distill.models.architectures import Architecture, find_architecture
+from distill.models.architectures import Architecture
 from distill.models.depth import Depth
 from distill.models.module_map import LayerMap, ModuleMap
 from distill.training.objectives import Distill, Objective
@@ -43,6 +43,13 @@ class Stage:
     schedule: Schedule = field(default_factory=Schedule)
     cache: Annotated[str, Field(min_length=1)] | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ValueError, which pydantic tells with its place, for an objective that adapters cannot learn."""
+        if self.student.adapter and (self.objective.student_config or self.objective.target_decay is not None):
+            raise ValueError(
+                "a LoRA leaves its UNet as it is: no objective that widens it (guidance embedding) or averages it (target)"
+            )
+
     def learning_rate_at(self, step: int) -> float:
         return self.schedule.rate(self.learning_rate, step, self.steps)
 
@@ -68,9 +75,16 @@ class Recipe:
     )
 
     def __post_init__(self) -> None:
-        """Raises ValueError, which pydantic tells with its place, for a first stage without a teacher."""
+        """Raises ValueError, which pydantic tells with its place, for a first stage without a teacher, and for adapters on a
+        student that would not stay."""
         if self.stages and self.stages[0].teacher == PREVIOUS:
             raise ValueError(f"the first stage has no {PREVIOUS} student to learn from: name its teacher")
+        adapted = [stage.name for stage in self.stages if stage.student.adapter]
+        if adapted and len(self.stages) > 1:
+            raise ValueError(
+                f"stage {adapted[0]} trains a LoRA, kept apart from what it is put on, so it must be the only stage; "
+                "train the others first, and name the finished student's folder as the teacher of this one"
+            )
 
     def micro_batch(self, processes: int, accumulation: int) -> int:
         """Samples that one process passes at once. Raises UserError where the batch cannot be shared so."""
@@ -106,7 +120,7 @@ def peek_teacher(recipe: Recipe) -> Architecture:
     """The first teacher by what is at hand; one on the hub counts as the whole model of its student's family. Raises
     UserError for an unknown student or `random:` name."""
     stage = recipe.stages[0]
-    return peek_architecture(stage.teacher, find_architecture(stage.student.architecture).family)
+    return peek_architecture(stage.teacher, stage.student.family)
 
 
 def stage_modules(recipe: Recipe, teacher: Architecture, start: ModuleMap | None = None) -> list[ModuleMap]:
@@ -117,7 +131,7 @@ def stage_modules(recipe: Recipe, teacher: Architecture, start: ModuleMap | None
     the teacher or are not nested: before the first step of the first stage.
     """
     for stage in recipe.stages:
-        student = find_architecture(stage.student.architecture, teacher.family)
+        student = stage.student.architecture_of(teacher)
         if student.family != teacher.family:
             raise UserError(
                 f"stage {stage.name}: {student.name} is of the family {student.family.name}, its teacher of "

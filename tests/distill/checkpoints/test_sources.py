@@ -448,30 +448,3 @@ def test_a_link_to_a_folder_is_replaced_and_its_folder_left_alone(tmp_path: Path
         temporary.mkdir()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "out"]
     assert not (tmp_path / "out").is_symlink() and (tmp_path / "elsewhere" / "kept").exists()
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["fetch", "--model", "nonsense"],
-        ["fetch", "--model", "random:vgea"],
-        ["fetch", "--model", "mini:vega"],
-        ["fetch", "--model", "missing.safetensors"],
-        ["catalogue", "1:2"],
-        ["train", "--recipe", "ssd-2b", "--cache", "c", "--out", "o"],
-        ["cache", "--data", "nowhere", "--out", "o"],
-        ["unknown-command"],
-    ],
-)
-def test_a_mistake_on_the_command_line_is_exit_code_2_without_traceback(arguments: list[str], tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "distill", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={"PATH": "", "PYTHONPATH": str(Path(__file__).parents[3])},
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr and done.stderr.strip()
-    assert not list(tmp_path.iterdir())

@@ -52,7 +52,7 @@ def _few_step_model(folder: Path) -> Path:
 def test_every_point_is_judged_once_and_told_against_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judged = []
 
-    def judge(_folder: Path, *, steps: int, **_asked: Any) -> dict[str, float]:
+    def judge(_folder: Any, *, steps: int, **_asked: Any) -> dict[str, float]:
         judged.append(steps)
         return {"all": 0.5}
 
