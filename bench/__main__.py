@@ -1,4 +1,4 @@
-"""`python -m bench run|report|compare|gpu`"""
+"""`python -m bench run|report|compare|gpu|study`"""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from bench.options import RunOptions
+from bench.study.commands import study
 from bench.suite import SuiteOptions
 from distill.common.errors import exit_on_user_error
 
@@ -68,7 +69,13 @@ def gpu(options: Annotated[SuiteOptions, tyro.conf.OmitArgPrefixes, tyro.conf.ar
 
 
 def main() -> int:
-    commands: dict[str, Callable[..., int]] = {"run": run, "report": report, "compare": compare, "gpu": gpu}
+    commands: dict[str, Callable[..., int]] = {
+        "run": run,
+        "report": report,
+        "compare": compare,
+        "gpu": gpu,
+        "study": study,
+    }
     return exit_on_user_error(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m bench"))
 
 

@@ -77,7 +77,8 @@ class Jobs:
         ]
 
     def compared(self, runtime: str, model: str, **changes: str) -> Job:
-        """A model beside itself in diffusers, and beside the smallest one on the same runtime; the largest loads last."""
+        """`model` on `runtime`, beside the same model in eager diffusers and the smallest one on `runtime`. The last
+        contestant is the one that needs most memory."""
         smaller = [f"{self.models[-1]} {runtime}"] if model != self.models[-1] else []
         name = f"{runtime.partition('+')[0]}-{model}"
         return self.run(name, f"{model} eager", *smaller, f"{model} {runtime}", **changes)

@@ -40,12 +40,13 @@ class RunOptions:
     """The contestant that speed-ups are told against; the first one if not given."""
     resolutions: str = "first"
     """`all` or `first` of the model family's, or WIDTHxHEIGHT,...; the first is the main one."""
-    steps: str = "30"
-    """Denoising steps of a picture, comma-separated; the first is the main one."""
+    steps: str | None = None
+    """Denoising steps of a picture, comma-separated; the first is the main one. None: what all were taught, else 30."""
     batches: str = "1"
     """Pictures drawn by one call, comma-separated; the first is the main one."""
-    guidance: str = "5"
-    """Guidance scales, comma-separated; the first is the main one, 1 and below mean no guidance."""
+    guidance: str | None = None
+    """Guidance scales, comma-separated; the first is the main one, 1 and below mean no guidance. None: what all were taught,
+    else 5."""
     scheduler: str = "default"
     """default (the checkpoint's own), euler, euler-a, ddim, dpm++, unipc, lcm, or a scheduler class of diffusers."""
     seed: int = 0
@@ -60,12 +61,12 @@ class RunOptions:
     """Calls before them that are not timed, at the most; fewer once two in a row agree within 5 %."""
     pictures: int = 9
     """Pictures each contestant draws, the same prompts and seeds for all; 0 for none."""
-    picture_steps: int = 20
-    """Denoising steps of those pictures."""
+    picture_steps: int | None = None
+    """Denoising steps of those pictures. None: what all were taught, else 20."""
     energy_seconds: float = 10.0
     """Seconds each contestant draws while the GPU's energy counter is read; 0 reads none."""
     kernels: bool = False
-    """Say by kernel family where the denoise loop's time goes, by torch's profiler, after the timed rounds."""
+    """Say by kind of kernel where the denoise loop's time goes, by torch's profiler, after the timed rounds."""
     reference: bool = True
     """Compare each contestant with its checkpoint in fp32 (for bundle and optimum: one among its --artifacts)."""
     fidelity: FidelityOptions = field(default_factory=FidelityOptions)
@@ -78,7 +79,8 @@ class RunOptions:
 def check_options(options: RunOptions, specs: list[Spec]) -> str:
     """Raises UserError for what can be known to be wrong before anything is loaded; returns the baseline's name."""
     require_least(1, min_rounds=options.min_rounds, max_warmup=options.max_warmup)
-    require_between(1, 1000, picture_steps=options.picture_steps)
+    if options.picture_steps is not None:
+        require_between(1, 1000, picture_steps=options.picture_steps)
     require_least(
         0,
         seed=options.seed,

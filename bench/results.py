@@ -89,7 +89,7 @@ class Row(Record):
 
     @property
     def diagnosis(self) -> list[str]:
-        """Everything that speaks against the row."""
+        """Every fault of the row: of the machine and the pictures, then of its samples."""
         return self.observed + sample_faults(self.samples, floor_ms=self.floor_ms, unsettled=self.unsettled)
 
     @property
@@ -185,7 +185,7 @@ class Results(Record):
     notes: list[str] = []
 
     @model_validator(mode="after")
-    def _give_rows_what_they_compare_with(self) -> Results:
+    def _set_baselines(self) -> Results:
         for cell in self.cells:
             base = cell.row(self.baseline)
             for row in cell.rows:

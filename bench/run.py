@@ -28,12 +28,18 @@ from bench.quality.pictures import draw_pictures
 from bench.quality.reference import judge
 from bench.results import ContestantRecord, Results, record_cell, write_results
 from bench.workload import Workload, family_prompts, family_resolutions, make_workloads, parse_scales
-from distill.common.errors import UserError, counts, described
+from distill.common.errors import UserError, describe_error, parse_counts
 from distill.common.progress import say
 from distill.data.shapes import shares
 from engines.building.worker import peak_rss_bytes
 
 STOPPED = "the run was stopped before this"
+
+
+def taught(contestants: list[Contestant], name: str, otherwise: str) -> str:
+    """What the `sampling` of every contestant says of `name`, where they say the same; else `otherwise`."""
+    [value, *others] = {getattr(contestant.sampling, name, None) for contestant in contestants}
+    return otherwise if others or value is None else str(value)
 
 
 def run_bench(options: RunOptions) -> Results:
@@ -54,13 +60,17 @@ def run_bench(options: RunOptions) -> Results:
     family = find_family(contestants)
     workloads = make_workloads(
         family_resolutions(options.resolutions, family),
-        counts("--steps", options.steps, most=1000),
-        batches=counts("--batches", options.batches),
-        guidance_scales=parse_scales(options.guidance),
+        parse_counts("--steps", options.steps or taught(contestants, "steps", "30"), most=1000),
+        batches=parse_counts("--batches", options.batches),
+        guidance_scales=parse_scales(options.guidance or taught(contestants, "guidance_scale", "5")),
         scheduler=options.scheduler,
         seed=options.seed,
         prompts=tuple(family_prompts(family, 6)),
     )
+    picture_steps = options.picture_steps or int(taught(contestants, "steps", "20"))
+    for sampling in filter(None, (contestant.sampling for contestant in contestants)):
+        for steps in [picture_steps, *(workload.steps for workload in workloads)]:
+            sampling.check(steps)
     main, gpu = workloads[0], Gpu(device)
     identity, before = gpu.identity(), gpu.state()
     precisions = {contestant.precision for contestant in contestants}
@@ -124,7 +134,7 @@ def run_bench(options: RunOptions) -> Results:
 
     if options.pictures:
         say(f"pictures: {options.pictures} prompts, the same seeds for all")
-        results.pictures = draw_pictures(drawing, main, family, options.pictures, options.picture_steps, results.notes)
+        results.pictures = draw_pictures(drawing, main, family, options.pictures, picture_steps, results.notes)
         for _, record in timed:
             seen = [one.follows for one in results.pictures if one.contestant == record.name and one.follows]
             record.follows = shares(seen) | {"count": len(seen)} if seen else None
@@ -149,7 +159,7 @@ def load_all(
         except UserError:
             raise
         except Exception as error:
-            notes.append(f"{contestant.name} did not load: {described(error)}")
+            notes.append(f"{contestant.name} did not load: {describe_error(error)}")
             say(f"  {notes[-1]}")
             continue
         loaded.append((contestant, make_record(contestant, main, cold, memory)))
@@ -229,6 +239,6 @@ def energy_of(contestant: Contestant, main: Workload, gpu: Gpu, seconds: float, 
     try:
         return energy_per_image(gpu, draw, seconds)
     except Exception as error:
-        notes.append(f"{contestant.name} failed while its energy was read: {described(error)}")
+        notes.append(f"{contestant.name} failed while its energy was read: {describe_error(error)}")
         say(f"  {notes[-1]}")
         return {"j_per_image": None, "why": notes[-1]}

@@ -18,7 +18,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "training.options": ["TrainOptions"],
         "training.recipes": ["RECIPES", "Recipe", "Stage", "find_recipe"],
         "training.schedule": ["Schedule"],
-        "training.student": ["Pruned"],
+        "training.student": ["Lora", "Pruned"],
         "training.trainer": ["train"],
         "common.errors": ["UserError"],
     },

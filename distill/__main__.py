@@ -13,8 +13,17 @@ import tyro
 
 from distill.checkpoints.sources import WORKDIR
 from distill.common.errors import UserError, exit_on_user_error, require_above, require_least
-from distill.data.samples import SmallPictures
-from distill.training.options import Accumulation, BenchOptions, Fsdp, Optimizer, Precision, TrainOptions, Workdir
+from distill.data.samples import SmallPictures, Text
+from distill.training.options import (
+    Accumulation,
+    BenchOptions,
+    Fsdp,
+    GradientCheckpointing,
+    Optimizer,
+    Precision,
+    TrainOptions,
+    Workdir,
+)
 
 app = tyro.extras.SubcommandApp()
 
@@ -95,6 +104,7 @@ def cache(
     small_pictures: SmallPictures | None = None,
     flip: bool = True,
     variants: int = 1,
+    text: Text = "cached",
     workdir: Workdir = WORKDIR,
 ) -> None:
     """Precompute VAE latents and text embeddings of a data set. Under torchrun the processes share the shards.
@@ -109,6 +119,8 @@ def cache(
             that is told their original size (SDXL's), skip them for others.
         flip: Mirror half of the pictures, never one whose caption names a side or writing.
         variants: Samples made of each picture, each with its own crop, flip and draw of the VAE.
+        text: online keeps the captions' tokens alone, a third of the bytes; the trainer then runs the text encoders in
+            each step.
     """
     from distill.checkpoints.sources import resolve
     from distill.data.make_cache import make_cache
@@ -117,7 +129,9 @@ def cache(
     fitting = Fitting(small_pictures=small_pictures, flip=flip, variants=variants)
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     checkpoint = resolve(model, workdir)
-    make_cache(checkpoint, data, out, seed=seed, batch=batch, fitting=fitting, rank=rank, processes=processes)
+    make_cache(
+        checkpoint, data, out, seed=seed, batch=batch, fitting=fitting, text=text, rank=rank, processes=processes
+    )
 
 
 @app.command
@@ -125,7 +139,7 @@ def recipe(name: tyro.conf.Positional[str], /, *, student: str | None = None, la
     """Print a recipe as JSON: stages, teachers, losses, steps. Changed and saved, it is a recipe of your own.
 
     Args:
-        name: ssd-1b, vega, mini-ssd-1b, mini-vega, or the slimxl.json of a finished student.
+        name: A recipe's name, as ssd-1b (an unknown one is answered with all), or the slimxl.json of a finished student.
         student: Another student by the same road: an architecture or a depth pattern; if not given, the recipe's own.
         layer_map: first, spread, similarity, or a JSON file (importance.json); if not given, the recipe's own.
     """
@@ -138,7 +152,7 @@ def recipe(name: tyro.conf.Positional[str], /, *, student: str | None = None, la
 def train(
     *,
     recipe: str,
-    cache: Path,
+    cache: str,
     out: Path,
     student: str | None = None,
     layer_map: str | None = None,
@@ -149,9 +163,10 @@ def train(
     """Distil a student by a recipe. Start it with torchrun for many GPUs or nodes. First it tells its memory plan.
 
     Args:
-        recipe: ssd-1b, vega, mini-ssd-1b, mini-vega, or a .json file that `distill recipe` has begun.
-        cache: A latent cache made by `distill cache` with the teacher's VAE and text encoders; a stage of the recipe may
-            name its own.
+        recipe: A recipe's name, as ssd-1b (an unknown one is answered with all), or a .json file that `distill recipe`
+            has begun.
+        cache: A latent cache made by `distill cache` with the teacher's VAE and text encoders, a folder or its URL (https://,
+            s3://, gs://, hf://); a stage of the recipe may name its own.
         out: Becomes a diffusers pipeline folder; an unfinished run there is continued.
         student: Another student by the same road: an architecture or a depth pattern; if not given, the recipe's own.
         layer_map: Which teacher blocks it keeps: first, spread, similarity, or a JSON file (importance.json); if not
@@ -177,38 +192,73 @@ def plan(
     mixed_precision: Precision = "bf16",
     optimizer: Optimizer = "adamw",
     fsdp: Fsdp = False,
+    text: Text = "cached",
     memory_gb: float | None = None,
 ) -> None:
     """Tell what a training needs of each GPU's memory, with and without gradient checkpointing; nothing is loaded.
 
     Args:
-        recipe: ssd-1b, vega, mini-ssd-1b, mini-vega, or a .json file.
+        recipe: A recipe's name, as ssd-1b (an unknown one is answered with all), or a .json file.
         student: Another student by the same road: an architecture or a depth pattern; if not given, the recipe's own.
         processes: GPUs that share the batch.
+        text: online, as the cache was made, adds the text encoders and says what part of the step's arithmetic they are.
         memory_gb: The GPU's memory in units of 1e9 bytes; if not given, that of the device at hand.
     """
-    from distill.checkpoints.sources import peek_architecture
     from distill.training.accelerator import COMPUTE_DTYPE, check_fsdp
     from distill.training.memory import count_recipe_memory, describe_memory, device_memory
-    from distill.training.recipes import find_recipe
+    from distill.training.recipes import find_recipe, peek_teacher
 
     require_least(1, processes=processes, accumulation=accumulation)
     if memory_gb is not None:
         require_above(0, memory_gb=memory_gb)
-    if fsdp:
-        check_fsdp(processes, mixed_precision, optimizer)
     chosen = find_recipe(recipe, student=student)
+    if fsdp:
+        adapters = any(stage.student.adapter for stage in chosen.stages)
+        check_fsdp(processes, mixed_precision, optimizer, adapters=adapters)
     title, uses = count_recipe_memory(
         chosen,
-        peek_architecture(chosen.stages[0].teacher),
+        peek_teacher(chosen),
         half=COMPUTE_DTYPE[mixed_precision],
         optimizer=optimizer,
         processes=processes,
         accumulation=accumulation,
         fsdp=fsdp,
+        text=text,
     )
     device = ("the GPU", int(memory_gb * 1e9)) if memory_gb else device_memory()
     print("\n".join(describe_memory(uses, title, *device)))
+
+
+@app.command
+def budget(
+    *,
+    recipe: str,
+    samples: int = 20_000_000,
+    gpus: tuple[int, ...] = (1, 8, 64),
+    text: Text = "cached",
+    gradient_checkpointing: GradientCheckpointing = True,
+    peak_tflops: float = 312.0,
+    share_of_peak: float = 0.38,
+) -> None:
+    """Predict bytes of cache, hours and GPU-hours of a recipe, from its counted arithmetic; nothing is measured.
+
+    Args:
+        recipe: A recipe's name, as ssd-1b (an unknown one is answered with all), or a .json file.
+        samples: Pictures of the data set.
+        gpus: How many GPUs share the work, a line for each.
+        text: As the cache is made.
+        peak_tflops: Of a GPU, in half precision with fp32 accumulation; if not given, an A100's.
+        share_of_peak: What is reached of it; if not given, what diffusers reaches with SSD-1B on an A100, as published.
+    """
+    from distill.studies.budget import count_budget, describe_budget
+    from distill.training.recipes import find_recipe, peek_teacher
+
+    require_least(1, samples=samples)
+    chosen = find_recipe(recipe)
+    counted = count_budget(chosen, peek_teacher(chosen), samples, text=text, checkpointing=gradient_checkpointing)
+    title = f"{chosen.name} on {samples:,} pictures, text {text}"
+    lines = describe_budget(counted, title, gpus, peak_tflops=peak_tflops, share_of_peak=share_of_peak)
+    print("\n".join(lines))
 
 
 @app.command
@@ -289,6 +339,29 @@ def ablate(
 
 
 @app.command
+def few_steps(
+    models: tyro.conf.Positional[tuple[str, ...]],
+    /,
+    *,
+    pictures: int = 90,
+    results: Path = Path("distill/results"),
+    workdir: Workdir = WORKDIR,
+) -> None:
+    """Compare mini models drawn in few steps: caption-following against the compute of a picture.
+
+    Args:
+        models: NAME=MODEL@STEPS,STEPS, any number, as teacher=mini:sdxl@4,25 lcm=out/lcm@1,4; the first is what others
+            are told against.
+        pictures: Pictures by which each is judged, over the nine resolutions.
+        results: Where few-steps.json, .md and .svg go.
+    """
+    from distill.studies.few_steps import compare_steps, parse_point, table
+
+    points = [point for model in models for point in parse_point(model, workdir)]
+    print(table(compare_steps(points, results, pictures=pictures)))
+
+
+@app.command
 def importance(
     *,
     model: str,
@@ -319,23 +392,28 @@ def importance(
 def teach(
     *,
     out: Path,
-    start: Path | None = None,
+    architecture: str = "mini-sdxl",
+    start: str | None = None,
     vae_steps: int = 3000,
     vae_whole_steps: int = 1200,
     minutes: float = 120,
     learning_rate: float = 8e-4,
+    batch: int = 32,
     decoder_steps: int = 3000,
     seed: int = 0,
 ) -> None:
-    """Make the mini teacher anew: its VAE, then its UNet and text encoders, on the shapes world.
+    """Make a mini teacher anew: its VAE, then its UNet and text encoders, on the shapes world.
 
     Args:
         out: The pipeline folder to write.
-        start: A mini pipeline folder to teach further instead of a new one; its VAE's encoder stays as it is.
+        architecture: What is taught: mini-sdxl or mini-sd-1.5.
+        start: A mini checkpoint, as `fetch` takes it; those of its networks that the architecture has too are taught
+            further instead of new ones, but for its VAE's encoder, which stays as it is.
         vae_steps: Optimiser steps of the VAE on crops.
         vae_whole_steps: And on whole pictures.
         minutes: Training time of the UNet and text encoders; 0 leaves them as they are.
         learning_rate: Of the UNet and text encoders, at its highest.
+        batch: Pictures a step of the UNet and text encoders, all of one size.
         decoder_steps: Optimiser steps of the VAE's decoder alone, last.
         seed: Of the first weights, the pictures and the noise.
     """
@@ -343,11 +421,13 @@ def teach(
 
     result = teach_mini(
         out,
+        architecture=architecture,
         start=start,
         vae_steps=vae_steps,
         vae_whole_steps=vae_whole_steps,
         minutes=minutes,
         learning_rate=learning_rate,
+        batch=batch,
         decoder_steps=decoder_steps,
         seed=seed,
     )
@@ -355,22 +435,24 @@ def teach(
 
 
 @app.command
-def judge(*, model: str, count: int = 90, steps: int = 25, workdir: Workdir = WORKDIR) -> None:
+def judge(
+    *, model: str, count: int = 90, steps: int | None = None, held_out: Path | None = None, workdir: Workdir = WORKDIR
+) -> None:
     """How often a mini model's pictures of unseen captions show what they say, read exactly from the pixels (JSON).
 
     Args:
         model: A mini checkpoint, as `fetch` takes it.
-        count: Pictures in all, as many of each of the nine resolutions.
-        steps: Denoising steps.
+        count: Pictures in all, as many of each resolution of its family.
+        steps: Denoising steps. None: those that a few-step model was taught, else 25.
+        held_out: A latent cache that it was not trained on: the mean square error of its noise_pred over that too.
     """
-    import torch
+    from distill.checkpoints.sources import resolve
+    from distill.mini.judge import judge_checkpoint
+    from distill.studies.ablate import held_out_loss
 
-    from distill.checkpoints.sources import load_pipeline, resolve
-    from distill.mini.judge import judge as judge_pipeline
-
-    pipe = load_pipeline(resolve(model, workdir), torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    print(json.dumps(judge_pipeline(pipe, count=count, steps=steps), indent=1))
+    folder = resolve(model, workdir)
+    loss = {} if held_out is None else {"held_out_loss": held_out_loss(folder, held_out)}
+    print(json.dumps(loss | judge_checkpoint(folder, count=count, steps=steps), indent=1))
 
 
 def main() -> int:

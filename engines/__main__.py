@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from distill.common.errors import counts, exit_on_user_error
+from distill.common.errors import exit_on_user_error, parse_counts
 from distill.common.options import parse_names
 from engines.choices import FlavorName, Guidance, Layout
 from engines.serving.options import Serving, Workload
@@ -31,7 +31,7 @@ def build(
     layout: Layout | None = None,
     resolutions: str = "all",
     batches: str = "1",
-    guidance: Guidance = "always",
+    guidance: Guidance | None = None,
     components: str = "",
     memory_gb: float | None = None,
     replace: bool = False,
@@ -50,7 +50,8 @@ def build(
         layout: A plan for each size, or one with a profile for each, or for all. None: shared for tensorrt, else ranged.
         resolutions: `all` of the model's, or some of them, e.g. 1024x1024,1152x896.
         batches: Numbers of images at once, 1 or more, separated by commas.
-        guidance: What exact profiles of the UNet are for: with it, without it (LCM, Turbo), or either.
+        guidance: What exact profiles of the UNet are for: with it, without it (LCM, Turbo), or either. None: never for a
+            model that says so itself, else always.
         components: Only these of unet,vae_decoder,vae_encoder,text_encoder,text_encoder_2. Empty: all but vae_encoder.
         memory_gb: GB (10^9 bytes) of memory that a build may use, above 0. None: what is free.
         replace: Drop engines of another checkpoint from the bundle.
@@ -70,7 +71,7 @@ def build(
         flavor=flavor,
         layout=layout,
         resolutions=resolutions,
-        batches=counts("--batches", batches),
+        batches=parse_counts("--batches", batches),
         guidance=guidance,
         components=parse_names(components) or None,
         options=options,
@@ -212,7 +213,7 @@ def load_test(
     """
     from engines.serving.load_test import measure_load
 
-    levels = counts("--concurrency", concurrency)
+    levels = parse_counts("--concurrency", concurrency)
     return measure_load(out, server, workload, levels, minutes * 60, rate, workdir)
 
 

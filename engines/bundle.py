@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from distill.checkpoints.sampling import Sampling
 from distill.common.errors import UserError
 from distill.common.files import write_json
 from distill.common.validation import first_fault
@@ -202,13 +203,13 @@ class Engine(_Record):
             for name, range_ in profile.shapes.items():
                 if not range_.fits(shapes[name]):
                     raise ValueError(f"profile {profile.index}: input {name} is {shapes[name]}, not {range_.max}")
-        _ = self.pixels_per_row
+        _ = self.image_scale
         return self
 
     @property
-    def pixels_per_row(self) -> int | None:
-        """Pixels of the picture for one row of the input that grows with it: 8 for SDXL's latents, 1 for a picture. None
-        where no input does. Raises ValueError where the profiles' shapes are not those of their resolutions."""
+    def image_scale(self) -> int | None:
+        """Image pixels per pixel of the input that grows with the image: 8 for latents, 1 for an image. None where no
+        input grows with it. Raises ValueError where the profiles' shapes are not those of their resolutions."""
         found: set[int] = set()
         for profile in self.profiles:
             sizes = [tuple(map(int, text.split("x"))) for text in profile.resolutions]
@@ -241,11 +242,13 @@ class Engine(_Record):
 
 
 class Source(_Record):
-    """The checkpoint that every engine of the bundle comes from; `pipeline` is diffusers' class for it."""
+    """The checkpoint that every engine of the bundle comes from; `pipeline` is diffusers' class for it, `sampling` how a
+    few-step model is drawn with."""
 
     name: str
     sha256: str
     pipeline: Annotated[str, AfterValidator(_known_pipeline)]
+    sampling: Sampling | None = None
 
 
 class Manifest(_Record):
@@ -261,8 +264,8 @@ class Manifest(_Record):
         paths = [file.path for file in self.all_files]
         if len(paths) != len(set(paths)):
             raise ValueError("two records name the same file")
-        latent = {engine.pixels_per_row for engine in self.engines if engine.component in ("unet", "vae_decoder")}
-        if len(latent - {None}) > 1:
+        scales = {engine.image_scale for engine in self.engines if engine.component in ("unet", "vae_decoder")}
+        if len(scales - {None}) > 1:
             raise ValueError("the engines scale their resolutions differently")
         return self
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import onnx
 
+from distill.checkpoints.sampling import Sampling, sampling_of
 from distill.common.errors import UserError
-from distill.common.files import read_json, sha256_file_once
+from distill.common.files import read_json, read_object, sha256_file_once
 from distill.models.conditioning import Conditioning, TensorSpec, conditioning_named
 from distill.models.resolution import Resolution
 from engines.bundle import Engine, TensorInfo
@@ -159,7 +160,8 @@ def weights_for(engine: Engine, root: Path) -> OnnxComponent | None:
 
 @dataclass(frozen=True)
 class OnnxFolder:
-    """The whole folder. `source` names the checkpoint and its hash; resolutions are those of the family."""
+    """The whole folder. `source` names the checkpoint and its hash; resolutions are those of the family; `sampling` is how a
+    few-step model is drawn with."""
 
     root: Path
     components: dict[str, OnnxComponent]
@@ -168,6 +170,7 @@ class OnnxFolder:
     precision: str
     resolutions: list[Resolution]
     conditioning: Conditioning
+    sampling: Sampling | None = None
 
     @property
     def is_static(self) -> bool:
@@ -185,11 +188,13 @@ class OnnxFolder:
 
 def read_onnx_folder(root: Path) -> OnnxFolder:
     """Raises UserError where `root` is not what `python -m export onnx` leaves."""
-    if not (root / "slimxl.json").is_file():
+    path = root / "slimxl.json"
+    about = read_object(path) if path.is_file() else {}
+    if "resolutions" not in about:  # a student's slimxl.json has none
         raise UserError(
-            f"{root} is not an ONNX folder of slimxl (no slimxl.json): make one with python -m export onnx --out FOLDER"
+            f"{root} is not an ONNX folder of slimxl ({path.name} does not say so): make one with python -m export onnx "
+            "--out FOLDER"
         )
-    about = read_json(root / "slimxl.json")
     components = {
         name: OnnxComponent(name, root / name, read_json(root / name / "config.json"))
         for name in BUILD_ORDER
@@ -208,4 +213,5 @@ def read_onnx_folder(root: Path) -> OnnxFolder:
         precision=str(about.get("precision", "fp16")),
         resolutions=[Resolution.parse(text) for text in about["resolutions"]],
         conditioning=read_conditioning(root),
+        sampling=sampling_of(root),
     )

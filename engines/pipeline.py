@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from distill.checkpoints.sampling import Sampling
 from distill.common.errors import UserError
 from distill.common.files import read_json
 from distill.models.conditioning import conditioning_named
@@ -32,7 +34,8 @@ def load(
     runtime_cache: str | Path | None = None,
     weights: str | Path | None = None,
 ) -> DiffusionPipeline:
-    """A diffusers pipeline of the bundle's kind (StableDiffusionXLPipeline for SDXL) whose networks are its engines.
+    """A diffusers pipeline of the bundle's kind (StableDiffusionXLPipeline for SDXL) whose networks are its engines; that
+    of a few-step model has its own steps and guidance scale as defaults.
 
     device: "cpu" or "cuda[:n]"; None is the flavor's own.
     layout: which to load where the bundle has several.
@@ -92,9 +95,26 @@ def load(
     scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(bundle / "scheduler")
     stated = {name: index[name] for name in kind.options if not isinstance(index.get(name, []), list)}
     settings = stated | kind.load_options
-    return getattr(diffusers, kind.pipeline)(
-        vae=vae, unet=unet, scheduler=scheduler, **encoders, **tokenizers, **settings
-    )
+    pipeline = drawing_as(getattr(diffusers, kind.pipeline), manifest.source.sampling)
+    return pipeline(vae=vae, unet=unet, scheduler=scheduler, **encoders, **tokenizers, **settings)
+
+
+def drawing_as(kind: type, sampling: Sampling | None) -> type:
+    """A class of pipelines that takes steps and guidance scale from `sampling` where a call does not state them, and refuses
+    more steps than that has by UserError."""
+    if sampling is None:
+        return kind
+    known = sampling
+
+    class FewSteps(kind):
+        def __call__(self, *arguments: Any, **named: Any) -> Any:
+            stated = signature(kind.__call__).bind_partial(self, *arguments, **named).arguments
+            named |= {name: value for name, value in known.call_arguments.items() if name not in stated}
+            known.check(stated.get("num_inference_steps") or known.steps or 1)
+            return super().__call__(*arguments, **named)
+
+    FewSteps.__name__ = kind.__name__  # what diffusers writes into a config
+    return FewSteps
 
 
 def refit(pipeline: DiffusionPipeline, onnx: str | Path) -> list[str]:

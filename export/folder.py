@@ -12,11 +12,13 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from distill.checkpoints.sampling import sampling_of
 from distill.checkpoints.sources import WORKDIR, file_hashes, find_family, load_parts, read_config
 from distill.checkpoints.tensors import component_tensors
 from distill.common.errors import UserError
@@ -170,6 +172,8 @@ def export_checkpoint(
     load_parts(prepared)  # what cannot be loaded is told now, not at the first picture
     source = {"name": source_name or checkpoint.name, "sha256": sha256_json(source_hashes)}
     about = _about(prepared, source, hashes, options)
+    if sampling := sampling_of(checkpoint):
+        about["sampling"] = asdict(sampling)
     with exclusive(out, progress, out / ".lock"):
         remove_leftovers(out)
         _refuse_strangers(prepared, out, names, options, hashes)

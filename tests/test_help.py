@@ -20,10 +20,15 @@ def test_every_option_has_help(room: str, monkeypatch: pytest.MonkeyPatch, capsy
             main()
         return capsys.readouterr().out
 
-    commands = re.search(r"\{(.*?)\}", shown())
-    assert commands
-    for command in commands[1].split(","):
-        lines = [line.strip("│ ") for line in shown(command).splitlines()]
+    def look(*command: str) -> None:
+        told = shown(*command)
+        if commands := re.search(r"^usage: .*\[-h\] \{(.*?)\}$", told, re.MULTILINE):
+            for one in commands[1].split(","):
+                look(*command, one)
+            return
+        lines = [line.strip("│ ") for line in told.splitlines()]
         silent = [before for before, line in pairwise(lines) if line.startswith(("(default", "(required"))]
         silent += [line for line in lines if re.search(r"\S {2,}\((default|required)", line)]
-        assert not silent, (command, silent)
+        assert command and not silent, (command, silent)
+
+    look()

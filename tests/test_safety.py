@@ -61,6 +61,9 @@ WRITERS = {
     "bench run": "run --contestants a=fake:denoise=1 --seconds 0 --out {home}/numbers.json",
     "bench run, what is unfinished": "run --contestants a=fake:denoise=1 --seconds 0 --out {home}/fresh.json",
     "bench report": "report --results {home}/none.json --out {home}",
+    "bench study make": "study make --models a=fake: b=fake: --count 1 --device cpu --out {home}",
+    "bench study serve": "study serve --study {home} --votes {home}/photo.jpg",
+    "bench study tally": "study tally --key {home}/none.json --votes {home}/none.json --out {home}",
     "bench gpu": "gpu --models mini-ssd-1b,mini-vega --resolutions 128x128 --device cpu --minutes 0 --out {home}",
 }
 
@@ -153,6 +156,9 @@ HOSTILE = {
             ("bench run --contestants a=fake:denoise=1", "--out"),
             ("bench report --out x", "--results"),
             ("bench gpu --device cpu", "--out"),
+            ("bench study make --models a=fake: b=fake:", "--out"),
+            ("bench study serve", "--study"),
+            ("bench study tally --key x --votes x", "--out"),
         )
     },
     "memory, infinite": [*BUILD.split(), "--memory-gb", "inf"],
@@ -189,8 +195,16 @@ HOSTILE = {
     "bench, a delay of infinity": ["bench", "run", "--out", "{home}/new.json", "--contestants", "a=fake:denoise=inf"],
     "bench, minutes NaN": ["bench", "gpu", "--out", "{home}/new", "--device", "cpu", "--minutes", "nan"],
     "tolerance, NaN": ["bench", "compare", "x", "y", "--tolerance", "nan"],
-    "pictures to cache, ²": ["distill", "cache", "--data", "shapes:²", "--model", "{model}", "--out", "{home}/new"],
-    "samples, 0": ["distill", "cache", "--data", "shapes:0", "--model", "{model}", "--out", "{home}/new"],
+    "a student's folder for an ONNX folder": [
+        "engines",
+        "build",
+        "--onnx",
+        "{home}",
+        "--out",
+        "{home}/new",
+        "--gpus",
+        "a100",
+    ],
     "JSON too deep": ["bench", "report", "--results", "{home}/deep.json", "--out", "{home}/new"],
     "JSON with a number too long": ["bench", "report", "--results", "{home}/long.json", "--out", "{home}/new"],
 }

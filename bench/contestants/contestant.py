@@ -11,6 +11,7 @@ from typing import Any
 from bench.contestants.pictures import Pictures
 from bench.floor.roofline import Costs, ModelConfigs, component_costs
 from bench.workload import Workload
+from distill.checkpoints.sampling import Sampling
 from distill.checkpoints.sources import WORKDIR
 from distill.models.architectures import find_architecture
 from distill.models.families import SDXL_FAMILY, Family
@@ -22,9 +23,9 @@ Mark = Callable[[str], None]
 
 @dataclass
 class Contestant:
-    """A new kind derives from it, with its own `load` and `draw`. `device` is `cpu` or `cuda`, `runtime` and `precision` are
-    words for the report, `spec` is how the command line named it, and what is fetched or made goes below `workdir`.
-    `artifacts` maps each folder that was made on the model's way to its description by `inventory.describe`."""
+    """The base of every kind, which brings its own `load` and `draw`. `device` is `cpu` or `cuda`; `runtime` and `precision`
+    are text for the report; `spec` is the contestant as the command line named it; `workdir` takes what is fetched or made.
+    `artifacts` maps the model's checkpoint, ONNX and bundle folders to their descriptions by `inventory.describe`."""
 
     name: str
     _: KW_ONLY
@@ -63,6 +64,11 @@ class Contestant:
         if kind == "random":
             return ModelConfigs.of(find_architecture(name).configs)
         return ModelConfigs.of_folder(self.checkpoint_folder())
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How a few-step model is drawn with; None where it does not say."""
+        return None
 
     def checkpoint_folder(self) -> Path:
         from distill.checkpoints.sources import resolve

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bench.contestants.contestant import Contestant, Mark
 from bench.contestants.pictures import Pictures
 from bench.workload import SCHEDULERS, Workload
+from distill.checkpoints.sampling import Sampling, sampling_of
 from distill.common.errors import UserError
 from distill.models.architectures import find_architecture
 from engines.choices import EIGHT_BITS
@@ -149,6 +150,10 @@ class EagerContestant(PipelineContestant):
         """One among its artifacts, else its source."""
         return super().checkpoint or self.source
 
+    @property
+    def sampling(self) -> Sampling | None:
+        return None if self.source.startswith("random:") else sampling_of(self.folder)
+
     def checkpoint_folder(self) -> Path:
         return self.folder if self.checkpoint == self.source else super().checkpoint_folder()
 
@@ -203,6 +208,10 @@ class OptimumContestant(PipelineContestant):
     precision: str = "as exported"
     runtime: str = "optimum ONNX Runtime"
 
+    @property
+    def sampling(self) -> Sampling | None:
+        return sampling_of(Path(self.source))
+
     def check(self) -> None:
         if not (Path(self.source) / "unet" / "model.onnx").is_file():
             raise UserError(
@@ -237,6 +246,12 @@ class BundleContestant(PipelineContestant):
     flavor: str | None = None
     layout: Layout | None = None
     cuda_graphs: bool = True
+
+    @property
+    def sampling(self) -> Sampling | None:
+        from engines.bundle import read_manifest
+
+        return read_manifest(Path(self.source)).source.sampling
 
     def check(self) -> None:
         from engines.bundle import read_manifest

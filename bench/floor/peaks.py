@@ -14,9 +14,9 @@ from engines.choices import EIGHT_BITS
 
 @dataclass(frozen=True)
 class Peak:
-    """`tflops` dense fp16; `eight_bits` the dense rate of int8 and fp8, where the board has them, in the same unit;
-    `terabytes_per_s` device memory; `nvml_names` the names NVML gives the board, without their
-    "NVIDIA". `floor_only`: known figures are told as a share of the board's other peak, so they say nothing of this one."""
+    """`tflops` dense fp16; `eight_bits` the dense rates of int8 and fp8, where the board has them, in the same unit;
+    `terabytes_per_s` device memory; `nvml_names` the names NVML gives the board, without their "NVIDIA". `floor_only`:
+    figures of this board are compared with its other peak, so nothing is predicted from this one."""
 
     name: str
     tflops: float

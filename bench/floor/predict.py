@@ -64,7 +64,7 @@ class Shares:
     generations: dict[str, float]
 
     def share(self, gpu: str, runtime: str) -> float:
-        """The share of the floor. A generation that no figure stands on adds what the median one does."""
+        """Floor over time. A generation without any known figure gets the median of the known ones' factors."""
         usual = median(self.generations.values())
         return exp(self.runtimes[runtime] + self.generations.get(PEAKS[gpu].compute_capability, usual))
 
@@ -102,8 +102,8 @@ class Prediction:
 
 
 def predict(gpu: str, model: str, steps: int, runtime: str, known: list[Known]) -> Prediction:
-    """One guided picture at 1024x1024. `total_ms` is None where no figure of that runtime calibrates, or none is told as
-    a share of this peak."""
+    """One guided picture at 1024x1024. `total_ms` is None where no known figure is of that runtime, or where the peak is
+    `floor_only`."""
     floor = floor_ms(gpu, model, steps)
     tflop = total_flops(component_costs(architecture_configs(model), Workload(resolution=SQUARE, steps=steps))) / 1e12
     if PEAKS[gpu].floor_only or runtime not in {one.runtime for one in known}:

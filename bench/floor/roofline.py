@@ -145,9 +145,9 @@ def _flops_polynomial(component: str, config_json: str, tokens: int, unit: int) 
 def component_costs(configs: ModelConfigs, workload: Workload) -> Costs:
     """For each component in the order of a picture (calls per image call, cost of one). Under guidance the text
     encoders run for the empty prompt too, where the model encodes it."""
-    conditioning = conditioning_of(configs.parsed("unet"))
+    unet = configs.parsed("unet")
+    conditioning, unit, latent = conditioning_of(unet), EXPORTED["unet"].size_multiple(unet), unet["in_channels"]
     scale = vae_scale_factor(configs.parsed("vae"))
-    unit = EXPORTED["unet"].size_multiple(configs.parsed("unet"))
     tokens = configs.parsed(conditioning.encoders[0])["max_position_embeddings"]
     prompts = workload.unet_batch // workload.batch if configs.encodes_no_prompt else 1
     pixels = (workload.resolution.height // scale) * (workload.resolution.width // scale)
@@ -160,8 +160,8 @@ def component_costs(configs: ModelConfigs, workload: Workload) -> Costs:
         batch = workload.unet_batch if component == "unet" else workload.batch
         parameters = count_cost(component, config_json, tokens, unit * 2, unit * 2, 1).parameters
         a, b, c = _flops_polynomial(component, config_json, tokens, unit)
-        channels = 4 + {"unet": 4, "vae_decoder": 3 * scale * scale}[component]  # in and out, per latent pixel
-        moved = 2.0 * (parameters + batch * pixels * channels)
+        outputs = latent if component == "unet" else 3 * scale * scale  # per latent pixel
+        moved = 2.0 * (parameters + batch * pixels * (latent + outputs))
         cost = Cost(parameters, batch * (a + b * pixels + c * pixels**2), moved)
         costs[component] = (workload.steps if component == "unet" else 1, cost)
     return costs

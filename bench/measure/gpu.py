@@ -1,4 +1,4 @@
-"""The device's own truth by NVML: what it is, what it did while it was timed, what that cost in joules.
+"""What NVML reports of the GPU: what it is, its state between the timed calls, and the energy it used.
 
 Every reading may be missing on some board or driver; it is then None, and `missing` says why. Nothing is guessed.
 """
@@ -32,7 +32,7 @@ class Gpu:
     """One GPU through NVML. `reason` says why there is none; then every method returns None or an empty value."""
 
     def __init__(self, device: str = "cuda") -> None:
-        """None is read for another `device`: NVML would tell of a GPU that does not work."""
+        """Reads nothing unless `device` is "cuda": NVML would report a GPU that is not in use."""
         self.reason: str | None = None if device == "cuda" else f"measured on the {device}, so no GPU was read"
         self.missing: dict[str, str] = {}
         self._handle: Any = None

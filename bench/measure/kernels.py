@@ -1,4 +1,4 @@
-"""Where a denoising step's time goes, by family of kernel."""
+"""Where a denoising step's time goes, by kind of kernel."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 from bench.contestants.contestant import Contestant
 from bench.measure.clock import make_clock, timed_draw
 from bench.workload import Workload
-from distill.common.errors import described
+from distill.common.errors import describe_error
 from distill.common.kernels import by_kind, kernel_times, make_profiler
 
 PROFILED_STEPS = 3
 
 
 def kernels_of(contestant: Contestant, workload: Workload, step_ms: float | None) -> dict[str, Any]:
-    """Milliseconds by kernel family in the denoise loop, or why there are none."""
+    """Milliseconds of a denoising step by kind of kernel (`by_kind`), or why there are none."""
     if contestant.device == "cpu" and contestant.spec.partition("@")[0].partition(":")[0] not in ("eager", "compiled"):
         return {"families_ms": None, "why": "on a CPU torch's profiler sees torch's own operators alone"}
     try:
         return profile_denoise(contestant, workload, step_ms)
     except Exception as error:  # the profiler is torch's, and what it can read differs from driver to driver
-        return {"families_ms": None, "why": described(error)}
+        return {"families_ms": None, "why": describe_error(error)}
 
 
 def profile_denoise(contestant: Contestant, workload: Workload, step_ms: float | None) -> dict[str, Any]:

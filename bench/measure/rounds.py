@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from bench.contestants.contestant import Contestant
 from bench.measure.clock import Clock, Sample, make_clock, timed_draw
 from bench.workload import Workload
-from distill.common.errors import described
+from distill.common.errors import describe_error
 
 STABLE_WITHIN = 0.05  # two calls of the warm-up
 
@@ -80,7 +80,7 @@ def measure_rounds(
         try:
             warm_up(contestant, cell, clock, rounds.max_warmup)
         except Exception as error:
-            cell.failures[contestant.name] = described(error)
+            cell.failures[contestant.name] = describe_error(error)
             continue
         running.append((contestant, clock))
         cell.samples.setdefault(contestant.name, [])
@@ -95,7 +95,7 @@ def measure_rounds(
             try:
                 sample, _ = timed_draw(contestant, cell.workload, clock)
             except Exception as error:
-                cell.failures[contestant.name] = described(error)
+                cell.failures[contestant.name] = describe_error(error)
                 continue
             sample.started_s, sample.round = started_s, index
             cell.samples[contestant.name].append(sample)
@@ -126,8 +126,8 @@ def measure_cells(
     """Every workload twice, there and back again, so that a drift of the machine does not look like an effect of size
     or steps. Yields (cell, whether it is done) after each visit.
 
-    `rounds.min_rounds` and `max_rounds` are shared by both visits; the first workload gets a triple share of the time.
-    Once half as much again as `seconds` has gone, every visit left, but to the first, is a single round.
+    `rounds.min_rounds` and `max_rounds` count both visits together; the first workload gets a triple share of the time.
+    After 1.5 times `seconds` each remaining visit is a single round, except those to the first workload.
     """
     cells = [Cell(workload) for workload in workloads]
     twice = rounds.max_rounds > 1

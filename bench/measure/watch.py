@@ -34,8 +34,8 @@ class Watch:
         self._states.append(self.gpu.state())
 
     def visited(self, workload: str) -> tuple[dict[str, Any], dict[str, list[float] | None]]:
-        """What speaks against all rows of that workload (see `stats.diagnose`), and the ranges of the GPU's readings, over
-        all visits to it."""
+        """Over all visits to that workload: the arguments of `faults.machine_faults`, and [least, median, most] of each
+        reading of the GPU."""
         seen = self._seen.setdefault(workload, _Seen())
         seen.states += self._states
         seen.others_cpu_percent = max(seen.others_cpu_percent, self._load.percent())

@@ -38,7 +38,7 @@ class FidelityOptions:
     """Low and high. MLPerf's for SDXL: 31.69 31.81."""
 
 
-NEEDS = (  # what judges nothing without what
+NEEDS = (  # (option, the option without which it has no effect)
     ("fid_reference", "captions"),
     ("fid_extractor", "captions"),
     ("clip_model", "captions"),

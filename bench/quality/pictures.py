@@ -9,7 +9,7 @@ from bench.measure.clock import make_clock, timed_draw
 from bench.quality.guard import follows_caption, png_base64
 from bench.results import PictureRecord
 from bench.workload import Workload, family_prompts
-from distill.common.errors import described
+from distill.common.errors import describe_error
 from distill.common.progress import say
 from distill.models.families import Family
 
@@ -28,7 +28,9 @@ def draw_pictures(
             try:
                 image = timed_draw(contestant, workload, make_clock(contestant.device))[1].images[0]
             except Exception as error:
-                notes.append(f"{contestant.name} failed at the pictures, {workload.resolution}: {described(error)}")
+                notes.append(
+                    f"{contestant.name} failed at the pictures, {workload.resolution}: {describe_error(error)}"
+                )
                 say(f"  {notes[-1]}")
                 drawing.remove(contestant)
                 continue

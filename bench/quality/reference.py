@@ -20,7 +20,7 @@ from bench.measure.host import cpu_identity
 from bench.quality.fidelity import FidelityOptions, measure_fidelity
 from bench.quality.guard import Quality, guard
 from bench.workload import Workload
-from distill.common.errors import UserError, described
+from distill.common.errors import UserError, describe_error
 from distill.common.files import replacing
 from distill.common.progress import say
 
@@ -44,7 +44,7 @@ def _references(contestants: list[Contestant], workload: Workload, device: str) 
         except torch.OutOfMemoryError:
             drawn[source] = "no fp32 reference: the device has too little memory left for it"
         except Exception as error:
-            drawn[source] = f"no fp32 reference: {described(error)}"
+            drawn[source] = f"no fp32 reference: {describe_error(error)}"
         torch.set_num_threads(threads)
         del reference
         gc.collect()
@@ -101,7 +101,7 @@ def judge(
         except UserError:
             raise
         except Exception as error:
-            quality = Quality(False, [described(error)])
+            quality = Quality(False, [describe_error(error)])
         if scores is not None and scores["words"]:
             quality.passed = False
             quality.words += scores["words"]

@@ -1,4 +1,4 @@
-"""What the device does in one step, of drawing or of training, by family of kernel."""
+"""What the device does in one step, of drawing or of training, by kind of kernel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.results import Results
 
 @dataclass(frozen=True)
 class Profile:
-    """One step by family of kernel; `families_ms` sum to more or less than `step_ms`, which was timed without profiler."""
+    """One step by kind of kernel. `families_ms` need not sum to `step_ms`, which was timed without the profiler."""
 
     name: Cell
     step_ms: float | None

@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from bench.contestants.contestant import STAGES
+from bench.measure.stats import Estimate
 from bench.report.cards import Card, drawn
 from bench.report.elements.charts import Axis, Series, dot_whiskers, line_chart
 from bench.report.elements.formatting import interval, milliseconds, percent, stage_name, times
@@ -23,10 +24,8 @@ def total_cell(row: Row, *small: str) -> Cell:
     return measured(milliseconds(row.total_ms.value), *small, refused=row.refused)
 
 
-def speedup_cell(row: Row, baseline: str) -> Cell | str | None:
-    if row.contestant == baseline:
-        return "baseline"
-    return measured(times(row.speedup.value), interval(row.speedup, "x")) if row.speedup else None
+def speedup_cell(speedup: Estimate | None) -> Cell | None:
+    return measured(times(speedup.value), interval(speedup, "x")) if speedup else None
 
 
 def stage_names(results: Results) -> list[str]:
@@ -66,7 +65,7 @@ def stage_table(results: Results, cards: list[Card]) -> Table:
         *map(stage_line, stage_names(results)),
         ("one denoising step", lambda row: measured(milliseconds(row.step_ms))),
         (Cell("total", "measured"), lambda row: total_cell(row, interval(row.total_ms))),
-        ("speed-up", lambda row: speedup_cell(row, results.baseline)),
+        ("speed-up", lambda row: "baseline" if row.contestant == results.baseline else speedup_cell(row.speedup)),
         ("runs, spread", lambda row: f"{len(row.samples)}, {percent(row.cv, 1)}"),
         *map(percentile_line, ("p90", "p99")),
         ("images a second", lambda row: measured(f"{row.images_per_s:.3g}")),

@@ -66,7 +66,7 @@ def other_facts(results: Results, main: Results) -> list[tuple[str, str]]:
 
 
 def _energy_line(all_results: list[Results]) -> str:
-    """What a joule an image is; of the runs that read none, that is said where the reading would stand."""
+    """How energy was measured, by the runs that have a reading."""
     records = [record for results in all_results for record in results.contestants]
     taken_s = [one.energy["seconds"] for one in records if one.energy["j_per_image"] is not None]
     if not taken_s:

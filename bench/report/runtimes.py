@@ -21,21 +21,23 @@ from bench.report.elements.formatting import (
     title_of,
 )
 from bench.report.elements.tables import Cell, Column, Table, make_table, measured
-from bench.report.latency import total_cell
+from bench.report.latency import speedup_cell, total_cell
 from bench.results import CellRecord, ContestantRecord, Results, Row
 from bench.workload import Workload
-from distill.models.architectures import ARCHITECTURES
+from distill.models.architectures import ARCHITECTURES, CLAIMED_SPEEDUPS, Architecture, whole
 from distill.models.resolution import Resolution
 
-MODELS = ("sdxl", "ssd-1b", "vega")
-CLAIMS = {"ssd-1b": 1.6, "vega": 2.0}
-"""How many times as fast as SDXL their makers say they are: "up to 60 %" and "100 %" faster."""
+
+def model_of(record: ContestantRecord) -> Architecture | None:
+    """The architecture of published size with as many UNet parameters."""
+    known = (one for one in ARCHITECTURES.values() if one.parameters and one.parameters[0] == record.parameters)
+    return next(known, None)
 
 
-def model_of(record: ContestantRecord) -> str | None:
-    """The full-size architecture with as many UNet parameters."""
-    published = {name: ARCHITECTURES[name].parameters for name in MODELS}
-    return next((name for name, counts in published.items() if counts and record.parameters == counts[0]), None)
+def _claim(smaller: ContestantRecord, base: ContestantRecord) -> float | None:
+    """The speed-up that the makers of `smaller` claim, where `base` is what they claim it against."""
+    model = model_of(smaller)
+    return CLAIMED_SPEEDUPS.get(model.name) if model and model_of(base) == whole(model.family) else None
 
 
 def _gain(baseline: Row, other: Row) -> Estimate | None:
@@ -108,17 +110,13 @@ def runtime_figures(all_results: list[Results]) -> list[RuntimeFigures]:
     return rows if len(set(models)) < len(models) else []
 
 
-def gain_cell(gain: Estimate | None) -> Cell | None:
-    return measured(times(gain.value), interval(gain, "x")) if gain else None
-
-
 def runtime_table(figures: list[RuntimeFigures]) -> Table:
     return make_table(
         figures,
         Column("contestant", lambda one: contestant_cell(one.record, precise=True)),
         Column("median", lambda one: total_cell(one.row, interval(one.row.total_ms))),
-        Column("against eager", lambda one: gain_cell(one.over_eager)),
-        Column("against torch.compile", lambda one: gain_cell(one.over_compiled)),
+        Column("against eager", lambda one: speedup_cell(one.over_eager)),
+        Column("against torch.compile", lambda one: speedup_cell(one.over_compiled)),
         Column("MFU", lambda one: measured(percent(one.row.mfu, 1))),
         Column("MFU, denoising", lambda one: measured(percent(one.denoise_mfu, 1))),
         Column("energy an image", lambda one: measured(joules(one.record.energy["j_per_image"]))),
@@ -143,8 +141,8 @@ class Limit:
 
 
 def limits(all_results: list[Results]) -> list[Limit]:
-    """Without those of too few runs for an interval. Of runs that measured the same the one against the largest model
-    stands, and of those the first."""
+    """One for each smaller model, runtime and workload, unless it has too few runs for an interval. Where several files
+    measured the same, the one with the largest base model counts, then the first."""
     found: dict[tuple[Any, ...], tuple[int, Limit]] = {}
     for results in all_results:
         for cell in results.cells:
@@ -174,7 +172,7 @@ def _limits_of(results: Results, cell: CellRecord) -> Iterator[tuple[ContestantR
                 cell=cell.name,
                 speedup=gain,
                 limit=_flops(largest, cell) / _flops(record, cell),
-                claim=CLAIMS.get(model_of(record) or "") if model_of(largest) == "sdxl" else None,
+                claim=_claim(record, largest),
             )
             yield record, largest, limit
 
@@ -196,7 +194,7 @@ def limit_table(found: list[Limit]) -> Table:
         found,
         Column("model", lambda one: Cell(one.title, small=(f"{one.runtime}; {one.cell}",), failed=one.failed)),
         Column("against", lambda one: Cell(one.base, failed=one.base_failed), "left"),
-        Column("speed-up", lambda one: gain_cell(one.speedup)),
+        Column("speed-up", lambda one: speedup_cell(one.speedup)),
         Column("by FLOPs", lambda one: Cell(times(one.limit), "predicted")),
         Column("claim", lambda one: Cell(times(one.claim), "published") if one.claim else None),
     )
@@ -212,7 +210,7 @@ def layout_table(all_results: list[Results]) -> Table:
             return make_table(
                 named,
                 Column("contestant", contestant_cell),
-                Column("load + first image", lambda one: measured(_load(one), f"+ {_first_image(one)}")),
+                Column("load + first image", _cold_start),
                 Column("memory added, device", lambda one: measured(size(one.memory["device_added_bytes"]))),
                 *(_size_column(cell, cells) for cell in cells),
                 Column("against torch in fp32", lambda one: quality_verdict(one).text, "wrap"),
@@ -220,12 +218,8 @@ def layout_table(all_results: list[Results]) -> Table:
     return make_table(())
 
 
-def _load(record: ContestantRecord) -> str:
-    return seconds(record.cold["load_ms"] / 1e3)
-
-
-def _first_image(record: ContestantRecord) -> str:
-    return milliseconds(record.cold["first_image_ms"])
+def _cold_start(record: ContestantRecord) -> Cell:
+    return measured(seconds(record.cold["load_ms"] / 1e3), f"+ {milliseconds(record.cold['first_image_ms'])}")
 
 
 def _size_column(cell: CellRecord, cells: list[CellRecord]) -> Column[ContestantRecord]:

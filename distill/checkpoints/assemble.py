@@ -20,7 +20,7 @@ from distill.models.networks import NETWORKS, make_network
 if TYPE_CHECKING:
     import torch
 
-SCHEDULER = {
+SCHEDULER = {  # of SDXL, SD 1.x and 2.x alike
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -53,8 +53,8 @@ def assemble(
     tensors: Mapping[str, Mapping[str, WritableTensor]],
     **scheduler: Any,
 ) -> None:
-    """Writes the pipeline folder; `tensors` holds those of each network by name, `scheduler` in what that differs from
-    SDXL's. model_index.json comes last.
+    """Writes the pipeline folder; `tensors` holds those of each network by name, `scheduler` are settings that replace
+    those of SCHEDULER. model_index.json comes last.
 
     Raises UserError where the disk is too small.
     """
@@ -75,23 +75,22 @@ def assemble(
 
 
 def tokenizers_and_scheduler(family: Family, **scheduler: Any) -> dict[str, Any]:
-    """What a pipeline of the family has beside its networks, under the pipeline's names, with SDXL's own settings
-    where `scheduler` has no other."""
+    """A pipeline's parts beside its networks, by their names in the pipeline; `scheduler` replaces settings of SCHEDULER."""
     from diffusers import EulerDiscreteScheduler
 
     from distill.checkpoints.tokenizer import clip_merges, merges_of, tokenizer_from_merges
 
     merges = clip_merges() if family.vocabulary is None else merges_of(family.vocabulary)
-    encoders = family.conditioning.encoders
+    kind = family.conditioning
     parts: dict[str, Any] = {
         tokenizer: tokenizer_from_merges(
             merges,
             bos_token_id=family.networks[encoder]["bos_token_id"],
             eos_token_id=family.networks[encoder]["eos_token_id"],
             max_length=family.networks[encoder]["max_position_embeddings"],
-            pad_token="<|endoftext|>" if encoder == encoders[0] else "!",
+            pad_token=pad_token,
         )
-        for tokenizer, encoder in zip(family.conditioning.tokenizers, encoders, strict=True)
+        for tokenizer, encoder, pad_token in zip(kind.tokenizers, kind.encoders, kind.pad_tokens, strict=True)
     }
     return parts | {"scheduler": EulerDiscreteScheduler(**SCHEDULER | scheduler)}
 

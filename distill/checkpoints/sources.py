@@ -42,22 +42,24 @@ from distill.common.files import (
 from distill.common.hub import NO_SAFETENSORS, explaining_hub
 from distill.common.ownership import require_our_folder
 from distill.common.progress import say
-from distill.models.architectures import ARCHITECTURES, Architecture, architecture_at, find_architecture
+from distill.models.architectures import Architecture, architecture_at, find_architecture, whole
 from distill.models.conditioning import Conditioning, conditioning_of, context_width
 from distill.models.depth import Depth
-from distill.models.families import Family, check_fit, family_of
+from distill.models.families import SDXL_FAMILY, Family, check_fit, family_of
 from distill.models.networks import network_class, stated_config
 
 if TYPE_CHECKING:
     import torch
 
-MINI_TEACHER = Path(__file__).parents[1] / "mini" / "teacher"
+MINI_TEACHERS = {"sdxl": Path(__file__).parents[1] / "mini" / "teacher"}
 WORKDIR = Path("out/models")
-"""Where every room keeps what `resolve` has to make, if not told otherwise: once."""
+"""The folder in which all rooms keep the checkpoints that `resolve` makes, unless another is given."""
 CONVERSION = 1
 """Raised whenever a random, converted or fused checkpoint comes out otherwise than before: older ones are made again."""
+ON_HUB = {"segmind/SSD-1B": "ssd-1b", "segmind/Segmind-Vega": "vega"}
+"""The architecture of checkpoints that recipes name, so that these are checked and planned before anything is fetched."""
 PART_CLASSES = {"diffusers": "EulerDiscreteScheduler", "transformers": "CLIPTokenizer"}
-"""What the parts beside the networks usually are."""
+"""The usual class of the scheduler and of the tokenizers, by its library: an example for a message."""
 FORMS = "a Hugging Face id, a diffusers folder, a single .safetensors file, random:NAME or mini:sdxl"
 
 
@@ -109,7 +111,7 @@ def _text_to_image(config: Mapping[str, Any], model: object) -> Conditioning:
     if channels != (4, 4):
         raise UserError(
             f"{model} is no text-to-image checkpoint: its UNet has {channels[0]} channels in and {channels[1]} out, not 4 "
-            "(9 in are for inpainting, 8 for instructed edits)"
+            "(9 are for inpainting, 8 for instructed edits)"
         )
     return conditioning_of(config, model)
 
@@ -141,13 +143,14 @@ def find_architecture_of(folder: Path) -> Architecture:
     return architecture_at(find_family(folder), Depth.from_config(read_config(folder, "unet")))
 
 
-def peek_architecture(source: str) -> Architecture:
-    """The architecture of `source` by what is at hand: nothing is fetched or made, and a hub id counts as SDXL.
+def peek_architecture(source: str, family: Family = SDXL_FAMILY) -> Architecture:
+    """The architecture of `source` without fetching or making anything. A hub id that is not known is taken for the whole
+    model of `family`.
 
     Raises UserError as `resolve` does.
     """
     kind, _, name = source.partition(":")
-    path = MINI_TEACHER if source == "mini:sdxl" else Path(source)
+    path = MINI_TEACHERS[name] if kind == "mini" and name in MINI_TEACHERS else Path(source)
     if kind == "random":
         return find_architecture(name)
     if path.is_dir():
@@ -156,7 +159,7 @@ def peek_architecture(source: str) -> Architecture:
         from distill.checkpoints.single_file import find_single_file_architecture
 
         return find_single_file_architecture(read_safetensors_header(_single_file(path)), path)
-    return ARCHITECTURES["sdxl"]
+    return find_architecture(ON_HUB[source]) if source in ON_HUB else whole(family)
 
 
 def load_component(folder: Path, component: str, dtype: torch.dtype) -> Any:
@@ -254,9 +257,9 @@ def resolve(source: str, workdir: Path) -> Path:
     if colon and kind == "random":
         folder = _random_checkpoint(name, workdir)
     elif colon and kind == "mini":
-        if name != "sdxl":
-            raise unknown("mini checkpoint", name, ["sdxl"])
-        folder = MINI_TEACHER
+        if name not in MINI_TEACHERS:
+            raise unknown("mini checkpoint", name, MINI_TEACHERS)
+        folder = MINI_TEACHERS[name]
     elif source.endswith(".safetensors"):
         folder = _converted_single_file(Path(source), workdir)
     elif Path(source).is_dir():

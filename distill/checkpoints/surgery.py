@@ -137,8 +137,9 @@ def extend_unet(folder: Path, entries: Mapping[str, Any]) -> None:
 
 
 def student_modules(checkpoint: Path, student: Architecture, layer_map: str | LayerMap) -> tuple[ModuleMap, ModuleMap]:
-    """Where a student made from `checkpoint` has its modules from: called as in the original teacher, and as in the
-    checkpoint itself. They differ where the checkpoint is a student: a layer map counts the teacher's blocks everywhere.
+    """The module map of a student made from `checkpoint`, twice: in the names of the original teacher, and in the names of
+    the checkpoint. The two differ where the checkpoint is itself a student, since a layer map always counts the blocks of
+    the original teacher.
 
     Raises UserError for a student of another family, one that the checkpoint is not deep enough for, and a layer map
     that is not nested in its own.

@@ -60,7 +60,7 @@ def clip_merges() -> list[tuple[str, str]]:
 def tokenizer_from_merges(
     merges: Sequence[tuple[str, str]], *, bos_token_id: int, eos_token_id: int, max_length: int, pad_token: str
 ) -> CLIPTokenizer:
-    """A CLIPTokenizer whose ids stay below the two special ids. SDXL pads its second tokenizer with '!' (id 0).
+    """A CLIPTokenizer whose ids stay below the two special ids.
 
     Raises ValueError where the tokens do not fit below `bos_token_id`.
     """

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -21,3 +22,21 @@ def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Generator[Made
                 yield this_one.result()
         if next_one is not None:
             yield next_one.result()
+
+
+class Awaited(Generic[Made]):
+    """An iterator that keeps count of the `seconds` spent waiting for its items."""
+
+    def __init__(self, items: Iterable[Made]) -> None:
+        self.seconds = 0.0
+        self._items = iter(items)
+
+    def __iter__(self) -> Iterator[Made]:
+        return self
+
+    def __next__(self) -> Made:
+        began = time.monotonic()
+        try:
+            return next(self._items)
+        finally:
+            self.seconds += time.monotonic() - began

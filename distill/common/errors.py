@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from safetensors import SafetensorError
 
 FULL_DISK = re.compile(rf"{os.strerror(errno.ENOSPC)}|\d+ requested and \d+ written")
-"""In the system's words, which safetensors repeats without their number, and in numpy's own, of `ndarray.tofile`."""
+"""Messages of a full disk: the system's, which safetensors repeats without an errno, and that of numpy's `tofile`."""
 
 
 class UserError(Exception):
@@ -59,7 +59,7 @@ def _require_finite(name: str, number: float) -> None:
         raise UserError(f"--{name.replace('_', '-')} is {number}; it must be a finite number")
 
 
-def counts(option: str, text: str, most: int = 1024) -> list[int]:
+def parse_counts(option: str, text: str, most: int = 1024) -> list[int]:
     """Whole numbers from 1 to `most` between commas. Raises UserError for anything else."""
     from distill.common.options import whole_number
 
@@ -74,7 +74,7 @@ def counts(option: str, text: str, most: int = 1024) -> list[int]:
     return numbers
 
 
-def described(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """An exception of someone else's code, for a note or a record."""
     return f"{type(error).__name__}: {error}"
 
@@ -100,9 +100,11 @@ def quiet_libraries() -> None:
 
 
 def exit_on_user_error(command: Callable[[], int | None]) -> int:
-    """Run `command`, its options read as `common.options` says, the libraries' notices kept quiet and GPUs numbered as
-    nvidia-smi does; a UserError and what the system refuses (a full disk, a folder that may not be written, links in a
-    circle) become one line on stderr and exit code 2, Ctrl-C becomes 130."""
+    """Runs `command` and returns its exit code. A UserError, and what the system refuses (a full disk, a folder that may
+    not be written, links in a circle), becomes one line on stderr and exit code 2; Ctrl-C becomes 130.
+
+    Options are read by the rules of `common.options`, the libraries keep quiet, GPUs are numbered as nvidia-smi does.
+    """
     quiet_libraries()
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     from distill.common.options import OPTIONS

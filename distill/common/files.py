@@ -104,8 +104,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Removes what killed processes left of `replacing` the file called `name`, or any, in `folder`; for who holds its
-    lock."""
+    """Removes the temporary files and folders that killed processes left in `folder` while they were `replacing` the one
+    called `name`, or any. Only for the holder of the lock: others may be at work on theirs."""
     for kind in ("partial", "old"):
         for path in folder.glob(f".{glob.escape(name) if name else '*'}.*.{kind}"):
             _remove(path)

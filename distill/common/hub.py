@@ -1,4 +1,4 @@
-"""What is said of a model that cannot be had from the Hugging Face hub."""
+"""Why a model cannot be fetched from the Hugging Face hub, in one line for the user."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from distill.common.errors import FULL_DISK, UserError
 
 NO_SAFETENSORS = "necessary `safetensors` weights"
-"""As diffusers says where the hub has weights in no other format than pickle."""
+"""Part of diffusers' message for a model whose weights are pickled, all of them."""
 NETWORK = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
 
 
@@ -27,7 +27,7 @@ def explaining_hub(model: str) -> Iterator[None]:
 
 
 def _root(error: BaseException) -> BaseException:
-    """What lies under the errors that clients lay over one another."""
+    """The first cause: clients wrap the errors of one another."""
     while under := error.__cause__ or error.__context__:
         error = under
     return error

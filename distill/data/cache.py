@@ -12,9 +12,8 @@ it was, and several processes (torchrun) share the work by shard. The last of th
 from __future__ import annotations
 
 import json
-import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,10 @@ from distill.checkpoints.sources import component_weights, find_family, network_
 from distill.checkpoints.tensors import read_metadata
 from distill.common.errors import UserError
 from distill.common.files import read_object, sha256_file_once, sha256_json
-from distill.common.files import seed_of as seed_of  # noqa: PLC0414  # step.py and stage.py take it from here
 from distill.data.cache_index import DTYPES, INDEX, Bucket, read_index
 from distill.data.order import BatchOrder
-from distill.models.conditioning import conditioning_of
+from distill.data.places import open_place
+from distill.models.conditioning import TEXT_INPUTS, TOKENS, conditioning_of
 
 KEY_FILE = "cache.json"
 UNCONDITIONAL = "unconditional.safetensors"
@@ -60,40 +59,65 @@ def checksum(tensors: Iterable[torch.Tensor]) -> int:
     return crc
 
 
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}.safetensors"
+
+
 class LatentCache:
     """Batches of one resolution each, a pure function of the step: resuming needs no state, and the order does not
     depend on the number of processes. What it holds in memory is some 400 bytes a shard, whatever its samples."""
 
-    def __init__(self, folder: Path, *, batch_size: int, seed: int) -> None:
-        """Raises UserError for a folder that is no cache, is not finished or damaged, or holds no sample."""
-        if not (folder / KEY_FILE).is_file():
-            raise UserError(
-                f"{folder} is no latent cache: it has no cache.json; make one with: python -m distill cache"
-            )
-        self.key = read_object(folder / KEY_FILE)
-        self.folder = folder
-        files = {entry.name: entry for entry in os.scandir(folder)}
-        self._shards = sorted(name for name in files if name.startswith("shard-") and name.endswith(".safetensors"))
-        wanted = self.key.get("shards", 0)
-        lacking = [f"no {name}" for name in (UNCONDITIONAL, INDEX) if name not in files]
-        if len(self._shards) < wanted or lacking:
-            told = f"{len(self._shards)} of {wanted} shards" if len(self._shards) < wanted else lacking[0]
-            raise UserError(f"{folder} is not finished: it has {told}; run the same `distill cache` command again")
-        index = read_index(folder / INDEX)
-        for name, size in zip(self._shards, index.shard_bytes, strict=True):
-            if files[name].stat().st_size != size:
+    def __init__(self, place: str | Path, *, batch_size: int, seed: int) -> None:
+        """`place` is the cache's folder, or an URL of it that fsspec reads.
+
+        Raises UserError for a place that is no cache, is not finished or damaged, or holds no sample.
+        """
+        self.place, self._files = place, open_place(place)
+        sizes = self._files.sizes()
+        if sizes is not None and KEY_FILE not in sizes:
+            raise UserError(f"{place} is no latent cache: it has no {KEY_FILE}; make one with: python -m distill cache")
+        self.key = read_object(self._files.local(KEY_FILE))
+        wanted = [shard_name(number) for number in range(self.key.get("shards", 0))]
+        if sizes is not None:
+            found = sum(name in sizes for name in wanted)
+            lacking = [f"{found} of {len(wanted)} shards"] if found < len(wanted) else []
+            lacking += [f"no {name}" for name in (UNCONDITIONAL, INDEX) if name not in sizes]
+            if lacking:
                 raise UserError(
-                    f"{folder / name} is damaged (it has {files[name].stat().st_size} bytes, {INDEX} says {size}): run the "
-                    "same `distill cache` command again, which makes it anew"
+                    f"{place} is not finished: it has {lacking[0]}; run the same `distill cache` command again"
                 )
-        self.unconditional = {name: value.float() for name, value in load_file(folder / UNCONDITIONAL).items()}
+        index = read_index(self._files.local(INDEX))
+        if len(index.shard_bytes) != len(wanted):
+            raise UserError(
+                f"{INDEX} of {place} is of {len(index.shard_bytes)} shards, the cache has {len(wanted)}: run the same "
+                "`distill cache` command again, which makes it anew"
+            )
+        for name, size in zip(wanted, index.shard_bytes, strict=True):
+            if sizes is not None and sizes[name] != size:
+                raise UserError(
+                    f"{place}/{name} is damaged (it has {sizes[name]} bytes, {INDEX} says {size}): run the same `distill "
+                    "cache` command again, which makes it anew"
+                )
+        self.unconditional = {
+            name: value.float() for name, value in load_file(self._files.local(UNCONDITIONAL)).items()
+        }
         self._buckets = index.buckets
         if not self._buckets:
-            raise UserError(f"{folder} holds no cached sample; make it with: python -m distill cache")
+            raise UserError(f"{place} holds no cached sample; make it with: python -m distill cache")
         self._order = BatchOrder([*map(len, self._buckets)], batch_size, seed)
 
     def __len__(self) -> int:
         return sum(map(len, self._buckets))
+
+    @property
+    def digest(self) -> str:
+        """Of its key, and of its index, which has a checksum of every sample."""
+        return sha256_json([self.key, sha256_file_once(self._files.local(INDEX))])
+
+    @property
+    def holds_text(self) -> bool:
+        """Whether it holds what the UNet reads of captions, or their tokens alone (`distill cache --text online`)."""
+        return not {field.name for field in self._buckets[0].fields}.isdisjoint(TEXT_INPUTS)
 
     def check_teacher(self, teacher: Path) -> list[str]:
         """Those of the teacher's VAE and text encoders that are other files than the ones the cache was made with.
@@ -112,35 +136,50 @@ class LatentCache:
         return [component for component, digest in hashes.items() if self.key.get(component) != digest]
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
-        """`latents` and what else the UNet takes of a step's global batch, or of some rows of it, in float32.
+        """`latents` and what else the UNet takes of a step's global batch, or of some rows of it, in float32; `TOKENS`, as
+        whole numbers, where it holds no text.
 
         Raises UserError for a sample that holds NaN or infinity.
         """
         kind, numbers = self._order.samples(step, rows)
-        samples = [self._sample(self._buckets[kind], int(number)) for number in numbers]
-        return {field: torch.stack([sample[field] for sample in samples]).float() for field in samples[0]}
+        bucket = self._buckets[kind]
+        places = [bucket.place(int(number)) for number in numbers]
+        ranges = [
+            (shard_name(shard), int(begin) + row * field.nbytes, field.nbytes)
+            for shard, row in places
+            for field, begin in zip(bucket.fields, bucket.begins[shard], strict=True)
+        ]
+        parts = self._files.read(ranges)
+        count = len(bucket.fields)
+        samples = [
+            self._sample(bucket, int(number), parts[count * i : count * (i + 1)]) for i, number in enumerate(numbers)
+        ]
+        batch = {field: torch.stack([sample[field] for sample in samples]) for field in samples[0]}
+        return {field: value if field in TOKENS.values() else value.float() for field, value in batch.items()}
 
-    def _sample(self, bucket: Bucket, number: int) -> dict[str, torch.Tensor]:
-        """One sample's fields. Raises UserError, which names it, where they are not what was written or not finite."""
+    def _sample(self, bucket: Bucket, number: int, stored: Sequence[bytearray]) -> dict[str, torch.Tensor]:
+        """One sample's fields from their bytes. Raises UserError, which names it, where they are not what was written or
+        not finite."""
         shard, row = bucket.place(number)
-        path = self.folder / self._shards[shard]
-        sample, crc = {}, 0
-        with path.open("rb", buffering=0) as file:
-            for field, begin in zip(bucket.fields, bucket.begins[shard], strict=True):
-                stored = bytearray(field.nbytes)
-                os.preadv(file.fileno(), [stored], int(begin) + row * field.nbytes)
-                crc = zlib.crc32(stored, crc)
-                sample[field.name] = torch.frombuffer(stored, dtype=DTYPES[field.dtype]).view(field.shape)
+        where = f"{self.place}/{shard_name(shard)}"
+        crc = 0
+        for part in stored:
+            crc = zlib.crc32(part, crc)
         if crc != bucket.checksums[number]:
             raise UserError(
-                f"{path}: row {row} of {bucket.resolution} is not what was written there; the shard is damaged, or another "
+                f"{where}: row {row} of {bucket.resolution} is not what was written there; the shard is damaged, or another "
                 "than the index was made of: remove it and run the same `distill cache` command again"
             )
+        sample = {
+            field.name: torch.frombuffer(part, dtype=DTYPES[field.dtype]).view(field.shape)
+            for field, part in zip(bucket.fields, stored, strict=True)
+        }
         for name, value in sample.items():
             if not value.sum(dtype=torch.float32).isfinite():
-                about = json.loads(read_metadata(path)["slimxl"])["samples"][str(bucket.resolution)][row]
+                about = json.loads(read_metadata(self._files.local(shard_name(shard)))["slimxl"])["samples"]
                 raise UserError(
-                    f"{path}: the {name} of sample {about['key']!r} (row {row} of {bucket.resolution}) are not finite; "
-                    "remove that shard, mend or remove the sample, and run the same `distill cache` command again"
+                    f"{where}: the {name} of sample {about[str(bucket.resolution)][row]['key']!r} (row {row} of "
+                    f"{bucket.resolution}) are not finite; remove that shard, mend or remove the sample, and run the same "
+                    "`distill cache` command again"
                 )
         return sample

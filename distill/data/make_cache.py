@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,15 +28,16 @@ from distill.common.files import (
     require_free_disk,
     seed_of,
     sha256_json,
+    size_text,
     write_json,
 )
 from distill.common.ownership import require_our_folder
 from distill.common.progress import say, track
-from distill.data.cache import KEY_FILE, UNCONDITIONAL, checksum, frozen_hashes
+from distill.data.cache import KEY_FILE, UNCONDITIONAL, checksum, frozen_hashes, shard_name
 from distill.data.cache_index import CHECKSUM, INDEX, read_index, write_index
 from distill.data.pictures import Source, open_source
-from distill.data.samples import BadSample, Fitting, Sample
-from distill.models.conditioning import Conditioning
+from distill.data.samples import BadSample, Fitting, Sample, Text
+from distill.models.conditioning import TEXT_INPUTS, Conditioning
 from distill.models.families import Family
 from distill.models.resolution import Resolution
 
@@ -51,10 +53,12 @@ def make_cache(
     seed: int = 0,
     batch: int = 16,
     fitting: Fitting | None = None,
+    text: Text = "cached",
     rank: int = 0,
     processes: int = 1,
 ) -> None:
-    """Encodes every sample of `data`, fitted as `fitting` says, with the checkpoint's VAE and text encoders into `out`.
+    """Encodes every sample of `data`, fitted as `fitting` says, with the checkpoint's VAE and text encoders into `out`;
+    of a caption its tokens alone where `text` is "online".
 
     Raises UserError for a VAE without a posterior, where `out` holds a cache of something else, where more than a fifth
     of the samples are bad, and where the disk or the GPU's memory is or becomes too small; finished shards stay, and
@@ -71,7 +75,7 @@ def make_cache(
     family = find_family(checkpoint)
     source = open_source(data, family, seed, fitting)
     ranges = [range(i, min(i + SAMPLES_PER_SHARD, len(source))) for i in range(0, len(source), SAMPLES_PER_SHARD)]
-    key = cache_key(checkpoint, data, source.identity, seed) | {"shards": len(ranges)}
+    key = cache_key(checkpoint, data, source.identity, seed, text) | {"shards": len(ranges)}
     key_file = out / KEY_FILE
     found = read_json(key_file) if key_file.exists() else key
     if not isinstance(found, dict) or found | {"data": data} != key:  # the same data may be spelled otherwise
@@ -79,7 +83,7 @@ def make_cache(
             f"{out} is a cache of other data (or of the same before it was changed), another seed, other "
             "options, or another VAE or text encoder; choose another --out or remove it"
         )
-    shards = [out / f"shard-{number:06d}.safetensors" for number in range(len(ranges))]
+    shards = [out / shard_name(number) for number in range(len(ranges))]
     missing = [number for number, shard in enumerate(shards) if not _is_whole(shard)]
     todo = [number for number in missing if number % processes == rank]
     for path in filter(Path.exists, (shards[number] for number in todo)):
@@ -93,7 +97,8 @@ def make_cache(
     for note in source.notes if rank == 0 else ():
         say(note)
     samples = sum(len(ranges[i]) for i in missing)
-    require_free_disk(out, samples * sample_bytes(family), f"the cache of {samples} samples")
+    needed = samples * sample_bytes(family, text)
+    require_free_disk(out, needed, f"the cache of {samples} samples")
     out.mkdir(parents=True, exist_ok=True)
     write_json(key_file, key)
     if missing:
@@ -106,15 +111,24 @@ def make_cache(
     pipe.set_progress_bar_config(disable=True)
     if rank == 0 and not unconditional.is_file():
         write_unconditional(pipe, family.conditioning, unconditional)
+    if rank == 0:
+        left_out = needed - samples * sample_bytes(family, "online")
+        hint = f"; --text online would leave out {size_text(left_out)} of it" if text == "cached" else ""
+        say(
+            f"{samples:,} samples will take about {size_text(needed)}, {size_text(sample_bytes(family, text))} each{hint}"
+        )
     reader = _Reader(source)
     too_long = 0
+    began = time.monotonic()
     progress = track(todo, f"caching {samples} samples", unit="shard")
     with closing(ahead(lambda number: reader.read(ranges[number]), todo)) as decoded, reader:
         for number, (buckets, skipped) in zip(progress, decoded, strict=True):
             remove_leftovers(out, shards[number].name)
             with explaining_full_memory(advice):
-                write_shard(pipe, family.conditioning, buckets, skipped, shards[number], seed, batch)
+                write_shard(pipe, family.conditioning, buckets, skipped, shards[number], seed, batch, text)
             too_long += count_too_long(pipe.tokenizer, buckets)
+            if rank == 0 and number == todo[0] and len(todo) > 1:
+                say(_forecast(shards[number], len(ranges[number]), time.monotonic() - began, len(missing), processes))
     _write_index(out, shards)
     if too_long:
         say(
@@ -127,9 +141,10 @@ def make_cache(
         )
 
 
-def cache_key(checkpoint: Path, data: str, identity: object, seed: int) -> dict[str, Any]:
+def cache_key(checkpoint: Path, data: str, identity: object, seed: int, text: Text) -> dict[str, Any]:
     """What the cached values depend on, by `identity` and not by how `data` is spelled, which stands there to be read."""
-    return {"data": data, "identity": sha256_json(identity), "seed": seed, **frozen_hashes(checkpoint)}
+    key = {"data": data, "identity": sha256_json(identity), "seed": seed, **frozen_hashes(checkpoint)}
+    return key if text == "cached" else key | {"text": text}
 
 
 class _Reader:
@@ -168,14 +183,18 @@ class _Reader:
             return error
 
 
-def sample_bytes(family: Family) -> int:
+def sample_bytes(family: Family, text: Text = "cached") -> int:
     """What one sample takes in the cache, at the family's base resolution."""
-    specs = family.unet_inputs(family.resolutions[0], 1)
-    return sum(2 * math.prod(spec.shape) for spec in specs if spec.name != "timestep")
+    specs = {spec.name: spec for spec in family.unet_inputs(family.resolutions[0], 1)}
+    left_out = {"timestep"} if text == "cached" else {"timestep", *TEXT_INPUTS}
+    tokens = 4 * family.tokens * len(family.conditioning.encoders) if text == "online" else 0
+    return tokens + sum(2 * math.prod(spec.shape) for name, spec in specs.items() if name not in left_out)
 
 
 @torch.no_grad()
-def encode(pipe: Any, conditioning: Conditioning, samples: list[Sample], seed: int) -> dict[str, torch.Tensor]:
+def encode(
+    pipe: Any, conditioning: Conditioning, samples: list[Sample], seed: int, text: Text = "cached"
+) -> dict[str, torch.Tensor]:
     """What the cache holds of samples of one resolution; latents are drawn from the VAE's posterior with the sample's own
     seed."""
     vae, device = pipe.vae, pipe.vae.device
@@ -185,20 +204,21 @@ def encode(pipe: Any, conditioning: Conditioning, samples: list[Sample], seed: i
     generators = [torch.Generator().manual_seed(seed_of(seed, sample.key)) for sample in samples]
     noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=generator) for generator in generators])
     latents = (posterior.mean + posterior.std * noise.to(device, vae.dtype)) * vae.config.scaling_factor
-    text = conditioning.encode(pipe, [sample.caption for sample in samples])
+    captions = [sample.caption for sample in samples]
+    of_captions = (conditioning.encode if text == "cached" else conditioning.tokenize)(pipe, captions)
     sizes = conditioning.size_inputs(
         [sample.original_size for sample in samples],
         [sample.crop_top_left for sample in samples],
         [sample.resolution for sample in samples],
     )
-    return {"latents": latents, **text, **sizes}
+    return {"latents": latents, **of_captions, **sizes}
 
 
 @torch.no_grad()
 def write_unconditional(pipe: Any, conditioning: Conditioning, path: Path) -> None:
     """What the UNet takes for no caption: each text input by name, without a batch."""
-    text = conditioning.unconditional(pipe)
-    _save({name: value[0].half().cpu().contiguous() for name, value in text.items()}, path)
+    nothing = conditioning.unconditional(pipe)
+    _save({name: value[0].half().cpu().contiguous() for name, value in nothing.items()}, path)
 
 
 def write_shard(
@@ -209,12 +229,13 @@ def write_shard(
     path: Path,
     seed: int,
     batch: int,
+    text: Text = "cached",
 ) -> None:
     """Encodes samples, `batch` at a time, into one shard; `skipped` says what was left out and why."""
     tensors: dict[str, torch.Tensor] = {}
     about: dict[str, Any] = {"skipped": skipped, "samples": {}}
     for resolution, samples in sorted(buckets.items()):
-        parts = [encode(pipe, conditioning, samples[i : i + batch], seed) for i in range(0, len(samples), batch)]
+        parts = [encode(pipe, conditioning, samples[i : i + batch], seed, text) for i in range(0, len(samples), batch)]
         fields = {field: torch.cat([part[field] for part in parts]).cpu() for field in parts[0]}
         fields = {field: (one.half() if one.is_floating_point() else one).contiguous() for field, one in fields.items()}
         fields[CHECKSUM] = torch.tensor([checksum([fields[f][i] for f in sorted(fields)]) for i in range(len(samples))])
@@ -229,6 +250,18 @@ def count_too_long(tokenizer: Any, buckets: Mapping[Resolution, list[Sample]]) -
     """How many captions have more tokens than the text encoder reads."""
     captions = [sample.caption for samples in buckets.values() for sample in samples]
     return sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(captions).input_ids) if captions else 0
+
+
+def _forecast(first: Path, samples: int, seconds: float, shards: int, processes: int) -> str:
+    """What all shards that are to be made will take, if they are as the first one."""
+    hours = seconds / 3600 * math.ceil(shards / processes)
+    time_text = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+    together = f" by {processes} processes" if processes > 1 else ""
+    return (
+        f"the first shard took {seconds:.0f} s ({samples / seconds:.1f} samples a second) and "
+        f"{size_text(first.stat().st_size)}: all {shards} will take {time_text}{together} and "
+        f"{size_text(shards * first.stat().st_size)}"
+    )
 
 
 def _write_index(out: Path, shards: Sequence[Path]) -> None:

@@ -14,6 +14,8 @@ from distill.models.families import Family
 from distill.models.resolution import Resolution
 
 SmallPictures = Literal["upscale", "skip"]
+Text = Literal["cached", "online"]
+"""What is kept of captions: what the UNet reads of them, or their tokens, which the trainer encodes in each step."""
 
 DIRECTION = "left right leftmost rightmost leftward rightward clockwise counterclockwise anticlockwise"
 WRITING = (

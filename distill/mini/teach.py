@@ -1,4 +1,4 @@
-"""Makes the mini teacher: its VAE, then its UNet and both text encoders together, then its decoder once more.
+"""Makes a mini teacher: its VAE, then its UNet and text encoders together, then its decoder once more.
 
 All of it happens once, on the machine of whoever makes a new teacher; the distillation of students is `trainer.py`.
 """
@@ -6,50 +6,104 @@ All of it happens once, on the machine of whoever makes a new teacher; the disti
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL
 
-from distill.checkpoints.sources import load_pipeline, resolve
-from distill.common.errors import require_above, require_least
+from distill.checkpoints.assemble import tokenizers_and_scheduler
+from distill.checkpoints.sources import load_component, network_folders, resolve
+from distill.common.errors import UserError, require_above, require_least
 from distill.common.files import write_json
 from distill.common.ownership import require_our_folder
+from distill.common.progress import say
 from distill.mini.judge import judge
-from distill.mini.teach_unet import make_mini_pipeline, teach_unet
+from distill.mini.teach_unet import teach_unet
 from distill.mini.teach_vae import polish_decoder, teach_vae
+from distill.models.architectures import ARCHITECTURES, Architecture, find_architecture
+from distill.models.families import SHAPES_WORDS
+from distill.models.networks import make_network
 
 
 def teach_mini(
     out: Path,
     *,
-    start: Path | None,
+    architecture: str,
+    start: str | None,
     vae_steps: int,
     vae_whole_steps: int,
     minutes: float,
     learning_rate: float,
+    batch: int,
     decoder_steps: int,
     seed: int,
 ) -> dict[str, float]:
-    """The whole making of the mini teacher, stored in fp16, or the further teaching of the one at `start`; a VAE
-    already under `out` is kept. Returns what `judge` says of it. Raises UserError for a `start` that is no SDXL
-    checkpoint, and for a number out of range."""
+    """The whole making of a mini teacher, stored in fp16. Networks of `start` that the architecture has too are taught
+    further; a VAE already under `out` is kept. Returns what `judge` says of it. Raises UserError for an architecture of
+    another world than the shapes', for a `start` that has nothing of it, and for a number out of range."""
     require_least(0, vae_steps=vae_steps, vae_whole_steps=vae_whole_steps, minutes=minutes, decoder_steps=decoder_steps)
     require_least(0, seed=seed)
+    require_least(1, batch=batch)
     require_above(0, learning_rate=learning_rate)
+    chosen = find_mini_architecture(architecture)
     torch.set_flush_denormal(True)
+    torch.manual_seed(seed)
     require_our_folder(out, "a mini teacher", ["teach.json"], ("seed", "vae_steps"))
-    began = None if start is None else load_pipeline(resolve(str(start), out), torch.float32)
+    networks = {} if start is None else networks_in_common(resolve(start, out), chosen)
     write_json(out / "teach.json", {"seed": seed, "vae_steps": vae_steps, "vae_whole_steps": vae_whole_steps})
-    if began is not None:
-        pipe = began
-    elif (out / "vae" / "config.json").exists():
-        pipe = make_mini_pipeline(AutoencoderKL.from_pretrained(out / "vae"))
-    else:
-        pipe = make_mini_pipeline(teach_vae(out, steps=vae_steps, whole_steps=vae_whole_steps, seed=seed))
+    if "vae" not in networks and (out / "vae" / "config.json").exists():
+        networks["vae"] = diffusers.AutoencoderKL.from_pretrained(out / "vae")
+    elif "vae" not in networks:
+        networks["vae"] = teach_vae(out, steps=vae_steps, whole_steps=vae_whole_steps, seed=seed)
+    pipe = make_mini_pipeline(chosen, networks)
     pipe.set_progress_bar_config(disable=True)
     if minutes:
-        teach_unet(pipe, out, minutes=minutes, learning_rate=learning_rate, seed=seed)
+        teach_unet(pipe, chosen.family, out, minutes=minutes, learning_rate=learning_rate, batch=batch, seed=seed)
     if decoder_steps:
         polish_decoder(pipe.vae, out, steps=decoder_steps, seed=seed)
     pipe.to(torch.float16).save_pretrained(out, safe_serialization=True)
-    return judge(pipe.to(torch.float32))
+    return judge(pipe.to(torch.float32), chosen.family.resolutions)
+
+
+def find_mini_architecture(name: str) -> Architecture:
+    """Raises UserError for one whose tokenizer does not have the words of the shapes world."""
+    chosen = find_architecture(name)
+    if chosen.family.vocabulary is not SHAPES_WORDS:
+        names = [known.name for known in ARCHITECTURES.values() if known.family.vocabulary is SHAPES_WORDS]
+        raise UserError(
+            f"{name} is of no mini family, so the shapes world cannot teach it; these can: {', '.join(names)}"
+        )
+    return chosen
+
+
+def networks_in_common(folder: Path, architecture: Architecture) -> dict[str, Any]:
+    """The networks of a checkpoint whose weights have the names and shapes of the architecture's, by folder. Raises
+    UserError where there are none."""
+    found = {}
+    for name in network_folders(folder):
+        if name in architecture.configs:
+            network, wanted = (
+                load_component(folder, name, torch.float32),
+                make_network(name, architecture.configs[name]),
+            )
+            if _shapes(network) == _shapes(wanted):
+                found[name] = network
+    if not found:
+        raise UserError(f"{folder} has no network of {architecture.name} to start from")
+    say(f"begun from {folder}: {', '.join(found)}")
+    return found
+
+
+def _shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: weights.shape for name, weights in network.state_dict().items()}
+
+
+def make_mini_pipeline(architecture: Architecture, networks: dict[str, Any]) -> Any:
+    """A diffusers pipeline of an architecture around the `networks` given; the others are untrained."""
+    family = architecture.family
+    made = {
+        name: networks[name] if name in networks else make_network(name, config)
+        for name, config in architecture.configs.items()
+    }
+    kind = family.conditioning
+    return getattr(diffusers, kind.pipeline)(**made, **tokenizers_and_scheduler(family), **kind.load_options)

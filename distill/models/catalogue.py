@@ -10,7 +10,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill.models.architectures import Architecture
-from distill.models.conditioning import call_unet
+from distill.models.conditioning import TOKENS, call_unet
+from distill.models.families import Family
+from distill.models.networks import make_network
 from distill.models.resolution import Resolution
 
 
@@ -46,6 +48,21 @@ def unet_tflop(unet: UNet2DConditionModel, architecture: Architecture, resolutio
         inputs = {spec.name: torch.empty(spec.shape) for spec in specs}
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             call_unet(unet, inputs)
+    return counter.get_total_flops() / 1e12
+
+
+def meta_text_encoders(family: Family) -> dict[str, nn.Module]:
+    """A family's text encoders by name, without memory for their weights."""
+    with torch.device("meta"):
+        return {name: make_network(name, family.networks[name]).eval() for name in family.conditioning.encoders}
+
+
+def text_tflop(family: Family) -> float:
+    """Compute of encoding one caption, in the same units."""
+    networks = meta_text_encoders(family)
+    tokens = {TOKENS[name]: torch.empty(1, family.tokens, dtype=torch.int64, device="meta") for name in networks}
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
+        family.conditioning.encode_tokens(networks, tokens)
     return counter.get_total_flops() / 1e12
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Config = Mapping[str, Any]
 TEXT_INPUTS = ("encoder_hidden_states", "text_embeds")
 """Those inputs of a UNet that stand for the prompt: what caption dropout and guidance exchange."""
+TOKENS = {"text_encoder": "input_ids", "text_encoder_2": "input_ids_2"}
+"""By its text encoder, what a caption is called as tokens (n, tokens)."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,18 @@ class Conditioning:
 
     `pipeline` and `onnx_pipeline` are the classes of diffusers and of optimum; `networks` maps each folder of a
     checkpoint to its library and class, as model_index.json states them; `encoders` are the text encoders' folders in
-    order and `hidden_state` says which of their hidden states the UNet reads, counted as transformers counts
-    `hidden_states` (-2: before the last layer), or None for the last one after the final norm; `pooled_from` is the
-    encoder whose pooled output goes in too, with the size numbers. `options` are what model_index.json says beside the
-    parts, where the checkpoint is made here, `load_options` what `from_pretrained` is told beside them.
+    order, `pad_tokens` what their tokenizers pad with; `hidden_state` says which of their hidden states the UNet reads,
+    counted as transformers counts `hidden_states` (-2: before the last layer), or None for the last one after the final
+    norm; `pooled_from` is the encoder whose pooled output goes in too, with the size numbers. `options` are the entries
+    of model_index.json beside the parts, for checkpoints made here; `load_options` are further arguments of
+    `from_pretrained`.
     """
 
     pipeline: str
     onnx_pipeline: str
     networks: dict[str, tuple[str, str]]
     encoders: tuple[str, ...]
+    pad_tokens: tuple[str, ...]
     hidden_state: int | None
     pooled_from: str | None
     options: dict[str, Any]
@@ -73,18 +77,37 @@ class Conditioning:
         )
         return (hidden, "text_embeds") if encoder == self.pooled_from else (hidden,)
 
+    def tokenize(self, pipe: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Captions as `TOKENS` (n, tokens), cut to what the encoders read and padded to it, as the pipeline does."""
+        return {
+            TOKENS[encoder]: getattr(pipe, tokenizer)(
+                list(captions),
+                padding="max_length",
+                max_length=getattr(pipe, tokenizer).model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids.int()
+            for encoder, tokenizer in zip(self.encoders, self.tokenizers, strict=True)
+        }
+
+    def encode_tokens(self, networks: Mapping[str, Any], tokens: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The UNet's text inputs for `TOKENS`: `encoder_hidden_states` (n, tokens, dim) and, of SDXL, `text_embeds`
+        (n, dim), by the text encoders that `networks` holds under their names."""
+        import torch
+
+        hidden, pooled = [], {}
+        for encoder in self.encoders:
+            encoded = networks[encoder](tokens[TOKENS[encoder]], output_hidden_states=self.hidden_state is not None)
+            last = self.hidden_state is None
+            hidden.append(encoded.last_hidden_state if last else encoded.hidden_states[self.hidden_state])
+            if encoder == self.pooled_from:
+                pooled = {"text_embeds": encoded.text_embeds}
+        return {"encoder_hidden_states": torch.cat(hidden, dim=-1), **pooled}
+
     def encode(self, pipe: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The UNet's text inputs for captions: `encoder_hidden_states` (n, tokens, dim) and, of SDXL, `text_embeds`
-        (n, dim)."""
-        encoded = pipe.encode_prompt(
-            prompt=list(captions),
-            device=pipe._execution_device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-        )
-        if self.pooled_from is None:
-            return {"encoder_hidden_states": encoded[0]}
-        return {"encoder_hidden_states": encoded[0], "text_embeds": encoded[2]}
+        """The UNet's text inputs for captions, as `encode_tokens` gives them."""
+        tokens = {name: ids.to(pipe._execution_device) for name, ids in self.tokenize(pipe, captions).items()}
+        return self.encode_tokens(pipe.components, tokens)
 
     def unconditional(self, pipe: Any) -> dict[str, torch.Tensor]:
         """The UNet's text inputs for no prompt, as `encode` gives them for one: zeros where the checkpoint says
@@ -126,6 +149,7 @@ SDXL = Conditioning(
         "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
     },
     encoders=("text_encoder", "text_encoder_2"),
+    pad_tokens=("<|endoftext|>", "!"),
     hidden_state=-2,
     pooled_from="text_encoder_2",
     options={"force_zeros_for_empty_prompt": True},
@@ -136,6 +160,7 @@ SD = Conditioning(
     onnx_pipeline="ORTStableDiffusionPipeline",
     networks=_UNET_AND_VAE | {"text_encoder": ("transformers", "CLIPTextModel")},
     encoders=("text_encoder",),
+    pad_tokens=("<|endoftext|>",),
     hidden_state=None,
     pooled_from=None,
     options={"safety_checker": (None, None), "feature_extractor": (None, None), "requires_safety_checker": False},

@@ -1,8 +1,8 @@
 """Families: everything about a model but its depth, as data.
 
-A family has one kind of conditioning, a config for each of its networks, and the sizes it draws. `sdxl`, `sd-1` and
-their narrow twins `mini` and `mini-sd` are entries of `FAMILIES`. A checkpoint of other widths is a family of its own,
-made from its configs.
+A family has one kind of conditioning, a config for each of its networks, and the sizes it draws. `sdxl`, `sd-1`,
+`sd-2` and the narrow twins `mini` and `mini-sd` of the first two are entries of `FAMILIES`. A checkpoint of other widths
+is a family of its own, made from its configs.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Family:
     dtype: str = "float16"
 
     def fits(self, unet: Config) -> bool:
-        """Whether a UNet, at any depth, is of this family: its conditioning, the width of its text and those of its
-        levels are the family's, but for levels left out at the end."""
+        """Whether a UNet of any depth is of this family: the same conditioning, the same width of its text, and the same
+        widths of its levels, of which the last may be missing."""
         widths = tuple(unet["block_out_channels"])
         return (
             self.conditioning is conditioning_of(unet)
@@ -217,6 +217,20 @@ SD_1_FAMILY = Family(
     resolutions=parse_resolutions("512x512 576x448 448x576 576x384 384x576 640x384 384x640 768x320 320x768"),
 )
 
+# At 512 pixels, predicting the noise, as BK-SDM's teachers are. Its config states a text encoder of 23 layers: the last
+# of OpenCLIP's 24 is not read.
+SD_2_FAMILY = Family(
+    name="sd-2",
+    conditioning=SD,
+    networks={
+        "unet": SD_1_FAMILY.unet
+        | {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True},
+        "vae": SD_1_FAMILY.vae,
+        "text_encoder": _clip("gelu", 1024, 4096, 23, 16, _CLIP_WORDS),
+    },
+    resolutions=SD_1_FAMILY.resolutions,
+)
+
 MINI_SD_FAMILY = Family(
     name="mini-sd",
     conditioning=SD,
@@ -233,12 +247,12 @@ MINI_SD_FAMILY = Family(
         "vae": MINI_FAMILY.vae,
         "text_encoder": MINI_FAMILY.networks["text_encoder"],
     },
-    resolutions=parse_resolutions("128x128 192x128 128x192 192x64 64x192"),
+    resolutions=parse_resolutions("128x128 192x128 128x192"),
     vocabulary=SHAPES_WORDS,
     dtype="float32",
 )
 
-FAMILIES = {family.name: family for family in (SDXL_FAMILY, MINI_FAMILY, SD_1_FAMILY, MINI_SD_FAMILY)}
+FAMILIES = {family.name: family for family in (SDXL_FAMILY, MINI_FAMILY, SD_1_FAMILY, SD_2_FAMILY, MINI_SD_FAMILY)}
 
 
 def check_fit(networks: Mapping[str, Config], model: object = "the model") -> None:

@@ -129,9 +129,11 @@ PRESETS = {"first": _first, "spread": _spread, "similarity": _similarity}
 def make_module_map(
     layer_map: str | LayerMap, teacher: Depth, student: Depth, base: ModuleMap | None = None
 ) -> ModuleMap:
-    """The whole map from a preset's name or from explicit entries. A transformer whose entry names fewer blocks than it
-    has keeps the first of the others too; one without an entry keeps what `base`, the map of the student that it is made
-    from, has there if that is as deep, else the first.
+    """The whole map, from a preset's name or from explicit entries; `base` is the map of the earlier student, if any.
+
+    An entry may name fewer blocks than its transformer has: the first of the teacher's others are added. A transformer
+    without an entry keeps the blocks that `base` has there where it is as deep, else the preset's (the first, where there
+    are explicit entries).
 
     Of a level with fewer ResNets, a down level keeps the first, an up level the first and the last (BK-SDM, arXiv
     2305.15798, section 3.1). Fewer levels are the teacher's first on the way down and its last on the way up.

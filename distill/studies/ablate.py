@@ -1,4 +1,4 @@
-"""The proof on the mini family: which losses, which start and which road make a better student.
+"""On the mini family: which losses, which first weights and which stages make a better student.
 
 Every variant distils the same student from the same teacher in the same number of optimiser steps, under several
 seeds, and is judged twice: by the task loss on held-out samples, and by how often its pictures of unseen captions
@@ -22,7 +22,13 @@ from typing import Any
 
 import torch
 
-from distill.checkpoints.sources import checkpoint_hash, find_architecture_of, load_component, load_pipeline
+from distill.checkpoints.sources import (
+    checkpoint_hash,
+    find_architecture_of,
+    find_family,
+    load_component,
+    prediction_type_of,
+)
 from distill.common.errors import quiet_libraries, require_least, unknown
 from distill.common.files import read_json, replacing, write_json
 from distill.common.ownership import require_our_files, require_our_folder
@@ -30,9 +36,10 @@ from distill.common.progress import say
 from distill.data.cache import LatentCache
 from distill.data.make_cache import make_cache
 from distill.data.shapes import ATTRIBUTES
-from distill.mini.judge import READER, check_pictures, judge
+from distill.mini.judge import READER, check_pictures, judge_checkpoint
 from distill.models.architectures import find_architecture
 from distill.training.objectives import Distill
+from distill.training.objectives.distill import task_target
 from distill.training.objectives.taps import Level
 from distill.training.options import TrainOptions
 from distill.training.recipes import Recipe, Stage, shortened
@@ -99,17 +106,16 @@ def make_recipe(name: str, variant: Variant, *, teacher: str, student: str, step
 
 @torch.no_grad()
 def held_out_loss(checkpoint: Path, cache: Path) -> float:
-    """Mean square error of noise_pred over a cache, HELD_OUT_BATCH samples of one resolution at a time; noise and
+    """Mean square error of a UNet's prediction over a cache, HELD_OUT_BATCH samples of one resolution at a time; noise and
     timesteps are always the same."""
     latents = LatentCache(cache, batch_size=HELD_OUT_BATCH, seed=0)
     unet = load_component(checkpoint, "unet", torch.float32)
     alphas_cumprod = alphas_cumprod_of(checkpoint)
     errors = []
     for step in range(len(latents) // HELD_OUT_BATCH):
-        batch = add_noise(
-            Distill(), latents.batch(step), alphas_cumprod, {}, seed=("held out", step), caption_dropout=0.0
-        )
-        errors.append((predict(unet, batch) - batch["noise"]).square().mean().item())
+        batch = add_noise(Distill(), latents.batch(step), alphas_cumprod, seed=("held out", step), caption_dropout=0.0)
+        target = task_target(batch, alphas_cumprod, prediction_type_of(checkpoint))
+        errors.append((predict(unet, batch) - target).square().mean().item())
     return mean(errors)
 
 
@@ -133,13 +139,11 @@ def _run(name: str, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
         cache = Path(settings["out"]) / "cache"
         train(recipe, cache=cache, out=out, workdir=out, options=TrainOptions(checkpoint_every=100))
         trained = time.process_time()
-        pipe = load_pipeline(out, torch.float32)
-        pipe.set_progress_bar_config(disable=True)
         result = {
             "variant": name,
             "seed": seed,
             "held_out_loss": held_out_loss(out, Path(settings["out"]) / "held-out"),
-            "followed": judge(pipe, count=settings["pictures"], steps=settings["picture_steps"]),
+            "followed": judge_checkpoint(out, count=settings["pictures"], steps=settings["picture_steps"]),
             "training_cpu_s": earlier.get("training_cpu_s", round(trained - cpu, 1)),
             "wall_s": round(time.monotonic() - wall, 1),
         }
@@ -169,7 +173,7 @@ def run_ablation(
     require_our_folder(out, "an ablation", ["cache/cache.json"], ("seed", "shards"))
     written = [f"ablation.{kind}" for kind in ("json", "md", "svg")]
     require_our_files(results, written, written[0], ("settings", "runs"), "--results")
-    check_pictures(pictures, picture_steps)
+    check_pictures(pictures, picture_steps, find_family(teacher).resolutions)
     require_least(1, seeds=seeds, steps=steps, samples=samples, jobs=jobs)
     require_least(HELD_OUT_BATCH, held_out=held_out)
     for name in variants:
@@ -197,7 +201,7 @@ def run_ablation(
         path = out / "runs" / f"{name}-{seed}" / "result.json"
         if path.exists():
             stated = read_json(path)
-            if _matters(stated.pop("settings")) == _matters(settings):
+            if _deciding_settings(stated.pop("settings")) == _deciding_settings(settings):
                 done[name, seed] = stated
     todo = [pair for pair in wanted if pair not in done]
     started = time.monotonic()
@@ -216,7 +220,7 @@ def run_ablation(
             running |= {pool.submit(_run, *pair, settings) for pair in islice(waiting, len(ended))}
     reference = _reference(teacher, out, pictures, picture_steps)
     report = {
-        "settings": _matters(settings),
+        "settings": _deciding_settings(settings),
         "teacher": reference,
         "runs": [done[pair] for pair in wanted],
         "torch": torch.__version__,
@@ -229,8 +233,8 @@ def run_ablation(
     say(_table(report))
 
 
-def _matters(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a result depends on; where it lies and on how many threads it ran is not of it."""
+def _deciding_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that a result depends on: not where it lies, nor on how many threads it ran."""
     return {key: value for key, value in settings.items() if key not in ("teacher", "threads", "out")}
 
 
@@ -244,9 +248,7 @@ def _reference(teacher: Path, out: Path, pictures: int, picture_steps: int) -> d
         "reader": READER,
     }
     if not path.exists() or read_json(path)["key"] != key:
-        pipe = load_pipeline(teacher, torch.float32)
-        pipe.set_progress_bar_config(disable=True)
-        followed = judge(pipe, count=pictures, steps=picture_steps)
+        followed = judge_checkpoint(teacher, count=pictures, steps=picture_steps)
         write_json(path, {"key": key, "held_out_loss": held_out_loss(teacher, out / "held-out"), "followed": followed})
     return read_json(path)
 

@@ -36,12 +36,13 @@ from distill.models.catalogue import meta_unet, unet_tflop
 from distill.studies.loops import LOOPS, Loop, Setup, architectures_of
 from distill.training.options import BenchOptions
 
-SCHEMA = "slimxl.distill.bench/1"
+SCHEMA = "slimxl.distill.bench/2"
 WARMUP_ROUNDS = 2
 RATIOS = (  # how many times faster the second is
     ("published", "sub-block, compiled"),
     ("published", "sub-block"),
     ("published", "sub-block, no cache"),
+    ("sub-block, text online", "sub-block"),
     *((level, "output only") for level in ("block", "sub-block", "layer", "self-attention")),
 )
 
@@ -81,7 +82,7 @@ def _take_step(setup: Setup, loop: Loop, number: int, steps: Steps) -> None:
         steps.seconds.append(seconds)
         steps.cpu_seconds.append(cpu_seconds)
     if on_gpu:
-        peak = torch.cuda.max_memory_allocated() - (setup.encoder_bytes if loop.cache else 0)
+        peak = torch.cuda.max_memory_allocated() - setup.idle_bytes(loop)
         steps.peak_memory_bytes = max(peak, steps.peak_memory_bytes or 0)
 
 

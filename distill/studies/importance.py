@@ -26,6 +26,7 @@ from distill.models.conditioning import call_unet
 from distill.models.depth import Depth
 from distill.models.module_map import ModuleMap, make_module_map
 from distill.training.step import alphas_cumprod_of
+from distill.training.text import TextEncoders
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ def report_importance(checkpoint: Path, cache: Path, student: str, out: Path, *,
     if others := latents.check_teacher(checkpoint):
         say(f"warning: the cache was made with other files of {', '.join(others)} than {checkpoint} has")
     batch = latents.batch(0)
+    if not latents.holds_text:
+        batch = TextEncoders.load(checkpoint, torch.float32, torch.device("cpu")).encoded(batch)
     unet = load_component(checkpoint, "unet", torch.float32).to(device)
     levels = [round((i + 0.5) * 1000 / timesteps) for i in range(timesteps)]
     on_device = {name: value.to(device) for name, value in batch.items()}

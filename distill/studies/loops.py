@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from distill.checkpoints.random_weights import random_pipeline
-from distill.checkpoints.sources import find_architecture_of, load_pipeline, resolve
+from distill.checkpoints.sources import find_architecture_of, load_component, load_pipeline, resolve
 from distill.checkpoints.surgery import make_student_unet
 from distill.common.files import write_json
-from distill.data.cache import UNCONDITIONAL, LatentCache
+from distill.data.cache import KEY_FILE, UNCONDITIONAL, LatentCache, shard_name
 from distill.data.cache_index import INDEX, write_index
 from distill.data.make_cache import encode, write_shard, write_unconditional
 from distill.data.pictures import Sample, ShapesSource
+from distill.data.samples import Text
 from distill.models.architectures import ARCHITECTURES, Architecture, find_architecture
 from distill.models.conditioning import Conditioning
 from distill.models.families import Family
@@ -29,18 +30,21 @@ from distill.training.objectives import Distill
 from distill.training.objectives.taps import Level
 from distill.training.options import BenchOptions, TrainOptions
 from distill.training.recipes import Recipe
-from distill.training.step import Pair, alphas_cumprod_of, load_nets
+from distill.training.step import Pair, alphas_cumprod_of
+from distill.training.text import TextEncoders
 
 LEARNING_RATE = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """One way to take a training step. `features` None compares predictions alone."""
+    """One way to take a training step. `features` None compares predictions alone; `online` encodes captions in each step,
+    and has the latents cached."""
 
     name: str
     features: Level | None = None
     cache: bool = True
+    online: bool = False
     published: bool = False
     compiled: bool = False
 
@@ -51,6 +55,7 @@ LOOPS = (
     Loop(name="output only"),
     Loop(name="block", features="block"),
     Loop(name="sub-block", features="sub-block"),
+    Loop(name="sub-block, text online", features="sub-block", online=True),
     Loop(name="layer", features="layer"),
     Loop(name="self-attention", features="self-attention"),
     Loop(name="sub-block, compiled", features="sub-block", compiled=True),
@@ -96,13 +101,13 @@ class Setup:
             self.pipe, nets, alphas_cumprod = _load(options, student, modules, dtype, folder)
         self.pipe.vae.float()
         self.pipe.to(self.device)
-        shard = folder / "shard-000000.safetensors"
         self.conditioning = teacher.family.conditioning
-        write_shard(self.pipe, self.conditioning, {self.resolution: self.samples}, [], shard, seed=0, batch=4)
-        write_unconditional(self.pipe, self.conditioning, folder / UNCONDITIONAL)
-        write_index(folder / INDEX, [shard])
-        write_json(folder / "cache.json", {"shards": 1})
-        self.cache = LatentCache(folder, batch_size=options.batch, seed=0)
+        self.cache = self._make_cache(folder / "cached", "cached")
+        self.online = self._make_cache(folder / "online", "online")
+        encoders = None
+        if any(loop.online for loop in loops):
+            networks = {name: getattr(self.pipe, name) for name in self.conditioning.encoders}
+            encoders = TextEncoders(self.conditioning, networks)
         if all(loop.cache for loop in loops):
             self.pipe = None
         self.pair = Pair(
@@ -113,20 +118,31 @@ class Setup:
             self.cache.unconditional,
             Recipe(name="bench", stages=(), batch_size=options.batch),
             settings,
+            text_encoders=encoders,
         )
         for group in self.pair.optimizer.param_groups:  # for the published loop, which sets none
             group["lr"] = LEARNING_RATE
         self.number = 0
 
+    def _make_cache(self, folder: Path, text: Text) -> LatentCache:
+        shard = folder / shard_name(0)
+        write_shard(
+            self.pipe, self.conditioning, {self.resolution: self.samples}, [], shard, seed=0, batch=4, text=text
+        )
+        write_unconditional(self.pipe, self.conditioning, folder / UNCONDITIONAL)
+        write_index(folder / INDEX, [shard])
+        write_json(folder / KEY_FILE, {"shards": 1})
+        return LatentCache(folder, batch_size=len(self.samples), seed=0)
+
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
 
-    @property
-    def encoder_bytes(self) -> int:
-        """What VAE and text encoders hold on the device, which a loop with a cache does without."""
-        parts = self.pipe.components.values() if self.pipe else ()
-        networks = [part for part in parts if isinstance(part, torch.nn.Module)]
+    def idle_bytes(self, loop: Loop) -> int:
+        """What VAE and text encoders hold on the device for other loops, where this one has a cache instead."""
+        used = self.conditioning.encoders if loop.online else ()
+        parts = self.pipe.components if self.pipe and loop.cache else {}
+        networks = [part for name, part in parts.items() if isinstance(part, torch.nn.Module) and name not in used]
         return sum(value.nbytes for network in networks for value in network.state_dict().values())
 
     @contextmanager
@@ -145,7 +161,8 @@ class Setup:
                 yield step
             return
         objective = Distill(level=loop.features) if loop.features else Distill(feature=0.0)
-        batches = self.cache if loop.cache else Encoding(self.pipe, self.conditioning, self.samples)
+        cached = self.online if loop.online else self.cache
+        batches = cached if loop.cache else Encoding(self.pipe, self.conditioning, self.samples)
         with self.pair.taught_by(objective) as take_step:
 
             def step() -> float:
@@ -164,7 +181,7 @@ def _load(options: BenchOptions, student: Architecture, modules: ModuleMap, dtyp
     """A checkpoint and a student cut from it."""
     checkpoint = resolve(options.model, options.workdir)
     make_student_unet(checkpoint, student, modules, folder / "unet")
-    nets = load_nets(checkpoint, folder / "unet", dtype)
+    nets = load_component(checkpoint, "unet", dtype), load_component(folder, "unet", torch.float32).train()
     return load_pipeline(checkpoint, dtype, without=("unet",)), nets, alphas_cumprod_of(checkpoint)
 
 

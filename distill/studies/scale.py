@@ -27,9 +27,10 @@ from distill.common.errors import require_least
 from distill.common.files import write_json
 from distill.common.ownership import require_writable_file
 from distill.common.progress import say
-from distill.data.cache import KEY_FILE, UNCONDITIONAL, LatentCache
+from distill.data.cache import KEY_FILE, UNCONDITIONAL, LatentCache, shard_name
 from distill.data.cache_index import CHECKSUM, INDEX, Field, save_index
 from distill.data.make_cache import SAMPLES_PER_SHARD
+from distill.models.conditioning import TEXT_INPUTS
 from distill.models.families import SDXL_FAMILY
 from distill.training.objectives import Distill
 from distill.training.step import add_noise
@@ -54,7 +55,11 @@ def make_sparse_cache(folder: Path, samples: int) -> None:
         specs = [spec for spec in family.unet_inputs(resolution, 1) if spec.name != "timestep"]
         named = {"sample": "latents"}
         each = [
-            Field(named.get(spec.name, spec.name), "I32" if spec.name == "time_ids" else "F16", spec.shape[1:])
+            Field(
+                named.get(spec.name, spec.name),
+                "F16" if spec.name in ("sample", *TEXT_INPUTS) else "I32",
+                spec.shape[1:],
+            )
             for spec in specs
         ]
         fields[str(resolution)] = each = sorted(each, key=lambda field: field.name)
@@ -70,7 +75,7 @@ def make_sparse_cache(folder: Path, samples: int) -> None:
         }
     save_index(folder / INDEX, fields, arrays | {"shard_bytes": ends})
     for number, size in enumerate(ends):
-        with (folder / f"shard-{number:06d}.safetensors").open("wb") as shard:
+        with (folder / shard_name(number)).open("wb") as shard:
             shard.truncate(int(size))
     save_file({name: torch.zeros(shape) for name, shape in family.text_shapes.items()}, folder / UNCONDITIONAL)
     write_json(folder / KEY_FILE, {"shards": shards})
@@ -102,16 +107,7 @@ def _host_work(folder: Path, processes: int) -> dict[str, float]:
             began = time.thread_time()
             batch = cache.batch(step, slice(first, first + ROWS))
             read = time.thread_time()
-            add_noise(
-                Distill(),
-                batch,
-                alphas,
-                cache.unconditional,
-                seed=(0, 0, step),
-                caption_dropout=0.1,
-                rows=slice(first, first + ROWS),
-                batch_size=size,
-            )
+            add_noise(Distill(), batch, alphas, seed=(0, 0, step), caption_dropout=0.1, first_row=first)
             yield read - began, time.thread_time() - read
 
     reading, noising = np.median(list(steps())[2:], axis=0) * 1e3

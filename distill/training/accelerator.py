@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
@@ -88,8 +88,25 @@ def decided_by_first(compute: Callable[[], Decided]) -> Decided:
     return value
 
 
-def check_fsdp(processes: int, mixed_precision: str, optimizer: str) -> None:
+def require_alike(facts: Mapping[str, str]) -> None:
+    """Raises UserError in every process where one of them has other facts than the first (a version, a cache)."""
+    told = gather_object([dict(facts)])
+    for number, theirs in enumerate(told):
+        for name, value in theirs.items():
+            if value != told[0].get(name):
+                raise UserError(
+                    f"process {number} has {name} {value}, the first one has {told[0].get(name)}: all nodes must have "
+                    "the same; install or copy it there, and run the same command again"
+                )
+
+
+def check_fsdp(processes: int, mixed_precision: str, optimizer: str, *, adapters: bool = False) -> None:
     """Raises UserError for what FSDP cannot do here."""
+    if adapters:
+        raise UserError(
+            "--fsdp shares out weights of one type, and a LoRA's are fp32 beside a base in half precision; leave --fsdp "
+            "out: the adapters alone have gradients and moments"
+        )
     if processes < 2:
         raise UserError(
             "--fsdp shares a model over processes, and there is one; start it with torchrun (plan: --processes)"
@@ -110,10 +127,14 @@ def shard(unet: UNet2DConditionModel) -> None:
     fully_shard(unet)
 
 
+def trained_parameters(student: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in student.parameters() if parameter.requires_grad]
+
+
 def make_optimizer(name: str, student: torch.nn.Module, weight_decay: float) -> torch.optim.Optimizer:
     """AdamW over what has gradients, its moments in 32 or in 8 bits (arXiv 2110.02861). Raises UserError for another
     name, or without the package that has the 8-bit one."""
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    trained = trained_parameters(student)
     if name == "adamw":
         return torch.optim.AdamW(trained, weight_decay=weight_decay, fused=True)
     if name != "adamw-8bit":

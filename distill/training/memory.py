@@ -23,15 +23,18 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from distill.common.files import size_text
-from distill.models.architectures import Architecture, find_architecture
-from distill.models.catalogue import count_parameters
+from distill.data.samples import Text
+from distill.models.architectures import Architecture
+from distill.models.catalogue import count_parameters, meta_text_encoders, meta_unet, text_tflop, unet_tflop
 from distill.models.module_map import make_module_map
 from distill.models.resolution import Resolution
-from distill.training.accelerator import OPTIMIZER_BYTES, SHARDED_TOGETHER
+from distill.training.accelerator import OPTIMIZER_BYTES, SHARDED_TOGETHER, trained_parameters
 from distill.training.objectives import Objective
 from distill.training.objectives.interface import Nets
 from distill.training.recipes import Recipe
 from distill.training.step import predict
+from distill.training.student import Student
+from distill.training.student.lora import adapters_off
 
 RESERVED_BYTES = 2_000_000_000
 
@@ -97,51 +100,60 @@ class AsOnGpu(TorchFunctionMode):
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryUse:
-    """Bytes on one GPU when most are in use. `work` is activations, features and whatever else a step holds for a
-    while; under FSDP also the weights gathered from the other GPUs."""
+    """Bytes on one GPU when most are in use. `frozen` is the teacher, or the base of a LoRA; `student` is what is trained.
+    `text` are the text encoders, where captions are cached as tokens; `work` is activations, features and whatever else a
+    step holds for a while; under FSDP also the weights gathered from the other GPUs."""
 
-    teacher: int
+    frozen: int
     student: int
     ema: int
     optimizer: int
     gradients: int
     work: int
+    text: int = 0
 
     @property
     def total(self) -> int:
-        return self.teacher + self.student + self.ema + self.optimizer + self.gradients + self.work
+        return self.frozen + self.student + self.ema + self.optimizer + self.gradients + self.work + self.text
 
 
 def count_memory(
     teacher: Architecture,
-    student: Architecture,
+    student: Student,
     objective: Objective,
     *,
     resolution: Resolution,
     micro_batch: int,
     half: torch.dtype = torch.float32,
+    taught_by_base: bool = True,
     gradient_checkpointing: bool = False,
     gradients_stay: bool = False,
     ema: bool = False,
     optimizer: str = "adamw",
     shards: int = 1,
+    text: Text = "cached",
 ) -> MemoryUse:
-    """Counts one step of `micro_batch` samples. `gradients_stay` says that gradients are held through the whole step
-    (accumulation, or DDP's buckets), else each appears as backward reaches it. `shards` is the number of FSDP's
-    processes: weights, average, moments and gradients are divided by it, and the transformer blocks and ResNets at
-    work, with everything outside of them, gathered."""
-    family = student.family
+    """Counts one step of `micro_batch` samples. `taught_by_base` says that a LoRA's teacher is its own base, not a net
+    beside it. `gradients_stay` says that gradients are held through the whole step (accumulation, or DDP's buckets), else
+    each appears as backward reaches it. `shards` is the number of FSDP's processes: weights, average, moments and gradients
+    are divided by it, and the transformer blocks and ResNets at work, with everything outside of them, gathered."""
+    architecture = student.architecture_of(teacher)
+    family = architecture.family
     drawn = objective.draw(micro_batch, 1000, torch.Generator())
     with torch.device("meta"):
-        teacher_net = UNet2DConditionModel(**teacher.unet_config).to(half).requires_grad_(False)
-        student_net = UNet2DConditionModel(**{**student.unet_config, **objective.student_config})
+        config = {**architecture.unet_config, **objective.student_config}
+        student_net = UNet2DConditionModel(**config).to(student.dtype(half))
+        student.prepare(student_net)
+        teacher_net, itself = student_net, student.adapter and taught_by_base
+        if not itself:
+            teacher_net = UNet2DConditionModel(**teacher.unet_config).to(half).requires_grad_(False)
         if gradient_checkpointing:
             again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), AsOnGpu(half)))
             student_net.train().enable_gradient_checkpointing(again)
         nets = Nets(
             student=student_net,
             teacher=teacher_net if objective.needs_teacher else None,
-            modules=make_module_map("first", teacher.depth, student.depth),
+            modules=make_module_map("first", teacher.depth, architecture.depth),
             alphas_cumprod=torch.empty(1000),
             unconditional={name: torch.empty(shape) for name, shape in family.text_shapes.items()},
             target=torch.no_grad()(partial(predict, student_net)),
@@ -152,27 +164,33 @@ def count_memory(
             batch |= {name: torch.empty_like(value, device="meta") for name, value in drawn.items()}
             batch["noise"] = torch.empty(specs[0].shape)
             if gradients_stay:
-                for parameter in student_net.parameters():
+                for parameter in trained_parameters(student_net):
                     parameter.grad = torch.empty_like(parameter)
-            terms = terms_of(
-                partial(predict, student_net), torch.no_grad()(partial(predict, teacher_net, dtype=half)), batch, 0
-            )
+            teaching = torch.no_grad()(partial(predict, teacher_net, dtype=half))
+            if itself:
+                teaching = adapters_off(student_net)(teaching)
+            terms = terms_of(partial(predict, student_net), teaching, batch, 0)
             loss = torch.stack(list(terms.values())).sum()
             torch.autograd.backward(loss)  # the tensor's own method would leave the modes
-    parameters = count_parameters(student_net)
+    parameters = sum(parameter.numel() for parameter in trained_parameters(student_net))
+    frozen = count_parameters(student_net) - parameters
+    if objective.needs_teacher and not itself:
+        frozen += count_parameters(teacher_net)
     gradients, work = count.at_peak
     if gradients_stay:
         gradients, work = 4 * parameters, work + gradients - 4 * parameters
     if 4 * parameters > gradients + work:  # the optimiser's step, when all gradients are there and nothing else
         gradients, work = 4 * parameters, 0
     gathered = _gathered_bytes(student_net) if shards > 1 else 0
+    encoders = meta_text_encoders(family) if text == "online" else {}
     return MemoryUse(
-        teacher=half.itemsize * count_parameters(teacher_net) if objective.needs_teacher else 0,
+        frozen=half.itemsize * frozen,
         student=4 * parameters // shards,
         ema=(ema + (objective.target_decay is not None)) * 4 * parameters // shards,
         optimizer=int(OPTIMIZER_BYTES[optimizer] * parameters) // shards,
         gradients=gradients // shards,
         work=work + gathered,
+        text=half.itemsize * sum(map(count_parameters, encoders.values())),
     )
 
 
@@ -192,29 +210,33 @@ def count_recipe_memory(
     processes: int,
     accumulation: int,
     fsdp: bool,
+    text: Text = "cached",
+    started: bool = False,
 ) -> tuple[str, dict[str, MemoryUse]]:
-    """What the recipe's deepest stage needs of each GPU, without and with gradient checkpointing, under a title.
+    """What the recipe's deepest stage needs of each GPU, without and with gradient checkpointing, under a title; `started`
+    says that its first student begins on another than its teacher.
 
     Raises UserError where the batch cannot be shared so.
     """
     family = teacher.family
-    pairs = [(stage, find_architecture(stage.student.architecture, family)) for stage in recipe.stages]
-    stage, student = max(pairs, key=lambda pair: pair[1].depth.transformer_blocks)
+    stage = max(recipe.stages, key=lambda stage: stage.student.architecture_of(teacher).depth.transformer_blocks)
     micro_batch = recipe.micro_batch(processes, accumulation)
     resolution = family.resolutions[0]
     uses = {
         name: count_memory(
             teacher,
-            student,
+            stage.student,
             stage.objective,
             resolution=resolution,
             micro_batch=micro_batch,
             half=half,
+            taught_by_base=not started,
             gradient_checkpointing=checkpointing,
             gradients_stay=accumulation > 1 or (processes > 1 and not fsdp),
             ema=recipe.ema_decay is not None,
             optimizer=optimizer,
             shards=processes if fsdp else 1,
+            text=text,
         )
         for name, checkpointing in (("plain", False), ("gradient checkpointing", True))
     }
@@ -223,7 +245,18 @@ def count_recipe_memory(
         f"memory needed of {gpus} at its peak, {recipe.name}, stage {stage.name}: {micro_batch} pictures of "
         f"{resolution} at once, {str(half).removeprefix('torch.')}"
     )
+    if text == "online":
+        share = _text_share(teacher, stage.student.architecture_of(teacher), stage.objective)
+        title += f", captions encoded in each step ({share:.1%} of its arithmetic)"
     return title, uses
+
+
+def _text_share(teacher: Architecture, student: Architecture, objective: Objective) -> float:
+    """What encoding captions is of a step's arithmetic: of that, the teacher's pass, and three times the student's."""
+    size = teacher.family.resolutions[0]
+    of_teacher, of_student = (unet_tflop(meta_unet(one), one, size, batch=1) for one in (teacher, student))
+    text = text_tflop(teacher.family)
+    return text / (text + objective.needs_teacher * of_teacher + 3 * of_student)
 
 
 def device_memory() -> tuple[str, int]:
@@ -237,15 +270,18 @@ def device_memory() -> tuple[str, int]:
 def describe_memory(uses: dict[str, MemoryUse], title: str, device: str, device_bytes: int) -> list[str]:
     """An aligned table of them side by side by name, and whether each fits the device."""
     rows = {
-        "teacher weights": "teacher",
-        "student weights": "student",
+        "frozen weights": "frozen",
+        "trained weights": "student",
         "averaged weights (EMA)": "ema",
         "optimiser moments": "optimizer",
         "gradients": "gradients",
         "activations and work": "work",
+        "text encoders": "text",
         "peak": "total",
     }
     lines = [title, " " * 24 + "".join(f"{name:>28}" for name in uses)]
+    if not any(use.text for use in uses.values()):
+        del rows["text encoders"]
     for name, field in rows.items():
         lines.append(f"{name:24}" + "".join(f"{size_text(getattr(use, field)):>28}" for use in uses.values()))
     usable = device_bytes - RESERVED_BYTES

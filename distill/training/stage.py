@@ -15,29 +15,32 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-from distill.checkpoints.sources import prediction_type_of
-from distill.checkpoints.surgery import extend_unet
-from distill.common.ahead import ahead
+from distill.checkpoints.sampling import sampling_of
+from distill.checkpoints.sources import load_component, prediction_type_of
+from distill.common.ahead import Awaited, ahead
 from distill.common.errors import UserError
+from distill.common.files import seed_of
 from distill.common.progress import say, track
-from distill.data.cache import LatentCache, seed_of
+from distill.data.cache import LatentCache
 from distill.models.module_map import ModuleMap
-from distill.training.accelerator import COMPUTE_DTYPE
+from distill.training.accelerator import COMPUTE_DTYPE, decided_by_first, trained_parameters
 from distill.training.guard import DivergenceGuard
 from distill.training.options import TrainOptions
 from distill.training.output.samples import draw_samples
 from distill.training.output.state import Progress, TrainingState, gather_student, resume, save_state
-from distill.training.output.student_folder import save_student, stage_folder, stage_title
+from distill.training.output.student_folder import save_student, stage_folder, stage_title, student_dtype
 from distill.training.recipes import PREVIOUS, Recipe
 from distill.training.sigterm import noting_sigterm
-from distill.training.step import Pair, Terms, alphas_cumprod_of, load_nets
+from distill.training.step import Pair, Terms, alphas_cumprod_of
+from distill.training.text import TextEncoders
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageRun:
     """Stage `number`, from 0, of a recipe trained into `out`: made ready, gone on with, and left as a pipeline folder.
     `teacher` is the folder of the teacher, `pipeline` that of the VAE and text encoders that `latents` was made with, which
-    the student is drawn and shipped with; `modules` says what the student is made from."""
+    the student is drawn and shipped with; `modules` says what the student is made from; `start` is the student that the
+    recipe's first stage begins with (None: its teacher)."""
 
     accelerator: Accelerator
     recipe: Recipe
@@ -48,19 +51,22 @@ class StageRun:
     latents: LatentCache
     out: Path
     options: TrainOptions
+    start: Path | None = None
 
     def run(self, previous: Path | None) -> Path:
         """Returns the finished student's folder; `previous` is the student to start from (None: the teacher)."""
-        pair = self._make_pair(self._make_initial_student(previous))
-        ema = EMAModel(pair.student.parameters(), decay=self.recipe.ema_decay) if self.recipe.ema_decay else None
+        pair = self._make_pair(self._begin(previous))
+        trained = trained_parameters(pair.student)
+        ema = EMAModel(trained, decay=self.recipe.ema_decay) if self.recipe.ema_decay else None
         with pair.taught_by(self.recipe.stages[self.number].objective) as take_step:
             state = TrainingState(pair.student, pair.optimizer.optimizer, ema, self.accelerator.scaler, pair.target)
             self._train(pair, take_step, state, previous)
         self._check_weights(state, previous)
         student = gather_student(state)
+        sampling = self.recipe.stages[self.number].objective.sampling(sampling_of(self.teacher))
         folder = stage_folder(self.recipe, self.number, self.out)
         if student is not None and self.accelerator.is_main_process:
-            save_student(student, self.pipeline, folder, self.modules, self.recipe, self.number)
+            save_student(student, self.pipeline, folder, self.modules, self.recipe, self.number, sampling)
             for old in [self.out / "state", *folder.parent.iterdir()]:
                 if old != folder:
                     shutil.rmtree(old, ignore_errors=True)
@@ -68,33 +74,46 @@ class StageRun:
         self.accelerator.free_memory()
         return folder
 
-    def _make_initial_student(self, previous: Path | None) -> Path:
+    def _begin(self, previous: Path | None) -> Path:
         """The folder of the student's first weights, made from the previous student or from the teacher."""
-        initial = self.out / "stages" / f"{self.number + 1:02d}-initial"
-        if self.accelerator.is_main_process and not initial.exists():
-            held = ModuleMap.of_student(previous) if previous else None
-            seed = seed_of(self.recipe.seed, "from scratch")
-            student = self.recipe.stages[self.number].student
-            student.make_unet(previous or self.teacher, self.modules, held, initial, seed=seed)
-        if self.accelerator.is_main_process:
-            extend_unet(initial, self.recipe.stages[self.number].objective.student_config)
-        self.accelerator.wait_for_everyone()
-        return initial
+        folder = self.out / "stages" / f"{self.number + 1:02d}-initial"
+        held = ModuleMap.of_student(previous) if previous else None
+        stage, source = self.recipe.stages[self.number], previous or self.teacher
+        config = stage.objective.student_config
+        return decided_by_first(
+            lambda: stage.student.begin(source, self.modules, held, folder, config=config, seed=self._seed)
+        )
+
+    @property
+    def _seed(self) -> int:
+        """Of first weights that are random."""
+        return seed_of(self.recipe.seed, "from scratch")
 
     def _make_pair(self, initial: Path) -> Pair:
-        stage, modules = self.recipe.stages[self.number], self.modules
+        """A student that begins on its teacher, and leaves its weights as they are, is that teacher too."""
+        stage, modules, half = (
+            self.recipe.stages[self.number],
+            self.modules,
+            COMPUTE_DTYPE[self.options.mixed_precision],
+        )
         if stage.teacher == PREVIOUS:
             modules = modules.relative_to(ModuleMap.of_student(self.teacher))
-        needs_teacher = stage.objective.needs_teacher
+        student = load_component(initial, "unet", stage.student.dtype(half)).train()
+        stage.student.prepare(student, seed=self._seed)
+        teacher, device = None, self.accelerator.device
+        if stage.objective.needs_teacher:
+            teacher = student if initial == self.teacher else load_component(self.teacher, "unet", half)
         return Pair(
             self.accelerator,
-            *load_nets(self.teacher if needs_teacher else None, initial, COMPUTE_DTYPE[self.options.mixed_precision]),
+            teacher,
+            student,
             modules,
             alphas_cumprod_of(self.teacher),
             self.latents.unconditional,
             self.recipe,
             self.options,
             prediction_type=prediction_type_of(self.teacher),
+            text_encoders=None if self.latents.holds_text else TextEncoders.load(self.pipeline, half, device),
         )
 
     def _batches(self, pair: Pair, steps: range) -> Iterator[dict[str, torch.Tensor]]:
@@ -121,17 +140,18 @@ class StageRun:
         started = saved = time.monotonic()
         due = False
         with noting_sigterm() as sigterm_came:
-            for step, batch in zip(shown, self._batches(pair, steps), strict=True):
+            batches = Awaited(self._batches(pair, steps))
+            for step, batch in zip(shown, batches, strict=True):
                 rate = stage.learning_rate_at(step)
                 terms = take_step(batch, step, learning_rate=rate)
                 if state.ema:
-                    state.ema.step(state.student.parameters())
+                    state.ema.step(trained_parameters(state.student))
                 steady, scaled = step >= stage.objective.steady_from, accelerator.scaler is not None
                 if fault := guard.fault(step, terms, steady=steady, scaled=scaled):
                     raise UserError(f"{title}: {fault}; {self._advice(previous)}")
                 done = step + 1
                 if accelerator.is_main_process and (done % options.log_every == 0 or done == stage.steps):
-                    self._log(done, terms, rate, time.monotonic() - started)
+                    self._log(done, terms, rate, time.monotonic() - started, batches.seconds)
                 late = time.monotonic() - saved > 60 * options.checkpoint_minutes
                 stop, late = self._any_process(sigterm_came(), late)
                 due = done < stage.steps and (due or late or done % options.checkpoint_every == 0)
@@ -149,11 +169,22 @@ class StageRun:
                 if options.validate_every and done % options.validate_every == 0 and done < stage.steps:
                     self._draw(state, done)
 
+    def draw_finished(self, folder: Path, about: Path | None = None) -> None:
+        """What the student that this stage left in `folder` draws, unless that picture is there: a run that goes on makes up
+        for a kill. It stays in OUT/samples when later stages end. Its slimxl.json lies in `about`, if not in `folder`."""
+        path = self.out / "samples" / f"{stage_title(self.recipe, self.number)}.png"
+        if self.recipe.validation_prompts and not path.exists():
+            student = self.recipe.stages[self.number].student
+            unet = student.load(folder, self.start or self.teacher, student_dtype(self.pipeline))
+            sampling = sampling_of(about or folder)
+            draw_samples(unet, self.pipeline, self.recipe.validation_prompts, path, sampling=sampling)
+
     def _draw(self, state: TrainingState, done: int) -> None:
         student = gather_student(state)
         if student is not None and self.accelerator.is_main_process:
             path = self.out / "samples" / f"{stage_title(self.recipe, self.number)}-{done:07d}.png"
-            draw_samples(student, self.pipeline, self.recipe.validation_prompts, path)
+            sampling = self.recipe.stages[self.number].objective.sampling(sampling_of(self.teacher))
+            draw_samples(student, self.pipeline, self.recipe.validation_prompts, path, sampling=sampling)
         del student
         torch.cuda.empty_cache()  # of the picture's own nets
         self.accelerator.wait_for_everyone()
@@ -165,7 +196,7 @@ class StageRun:
 
     def _check_weights(self, state: TrainingState, previous: Path | None) -> None:
         """Raises UserError for weights that are not finite: the last update may overflow, and no loss comes after it."""
-        kept = [*state.student.parameters(), *(state.ema.shadow_params if state.ema else ())]
+        kept = [*trained_parameters(state.student), *(state.ema.shadow_params if state.ema else ())]
         [broken] = self._any_process(not all(bool(weights.isfinite().all()) for weights in kept))
         if broken:
             stage = self.recipe.stages[self.number]
@@ -184,11 +215,13 @@ class StageRun:
             f"--recipe mine.json{begin} and another --out"
         )
 
-    def _log(self, done: int, terms: Terms, rate: float, seconds: float) -> None:
+    def _log(self, done: int, terms: Terms, rate: float, seconds: float, data_seconds: float) -> None:
+        """One line: `seconds` since the run began or went on, `data_seconds` of them spent waiting for data."""
         total, norm = terms.pop("total"), terms.pop("gradient_norm")
         curves = {"lr": rate, "loss": total, "gradient_norm": norm if math.isfinite(norm) else None}
         stage = self.recipe.stages[self.number]
         line = {"stage": f"{self.number + 1}-{stage.name}", "step": done, "seconds": round(seconds, 3)}
+        line["data_seconds"] = round(data_seconds, 3)
         with (self.out / "losses.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(line | curves | {"terms": terms}) + "\n")
         if self.options.report_to:

@@ -8,7 +8,7 @@ see what one would. The trainer takes this step over a recipe's stages; the benc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,8 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from torch.distributed.tensor import DTensor
 
-from distill.checkpoints.sources import load_component
 from distill.common.errors import UserError
-from distill.common.files import read_json
-from distill.data.cache import seed_of
+from distill.common.files import read_json, seed_of
 from distill.models.conditioning import call_unet
 from distill.models.module_map import ModuleMap
 from distill.training.accelerator import make_optimizer, shard
@@ -28,6 +26,8 @@ from distill.training.objectives import Objective
 from distill.training.objectives.interface import Batch, LossTerms, Nets
 from distill.training.options import TrainOptions
 from distill.training.recipes import Recipe
+from distill.training.student.lora import adapters_off
+from distill.training.text import TextEncoders, with_text
 
 Terms = dict[str, float]
 """Every loss term by name, their `total`, and the `gradient_norm` before clipping."""
@@ -52,31 +52,29 @@ def add_noise(
     objective: Objective,
     cached: Batch,
     alphas_cumprod: torch.Tensor,
-    unconditional: Batch,
     *,
     seed: Sequence[object],
     caption_dropout: float,
-    rows: slice = slice(None),
-    batch_size: int | None = None,
+    first_row: int = 0,
 ) -> dict[str, torch.Tensor]:
     """A batch of `LatentCache` as the UNet takes it, by the names of its inputs, with the `noise` (n, 4, h, w) that was
-    added and whatever else the objective draws; a dropped caption's text becomes `unconditional`.
+    added, which captions are `dropped` (n,), and whatever else the objective draws.
 
-    Where `cached` is but the `rows` of a global batch, `batch_size` is the size of that: everything is drawn for all of
-    it, so that a sample's own does not depend on how the batch is shared out.
+    All that is drawn of a row depends on `seed` and its number in the global batch, of which `cached` may be the rows from
+    `first_row` on: so it is the same however the batch is shared out, and the work is that of the rows at hand.
     """
     batch = dict(cached)
     latents = batch.pop("latents")
-    size = batch_size or len(latents)
-    generator = torch.Generator().manual_seed(seed_of(*seed))  # type: ignore[arg-type]
-    noise = torch.randn((size, *latents.shape[1:]), generator=generator)[rows]
-    drawn = {name: value[rows] for name, value in objective.draw(size, len(alphas_cumprod), generator).items()}
-    dropped = torch.rand(size, generator=generator)[rows] < caption_dropout
-    for name, nothing in unconditional.items():
-        batch[name] = torch.where(dropped.view(-1, *[1] * nothing.dim()), nothing, batch[name])
+    rows = []
+    for number in range(first_row, first_row + len(latents)):
+        generator = torch.Generator().manual_seed(seed_of(*seed, number))  # type: ignore[arg-type]
+        dropped = torch.rand(1, generator=generator) < caption_dropout
+        noise = torch.randn((1, *latents.shape[1:]), generator=generator)
+        rows.append({"dropped": dropped, "noise": noise, **objective.draw(1, len(alphas_cumprod), generator)})
+    drawn = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
     signal = alphas_cumprod[drawn["timestep"]].view(-1, 1, 1, 1)
-    sample = signal.sqrt() * latents + (1 - signal).sqrt() * noise
-    return batch | drawn | {"sample": sample, "noise": noise}
+    sample = signal.sqrt() * latents + (1 - signal).sqrt() * drawn["noise"]
+    return batch | drawn | {"sample": sample}
 
 
 def predict(unet: Any, batch: Batch, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -87,16 +85,9 @@ def predict(unet: Any, batch: Batch, dtype: torch.dtype = torch.float32) -> torc
     return call_unet(unet, {**batch, **cast})
 
 
-def load_nets(
-    teacher: Path | None, student: Path, dtype: torch.dtype
-) -> tuple[UNet2DConditionModel | None, UNet2DConditionModel]:
-    """The UNet of the pipeline folder `teacher` in `dtype`, and the one whose own folder is `student` in fp32, to train."""
-    trained = UNet2DConditionModel.from_pretrained(student, torch_dtype=torch.float32).train()
-    return teacher and load_component(teacher, "unet", dtype), trained
-
-
 class Pair:
-    """A frozen teacher (or None, where no loss needs one) and its student, ready to take steps.
+    """A frozen teacher (or None, where no loss needs one) and its student, ready to take steps. Where both are one and the
+    same net, the teacher is that with its adapters off.
 
     Public are the `student` itself, the `model` that runs it (under DDP a wrapper), the `teacher`, the `target` (a running
     average of the student, while an objective is taught that has a `target_decay`) and the `optimizer`.
@@ -116,14 +107,18 @@ class Pair:
         options: TrainOptions,
         *,
         prediction_type: str = "epsilon",
+        text_encoders: TextEncoders | None = None,
     ) -> None:
         """Moves both nets to the device; the student is checkpointed, compiled and wrapped as the options say."""
         self.accelerator, self.modules, self.recipe, self.options = accelerator, modules, recipe, options
-        self.alphas_cumprod, self.unconditional = alphas_cumprod, unconditional
+        self.alphas_cumprod, self.text_encoders = alphas_cumprod, text_encoders
+        self.unconditional = {name: value.to(accelerator.device) for name, value in unconditional.items()}
         self.prediction_type = prediction_type
         self.target: Any = None
         self.student = student.to(accelerator.device)
-        self.teacher: Any = teacher and teacher.to(accelerator.device).requires_grad_(False)
+        self.teacher: Any = teacher and teacher.to(accelerator.device)
+        if teacher is not None and teacher is not student:
+            teacher.requires_grad_(False)
         if options.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         if options.compile:
@@ -138,7 +133,7 @@ class Pair:
     def _compile_blocks(self) -> None:
         """torch.compile for each transformer block of both nets."""
         torch._dynamo.config.skip_nnmodule_hook_guards = False  # a block that is tapped inside has a graph of its own
-        for unet in filter(None, (self.student, self.teacher)):
+        for unet in {self.student, self.teacher} - {None}:
             unet.compile_repeated_blocks()
 
     @property
@@ -154,11 +149,9 @@ class Pair:
             objective,
             cached,
             self.alphas_cumprod,
-            self.unconditional,
             seed=seed,
             caption_dropout=self.recipe.caption_dropout,
-            rows=self.rows,
-            batch_size=self.recipe.batch_size,
+            first_row=self.rows.start,
         )
         on_gpu = self.accelerator.device.type == "cuda"
         return {name: value.pin_memory() for name, value in noised.items()} if on_gpu else noised
@@ -175,7 +168,7 @@ class Pair:
             teacher=self.teacher if objective.needs_teacher else None,
             modules=self.modules,
             alphas_cumprod=self.alphas_cumprod.to(device),
-            unconditional={name: value.to(device) for name, value in self.unconditional.items()},
+            unconditional=self.unconditional,
             prediction_type=self.prediction_type,
             target=self._predict_target,
         )
@@ -202,7 +195,8 @@ class Pair:
 
     @torch.no_grad()
     def _predict_teacher(self, batch: Batch) -> torch.Tensor:
-        return predict(self.teacher, batch, self.teacher.dtype)
+        with adapters_off(self.teacher) if self.teacher is self.student else nullcontext():
+            return predict(self.teacher, batch, self.teacher.dtype)
 
     def _copy_student(self) -> UNet2DConditionModel:
         """A second net with the student's weights, shared out as the student is."""
@@ -220,6 +214,8 @@ class Pair:
     @torch.no_grad()
     def _move_target(self, decay: float) -> None:
         """θ⁻ ← μ θ⁻ + (1 − μ) θ, as the last optimiser step left θ (arXiv 2310.04378, algorithm 1)."""
+        if self.options.fsdp:
+            self.target.reshard()  # what lies outside the blocks stays gathered after a forward pass
         for average, own in zip(self.target.parameters(), self.student.parameters(), strict=True):
             average.lerp_(own, 1 - decay)
 
@@ -232,6 +228,7 @@ class Pair:
                 name: value[begin : begin + size].to(accelerator.device, non_blocking=True)
                 for name, value in noised.items()
             }
+            part = with_text(part, self.text_encoders, self.unconditional)
             with accelerator.accumulate(self.model):
                 terms = terms_of(self._predict_student, self._predict_teacher, part, step)
                 total = torch.stack(list(terms.values())).sum()

@@ -31,6 +31,11 @@ def check_successor(first: Path, teacher: Path) -> None:
             raise UserError(
                 f"teacher {teacher} cannot succeed {first}: UNet {key} is {now[key]!r}, was {before[key]!r}"
             )
+    if width := now["time_cond_proj_dim"]:
+        raise UserError(
+            f"teacher {teacher} is a few-step model (LCM): its UNet reads a guidance scale (time_cond_proj_dim {width}); "
+            "give the model that it was made from"
+        )
     predictions = [prediction_type_of(folder) for folder in (first, teacher)]
     if predictions[0] != predictions[1]:
         raise UserError(f"teacher {teacher} predicts {predictions[1]!r}, the first, {first}, {predictions[0]!r}")

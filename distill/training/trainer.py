@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import shutil
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distill.checkpoints.sources import checkpoint_hash, find_architecture_of, load_component, resolve
+from distill.checkpoints.sources import checkpoint_hash, find_architecture_of, read_config, resolve
 from distill.checkpoints.surgery import files_but_unet
 from distill.common.errors import UserError, explaining_full_memory
 from distill.common.files import (
@@ -25,14 +26,14 @@ from distill.common.files import (
 from distill.common.ownership import require_our_folder
 from distill.common.progress import say
 from distill.data.cache import LatentCache
+from distill.models.conditioning import conditioning_of
 from distill.models.module_map import ModuleMap
-from distill.training.accelerator import COMPUTE_DTYPE, check_fsdp, decided_by_first, make_accelerator
+from distill.training.accelerator import COMPUTE_DTYPE, check_fsdp, decided_by_first, make_accelerator, require_alike
 from distill.training.memory import MemoryUse, count_recipe_memory, describe_memory, device_memory
 from distill.training.options import TrainOptions
 from distill.training.output.card import write_card
-from distill.training.output.samples import draw_samples
 from distill.training.output.state import STATE_FORMAT
-from distill.training.output.student_folder import stage_folder, stage_title, student_dtype
+from distill.training.output.student_folder import stage_folder, student_dtype
 from distill.training.recipes import PREVIOUS, Recipe, stage_modules
 from distill.training.stage import StageRun
 from distill.training.teachers import check_objectives, check_successor, find_pipelines
@@ -41,7 +42,7 @@ from distill.training.teachers import check_objectives, check_successor, find_pi
 def train(
     recipe: Recipe,
     *,
-    cache: Path,
+    cache: str | Path,
     out: Path,
     workdir: Path,
     start: Path | None = None,
@@ -61,7 +62,8 @@ def train(
     accelerator = make_accelerator(options, out)
     decided_by_first(lambda: _require_our_run(out, workdir))
     if options.fsdp:
-        check_fsdp(accelerator.num_processes, options.mixed_precision, options.optimizer)
+        adapters = any(stage.student.adapter for stage in recipe.stages)
+        check_fsdp(accelerator.num_processes, options.mixed_precision, options.optimizer, adapters=adapters)
     recipe.micro_batch(accelerator.num_processes, options.accumulation)  # refuses what cannot be shared
     if options.validate_every and not recipe.validation_prompts:
         raise UserError(
@@ -73,9 +75,11 @@ def train(
         check_successor(first, teacher)
     check_objectives(recipe, teachers)
     modules = stage_modules(recipe, find_architecture_of(first), ModuleMap.of_student(start) if start else None)
-    folders = [Path(stage.cache) if stage.cache else cache for stage in recipe.stages]
-    caches = {folder: LatentCache(folder, batch_size=recipe.batch_size, seed=recipe.seed) for folder in set(folders)}
-    latents = [caches[folder] for folder in folders]
+    places = [stage.cache or str(cache) for stage in recipe.stages]
+    caches = {place: LatentCache(place, batch_size=recipe.batch_size, seed=recipe.seed) for place in set(places)}
+    latents = [caches[place] for place in places]
+    versions = {package: version(package) for package in ("slimxl", "torch", "diffusers")}
+    require_alike(versions | {f"the cache {place}": cached.digest[:12] for place, cached in caches.items()})
     pipelines = decided_by_first(lambda: find_pipelines(recipe, teachers, latents, start))
     run = decided_by_first(lambda: _describe_run(recipe, teachers, latents, start, options))
     stages = [
@@ -89,6 +93,7 @@ def train(
             latents=latents[number],
             out=out,
             options=options,
+            start=start,
         )
         for number, stage in enumerate(recipe.stages)
     ]
@@ -102,7 +107,7 @@ def train(
             say(f"{out} is finished, nothing is to do")
     else:
         with exclusive(out, refuse, out / ".lock") if accelerator.is_main_process else nullcontext():
-            _train_stages(stages, start, run)
+            _train_stages(stages, run)
     accelerator.end_training()
 
 
@@ -146,7 +151,7 @@ def _is_finished(out: Path, key: str) -> bool:
     return finished
 
 
-def _train_stages(stages: list[StageRun], start: Path | None, run: dict[str, Any]) -> None:
+def _train_stages(stages: list[StageRun], run: dict[str, Any]) -> None:
     """The stages that `out` does not hold yet; `run` is what it belongs to."""
     first = stages[0]
     accelerator, recipe, out, options = first.accelerator, first.recipe, first.out, first.options
@@ -168,12 +173,12 @@ def _train_stages(stages: list[StageRun], start: Path | None, run: dict[str, Any
             {"wandb": {"dir": str(out / "trackers"), "name": out.name}},
         )
     accelerator.wait_for_everyone()
-    previous = stage_folder(recipe, done - 1, out) if done else start
+    previous = stage_folder(recipe, done - 1, out) if done else first.start
     micro_batch = recipe.micro_batch(accelerator.num_processes, options.accumulation)
     with explaining_full_memory(_memory_advice(options, accelerator.num_processes, micro_batch, uses, out)):
         for stage in stages[done:]:
             if stage.number and accelerator.is_main_process:
-                _draw_samples(stage_folder(recipe, stage.number - 1, out), stages[stage.number - 1])
+                stages[stage.number - 1].draw_finished(stage_folder(recipe, stage.number - 1, out))
             previous = stage.run(previous)
             gc.collect()  # accelerate's wrappers hold the student in a cycle
             torch.cuda.empty_cache()
@@ -194,7 +199,7 @@ def _look_ahead(stage: StageRun) -> dict[str, MemoryUse]:
     """Tells the memory needed by the run that `stage` is the first of before anything is loaded, and returns it.
 
     Raises UserError where the disk cannot hold the run: its checkpoints and one more while that is written, the student
-    that a stage begins with, and whole pipelines of the stage before and of this.
+    that a stage begins with, and whole pipelines of the stage before and of this (of a LoRA its two files).
     """
     options, processes, out = stage.options, stage.accelerator.num_processes, stage.out
     title, uses = count_recipe_memory(
@@ -205,6 +210,8 @@ def _look_ahead(stage: StageRun) -> dict[str, MemoryUse]:
         processes=processes,
         accumulation=options.accumulation,
         fsdp=options.fsdp,
+        text="cached" if stage.latents.holds_text else "online",
+        started=stage.start is not None,
     )
     for line in describe_memory(uses, title, *device_memory()):
         say(line)
@@ -213,7 +220,8 @@ def _look_ahead(stage: StageRun) -> dict[str, MemoryUse]:
     state_bytes = (use.student + use.ema + use.optimizer) * shards
     initial_bytes = use.student * shards
     unet_bytes = initial_bytes * student_dtype(stage.teacher).itemsize // 4
-    pipeline_bytes = unet_bytes + sum(path.stat().st_size for path in files_but_unet(stage.pipeline).values())
+    others = {} if stage.recipe.stages[-1].student.adapter else files_but_unet(stage.pipeline)
+    pipeline_bytes = unet_bytes + sum(path.stat().st_size for path in others.values())
     needed = (options.keep_checkpoints + 1) * state_bytes + initial_bytes + 2 * pipeline_bytes
     kept_bytes = sum(
         path.stat().st_size for kept in ("state", "stages") for path in (out / kept).rglob("*") if path.is_file()
@@ -241,15 +249,6 @@ def _memory_advice(
     )
 
 
-def _draw_samples(folder: Path, stage: StageRun) -> None:
-    """What the student that `stage` left in `folder` draws, unless that picture is there: a run that goes on makes up for
-    a kill. It stays in OUT/samples when later stages end."""
-    path = stage.out / "samples" / f"{stage_title(stage.recipe, stage.number)}.png"
-    if stage.recipe.validation_prompts and not path.exists():
-        student = load_component(folder, "unet", student_dtype(folder))
-        draw_samples(student, folder, stage.recipe.validation_prompts, path)
-
-
 def _finish(stages: list[StageRun], run: dict[str, Any]) -> None:
     """Moves the last stage's pipeline up to `out`; slimxl.json comes last and says that all is there."""
     last = stages[-1]
@@ -258,8 +257,17 @@ def _finish(stages: list[StageRun], run: dict[str, Any]) -> None:
     for item in folder.iterdir():
         if item.name != "slimxl.json":
             item.rename(out / item.name)
-    _draw_samples(out, last)
-    write_card(out, last.recipe, about, run, data={str(stage.latents.key.get("data", "")) for stage in stages})
+    last.draw_finished(out, folder)
+    stage = last.recipe.stages[-1]
+    write_card(
+        out,
+        last.recipe,
+        about,
+        run,
+        data={str(one.latents.key.get("data", "")) for one in stages},
+        pipeline=conditioning_of(read_config(last.pipeline, "unet")).pipeline,
+        base=str(last.start or stage.teacher) if stage.student.adapter else None,
+    )
     write_json(out / "slimxl.json", about | run)
     for left in ("stages", "state"):
         shutil.rmtree(out / left, ignore_errors=True)

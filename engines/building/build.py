@@ -53,13 +53,14 @@ def build_bundle(
     layout: Layout | None = None,
     resolutions: str = "all",
     batches: list[int] | None = None,
-    guidance: Guidance = "always",
+    guidance: Guidance | None = None,
     components: list[str] | None = None,
     options: Options | None = None,
     memory_gb: float | None = None,
     replace: bool = False,
 ) -> Manifest:
-    """Adds the engines to the bundle `out`. Intact engines are kept, superseded ones removed.
+    """Adds the engines to the bundle `out`. Intact engines are kept, superseded ones removed. `guidance` None is `never`
+    for a model that takes one pass a step, else `always`.
 
     With `replace` engines of another checkpoint are dropped from the bundle. Raises UserError for bad input, too little
     memory or disk, and a build that failed.
@@ -76,7 +77,7 @@ def build_bundle(
         layout=layout,
         resolutions=resolutions,
         batches=batches,
-        guidance=guidance,
+        guidance=guidance or ("never" if folder.sampling and folder.sampling.one_pass else "always"),
         components=components,
         options=options,
     )

@@ -1,4 +1,4 @@
-"""What a build changes in a bundle besides its new engines: manifest, superseded engines, pipeline files, stray files."""
+"""What a build does to a bundle beside building: manifest, superseded engines, pipeline files, stray files, the lock."""
 
 from __future__ import annotations
 
@@ -40,7 +40,12 @@ def starting_manifest(out: Path, folder: OnnxFolder, replace: bool) -> Manifest:
     """The bundle's manifest, or an empty one for a new bundle. Where the manifest cannot be read or names engines of another
     checkpoint: an empty one with `replace`, else UserError."""
     fresh = Manifest(
-        source=Source(name=folder.source_name, sha256=folder.source_sha256, pipeline=folder.conditioning.pipeline)
+        source=Source(
+            name=folder.source_name,
+            sha256=folder.source_sha256,
+            pipeline=folder.conditioning.pipeline,
+            sampling=folder.sampling,
+        )
     )
     if not (out / MANIFEST).is_file():
         return fresh

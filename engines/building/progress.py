@@ -1,7 +1,7 @@
 """Progress of several builds with the time left: a bar on a terminal, a line every ten seconds elsewhere.
 
 rich estimates the time left from the speed of updates. TensorRT-RTX reports nothing for most of a profile, so here the
-expected cost of each job is what counts until something is done.
+time left is that of the jobs' expected costs until something is done.
 """
 
 from __future__ import annotations

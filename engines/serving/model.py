@@ -29,6 +29,7 @@ import triton_python_backend_utils as pb_utils
 import engines
 from distill.common.errors import UserError
 from distill.common.files import sha256_file
+from engines.bundle import read_manifest
 from engines.serving.request import BATCHED_BY, DEFAULTS, read_values
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -72,6 +73,7 @@ class TritonPythonModel:
         self.pipeline = engines.load(bundle, parameters["flavor"], device=self.device, runtime_cache=cache)
         self.pipeline.set_progress_bar_config(disable=True)
         self.sizes = self.pipeline.unet.component.resolutions
+        self.sampling = read_manifest(bundle).source.sampling
         self.instances = sum(group["count"] * max(1, len(group.get("gpus", []))) for group in config["instance_group"])
         self.step_done: torch.cuda.Event | None = None
         if parameters["warm_up"] == "true":
@@ -113,7 +115,7 @@ class TritonPythonModel:
             sender, name = request.get_response_sender(), read_id(request)
             about = {"request": name, "position": position}
             try:
-                values = read_values(read_inputs(request), self.sizes) | about
+                values = read_values(read_inputs(request), self.sizes, self.sampling) | about
                 values["outputs"] = request.requested_output_names()
             except Exception as error:  # whatever is wrong with a request concerns no other
                 message = str(error) if isinstance(error, UserError) else f"the request cannot be read: {error!r}"
@@ -136,9 +138,13 @@ class TritonPythonModel:
             hand_over(batch, self.answer(batch), self.decoupled or (early and batch is not batches[-1]))
         return None if self.decoupled else returned
 
+    def is_doubled(self, values: dict[str, Any]) -> bool:
+        """Whether the UNet sees each picture twice, with and without its prompt, as diffusers decides it."""
+        return values["guidance"] > 1 and not self.pipeline.unet.config.time_cond_proj_dim
+
     def ranges(self, values: dict[str, Any]) -> list[tuple[float, float]]:
         """The fewest and the most pictures that each profile of the UNet takes at the request's size and guidance."""
-        size, rows = f"{values['width']}x{values['height']}", 2 if values["guidance"] > 1 else 1
+        size, rows = f"{values['width']}x{values['height']}", 2 if self.is_doubled(values) else 1
         return [
             (profile.least_rows / rows, profile.most_rows / rows)
             for engine, _ in self.pipeline.unet.component.engines
@@ -252,7 +258,7 @@ class TritonPythonModel:
                 values["prompt"],
                 negative_prompt=values["negative_prompt"],
                 num_images_per_prompt=values["images"],
-                do_classifier_free_guidance=values["guidance"] > 1,
+                do_classifier_free_guidance=self.is_doubled(values),
                 device=self.pipeline.device,
             )
             for values in group

@@ -80,10 +80,10 @@ def require_runs_here(manifest: Manifest, place: Placement) -> None:
 
 
 def served(manifest: Manifest, place: Placement) -> tuple[list[str], int]:
-    """The sizes, and the most pictures at once, that every instance of the model can draw.
+    """The sizes, and the largest number of pictures at once, that every instance of the model can draw.
 
-    These follow from the UNets that `engines.load` selects on each device. Where no GPU here runs them, the server may be
-    on another machine: then every UNet of the flavor counts. Raises UserError where there is none, or the CPU runs none.
+    They are those of the UNets that `engines.load` selects on each device. Where no GPU here runs them, the server may be
+    on another machine: then all UNets of the flavor are taken. Raises UserError where there is none, or the CPU runs none.
     """
     try:
         loaded = [select_engines(manifest, find_flavor(place.flavor), device)["unet"] for device in place.devices]

@@ -10,6 +10,8 @@ from distill.common.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
+    from distill.checkpoints.sampling import Sampling
+
 DEFAULTS: dict[str, Any] = {
     "negative_prompt": None,
     "width": None,
@@ -28,12 +30,16 @@ BATCHED_BY = ("width", "height", "steps", "guidance")
 """Requests that agree in these can be drawn as one batch."""
 
 
-def read_values(inputs: Mapping[str, np.ndarray], sizes: list[str]) -> dict[str, Any]:
-    """The request's values by name, with defaults; `sizes` are those served, and the first is the default.
+def read_values(inputs: Mapping[str, np.ndarray], sizes: list[str], sampling: Sampling | None = None) -> dict[str, Any]:
+    """The request's values by name, with defaults; `sizes` are those served, and the first is the default. A few-step model
+    has its own steps and guidance, by `sampling`.
 
     Raises UserError, with what was got and what is allowed, for a request that cannot be drawn.
     """
     values = dict(DEFAULTS)
+    if sampling:
+        values["steps"] = sampling.steps or values["steps"]
+        values["guidance"] = values["guidance"] if sampling.guidance_scale is None else sampling.guidance_scale
     for name, array in inputs.items():
         if array.size != 1:
             raise UserError(f"{name} has {array.size} values, a request takes one; send a request for each prompt")
@@ -44,6 +50,8 @@ def read_values(inputs: Mapping[str, np.ndarray], sizes: list[str]) -> dict[str,
     for name, (low, high) in LIMITS.items():
         if not low <= values[name] <= high:
             raise UserError(f"{name} is {values[name]}, allowed are {low} to {high}")
+    if sampling:
+        sampling.check(values["steps"])
     if (work := values["images"] * values["steps"]) > MAX_WORK:
         raise UserError(f"images times steps is {work}, allowed are up to {MAX_WORK}; send several requests")
     width, height = (int(side) for side in sizes[0].split("x"))

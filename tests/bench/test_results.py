@@ -17,7 +17,7 @@ from distill.models.resolution import Resolution
         ("{", "not valid JSON"),
         ("[]", "no results file"),
         ('{"schema_version": "slimxl.bench.results/1"}', "results/1"),
-        ('{"schema_version": "slimxl.bench.results/2"}', "created_utc: Field required"),
+        ('{"schema_version": "slimxl.bench.results/2"}', "created_utc: field required"),
     ],
 )
 def test_a_file_of_another_kind_is_one_line(tmp_path, content, told):
@@ -39,12 +39,12 @@ def edited(results_path, path, change):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda value, row: row["samples"].clear(), "samples: List should have at least 1 item"),
+        (lambda value, row: row["samples"].clear(), "samples: list should have at least 1 item"),
         (lambda value, row: row["samples"][0].update(total_ms="4"), r"samples.0.total_ms: .* valid number"),
         (lambda value, row: row["samples"][0].update(total_ms=float("nan")), "NaN or infinity"),
         (lambda value, row: value["gpu"].update(reason=float("inf")), "NaN or infinity"),
-        (lambda value, row: value.update(peak={"name": "GPU"}), "peak.tflops: Field required"),
-        (lambda value, row: value.update(more=1), "more: Extra inputs"),
+        (lambda value, row: value.update(peak={"name": "GPU"}), "peak.tflops: field required"),
+        (lambda value, row: value.update(more=1), "more: extra inputs"),
         (lambda value, row: [cell["rows"].clear() for cell in value["cells"]], "no finished run"),
     ],
 )

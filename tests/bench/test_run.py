@@ -13,7 +13,7 @@ from bench.quality.fidelity import FidelityOptions
 from bench.results import read_results
 from bench.run import run_bench
 from bench.workload import Workload, family_resolutions, make_workloads
-from distill.common.errors import UserError, counts
+from distill.common.errors import UserError, parse_counts
 from distill.models.families import MINI_FAMILY
 from distill.models.resolution import Resolution
 
@@ -270,7 +270,7 @@ def test_specs_keep_colons_of_the_source():
 def test_workloads_change_one_thing_at_a_time():
     found = make_workloads(
         family_resolutions("all", MINI_FAMILY),
-        counts("--steps", "8,4"),
+        parse_counts("--steps", "8,4"),
         batches=[1, 2],
         guidance_scales=[5.0, 1.0],
         scheduler="default",

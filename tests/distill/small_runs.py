@@ -12,7 +12,7 @@ from pathlib import Path
 from distill.training.objectives import Distill
 from distill.training.recipes import Recipe, Stage
 from distill.training.schedule import Schedule
-from distill.training.student import Pruned
+from distill.training.student import Lora, Pruned
 
 HALF = "-/1,1/1,1:0:1,1,1/1,1,1/-"  # half of Vega's last transformers: a student that trains in a moment
 
@@ -38,23 +38,40 @@ def short_recipe(teacher: Path, **changes) -> Recipe:
     return replace(recipe, stages=(replace(recipe.stages[1], **({"steps": 4} | changes)),))
 
 
+def lora_recipe(teacher: str, **changes) -> Recipe:
+    """Four steps of adapters on the teacher itself."""
+    stage = Stage(
+        name="adapt",
+        teacher=teacher,
+        student=Lora(rank=4, alpha=8),
+        steps=4,
+        objective=Distill(level="layer", normalize=True),
+        learning_rate=1e-2,
+        schedule=Schedule(warmup_steps=1),
+    )
+    options = {"batch_size": 4, "ema_decay": 0.9, "validation_prompts": ("a small red ring at the top",)}
+    return Recipe(name="lora", stages=(replace(stage, **changes),), **options)
+
+
 SCRIPT = """
 import sys
 from pathlib import Path
-from tests.distill.small_runs import small_recipe
+from tests.distill import small_runs
 from distill.training.options import TrainOptions
 from distill.training.trainer import train
-cache, teacher, out, *flags = sys.argv[1:]
-train(small_recipe(teacher), cache=Path(cache), out=Path(out), workdir=Path(out),
+recipe, cache, teacher, out, *flags = sys.argv[1:]
+train(getattr(small_runs, recipe)(teacher), cache=Path(cache), out=Path(out), workdir=Path(out),
       options=TrainOptions(checkpoint_every=2, log_every=1, **dict.fromkeys(flags, True)))
 """
 
 
-def run_alone(cache: Path, teacher: Path, out: Path, *launcher: str, flags: tuple[str, ...] = ()) -> subprocess.Popen:
+def run_alone(
+    cache: Path, teacher: Path, out: Path, *launcher: str, flags: tuple[str, ...] = (), recipe: str = "small_recipe"
+) -> subprocess.Popen:
     path = out.with_suffix(".py")
     path.write_text(SCRIPT)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(path), str(cache), str(teacher), str(out), *flags]
+    command = [sys.executable, *launcher, str(path), recipe, str(cache), str(teacher), str(out), *flags]
     return subprocess.Popen(command, env=environment)
 
 

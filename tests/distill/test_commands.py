@@ -21,7 +21,6 @@ from distill.__main__ import main
         ("surgery --model mini:sdxl --student ssd-1b --out {}", "ssd-1b is of the family sdxl, "),
         ("cache --data shapes:9 --out {} --batch 0", "--batch is 0; the least is 1"),
         ("bench --out {} --batch 0", "--batch is 0; the least is 1"),
-        ("bench --out {} --rounds -1", "--rounds is -1; the least is 1"),
         ("plan --recipe mini-vega --fsdp", "--fsdp shares a model over processes, and there is one"),
         ("plan --recipe mini-vega --fsdp --processes 2 --mixed-precision fp16", "use --mixed-precision bf16"),
         ("plan --recipe mini-vega --memory-gb 0", "--memory-gb is 0.0; it must be above 0"),
@@ -36,6 +35,10 @@ from distill.__main__ import main
         ("cache --data= --out {}", "--data is empty"),
         ("bench --out {} --rounds 0", "--rounds is 0; the least is 1"),
         ("teach --out {} --start missing", "model 'missing' is neither a folder"),
+        ("fetch --model mini:vega", "unknown mini checkpoint 'vega'"),
+        ("fetch --model missing.safetensors", "model 'missing.safetensors' does not exist"),
+        ("train --recipe ssd-2b --cache c --out {}", "unknown recipe 'ssd-2b'"),
+        ("cache --data nowhere --out {}", "nowhere"),
     ],
 )
 def test_told_at_the_door(

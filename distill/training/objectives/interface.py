@@ -11,6 +11,7 @@ nothing special. The step asks it for:
                                        student itself
     student_config                     entries that the student's UNet config has beside its own; the weights that come
                                        with them begin at zero, so that the UNet predicts as before
+    sampling(teacher)                  how the student is drawn with (scheduler, steps, guidance), given how its teacher is
     check(prediction_type, timesteps)  raises UserError for a teacher that it cannot learn from
     draw(size, timesteps, generator)   what is drawn for each sample beside its noise: the timestep, a guidance scale …
     prepare(nets)                      a context manager: all that is done once, before the first step (hooks, tables); it
@@ -31,6 +32,7 @@ from typing import Any
 
 import torch
 
+from distill.checkpoints.sampling import Sampling
 from distill.common.errors import UserError
 from distill.models.module_map import ModuleMap
 
@@ -55,7 +57,7 @@ class Nets:
     alphas_cumprod: torch.Tensor
     unconditional: Mapping[str, torch.Tensor]
     prediction_type: str = "epsilon"
-    target: Predict | None = None
+    target: Any = None
 
     def unprompted(self, batch: Batch) -> Batch:
         """The batch, of whatever size, with no prompt in place of its own."""
@@ -84,6 +86,10 @@ class Defaults:
     @property
     def student_config(self) -> Mapping[str, Any]:
         return {}
+
+    def sampling(self, teacher: Sampling | None) -> Sampling | None:
+        """As its teacher is; None: as any checkpoint."""
+        return teacher
 
     def check(self, prediction_type: str, timesteps: int) -> None:
         """Raises UserError for a teacher that predicts something else than what the equations stand for."""

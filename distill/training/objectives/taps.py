@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from distill.common.errors import unknown
+from distill.common.errors import UserError, unknown
 from distill.models.module_map import ModuleMap
 
 Level = Literal["block", "sub-block", "layer", "self-attention"]
@@ -83,10 +83,13 @@ class FeatureRecorder:
     """
 
     def __init__(self, model: nn.Module, paths: list[str]) -> None:
-        """Raises AttributeError for a path that the model lacks."""
+        """Raises UserError for a path that the model lacks."""
         self.features: dict[str, torch.Tensor] = {}
         self._active = False
-        self._handles = [model.get_submodule(path).register_forward_hook(self._hook(path)) for path in paths]
+        modules = dict(model.named_modules()) if paths else {}
+        if missing := [path for path in paths if path not in modules]:
+            raise UserError(f"taps: there is no module {missing[0]!r} in {type(model).__name__} of this depth")
+        self._handles = [modules[path].register_forward_hook(self._hook(path)) for path in paths]
 
     def _hook(self, path: str) -> Any:
         def record(_module: nn.Module, _inputs: Any, output: Any) -> None:

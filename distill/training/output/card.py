@@ -10,37 +10,45 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from distill.checkpoints.sources import read_config
+from distill.checkpoints.sampling import Sampling
 from distill.common.files import replacing
-from distill.models.conditioning import conditioning_of
 from distill.training.output.student_folder import stage_title
 from distill.training.recipes import Recipe
+from distill.training.student.lora import KOHYA_FILE, LORA_FILE
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def write_card(
-    out: Path, recipe: Recipe, about: Mapping[str, Any], run: Mapping[str, Any], *, data: Collection[str]
+    out: Path,
+    recipe: Recipe,
+    about: Mapping[str, Any],
+    run: Mapping[str, Any],
+    *,
+    data: Collection[str],
+    pipeline: str,
+    base: str | None,
 ) -> None:
     """Writes `out`/README.md. `about` is what the student's slimxl.json says of it, `run` what it was trained on, `data`
-    what its caches were made of. Local files are called by their last name: a card says nothing of the machine it was
+    what its caches were made of, `pipeline` the class that draws with it, `base` the checkpoint that it is put on where it
+    is a LoRA. Local files are called by their last name: a card says nothing of the machine it was
     written on."""
     teachers = list(run["teachers"])
     metadata = ModelCardData(
-        base_model=[name for name in teachers if _is_on_hub(name)] or None,
+        base_model=[name for name in ([base] if base else teachers) if _is_on_hub(name)] or None,
+        base_model_relation="adapter" if base else None,
         datasets=sorted(name.removeprefix("hf:") for name in data if name.startswith("hf:")) or None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["distillation", "slimxl"],
+        tags=["distillation", "slimxl", *(["lora"] if base else [])],
         license="other",
         license_name="as-the-base-model",
     )
-    pipeline = conditioning_of(read_config(out, "unet")).pipeline
     sections = [
         f"---\n{metadata.to_yaml()}\n---",
         f"# {recipe.name}",
-        f"A student of {about['parameters']:,} UNet parameters ({about['student']}), distilled by slimxl.",
-        f"```python\nfrom diffusers import {pipeline}\n\npipe = {pipeline}.from_pretrained(FOLDER)\n```",
+        _summary(about, base),
+        _usage(pipeline, base, Sampling(**about["sampling"]) if "sampling" in about else Sampling()),
         "## Teachers",
         "\n".join(
             f"- {_shown(name)} (sha256 of its files `{digest[:12]}`)" for name, digest in run["teachers"].items()
@@ -62,6 +70,35 @@ def write_card(
         ModelCard("\n\n".join(sections) + "\n").save(temporary)
 
 
+def _summary(about: Mapping[str, Any], base: str | None) -> str:
+    if base is None:
+        return f"A student of {about['parameters']:,} UNet parameters ({about['student']}), distilled by slimxl."
+    return (
+        f"A {about['student']}, {about['parameters']:,} parameters, for the UNet of {_shown(base)}, distilled by slimxl. "
+        f"`{LORA_FILE}` has diffusers' names, `{KOHYA_FILE}` is the same under kohya's; both are used at scale 1."
+    )
+
+
+def _usage(pipeline: str, base: str | None, sampling: Sampling) -> str:
+    """A few lines of diffusers. A whole pipeline has its scheduler in its folder."""
+    imported = [pipeline]
+    lines = [f"pipe = {pipeline}.from_pretrained(FOLDER)"]
+    if base is not None:
+        lines = [f'pipe = {pipeline}.from_pretrained("{_shown(base)}")', "pipe.load_lora_weights(FOLDER)"]
+        if sampling.scheduler:
+            imported.append(sampling.scheduler)
+            settings = "".join(f", {name}={value!r}" for name, value in sampling.settings.items())
+            lines.append(f"pipe.scheduler = {sampling.scheduler}.from_config(pipe.scheduler.config{settings})")
+    arguments = "".join(f", {name}={value}" for name, value in sampling.call_arguments.items())
+    lines = [
+        f"from diffusers import {', '.join(sorted(imported))}",
+        "",
+        *lines,
+        f"image = pipe(PROMPT{arguments}).images[0]",
+    ]
+    return "\n".join(["```python", *lines, "```"])
+
+
 def _is_on_hub(name: str) -> bool:
     return bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
 
@@ -80,7 +117,7 @@ def _stages(recipe: Recipe) -> str:
     for stage in recipe.stages:
         objective = ", ".join(f"{key} {value}" for key, value in vars(stage.objective).items())
         rate = f"{stage.learning_rate:g}, {stage.schedule.shape}"
-        rows.append((stage.name, _shown(stage.teacher), stage.student.architecture, stage.steps, rate, objective))
+        rows.append((stage.name, _shown(stage.teacher), stage.student.title, stage.steps, rate, objective))
     return _table(("stage", "teacher", "student", "steps", "learning rate", "objective"), rows)
 
 

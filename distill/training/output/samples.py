@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
+from distill.checkpoints.sampling import Sampling
 from distill.checkpoints.sources import load_pipeline
 from distill.common.files import replacing
 from distill.common.progress import say
@@ -18,22 +19,25 @@ def draw_samples(
     prompts: tuple[str, ...],
     path: Path,
     *,
-    steps: int = 20,
+    sampling: Sampling | None = None,
     seed: int = 0,
 ) -> None:
-    """Draws each prompt by the pipeline folder `checkpoint` with `student` as its UNet, at the student's base resolution,
-    and writes the pictures side by side to `path`. Writes nothing, and says so, where the GPU has no memory left beside
-    the training."""
+    """Draws each prompt by the pipeline folder `checkpoint` with `student` as its UNet, at the student's base resolution and
+    as `sampling` says (None: in 20 steps), and writes the pictures side by side to `path`. Writes nothing, and says so,
+    where the GPU has no memory left beside the training."""
     from PIL import Image
 
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
     pipe = load_pipeline(checkpoint, dtype, without=("unet",))
     pipe.unet, pipe.default_sample_size = student, student.config.sample_size
     pipe.set_progress_bar_config(disable=True)
+    called = {"num_inference_steps": 20} | (sampling.call_arguments if sampling else {})
+    if sampling and sampling.scheduler:
+        pipe.scheduler = sampling.make_scheduler(pipe.scheduler.config)
     try:
         pipe.to(device, dtype)
         images = [
-            pipe(prompt, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed + i)).images[0]
+            pipe(prompt, **called, generator=torch.Generator().manual_seed(seed + i)).images[0]
             for i, prompt in enumerate(prompts)
         ]
     except torch.OutOfMemoryError:

@@ -31,9 +31,13 @@ from torch.distributed.checkpoint.state_dict import (
 from distill.common.errors import UserError
 from distill.common.files import read_json, remove_leftovers, replacing, write_json
 from distill.common.progress import say
+from distill.training.accelerator import trained_parameters
 
-STATE_FORMAT = 1
-"""Stands in run.json; another number is a state that this version does not read."""
+STATE_FORMAT = 2
+"""Stands in run.json; another number is a state that this version does not read, or would go on from otherwise (2: samples
+come in another order, and what is drawn of each by its own seed)."""
+TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
+"""A state that lacks a trained weight is refused all the same, by torch.distributed.checkpoint."""
 
 
 @dataclass
@@ -48,7 +52,7 @@ class TrainingState:
     target: UNet2DConditionModel | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.student, self.optimizer)
+        model, optimizer = get_state_dict(self.student, self.optimizer, options=TRAINED_ONLY)
         state: dict[str, Any] = {"student": model, "optimizer": optimizer}
         if self.ema:
             state["ema"] = {str(i): tensor for i, tensor in enumerate(self.ema.shadow_params)}
@@ -65,7 +69,11 @@ class TrainingState:
         state = self.as_dict()
         dcp.load(state, checkpoint_id=folder)  # writes into the tensors of `state`: the averages have their values now
         set_state_dict(
-            self.student, self.optimizer, model_state_dict=state["student"], optim_state_dict=state["optimizer"]
+            self.student,
+            self.optimizer,
+            model_state_dict=state["student"],
+            optim_state_dict=state["optimizer"],
+            options=TRAINED_ONLY,
         )
         if self.ema:
             self.ema.optimization_step = step
@@ -87,7 +95,7 @@ class TrainingState:
     @torch.no_grad()
     def _exchange(self, ema: EMAModel) -> None:
         """Swaps student and average, one tensor at a time: a GPU may have no room for a third copy."""
-        for parameter, average in zip(self.student.parameters(), ema.shadow_params, strict=True):
+        for parameter, average in zip(trained_parameters(self.student), ema.shadow_params, strict=True):
             own = parameter.detach().clone()
             parameter.copy_(average)
             average.copy_(own)
@@ -190,10 +198,17 @@ def gather_student(state: TrainingState) -> UNet2DConditionModel | None:
     """The student as one whole net on the CPU, its average where one is kept. Every process must call this; only the
     first gets the net."""
     with state.averaged() as student:
-        weights = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        weights: dict[str, Any] = get_model_state_dict(
+            student, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
         if not weights:
             return None
         with torch.device("meta"):
             whole = UNet2DConditionModel.from_config(student.config)
-        whole.to_empty(device="cpu").load_state_dict(weights)  # copied: on a CPU they are the student's own memory
+            for name, adapter in getattr(student, "peft_config", {}).items():
+                whole.add_adapter(adapter, name)
+        trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+        for name in trained & weights.keys():
+            weights[name] = weights[name].clone()  # on a CPU they are the student's own memory
+        whole.load_state_dict(weights, assign=True)
     return whole.eval()

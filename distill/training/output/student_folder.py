@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
 
+from distill.checkpoints.sampling import Sampling
 from distill.checkpoints.sources import find_family
-from distill.checkpoints.surgery import copy_all_but_unet
 from distill.common.files import read_json, replacing, write_json
 from distill.models.module_map import ModuleMap
+from distill.training.accelerator import trained_parameters
 from distill.training.recipes import Recipe
 
 LOCAL_PATHS = {"_name_or_path", "name_or_path"}
@@ -33,13 +35,23 @@ def student_dtype(teacher_folder: Path) -> torch.dtype:
 
 
 def save_student(
-    student: UNet2DConditionModel, pipeline: Path, folder: Path, modules: ModuleMap, recipe: Recipe, number: int
+    student: UNet2DConditionModel,
+    pipeline: Path,
+    folder: Path,
+    modules: ModuleMap,
+    recipe: Recipe,
+    number: int,
+    sampling: Sampling | None = None,
 ) -> None:
-    """Writes a whole pipeline folder or none: the student's UNet, everything else as in the folder `pipeline`. It depends
-    on nothing but these: no config says where it was made."""
+    """Writes what the stage leaves, whole or not at all: a pipeline folder with the VAE and text encoders of the folder
+    `pipeline` and the scheduler that `sampling` names, or adapters alone. It depends on nothing but these: no config says
+    where it was made."""
     with replacing(folder) as temporary:
-        copy_all_but_unet(pipeline, temporary)
-        student.to(student_dtype(pipeline)).save_pretrained(temporary / "unet", safe_serialization=True)
+        temporary.mkdir()
+        trained = recipe.stages[number].student
+        trained.save(student, pipeline, temporary, student_dtype(pipeline))
+        if sampling and not trained.adapter:
+            sampling.write_scheduler(temporary)
         for path in temporary.rglob("*.json"):
             stated = read_json(path)
             if isinstance(stated, dict) and stated.keys() & LOCAL_PATHS:
@@ -47,10 +59,11 @@ def save_student(
         write_json(
             temporary / "slimxl.json",
             {
-                "student": recipe.stages[number].student.architecture,
+                "student": trained.title,
                 "module_map": modules.as_dict(),
                 "stages_done": number + 1,
-                "parameters": sum(p.numel() for p in student.parameters()),
+                "parameters": sum(p.numel() for p in trained_parameters(student)),
                 "recipe": recipe.as_dict(),
-            },
+            }
+            | ({"sampling": asdict(sampling)} if sampling else {}),
         )

@@ -11,20 +11,16 @@ from bench.measure.clock import CpuClock, timed_draw
 from bench.workload import Workload
 from distill.common.errors import UserError
 from distill.models.architectures import ARCHITECTURES
-from distill.models.families import MINI_FAMILY
 from distill.models.resolution import Resolution
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A mini pipeline of Vega's depth with random weights."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
-    from distill.mini.teach_unet import make_mini_pipeline
+    from distill.mini.teach import make_mini_pipeline
 
     torch.manual_seed(0)
-    pipe = make_mini_pipeline(AutoencoderKL(**MINI_FAMILY.vae))
-    pipe.unet = UNet2DConditionModel(**ARCHITECTURES["mini-vega"].unet_config)
+    pipe = make_mini_pipeline(ARCHITECTURES["mini-vega"], {})
     path = tmp_path_factory.mktemp("mini") / "vega"
     pipe.save_pretrained(path)
     return path

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from distill.common.errors import UserError, counts, require_above, require_between, require_least
+from distill.common.errors import UserError, parse_counts, require_above, require_between, require_least
 from distill.common.options import OPTIONS, parse_names
 
 
@@ -58,10 +58,10 @@ def test_what_is_not_is_refused(words: tuple[str, ...]) -> None:
 
 
 def test_numbers_between_commas() -> None:
-    assert counts("--steps", "8, 4,1") == [8, 4, 1]
+    assert parse_counts("--steps", "8, 4,1") == [8, 4, 1]
     for text in ("", ",", "0", "-1", "²", "1.5", "nan", "1025", "9" * 5000, "1;2"):
         with pytest.raises(UserError, match="is not a list of whole numbers from 1 to 1024"):
-            counts("--steps", text)
+            parse_counts("--steps", text)
 
 
 def test_names_stand_between_commas_and_count_once() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 import signal
@@ -10,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +27,6 @@ from distill.data.make_cache import encode, make_cache
 from distill.data.pictures import open_source
 from distill.data.samples import Fitting, Sample
 from distill.models.architectures import ARCHITECTURES
-from distill.models.conditioning import Conditioning
 from distill.models.families import MINI_FAMILY
 from distill.models.resolution import Resolution
 from tests.distill.pictures import save_picture
@@ -34,10 +35,10 @@ from tests.distill.pictures import save_picture
 def test_a_full_gpu_leaves_the_finished_shards_and_the_same_command_goes_on(
     mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(pipe: object, conditioning: Conditioning, samples: list, seed: int) -> dict[str, torch.Tensor]:
+    def full(*arguments: Any) -> dict[str, torch.Tensor]:
         if any(tmp_path.glob("out/shard-*")):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free. More.")
-        return encode(pipe, conditioning, samples, seed)
+        return encode(*arguments)
 
     monkeypatch.setattr("distill.data.make_cache.SAMPLES_PER_SHARD", 30)
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"allocate 2\.00 GiB\..*take --batch below 3"):
@@ -93,7 +94,10 @@ def test_a_cache_resumes_and_is_the_same_from_any_number_of_processes(
 ) -> None:
     monkeypatch.setattr("distill.data.make_cache.SAMPLES_PER_SHARD", 4)
     make_cache(mini_vega, "shapes:10", tmp_path / "one")
-    assert "nothing" not in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "nothing" not in told
+    assert "10 samples will take about 104 kB, 10.4 kB each; --text online would leave out 80.6 kB of it" in told
+    assert re.search(r"first shard took .* samples a second\) and .* kB: all 3 will take .* minutes and .* kB", told)
     make_cache(mini_vega, "shapes:10", tmp_path / "one")
     assert "one is finished, nothing is to do" in capsys.readouterr().out
     for rank in (1, 0):

@@ -2,17 +2,24 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
 
+from distill.checkpoints.sources import MINI_TEACHERS, load_component
+from distill.common.errors import UserError
 from distill.data.shapes import ATTRIBUTES, Scene, render
 from distill.mini import teach, teach_unet, teach_vae
 from distill.mini.judge import judge, share_followed
+from distill.models.architectures import ARCHITECTURES
 from distill.models.families import MINI_FAMILY
+
+BRIEF: Any = {"minutes": 0.02, "learning_rate": 1e-4, "batch": 4, "seed": 0}
+MINI_SD = ARCHITECTURES["mini-sd-1.5"]
 
 
 @pytest.fixture
@@ -25,7 +32,7 @@ def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_teacher_is_made_from_nothing(few_pictures: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teach, "judge", partial(judge, count=9, steps=1))
     shares = teach.teach_mini(
-        tmp_path, start=None, vae_steps=2, vae_whole_steps=1, minutes=0.02, learning_rate=1e-4, decoder_steps=1, seed=0
+        tmp_path, architecture="mini-sdxl", start=None, vae_steps=2, vae_whole_steps=1, decoder_steps=1, **BRIEF
     )
     assert shares.keys() == {*ATTRIBUTES, "all"}
     pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path)
@@ -33,6 +40,18 @@ def test_a_teacher_is_made_from_nothing(few_pictures: None, tmp_path: Path, monk
     with safe_open(tmp_path / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
         assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F16"}  # noqa: SIM118 (no mapping)
     assert not (tmp_path / "teach.state").exists()
+
+
+def test_another_family_begins_with_the_networks_that_it_shares(
+    few_pictures: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teach, "judge", partial(judge, count=3, steps=1))
+    begun = {"start": "mini:sdxl", "vae_steps": 0, "vae_whole_steps": 0, "decoder_steps": 0}
+    teach.teach_mini(tmp_path, architecture="mini-sd-1.5", **begun, **BRIEF)
+    pipe, ours = StableDiffusionPipeline.from_pretrained(tmp_path), load_component(MINI_TEACHERS, "vae", torch.float32)
+    assert all(torch.equal(pipe.vae.state_dict()[key], value) for key, value in ours.state_dict().items())
+    with pytest.raises(UserError, match=r"sd-1\.5 is of no mini family"):
+        teach.teach_mini(tmp_path / "no", architecture="sd-1.5", **begun, **BRIEF)
 
 
 def test_polishing_the_decoder_leaves_the_latents_alone(few_pictures: None, tmp_path: Path) -> None:
@@ -48,7 +67,7 @@ def test_a_killed_teacher_goes_on_where_it_was(
 ) -> None:
     """Killed in the midst of the second state's writing, with the first one whole."""
     monkeypatch.setattr(teach_unet, "_SAVE_EVERY", 0.0)
-    pipe = teach_unet.make_mini_pipeline(AutoencoderKL(**MINI_FAMILY.vae))
+    pipe = teach.make_mini_pipeline(MINI_SD, {})
     save, written = torch.save, []
 
     def save_once(state: dict, path: Path) -> None:
@@ -60,11 +79,11 @@ def test_a_killed_teacher_goes_on_where_it_was(
 
     monkeypatch.setattr(torch, "save", save_once)
     with pytest.raises(KeyboardInterrupt):
-        teach_unet.teach_unet(pipe, tmp_path, minutes=10, batch=4)
+        teach_unet.teach_unet(pipe, MINI_SD.family, tmp_path, minutes=10, batch=4)
     monkeypatch.setattr(torch, "save", save)
     assert written == [1] and not (tmp_path / "unet").exists()
-    other = teach_unet.make_mini_pipeline(pipe.vae)
-    teach_unet.teach_unet(other, tmp_path, minutes=0.02, batch=4)
+    other = teach.make_mini_pipeline(MINI_SD, {"vae": pipe.vae})
+    teach_unet.teach_unet(other, MINI_SD.family, tmp_path, minutes=0.02, batch=4)
     assert "going on at step 1" in capsys.readouterr().out
     assert (tmp_path / "unet").exists() and not (tmp_path / "teach.state").exists()
 

@@ -4,18 +4,22 @@ import pytest
 
 from distill.common.errors import UserError
 from distill.models.architectures import ARCHITECTURES, SSD_1B_DEPTH, Architecture, find_architecture
-from distill.models.catalogue import catalogue_row
+from distill.models.catalogue import catalogue_row, count_parameters, meta_unet
 from distill.models.depth import Depth
 from distill.models.families import FAMILIES
-from distill.models.resolution import Resolution
 
 PUBLISHED = [architecture for architecture in ARCHITECTURES.values() if architecture.parameters]
 
 
 @pytest.mark.parametrize("architecture", PUBLISHED, ids=lambda a: a.name)
 def test_parameter_counts_are_the_published_ones(architecture: Architecture) -> None:
-    row = catalogue_row(architecture)
-    assert (row.parameters, row.down, row.mid, row.up) == architecture.parameters
+    unet = meta_unet(architecture)
+    parts = [count_parameters(part) if part else 0 for part in (unet, unet.down_blocks, unet.mid_block, unet.up_blocks)]
+    assert tuple(parts) == architecture.parameters
+
+
+def test_two_names_of_one_unet() -> None:
+    assert find_architecture("bk-sdm-tiny") is find_architecture("tiny-sd")
 
 
 @pytest.mark.parametrize(("name", "tflop", "blocks"), [("sdxl", 13.52, 70), ("ssd-1b", 8.42, 34), ("vega", 5.65, 15)])
@@ -23,12 +27,6 @@ def test_compute_and_depth_agree_with_the_known_figures(name: str, tflop: float,
     row = catalogue_row(ARCHITECTURES[name])
     assert row.tflop_per_call == pytest.approx(tflop, rel=2e-3)
     assert row.transformer_blocks == blocks
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=lambda a: a.name)
-def test_depth_survives_text_and_config(architecture: Architecture) -> None:
-    assert Depth.parse(str(architecture.depth)) == architecture.depth
-    assert Depth.from_config(architecture.unet_config) == architecture.depth
 
 
 def test_depth_of_sdxls_own_config_json() -> None:
@@ -43,12 +41,6 @@ def test_a_depth_of_ones_own_is_an_architecture() -> None:
     assert find_architecture(str(SSD_1B_DEPTH)).depth == SSD_1B_DEPTH
 
 
-@pytest.mark.parametrize("text", ["4:0", "-/2,2/4,4:3:4,4,10/2,1,1/-", "-/2,2/4,0:0:4,4,10/2,1,1/-", "2/2/2:0:2/2/2"])
-def test_an_impossible_depth_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="depth"):
-        Depth.parse(text)
-
-
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"'veag'.*mini-vega.*ssd-1b.*did you mean 'vega'"):
         find_architecture("veag")
@@ -56,11 +48,5 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda f: f.name)
 def test_its_resolutions_fit_the_unet(family) -> None:
-    assert len(set(family.resolutions)) == len(family.resolutions) >= 5
+    assert len(set(family.resolutions)) == len(family.resolutions)
     assert all(r.width % family.size_multiple == 0 == r.height % family.size_multiple for r in family.resolutions)
-
-
-@pytest.mark.parametrize("text", ["1024", "x", "1024x", "axb", "-1x8"])
-def test_a_malformed_resolution_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="WIDTHxHEIGHT"):
-        Resolution.parse(text)

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from distill.checkpoints.random_weights import random_pipeline
 from distill.checkpoints.sources import load_component, load_pipeline
 from distill.common.errors import UserError
-from distill.models.conditioning import SD, SDXL, call_unet, conditioning_of, unet_input_names
+from distill.models.conditioning import SD, SDXL, Conditioning, call_unet, conditioning_of, unet_input_names
 from distill.models.families import MINI_FAMILY, SDXL_FAMILY, family_of
 from distill.models.resolution import NINE, Resolution, scaled_resolutions
 
@@ -41,6 +42,17 @@ def test_no_prompt_is_zeros_or_the_empty_caption_as_the_checkpoint_says(mini_veg
         encoded = SDXL.encode(pipe, [""])
         assert all(torch.equal(value, encoded[name]) for name, value in SDXL.unconditional(pipe).items())
     assert {name: tuple(value.shape[1:]) for name, value in encoded.items()} == MINI_FAMILY.text_shapes
+
+
+@pytest.mark.parametrize(("name", "conditioning"), [("mini-vega", SDXL), ("mini-sd-1.5", SD)])
+def test_captions_are_encoded_as_the_pipeline_does(name: str, conditioning: Conditioning) -> None:
+    pipe = random_pipeline(name, "cpu", torch.float32)
+    captions = ["a red circle", "", "a small ring " * 40]
+    with torch.no_grad():
+        encoded = conditioning.encode(pipe, captions)
+        theirs = pipe.encode_prompt(captions, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    assert torch.equal(encoded["encoder_hidden_states"], theirs[0])
+    assert conditioning is SD or torch.equal(encoded["text_embeds"], theirs[2])
 
 
 def test_sizes_go_to_the_unet_as_height_before_width() -> None:

@@ -4,7 +4,7 @@ import pytest
 from diffusers import UNet2DConditionModel
 
 from distill.common.errors import UserError
-from distill.models.architectures import Architecture
+from distill.models.architectures import ARCHITECTURES, Architecture
 from distill.models.catalogue import count_parameters, meta_unet
 from distill.models.depth import Depth
 from distill.models.families import MINI_FAMILY, SDXL_FAMILY
@@ -12,7 +12,10 @@ from distill.models.families import MINI_FAMILY, SDXL_FAMILY
 KOALA_1B, KOALA_700M = "-/2/6:6:6,6/2,2/-", "-/2/5:-:5,5/2,2/-"
 
 
-@pytest.mark.parametrize("text", ["-/2,2/10,10:10:10,10,10/2,2,2/-", "1/1/1/-:1:-/1,1/1,1/1,1", "1/1/1:-:1,1/1,1/1,1"])
+KNOWN = sorted({str(architecture.depth) for architecture in ARCHITECTURES.values()})
+
+
+@pytest.mark.parametrize("text", [*KNOWN, "1/1/1/-:1:-/1,1/1,1/1,1", "1/1/1:-:1,1/1,1/1,1"])
 def test_text_and_config_say_the_same(text: str) -> None:
     depth = Depth.parse(text)
     assert str(depth) == text

@@ -7,22 +7,31 @@ import pytest
 
 from distill.checkpoints.surgery import plan_surgery, unet_shapes
 from distill.common.errors import UserError
-from distill.models.architectures import SDXL_DEPTH, SSD_1B_DEPTH, VEGA_DEPTH
+from distill.models.architectures import (
+    ARCHITECTURES,
+    SDXL_DEPTH,
+    SSD_1B_DEPTH,
+    VEGA_DEPTH,
+    Architecture,
+    whole,
+)
 from distill.models.depth import Depth
-from distill.models.families import SDXL_FAMILY
 from distill.models.module_map import LayerMap, ModuleMap, make_module_map, read_layer_map
 
 LAST = "down_blocks.2.attentions.0"
 
 
-@pytest.mark.parametrize(
-    "depth", [SSD_1B_DEPTH, VEGA_DEPTH, *map(Depth.parse, ("-/2/6:6:6,6/2,2/-", "-/2/5:-:5,5/2,2/-"))], ids=str
-)
-def test_every_tensor_of_a_student_comes_from_one_of_the_teacher(depth: Depth) -> None:
-    teacher, student = (unet_shapes(one.applied(SDXL_FAMILY.unet)) for one in (SDXL_DEPTH, depth))
-    plan = plan_surgery(teacher, student, make_module_map("first", SDXL_DEPTH, depth))
-    assert set(plan.sources) == set(student)
-    assert len(set(plan.sources.values())) + len(plan.unused) == len(teacher)
+STUDENTS = [found for found in ARCHITECTURES.values() if found.parameters and found is not whole(found.family)]
+
+
+@pytest.mark.parametrize("student", STUDENTS, ids=lambda found: found.name)
+def test_every_tensor_of_a_student_comes_from_one_of_the_teacher(student: Architecture) -> None:
+    teacher = whole(student.family)
+    shapes = [unet_shapes(one.unet_config) for one in (teacher, student)]
+    plan = plan_surgery(*shapes, make_module_map("first", teacher.depth, student.depth))
+    assert set(plan.sources) == set(shapes[1])
+    assert set(plan.sources.values()).isdisjoint(plan.unused)
+    assert set(plan.sources.values()) | set(plan.unused) == set(shapes[0])
 
 
 def test_of_fewer_resnets_a_down_level_keeps_the_first_and_an_up_level_the_first_and_the_last() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.checkpoints.sources import MINI_TEACHER
+from distill.checkpoints.sources import MINI_TEACHERS
 from distill.common.errors import UserError
 from distill.mini.judge import READER
 from distill.studies.ablate import VARIANTS, make_recipe, run_ablation
@@ -18,7 +18,7 @@ HALF = "-/1,1/1,1:0:1,1,1/1,1,1/-"
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_takes_the_same_steps_to_the_same_student(name: str) -> None:
     recipe: Recipe = make_recipe(
-        name, VARIANTS[name], teacher=str(MINI_TEACHER), student="mini-vega", steps=400, seed=1
+        name, VARIANTS[name], teacher=str(MINI_TEACHERS["sdxl"]), student="mini-vega", steps=400, seed=1
     )
     assert sum(stage.steps for stage in recipe.stages) == 400 and recipe.stages[-1].student.architecture == "mini-vega"
     assert len(recipe.stages) == (3 if "progressive" in name else 1)

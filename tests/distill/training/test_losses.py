@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from distill.common.errors import UserError
-from distill.models.architectures import ARCHITECTURES, SDXL_DEPTH, SSD_1B_DEPTH
+from distill.models.architectures import ARCHITECTURES, SDXL_DEPTH, SSD_1B_DEPTH, Architecture, find_architecture, whole
+from distill.models.depth import Depth
+from distill.models.families import MINI_FAMILY, MINI_SD_FAMILY, Family
 from distill.models.module_map import make_module_map
-from distill.training.objectives.distill import feature_loss, feature_losses, min_snr_weight, prediction_loss
+from distill.training.memory import count_memory
+from distill.training.objectives import Distill
+from distill.training.objectives.distill import (
+    feature_loss,
+    feature_losses,
+    min_snr_weight,
+    prediction_loss,
+    task_target,
+)
 from distill.training.objectives.taps import LEVELS, FeatureRecorder, Tap, make_taps
+from distill.training.recipes import find_recipe
 
 
 def test_half_precision_errors_do_not_overflow() -> None:
@@ -30,6 +41,17 @@ def test_min_snr_weighs_as_its_equation_and_keeps_the_output_term() -> None:
     assert weight.tolist() == pytest.approx([5 / 99, 1.0, 1.0], rel=1e-4)
     pred, target = torch.zeros(3, 4, 2, 2), torch.ones(3, 4, 2, 2)
     assert prediction_loss(pred, target, weight).item() == pytest.approx(weight.mean().item())
+
+
+def test_a_teacher_of_velocities_is_taught_by_velocities() -> None:
+    scheduler = DDPMScheduler(prediction_type="v_prediction")
+    latents, noise, timestep = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0, 500, 999])
+    batch = {"sample": scheduler.add_noise(latents, noise, timestep), "noise": noise, "timestep": timestep}
+    target = task_target(batch, scheduler.alphas_cumprod, "v_prediction")
+    torch.testing.assert_close(target, scheduler.get_velocity(latents, noise, timestep), atol=1e-3, rtol=1e-3)
+    assert task_target(batch, scheduler.alphas_cumprod, "epsilon") is noise
+    weight = min_snr_weight(torch.tensor([0.99, 0.5]), torch.tensor([0, 1]), 5.0, "v_prediction")
+    assert weight.tolist() == pytest.approx([5 / 100, 0.5], rel=1e-4)  # arXiv 2303.09556: min(SNR, γ) / (SNR + 1)
 
 
 def test_the_teacher_gets_no_gradient() -> None:
@@ -87,6 +109,26 @@ def test_features_carry_gradients_with_and_without_checkpointing(level: str, che
     assert all(recorder.features[name] is feature for name, feature in before.items()), "backward recorded again"
 
 
-def test_hooks_on_a_module_that_does_not_exist_fail_at_once() -> None:
-    with pytest.raises(AttributeError):
-        FeatureRecorder(UNet2DConditionModel(**ARCHITECTURES["mini-vega"].unet_config), ["mid_block.attentions.0"])
+def _step_on_meta(depth: Depth, family: Family, objective: Distill) -> None:
+    """Taps of a student of this depth, on the step that is run on meta tensors to count its memory."""
+    teacher, student = whole(family), Architecture(name="student", family=family, depth=depth)
+    count_memory(teacher, student, objective, resolution=family.resolutions[0], micro_batch=1)
+
+
+@pytest.mark.parametrize("name", ["small-sd", "tiny-sd", "bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny", "koala-700m"])
+def test_published_taps_are_modules_of_both_nets_with_features_of_one_shape(name: str) -> None:
+    [stage] = find_recipe(name).stages
+    student = find_architecture(stage.student.architecture)
+    _step_on_meta(student.depth, {"sd-1": MINI_SD_FAMILY, "sdxl": MINI_FAMILY}[student.family.name], stage.objective)
+
+
+@pytest.mark.parametrize(
+    ("taps", "told"),
+    [
+        ({"mid_block": "mid_block"}, "there is no module 'mid_block' in UNet2DConditionModel of this depth"),
+        ({"up_blocks.0": "up_blocks.0"}, r"the student's up_blocks.0 gives features \(64, 8, 8\), the teacher's"),
+    ],
+)
+def test_taps_that_cannot_be_compared_are_refused(taps: dict[str, str], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        _step_on_meta(ARCHITECTURES["mini-tiny-sd"].depth, MINI_SD_FAMILY, Distill(taps=taps))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -21,8 +22,10 @@ from distill.training.objectives import Distill
 from distill.training.objectives.interface import Nets
 from distill.training.recipes import find_recipe
 from distill.training.step import predict
+from distill.training.student import Pruned
 
 TEACHER, STUDENT = ARCHITECTURES["mini-ssd-1b"], ARCHITECTURES["mini-vega"]
+WHOLE = Pruned(architecture="mini-vega")
 OBJECTIVE = Distill(level="layer", normalize=True)
 BASE = STUDENT.family.resolutions[0]
 
@@ -67,7 +70,7 @@ def _allocated_peak(teacher: Architecture, student: Architecture, batch: int, *,
 @pytest.mark.parametrize(("batch", "checkpointing"), [(2, False), (8, False), (8, True)])
 def test_the_plan_is_what_the_allocator_gives(batch: int, checkpointing: bool) -> None:
     use = count_memory(
-        TEACHER, STUDENT, OBJECTIVE, resolution=BASE, micro_batch=batch, gradient_checkpointing=checkpointing
+        TEACHER, WHOLE, OBJECTIVE, resolution=BASE, micro_batch=batch, gradient_checkpointing=checkpointing
     )
     real = _allocated_peak(TEACHER, STUDENT, batch, checkpointing=checkpointing)
     print(f"batch {batch}, checkpointing {checkpointing}: planned {use.gradients + use.work:,}, real {real:,} bytes")
@@ -78,24 +81,24 @@ def test_what_lies_still_is_counted_to_the_byte() -> None:
     with torch.device("meta"):
         parameters, of_teacher = (count_parameters(UNet2DConditionModel(**a.unet_config)) for a in (STUDENT, TEACHER))
     options = {"resolution": BASE, "micro_batch": 1, "half": torch.bfloat16, "ema": True}
-    use = count_memory(TEACHER, STUDENT, OBJECTIVE, gradients_stay=True, **options)
-    assert (use.teacher, use.student, use.ema) == (2 * of_teacher, 4 * parameters, 4 * parameters)
+    use = count_memory(TEACHER, WHOLE, OBJECTIVE, gradients_stay=True, **options)
+    assert (use.frozen, use.student, use.ema) == (2 * of_teacher, 4 * parameters, 4 * parameters)
     assert (use.optimizer, use.gradients) == (8 * parameters, 4 * parameters)
-    alone = count_memory(TEACHER, STUDENT, Distill(output=0, feature=0), **options)
-    assert alone.teacher == 0 and alone.work < use.work
-    shared = count_memory(TEACHER, STUDENT, OBJECTIVE, gradients_stay=True, shards=4, **options)
+    alone = count_memory(TEACHER, WHOLE, Distill(output=0, feature=0), **options)
+    assert alone.frozen == 0 and alone.work < use.work
+    shared = count_memory(TEACHER, WHOLE, OBJECTIVE, gradients_stay=True, shards=4, **options)
     assert shared.optimizer == 2 * parameters and use.work < shared.work < use.work + 4 * parameters
 
 
 def test_half_precision_and_checkpointing_save_activations() -> None:
     sizes = {"resolution": BASE, "micro_batch": 16}
-    full = count_memory(TEACHER, STUDENT, OBJECTIVE, **sizes)
-    assert count_memory(TEACHER, STUDENT, OBJECTIVE, half=torch.bfloat16, **sizes).work < 0.85 * full.work
-    assert count_memory(TEACHER, STUDENT, OBJECTIVE, gradient_checkpointing=True, **sizes).work < 0.6 * full.work
+    full = count_memory(TEACHER, WHOLE, OBJECTIVE, **sizes)
+    assert count_memory(TEACHER, WHOLE, OBJECTIVE, half=torch.bfloat16, **sizes).work < 0.85 * full.work
+    assert count_memory(TEACHER, WHOLE, OBJECTIVE, gradient_checkpointing=True, **sizes).work < 0.6 * full.work
 
 
 def test_whether_it_fits_is_said() -> None:
-    use = count_memory(TEACHER, STUDENT, OBJECTIVE, resolution=BASE, micro_batch=1)
+    use = count_memory(TEACHER, WHOLE, OBJECTIVE, resolution=BASE, micro_batch=1)
     lines = describe_memory({"small": use, "large": replace(use, work=10**11)}, "title", "a GPU", 24_000_000_000)
     assert lines[-2].startswith("small: fits a GPU, 24 GB") and lines[-1].startswith("large: does NOT fit")
 
@@ -108,7 +111,10 @@ def test_a_batch_that_cannot_be_shared_is_not_planned(processes: int, accumulati
 
 def test_full_size_is_planned_without_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     arguments = ["plan", "--recipe", "ssd-1b", "--processes", "8", "--accumulation", "4", "--memory-gb", "80"]
+    arguments += ["--text", "online"]
     monkeypatch.setattr("sys.argv", ["distill", *arguments])
     assert main() == 0
     told = capsys.readouterr().out
+    assert "captions encoded in each step (0.4% of its arithmetic)" in told
+    assert re.search(r"text encoders +1\.64 GB", told)  # 123 and 695 million parameters in two bytes each
     assert "plain: does NOT fit the GPU, 80 GB" in told and "gradient checkpointing: fits the GPU" in told

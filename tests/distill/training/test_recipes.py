@@ -9,14 +9,15 @@ from distill.__main__ import main
 from distill.common.errors import UserError
 from distill.models.architectures import ARCHITECTURES, SDXL_DEPTH, SSD_1B_DEPTH, find_architecture
 from distill.models.module_map import make_module_map
-from distill.training.recipes import RECIPES, find_recipe, stage_modules
+from distill.training.objectives import Consistency, GuidanceRange
+from distill.training.recipes import PREVIOUS, RECIPES, few_steps, find_recipe, stage_modules
 from distill.training.student import Pruned
 
 SHALLOW = "-/1,1/3,3:3:3,3,3/1,1,1/-"  # keeps three blocks of the middle
 INDICES = {"down_blocks.2.attentions.0": (0, 4, 9), "mid_block.attentions.0": (1, 2, 3)}
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name in ARCHITECTURES])
 def test_recipes_end_in_the_student_they_are_named_after(name: str) -> None:
     recipe = find_recipe(name)
     assert recipe.name == name and recipe.stages[-1].student.architecture == name
@@ -29,7 +30,39 @@ def test_published_figures_stand_in_the_published_recipes() -> None:
     assert recipe.batch_size == 32 * 4 and {stage.learning_rate for stage in recipe.stages} == {1e-5}
 
 
-@pytest.mark.parametrize("name", RECIPES)
+def test_the_few_step_recipes_have_the_published_figures_and_follow_what_they_are_named_after() -> None:
+    lcm = find_recipe("lcm-sdxl")
+    [stage] = lcm.stages
+    assert (lcm.batch_size, lcm.weight_decay, lcm.ema_decay, stage.steps) == (12, 0.0, None, 1000)
+    assert stage.objective == Consistency(guidance=GuidanceRange(low=3.0, high=15.0), target_decay=0.95)
+    assert (stage.learning_rate_at(500), stage.learning_rate_at(999)) == (1e-6, 1e-6)
+    rounds = find_recipe("halving-sdxl").stages[1:]
+    assert [(stage.objective.steps, stage.steps, stage.teacher) for stage in rounds] == [
+        (steps, 50_000, PREVIOUS) for steps in (32, 16, 8, 4)
+    ]
+    assert rounds[0].learning_rate_at(49_999) < 1e-9
+    for name, pruned in (("lcm-vega", "vega"), ("mini-lcm-vega", "mini-vega")):
+        assert find_recipe(name).stages[:-1] == find_recipe(pruned).stages
+        assert (find_recipe(name).stages[-1].teacher, find_recipe(name).batch_size) == (
+            PREVIOUS,
+            find_recipe(pruned).batch_size,
+        )
+    for name in few_steps.RECIPES:
+        assert find_recipe(name).name == name
+        assert find_recipe(name, student="mini-ssd-1b" if "mini" in name else "ssd-1b", layer_map="first").stages
+
+
+def test_the_students_of_sd_and_koala_are_taught_as_published() -> None:
+    small, tiny, base, koala = (
+        find_recipe(name).stages[0] for name in ("small-sd", "tiny-sd", "bk-sdm-base", "koala-700m")
+    )
+    assert [stage.objective.feature for stage in (small, tiny, base)] == [0.5, 0.5, 1.0]
+    assert tiny.objective.taps["down_blocks.2"] == "up_blocks.0" and "mid_block" not in base.objective.taps
+    assert (small.learning_rate_at(99_999), base.learning_rate_at(0)) == (pytest.approx(0, abs=1e-12), 5e-5)
+    assert (koala.steps, koala.objective.level) == (100_000, "self-attention")
+
+
+@pytest.mark.parametrize("name", ["ssd-1b", "vega", "mini-ssd-1b", "mini-vega"])
 def test_only_one_part_gets_shorter_at_a_time(name: str) -> None:
     depths = [find_architecture(stage.student.architecture).depth for stage in find_recipe(name).stages]
     begin = SDXL_DEPTH if "ssd" in name else SSD_1B_DEPTH
@@ -76,16 +109,19 @@ def test_a_student_or_layer_map_that_cannot_be_is_one_line(changes: dict, messag
 def test_a_recipe_printed_and_read_is_the_same_recipe(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By hand, and out of a student's slimxl.json; explicit indices too."""
+    """By hand, and out of a student's slimxl.json."""
     monkeypatch.setattr("sys.argv", ["distill", "recipe", name])
     assert main() == 0
     file = tmp_path / "mine.json"
     file.write_text(capsys.readouterr().out)
     recipe = find_recipe(name)
     assert find_recipe(str(file)) == recipe and find_recipe(str(file)).as_dict() == recipe.as_dict()
-    file.write_text(json.dumps({"key": "k", "recipe": find_recipe(name, layer_map="spread").as_dict()}))
-    assert find_recipe(str(file)) == find_recipe(name, layer_map="spread") != recipe
-    indices = {"down_blocks.2.attentions.0": (0, 4, 9)}
+    file.write_text(json.dumps({"key": "k", "recipe": recipe.as_dict()}))
+    assert find_recipe(str(file)) == recipe
+
+
+def test_explicit_indices_are_read_back(tmp_path: Path) -> None:
+    file, indices = tmp_path / "mine.json", {"down_blocks.2.attentions.0": (0, 4, 9)}
     by_hand = find_recipe("ssd-1b", student=SHALLOW, layer_map=indices)
     file.write_text(json.dumps(by_hand.as_dict()))
     assert find_recipe(str(file)) == by_hand
@@ -102,20 +138,27 @@ def test_a_recipe_printed_and_read_is_the_same_recipe(
         ({"ema_decay": "0.9"}, "no recipe: ema_decay: input should be a valid number"),
         (
             {"stages/objective/level": "blocks"},
-            "stages.0.objective.level: input should be 'block', 'sub-block', 'layer' or",
+            "stages.0.objective.distill.level: input should be 'block', 'sub-block', 'layer' or",
         ),
         ({"stages/learning_rate": float("nan")}, "stages.0.learning_rate: input should be a finite number"),
         ({"stages/learning_rate": float("inf")}, "stages.0.learning_rate: input should be a finite number"),
         ({"max_grad_norm": float("inf")}, "no recipe: max_grad_norm: input should be a finite number"),
         ({"stages/schedule/floor": 1.5}, "stages.0.schedule.floor: input should be less than or equal to 1"),
-        ({"stages/student/kind": "lora"}, "stages.0.student: input tag 'lora'"),
-        ({"stages/objective/kind": "lcm"}, "stages.0.objective.kind: input should be 'distill'"),
+        ({"stages/student/kind": "loha"}, "stages.0.student: input tag 'loha'"),
+        ({"stages/student": {"kind": "lora", "rank": 0}}, "lora.rank: input should be greater than 0"),
+        ({"stages/student": {"kind": "lora", "alpha": float("inf")}}, "lora.alpha: input should be a finite number"),
+        (
+            {"stages/student": {"kind": "lora"}, "stages/objective": {"kind": "consistency"}},
+            "stages.0: value error, a LoRA leaves its UNet as it is: no objective that widens it",
+        ),
+        ({"stages/student": {"kind": "lora"}}, "stage shorten-mid trains a LoRA, .* it must be the only stage"),
+        ({"stages/objective/kind": "lcm"}, "stages.0.objective: input tag 'lcm'"),
         ({"stages/student": 3}, "stages.0.student.pruned: input should be an object"),
         ({"stages/steps": 1.5}, "stages.0.steps: input should be a valid integer"),
         ({"stages/steps": 10**400}, "is beyond 64 bits"),
         (
             {"stages/objective/task": 0, "stages/objective/output": 0},
-            "stages.0.objective: value error, task or output must be above 0",
+            "stages.0.objective.distill: value error, task or output must be above 0",
         ),
         ({"stages/teachr": "mine"}, "stages.0.teachr: unexpected keyword argument"),
         ({"stages/student/architecture": "ssd1b"}, "did you mean 'ssd-1b'"),
@@ -152,7 +195,9 @@ def test_what_is_no_recipe_file(tmp_path: Path) -> None:
     file.write_text(json.dumps(find_recipe("vega").as_dict()))
     with pytest.raises(UserError, match="says its own student and layer_map: change it there"):
         find_recipe(str(file), student="vega", layer_map="first")
-    with pytest.raises(UserError, match=r"unknown recipe 'vegan': known are FILE\.json, mini.*did you mean 'vega'"):
+    with pytest.raises(UserError, match="the recipe vega-rt adapts its teacher as it is: it takes no student"):
+        find_recipe("vega-rt", student="vega")
+    with pytest.raises(UserError, match=r"unknown recipe 'vegan': known are FILE\.json, .*mini.*did you mean 'vega'"):
         find_recipe("vegan")
 
 

@@ -323,9 +323,8 @@ def test_a_teacher_of_another_depth_or_prediction_is_refused(
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"}))
     with pytest.raises(UserError, match=r"predicts 'v_prediction', the first, .* 'epsilon'"):
         check_successor(mini_vega, copy)
-    with pytest.raises(
-        UserError, match="stage whole: the teacher predicts 'v_prediction'; the objective 'distill' needs"
-    ):
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "sample"}))
+    with pytest.raises(UserError, match="stage whole: the teacher predicts 'sample'; the objective 'distill' needs"):
         train(short_recipe(copy), cache=cache, out=tmp_path / "out", workdir=tmp_path)
 
 

@@ -150,7 +150,6 @@ def test_damaged_bundle_is_not_served(toy_bundle: Path, tmp_path: Path) -> None:
     [
         ({"flavor": "tensorrt"}, "has no tensorrt engines"),
         ({"instances": 0}, "--instances is 0"),
-        ({"queue": -1}, "--queue is -1"),
     ],
 )
 def test_what_cannot_be_served(toy_bundle: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:

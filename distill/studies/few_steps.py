@@ -1,0 +1,162 @@
+"""What fewer steps cost on the mini family: how often pictures follow their captions, against what a picture takes.
+
+Compute is counted, not timed: the UNet's passes of a picture times its FLOP a pass (guidance takes two a step). A row that
+is there is kept, so the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.checkpoints.sampling import sampling_of
+from distill.checkpoints.sources import checkpoint_hash, find_architecture_of, find_family, resolve
+from distill.common.errors import UserError, require_between
+from distill.common.files import read_object, replacing, write_json
+from distill.common.ownership import require_our_files
+from distill.common.progress import say
+from distill.mini.judge import GUIDANCE_SCALE, READER, check_pictures, judge_checkpoint
+from distill.models.catalogue import catalogue_row
+
+NAME = "few-steps"
+WRITTEN = tuple(f"{NAME}.{kind}" for kind in ("json", "md", "svg"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One model, drawn in some steps at a guidance scale; `passes` are the UNet's, of one picture."""
+
+    name: str
+    folder: Path
+    steps: int
+    guidance_scale: float
+    passes: int
+
+
+def parse_point(text: str, workdir: Path) -> list[Point]:
+    """`NAME=MODEL@STEPS,…`: with its own guidance where the model knows it, else the judge's. Raises UserError."""
+    name, equals, rest = text.partition("=")
+    source, at, numbers = rest.rpartition("@")
+    counts = [int(number) if number.isdecimal() else 0 for number in numbers.split(",")]
+    if not (name and equals and source and at and all(counts)):
+        raise UserError(f"{text!r} is not of the form NAME=MODEL@STEPS,…, e.g. teacher=mini:sdxl@4,25")
+    folder = resolve(source, workdir)
+    sampling = sampling_of(folder)
+    points = []
+    for steps in counts:
+        require_between(1, 1000, steps=steps)
+        if sampling:
+            sampling.check(steps)
+        scale = GUIDANCE_SCALE if sampling is None or sampling.guidance_scale is None else sampling.guidance_scale
+        passes = steps if sampling and sampling.one_pass else 2 * steps
+        points.append(Point(name=name, folder=folder, steps=steps, guidance_scale=scale, passes=passes))
+    return points
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `count` pictures (Wilson, 1927)."""
+    z = 1.959964
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def compare_steps(points: Sequence[Point], results: Path, *, pictures: int) -> dict[str, Any]:
+    """Judges each point, and writes few-steps.json, .md and .svg into `results`. Raises UserError for bad input."""
+    for point in points:
+        check_pictures(pictures, point.steps, find_family(point.folder).resolutions)
+    path = results / f"{NAME}.json"
+    require_our_files(results, WRITTEN, f"{NAME}.json", ("rows", "settings"), "--results")
+    settings = {"pictures": pictures, "reader": READER}
+    known = read_object(path) if path.exists() else {}
+    held = {_key(row): row for row in known.get("rows", ())} if known.get("settings") == settings else {}
+    rows = []
+    recipes = {point.name: recipe for point in points if (recipe := _recipe(point.folder))}
+    for point in points:
+        row = _about(point)
+        if _key(row) in held:
+            row |= {name: held[_key(row)][name] for name in ("followed", "interval")}
+        else:
+            say(f"{point.name}: {pictures} pictures in {point.steps} steps")
+            row["followed"] = judge_checkpoint(point.folder, count=pictures, steps=point.steps)
+            row["interval"] = wilson(row["followed"]["all"], pictures)
+            held[_key(row)] = row
+        rows.append(row)
+        report = {"settings": settings, "rows": rows, "recipes": recipes}
+        write_json(path, report)
+    with replacing(results / f"{NAME}.md") as temporary:
+        temporary.write_text(table(report), encoding="utf-8")
+    _plot(report, results / f"{NAME}.svg")
+    return report
+
+
+def _about(point: Point) -> dict[str, Any]:
+    architecture = find_architecture_of(point.folder)
+    a_pass = catalogue_row(architecture).tflop_per_call / 2
+    return {
+        "name": point.name,
+        "hash": checkpoint_hash(point.folder),
+        "scheduler": read_object(point.folder / "scheduler" / "scheduler_config.json").get("_class_name"),
+        "architecture": architecture.name,
+        "steps": point.steps,
+        "guidance_scale": point.guidance_scale,
+        "passes": point.passes,
+        "gflop": 1000 * a_pass * point.passes,
+    }
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["hash"], row["scheduler"], row["steps"], row["guidance_scale"]
+
+
+def _recipe(folder: Path) -> Any:
+    """What a student was taught by; None where nobody says."""
+    path = folder / "slimxl.json"
+    return read_object(path).get("recipe") if path.is_file() else None
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Markdown: one row a model and number of steps; compute as a share of the first row's is its inverse speed-up."""
+    first, pictures = report["rows"][0], report["settings"]["pictures"]
+    lines = [
+        "| model | steps | UNet passes | GFLOP | less than the first | right in everything (95 %) |",
+        "|---|" + "---:|" * 5,
+    ]
+    for row in report["rows"]:
+        low, high = row["interval"]
+        right = f"{row['followed']['all']:.0%} ({low:.0%}–{high:.0%})"
+        less = f"{first['gflop'] / row['gflop']:.1f}×"
+        lines.append(f"| {row['name']} | {row['steps']} | {row['passes']} | {row['gflop']:.2f} | {less} | {right} |")
+    return "\n".join([*lines, "", f"{pictures} pictures of unseen captions each.", ""])
+
+
+def _plot(report: Mapping[str, Any], path: Path) -> None:
+    """A line a model: the share of right pictures with its interval, against compute."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name in dict.fromkeys(row["name"] for row in report["rows"]):
+        rows = sorted((row for row in report["rows"] if row["name"] == name), key=lambda row: row["gflop"])
+        shares = [row["followed"]["all"] for row in rows]
+        bars = [[share - row["interval"][0] for share, row in zip(shares, rows, strict=True)]]
+        bars.append([row["interval"][1] - share for share, row in zip(shares, rows, strict=True)])
+        axes.errorbar([row["gflop"] for row in rows], shares, yerr=bars, marker="o", capsize=3, label=name)
+        for row, share in zip(rows, shares, strict=True):
+            axes.annotate(
+                str(row["steps"]), (row["gflop"], share), textcoords="offset points", xytext=(4, 4), fontsize=8
+            )
+    axes.set(
+        xscale="log", xlabel="GFLOP of the UNet for a picture (numbers: steps)", ylabel="pictures right in everything"
+    )
+    axes.set_ylim(-0.02, 1.02)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    plt.close(figure)

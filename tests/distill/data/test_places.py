@@ -1,0 +1,115 @@
+"""A cache that is read over http from a server of this machine, whose connections break."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from aiohttp import web
+
+from distill.common.errors import UserError
+from distill.data.cache import LatentCache
+from distill.data.make_cache import make_cache
+from distill.data.places import open_place
+
+
+class Server:
+    """Serves a folder, ranges of bytes too. It answers the next `faults` of its requests for shards with a fault: a status,
+    or 0 for a connection that breaks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.faults: list[int] = []
+        self.sent: list[tuple[str, str]] = []
+        self.loop = asyncio.new_event_loop()
+        started = threading.Event()
+        self.thread = threading.Thread(target=self._run, args=(started,), daemon=True)
+        self.thread.start()
+        assert started.wait(10)
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        name = request.match_info["name"]
+        if name.startswith("shard") and request.method == "GET":
+            self.sent.append((name, request.headers.get("Range", "")))
+            if self.faults:
+                status = self.faults.pop(0)
+                if status:
+                    return web.Response(status=status)
+                assert request.transport is not None
+                request.transport.abort()
+        path = self.folder / name
+        return web.FileResponse(path) if path.is_file() else web.Response(status=404)
+
+    def _run(self, started: threading.Event) -> None:
+        asyncio.set_event_loop(self.loop)
+        application = web.Application()
+        application.router.add_route("GET", "/cache/{name}", self._answer)
+        runner = web.AppRunner(application)
+        self.loop.run_until_complete(runner.setup())
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        self.loop.run_until_complete(site.start())
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}/cache"
+        started.set()
+        self.loop.run_forever()
+        self.loop.run_until_complete(runner.cleanup())
+
+    def stop(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(10)
+
+
+@pytest.fixture
+def server(mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr("distill.data.make_cache.SAMPLES_PER_SHARD", 9)
+    monkeypatch.setattr("distill.data.places.WAITS_S", (0.0, 0.0, 0.0))
+    make_cache(mini_vega, "shapes:45", tmp_path / "cache")
+    server = Server(tmp_path / "cache")
+    yield server
+    server.stop()
+
+
+def test_a_cache_on_a_server_gives_the_batches_of_the_folder(server: Server, capsys) -> None:
+    here = LatentCache(server.folder, batch_size=4, seed=0)
+    there = LatentCache(server.url, batch_size=4, seed=0)
+    assert there.digest == here.digest and len(there) == 45
+    for step in range(3):
+        server.faults = [[], [503, 503], [0, 500]][step]
+        ours, theirs = there.batch(step, slice(1, 4)), here.batch(step, slice(1, 4))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert capsys.readouterr().out.count("trying again in") >= 2
+    assert all(asked.startswith("bytes=") for _, asked in server.sent), "the samples' own bytes, no whole shard"
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda server: server.faults.extend([503] * 99), r"cannot be had after 4 tries \(.*503"),
+        (lambda server: server.faults.append(403), r"cannot be had \(.*403.*see that this machine may read it"),
+        (lambda server: [path.unlink() for path in server.folder.glob("shard*")], "is not there"),
+        (lambda server: [p.write_bytes(bytes(p.stat().st_size)) for p in server.folder.glob("shard*")], "another than"),
+    ],
+)
+def test_a_shard_that_stays_away_or_has_changed_is_one_line(server: Server, harm, told: str) -> None:
+    there = LatentCache(server.url, batch_size=1, seed=0)
+    harm(server)
+    with pytest.raises(UserError, match=told) as refusal:
+        there.batch(0)
+    assert server.url in str(refusal.value) and "shard-" in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("nothing://x/y", "nothing://x/y cannot be read here: Protocol not known"),
+        ("http://127.0.0.1:9/cache", r"http://127.0.0.1:9/cache/cache.json cannot be had after 4 tries"),
+    ],
+)
+def test_a_place_that_is_none_is_one_line(place: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.data.places.WAITS_S", (0.0, 0.0, 0.0))
+    with pytest.raises(UserError, match=told):
+        LatentCache(place, batch_size=1, seed=0)
+    assert open_place("folder").sizes() == {}
