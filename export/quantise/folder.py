@@ -179,7 +179,7 @@ def _copy_rest(onnx: Path, out: Path, about: dict[str, Any]) -> None:
     """Every component but the UNet, tokenizers and scheduler. Copies share their blocks where the disk can; never hard
     links, which onnx refuses."""
     names = [name for name in COMPONENTS if name != "unet" and (onnx / name / "export.json").is_file()]
-    for stale in [name for name in COMPONENTS if name not in names and (out / name).is_dir()]:
+    for stale in [name for name in COMPONENTS if name not in (*names, "unet") and (out / name).is_dir()]:
         shutil.rmtree(out / stale)
     for name in names:
         with replacing(out / name) as temporary:

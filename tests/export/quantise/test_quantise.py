@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 
@@ -20,10 +21,9 @@ from distill.common.errors import UserError
 from distill.common.files import read_json
 from distill.models.resolution import Resolution
 from export.__main__ import main
-from export.checks.parity import cpu_session
 from export.checks.verify import verify_folder
 from export.components import COMPONENTS
-from export.graph.wrappers import TORCH_DTYPES, example, wrap
+from export.graph.wrappers import example, wrap
 from export.prompts import some_text
 from export.quantise import calibrate as room
 from export.quantise.calibrate import Drawing, calibrate
@@ -68,42 +68,37 @@ def quantised(
 def test_the_graph_rounds_as_torch_does_with_the_same_scales(
     precision: str, ranges_of: Callable[[str], tuple[Path, Path, Ranges]], tmp_path: Path
 ) -> None:
-    """Layers of one level only, since over a whole network each value that falls on the other side of a rounding makes
-    others fall, until the two share nothing but the network that both are near."""
-    folder, checkpoint, ranges = ranges_of(precision)
-    model, own = ir.load(folder / "unet" / "model.onnx"), PRECISIONS[precision]
-    block = "up_blocks.1.attentions.2.transformer_blocks.0"
-    names = [f"{block}.{part}" for part in ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_k", "ff.net.2")]
-    names.append("up_blocks.2.resnets.2.conv2")
-    layers = [layer for layer in find_layers(model.graph) if layer.name in names]
-    assert sorted(layer.name for layer in layers) == sorted(names)
-    scales = find_scales(layers, ranges, own, own.alpha, own.percentile)
-    write_pairs(model, layers, scales, own)
-    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
-    base = "fp32" if precision == "int8" else "fp16"
+    """Layers that do not follow one another, since each value that falls on the other side of one rounding makes others
+    fall in the next. ONNX Runtime has no fused kernels for fp8, so it takes the pairs as they are."""
+    folder, checkpoint, ranges = ranges_of("int8")
     config, text = read_json(folder / "unet" / "config.json"), some_text(checkpoint)
-    specs = COMPONENTS["unet"].inputs(config, Resolution(128, 128), 2, base)
+    specs = COMPONENTS["unet"].inputs(config, Resolution(128, 128), 2, "fp32")
     generator = torch.Generator().manual_seed(1)
-    inputs = [
-        text[spec.name][:2].to(getattr(torch, spec.dtype)) if spec.name in text else example(spec, config, generator)
-        for spec in specs
-    ]
+    inputs = [text[spec.name][:2] if spec.name in text else example(spec, config, generator) for spec in specs]
     feeds = {spec.name: value.numpy() for spec, value in zip(specs, inputs, strict=True)}
-    [got] = cpu_session(tmp_path / "model.onnx").run(None, feeds)
-    network: Any = wrap("unet", load_component(checkpoint, "unet", TORCH_DTYPES[base])).float()
-    floats = [value.float() for value in inputs]
+    network: Any = wrap("unet", load_component(checkpoint, "unet", torch.float32))
+    block, own = "up_blocks.1.attentions.2.transformer_blocks.0", PRECISIONS[precision]
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     with torch.no_grad():
-        [exact] = network(*floats)
-        with rounded(network.unet, scales, names, own):
-            [expected] = network(*floats)
-        [again] = network(*floats)
+        [exact] = network(*inputs)
+    for names in ([f"{block}.attn1.{part}" for part in ("to_q", "to_k", "to_v")], ["up_blocks.2.resnets.2.conv2"]):
+        model = ir.load(folder / "unet" / "model.onnx")
+        layers = [layer for layer in find_layers(model.graph) if layer.name in names]
+        assert sorted(layer.name for layer in layers) == sorted(names)
+        scales = find_scales(layers, ranges, own, own.alpha, own.percentile)
+        write_pairs(model, layers, scales, own)
+        ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
+        [got] = onnxruntime.InferenceSession(tmp_path / "model.onnx", options).run(None, feeds)
+        with torch.no_grad(), rounded(network.unet, scales, names, own):
+            [expected] = network(*inputs)
+        assert _off(got, expected) < _off(expected, exact) / 10
+    with torch.no_grad():
+        assert torch.equal(network(*inputs)[0], exact), "the network is as it was"
 
-    def off(one: Any, other: Any) -> float:
-        return float(np.linalg.norm(np.float64(one) - np.float64(other)) / np.linalg.norm(np.float64(other)))
 
-    lost = off(expected, exact)
-    assert off(again, exact) == 0 and lost > 1e-3
-    assert off(got, expected) < lost / (10 if precision == "int8" else 3)
+def _off(one: Any, other: Any) -> float:
+    return float(np.linalg.norm(np.float64(one) - np.float64(other)) / np.linalg.norm(np.float64(other)))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
