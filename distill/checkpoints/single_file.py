@@ -1,4 +1,4 @@
-"""A single-file SDXL checkpoint (Stability's LDM/SGM layout, as ZavyChromaXL and JuggernautXL ship) into a folder.
+"""A single-file checkpoint (Stability's LDM/SGM layout, as ZavyChromaXL, JuggernautXL and SD 1.5 ship) into a folder.
 
 diffusers' own `from_single_file(config=FOLDER)` does the same where memory holds the whole pipeline and a folder with
 the right configs and tokenizers is at hand. What it cannot do, and this does: read the depth from the file's own
@@ -6,8 +6,9 @@ tensors (SSD-1B, Vega, any student); take the same memory at any size, since byt
 hub for configs and tokenizers; refuse a file that lacks tensors, has others, or was trained on EDM's noise levels,
 where diffusers warns at most.
 
-The layout differs from diffusers' in names alone, but for the second text encoder: its query, key and value lie in one
-tensor, and its projection is transposed. Names as in diffusers' `scripts/convert_diffusers_to_original_sdxl.py`.
+The layout differs from diffusers' in names alone, but for an OpenCLIP text encoder: its query, key and value lie in one
+tensor, and its projection is transposed. Names as in diffusers' `scripts/convert_diffusers_to_original_sdxl.py`. Averaged
+copies of the weights (`model_ema.`) and whatever else no pipeline has are left out.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,53 @@ from distill.checkpoints.tensors import (
 )
 from distill.common.errors import UserError
 from distill.models.architectures import Architecture, architecture_at
-from distill.models.conditioning import SDXL
+from distill.models.conditioning import SD, SDXL, Conditioning, context_width
 from distill.models.depth import Depth
 from distill.models.families import FAMILIES
 
-PREFIXES = {
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "text_encoder": "conditioner.embedders.0.transformer.",
-    "text_encoder_2": "conditioner.embedders.1.model.",
-}
+UNET = "model.diffusion_model."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where the networks of a kind of checkpoint lie in its single file: folder -> start of the tensors' names.
+    `open_clip` is the text encoder that has OpenCLIP's own names, `unread` a pattern of its tensors that are not read."""
+
+    name: str
+    conditioning: Conditioning
+    encoders: Mapping[str, str]
+    open_clip: str | None
+    unread: str = "$."
+
+    @property
+    def prefixes(self) -> dict[str, str]:
+        return {"unet": UNET, "vae": "first_stage_model.", **self.encoders}
+
+
+LAYOUTS = (
+    Layout(
+        name="SDXL",
+        conditioning=SDXL,
+        encoders={
+            "text_encoder": "conditioner.embedders.0.transformer.",
+            "text_encoder_2": "conditioner.embedders.1.model.",
+        },
+        open_clip="text_encoder_2",
+    ),
+    Layout(
+        name="SD 1.x",
+        conditioning=SD,
+        encoders={"text_encoder": "cond_stage_model.transformer."},
+        open_clip=None,
+    ),
+    Layout(
+        name="SD 2.x",
+        conditioning=SD,
+        encoders={"text_encoder": "cond_stage_model.model."},
+        open_clip="text_encoder",
+        unread=r"transformer\.resblocks\.23\.|text_projection$",  # after the hidden state that the UNet reads
+    ),
+)
 PREDICTION_KEYS = ("modelspec.prediction_type", "prediction_type")
 """In a file's metadata: `epsilon` or `v` (https://github.com/Stability-AI/ModelSpec)."""
 CONSTANTS = ("position_ids", "logit_scale", "attn_mask")  # buffers that diffusers' networks do not keep
@@ -76,7 +114,7 @@ _OPEN_CLIP = (
 )
 
 
-def _unet_name(key: str) -> str:
+def _unet_name(key: str, depth: Depth) -> str:
     module, _, leaf = key.rpartition(".")
     if module in _UNET_ENDS:
         return f"{_UNET_ENDS[module]}.{leaf}"
@@ -84,18 +122,19 @@ def _unet_name(key: str) -> str:
         r"(down|mid|up)_blocks?\.(?:(\d)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d)\.(.*)", key
     )
     if not match:
-        raise ValueError(f"no SDXL UNet has a tensor {key}")
+        raise ValueError(f"no UNet has a tensor {key}")
     side, block, kind, index, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
     if kind == "resnets":
         part, _, leaf = rest.rpartition(".")
         rest = f"{_RESNET[part]}.{leaf}"
     if side == "mid":
         return f"middle_block.{2 * index if kind == 'resnets' else 1}.{rest}"
+    layers = len(depth.up[0])  # of an up level, and of a down level with its sampler
     if kind == "downsamplers":
-        return f"input_blocks.{3 * block + 3}.0.{rest.replace('conv', 'op')}"
+        return f"input_blocks.{layers * (block + 1)}.0.{rest.replace('conv', 'op')}"
     if kind == "upsamplers":
-        return f"output_blocks.{3 * block + 2}.2.{rest}"
-    first = 3 * block + index + (side == "down")
+        return f"output_blocks.{layers * (block + 1) - 1}.{1 + any(depth.up[block])}.{rest}"
+    first = layers * block + index + (side == "down")
     return f"{'input' if side == 'down' else 'output'}_blocks.{first}.{int(kind == 'attentions')}.{rest}"
 
 
@@ -117,42 +156,71 @@ def _open_clip_name(key: str) -> str:
     return key
 
 
-def find_single_file_architecture(records: Mapping[str, TensorRecord], path: Path) -> Architecture:
-    """The catalogue's architecture of a file, or a custom depth. Raises UserError, with the difference named, for a
-    file that is no whole SDXL checkpoint."""
-    missing = [name for name, prefix in PREFIXES.items() if not any(key.startswith(prefix) for key in records)]
-    if missing == ["vae"]:
+def find_layout(records: Mapping[str, TensorRecord], path: Path) -> Layout:
+    """Raises UserError, with what is missing named, for a file that is no whole checkpoint of any layout."""
+
+    def missing(layout: Layout) -> list[str]:
+        return [name for name, prefix in layout.prefixes.items() if not any(key.startswith(prefix) for key in records)]
+
+    layout = min(LAYOUTS, key=lambda layout: len(missing(layout)))
+    if missing(layout) == ["vae"]:
         raise UserError(
-            f"{path} has no VAE in it: add one with diffusers, StableDiffusionXLPipeline.from_single_file(FILE, vae="
+            f"{path} has no VAE in it: add one with diffusers, {layout.conditioning.pipeline}.from_single_file(FILE, vae="
             "AutoencoderKL.from_pretrained(VAE)).save_pretrained(FOLDER), and give the folder"
         )
-    if missing:
-        raise UserError(f"{path} is no SDXL single-file checkpoint: it has no {' and no '.join(missing)}")
-    unet = PREFIXES["unet"]
-    entries = (f"{unet}input_blocks.{place}.0.out_layers.3.weight" for place in (1, 4, 7))
-    widths = [records[entry].shape[0] for entry in entries if entry in records and records[entry].shape]
-    known = [family for family in FAMILIES.values() if family.conditioning is SDXL]
-    family = next((family for family in known if [*family.unet["block_out_channels"]] == widths), None)
-    if family is None:
+    if missing(layout):
         raise UserError(
-            f"{path}: its UNet's widths are {widths}, SDXL's [320, 640, 1280]; a single file does not say how many heads "
-            "others have: give a diffusers folder, whose config.json does"
+            f"{path} is no {layout.name} single-file checkpoint: it has no {' and no '.join(missing(layout))}"
         )
-    blocks = {match[1] for key in records if (match := re.match(rf"{unet}(.+?\.1\.transformer_blocks\.\d+)\.", key))}
+    return layout
+
+
+def find_single_file_architecture(records: Mapping[str, TensorRecord], path: Path) -> Architecture:
+    """The catalogue's architecture of a file, or a custom depth. Raises UserError, with the difference named, for a
+    file that is no whole checkpoint of a known family."""
+    layout = find_layout(records, path)
+
+    def number(place: str, axis: int) -> int | None:
+        record = records.get(f"{UNET}{place}.weight")
+        return record.shape[axis] if record and len(record.shape) > axis else None
+
+    samplers = [int(match[1]) for key in records if (match := re.match(rf"{UNET}input_blocks\.(\d+)\.0\.op\.w", key))]
+    if not samplers:
+        raise UserError(f"{path} is no {layout.name} checkpoint: its UNet has one level")
+    layers, levels = min(samplers), len(samplers) + 1  # the ResNets of a down level and its sampler
+    widths = [number(f"input_blocks.{layers * i + 1}.0.out_layers.3", 0) for i in range(levels)]
+    reads = next((key for key in records if key.startswith(UNET) and key.endswith(".attn2.to_k.weight")), "")
+    text = number(reads.removeprefix(UNET).removesuffix(".weight"), 1)
+    known = [family for family in FAMILIES.values() if family.conditioning is layout.conditioning]
+    family = next(
+        (
+            family
+            for family in known
+            if [*family.unet["block_out_channels"]][:levels] == widths and context_width(family.unet) == text
+        ),
+        None,
+    )
+    if family is None:
+        names = "; ".join(f"{f.name}'s {list(f.unet['block_out_channels'])}, {context_width(f.unet)}" for f in known)
+        raise UserError(
+            f"{path}: its UNet's widths are {widths} and its text's {text}, {names}; a single file does not say how many "
+            "heads others have: give a diffusers folder, whose config.json does"
+        )
+    blocks = {match[1] for key in records if (match := re.match(rf"{UNET}(.+?\.1\.transformer_blocks\.\d+)\.", key))}
 
     def depth(place: str) -> int:
         return sum(block.startswith(f"{place}.1.") for block in blocks)
 
     found = Depth(
-        down=tuple(tuple(depth(f"input_blocks.{3 * i + j}") for j in (1, 2)) for i in range(3)),
-        mid=depth("middle_block"),
-        up=tuple(tuple(depth(f"output_blocks.{3 * i + j}") for j in range(3)) for i in range(3)),
+        down=tuple(tuple(depth(f"input_blocks.{layers * i + j}") for j in range(1, layers)) for i in range(levels)),
+        mid=depth("middle_block") if any(key.startswith(f"{UNET}middle_block.") for key in records) else None,
+        up=tuple(tuple(depth(f"output_blocks.{layers * i + j}") for j in range(layers)) for i in range(levels)),
     )
     found.check()
     return architecture_at(family, found)
 
 
-def _text_encoder_2_tensor(key: str, take: Callable[[str], TensorRecord]) -> TensorRecord | MadeTensor:
+def _open_clip_tensor(key: str, take: Callable[[str], TensorRecord]) -> TensorRecord | MadeTensor:
     packed = re.fullmatch(r"(.*self_attn)\.([qkv])_proj\.(weight|bias)", key)
     if packed:
         return take(f"{_open_clip_name(packed[1] + '.')}in_proj_{packed[3]}").part("qkv".index(packed[2]), 3)
@@ -182,14 +250,17 @@ def read_single_file(
 ) -> tuple[Architecture, dict[str, dict[str, TensorRecord | MadeTensor]], dict[str, Any]]:
     """What `assemble` needs: the architecture, the tensors of each network, and in what its scheduler is not SDXL's.
 
-    Raises UserError for a file that is no whole SDXL checkpoint, lacks a tensor, has one of another shape or in a
-    format that is not read, or holds tensors that no network of SDXL has.
+    Raises UserError for a file that is no whole checkpoint, lacks a tensor, has one of another shape or in a format that
+    is not read, or holds tensors that no network of its kind has.
     """
     records = read_safetensors_header(path)
     scheduler = _scheduler_of(records, path)
-    architecture = find_single_file_architecture(records, path)
-    levels = len(architecture.family.vae["block_out_channels"])
-    names: dict[str, Callable[[str], str]] = {"unet": _unet_name, "vae": lambda key: _vae_name(key, levels)}
+    architecture, layout = find_single_file_architecture(records, path), find_layout(records, path)
+    levels, prefixes = len(architecture.family.vae["block_out_channels"]), layout.prefixes
+    names: dict[str, Callable[[str], str]] = {
+        "unet": lambda key: _unet_name(key, architecture.depth),
+        "vae": lambda key: _vae_name(key, levels),
+    }
     used: set[str] = set()
 
     def take(name: str) -> TensorRecord:
@@ -199,9 +270,9 @@ def read_single_file(
         return check_stored(name, records[name])
 
     def find(component: str, key: str) -> TensorRecord | MadeTensor:
-        prefix = PREFIXES[component]
-        if component == "text_encoder_2":
-            return _text_encoder_2_tensor(key, lambda name: take(prefix + name))
+        prefix = prefixes[component]
+        if component == layout.open_clip:
+            return _open_clip_tensor(key, lambda name: take(prefix + name))
         return take(prefix + names.get(component, str)(key))
 
     tensors: dict[str, dict[str, TensorRecord | MadeTensor]] = {}
@@ -210,11 +281,16 @@ def read_single_file(
         for key, shape in component_shapes(component, module).items():
             tensor = find(component, key)
             if math.prod(tensor.shape) != math.prod(shape):
-                raise UserError(f"{path}: {component} {key} has shape {list(tensor.shape)}, SDXL's is {list(shape)}")
+                raise UserError(
+                    f"{path}: {component} {key} has shape {list(tensor.shape)}, {layout.name}'s is {list(shape)}"
+                )
             tensors[component][key] = replace(tensor, shape=shape)
-    own = {key for key in records if key.startswith(tuple(PREFIXES.values())) and not key.endswith(CONSTANTS)}
-    if foreign := sorted(own - used):
-        raise UserError(f"{path} is no SDXL checkpoint: it has {len(foreign)} tensors too many, e.g. {foreign[0]}")
+    own = {key for key in records if key.startswith(tuple(prefixes.values())) and not key.endswith(CONSTANTS)}
+    unread = re.compile(re.escape(prefixes.get(layout.open_clip or "", "")) + f"(?:{layout.unread})")
+    if foreign := sorted(key for key in own - used if not unread.match(key)):
+        raise UserError(
+            f"{path} is no {layout.name} checkpoint: it has {len(foreign)} tensors too many, e.g. {foreign[0]}"
+        )
     return architecture, tensors, scheduler
 
 

@@ -4,7 +4,7 @@ org/name              a Hugging Face model id
 path/to/folder        a diffusers pipeline folder
 path/to/file.safetensors   a single-file checkpoint (as ZavyChromaXL and JuggernautXL ship)
 random:NAME           an architecture of the catalogue at its true size with random weights (nothing to download)
-mini:sdxl, mini:sd    the mini teachers that ship with the package
+mini:sdxl             the mini teacher that ships with the package
 """
 
 from __future__ import annotations
@@ -51,10 +51,7 @@ from distill.models.networks import network_class, stated_config
 if TYPE_CHECKING:
     import torch
 
-MINI_TEACHERS = {
-    "sdxl": Path(__file__).parents[1] / "mini" / "teacher",
-    "sd": Path(__file__).parents[1] / "mini" / "teacher_sd",
-}
+MINI_TEACHERS = {"sdxl": Path(__file__).parents[1] / "mini" / "teacher"}
 WORKDIR = Path("out/models")
 """The folder in which all rooms keep the checkpoints that `resolve` makes, unless another is given."""
 CONVERSION = 1
@@ -63,7 +60,7 @@ ON_HUB = {"segmind/SSD-1B": "ssd-1b", "segmind/Segmind-Vega": "vega"}
 """The architecture of checkpoints that recipes name, so that these are checked and planned before anything is fetched."""
 PART_CLASSES = {"diffusers": "EulerDiscreteScheduler", "transformers": "CLIPTokenizer"}
 """The usual class of the scheduler and of the tokenizers, by its library: an example for a message."""
-FORMS = "a Hugging Face id, a diffusers folder, a single .safetensors file, random:NAME, mini:sdxl or mini:sd"
+FORMS = "a Hugging Face id, a diffusers folder, a single .safetensors file, random:NAME or mini:sdxl"
 
 
 def read_config(folder: Path, component: str) -> dict[str, Any]:

@@ -40,8 +40,8 @@ def test_sds_cache_holds_one_encoders_text_and_the_encoding_of_no_words(sd: Path
     assert LatentCache(sd_cache, batch_size=2, seed=0).batch(0).keys() == {"latents", "encoder_hidden_states"}
 
 
-def recipe_of(name: str, teacher: Path | str, file: Path) -> str:
-    recipe = json.loads(json.dumps(find_recipe(name).as_dict()))
+def recipe_of(name: str, student: str, teacher: Path | str, file: Path) -> str:
+    recipe = json.loads(json.dumps(find_recipe(name, student=student).as_dict()))
     for stage in recipe["stages"]:
         stage["teacher"] = str(teacher)
     file.write_text(json.dumps(recipe))
@@ -67,9 +67,9 @@ def test_two_families_in_one_command_are_told_before_anything_is_loaded(
         "sd": sd,
         "sd_cache": sd_cache,
         "cache": cache,
-        "sd_student_of_sdxl": recipe_of("mini-tiny-sd", "mini:sdxl", tmp_path / "1.json"),
-        "sdxl_student_of_sd": recipe_of("mini-vega", sd, tmp_path / "2.json"),
-        "sd_student_of_sd": recipe_of("mini-tiny-sd", sd, tmp_path / "3.json"),
+        "sd_student_of_sdxl": recipe_of("tiny-sd", "mini-tiny-sd", "mini:sdxl", tmp_path / "1.json"),
+        "sdxl_student_of_sd": recipe_of("mini-vega", "mini-vega", sd, tmp_path / "2.json"),
+        "sd_student_of_sd": recipe_of("tiny-sd", "mini-tiny-sd", sd, tmp_path / "3.json"),
     }
     monkeypatch.setattr("sys.argv", ["distill", *command.format(**places).split()])
     monkeypatch.setattr("distill.checkpoints.sources.load_component", None)

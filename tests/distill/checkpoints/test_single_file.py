@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
 
 from distill.checkpoints.assemble import component_shapes, meta_components
 from distill.checkpoints.single_file import _unet_name
-from distill.checkpoints.sources import find_architecture_of, load_pipeline, read_config, resolve
+from distill.checkpoints.sources import find_architecture_of, load_pipeline, network_folders, read_config, resolve
 from distill.checkpoints.tensors import component_tensors, component_weights
 from distill.common.errors import UserError
 from distill.data.make_cache import make_cache
@@ -43,20 +43,25 @@ def renamed(tensors: dict[str, torch.Tensor], pairs: list[tuple[str, str]], pref
     return result
 
 
-def unet_to_ldm(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def unet_to_ldm(tensors: dict[str, torch.Tensor], depth: Depth) -> dict[str, torch.Tensor]:
+    layers, levels = len(depth.up[0]), len(depth.up)
     pairs = [("time_embed.0", "time_embedding.linear_1"), ("time_embed.2", "time_embedding.linear_2")]
     pairs += [("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_embedding.linear_2")]
     pairs += [("input_blocks.0.0", "conv_in"), ("out.0", "conv_norm_out"), ("out.2", "conv_out")]
-    places = [(f"input_blocks.{1 + 3 * i + j}", f"down_blocks.{i}", j) for i in range(3) for j in range(2)]
-    places += [(f"output_blocks.{3 * i + j}", f"up_blocks.{i}", j) for i in range(3) for j in range(3)]
+    places = [
+        (f"input_blocks.{1 + layers * i + j}", f"down_blocks.{i}", j) for i in range(levels) for j in range(layers - 1)
+    ]
+    places += [(f"output_blocks.{layers * i + j}", f"up_blocks.{i}", j) for i in range(levels) for j in range(layers)]
     for place, block, j in places:
         pairs += [(f"{place}.1", f"{block}.attentions.{j}")]
         pairs += [(f"{place}.0.{theirs}", f"{block}.resnets.{j}.{ours}") for theirs, ours in RESNET]
     for j, place in ((0, "middle_block.0"), (1, "middle_block.2")):
         pairs += [(f"{place}.{theirs}", f"mid_block.resnets.{j}.{ours}") for theirs, ours in RESNET]
     pairs += [("middle_block.1", "mid_block.attentions.0")]
-    pairs += [(f"input_blocks.{3 * i + 3}.0.op", f"down_blocks.{i}.downsamplers.0.conv") for i in range(2)]
-    pairs += [(f"output_blocks.{3 * i + 2}.2.conv", f"up_blocks.{i}.upsamplers.0.conv") for i in range(2)]
+    for i in range(levels - 1):
+        after = 2 if any(depth.up[i]) else 1  # the ResNet, and the transformer where there is one
+        pairs += [(f"input_blocks.{layers * (i + 1)}.0.op", f"down_blocks.{i}.downsamplers.0.conv")]
+        pairs += [(f"output_blocks.{layers * (i + 1) - 1}.{after}.conv", f"up_blocks.{i}.upsamplers.0.conv")]
     return renamed(tensors, pairs, "model.diffusion_model.")
 
 
@@ -86,8 +91,9 @@ def vae_to_ldm(tensors: dict[str, torch.Tensor], levels: int, layers: int) -> di
     return named | {key: named[key][:, :, None, None].contiguous() for key in is_square}
 
 
-def open_clip(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    result = {"logit_scale": torch.tensor(4.6), "text_projection": tensors["text_projection.weight"].T.contiguous()}
+def open_clip(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    projection = tensors.get("text_projection.weight", torch.eye(4))
+    result = {"logit_scale": torch.tensor(4.6), "text_projection": projection.T.contiguous()}
     result["positional_embedding"] = tensors["text_model.embeddings.position_embedding.weight"]
     result["token_embedding.weight"] = tensors["text_model.embeddings.token_embedding.weight"]
     for leaf in ("weight", "bias"):
@@ -101,26 +107,27 @@ def open_clip(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                 result[f"{theirs}.{place}.{leaf}"] = tensors[f"{ours}.{module}.{leaf}"]
             for place, module in (("c_fc", "fc1"), ("c_proj", "fc2")):
                 result[f"{theirs}.mlp.{place}.{leaf}"] = tensors[f"{ours}.mlp.{module}.{leaf}"]
-    return {f"conditioner.embedders.1.model.{key}": value for key, value in result.items()}
+    return {f"{prefix}{key}": value for key, value in result.items()}
 
 
 def ldm_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """A checkpoint folder in the single-file layout, with the extras that such files carry."""
-    loaded = {component: load_file(component_weights(folder / component)[0]) for component in NETWORKS}
+    loaded = {name: load_file(component_weights(folder / name)[0]) for name in network_folders(folder)}
     vae = read_config(folder, "vae")
-    clip = {f"conditioner.embedders.0.transformer.{key}": value for key, value in loaded["text_encoder"].items()}
+    unet = unet_to_ldm(loaded["unet"], find_architecture_of(folder).depth)
+    averaged = {f"model_ema.{key.removeprefix('model.').replace('.', '')}": 2 * value for key, value in unet.items()}
+    first = "conditioner.embedders.0.transformer." if "text_encoder_2" in loaded else "cond_stage_model.transformer."
+    clip = {f"{first}{key}": value for key, value in loaded["text_encoder"].items()}
+    if "text_encoder_2" in loaded:
+        clip |= open_clip(loaded["text_encoder_2"], "conditioner.embedders.1.model.")
     extras = {
-        "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": torch.arange(32)[None],
+        f"{first}text_model.embeddings.position_ids": torch.arange(32)[None],
         "alphas_cumprod": torch.linspace(1, 0, 1000),
         "model_ema.decay": torch.tensor(0.9999),
+        "model_ema.num_updates": torch.tensor(4),
     }
-    return (
-        unet_to_ldm(loaded["unet"])
-        | vae_to_ldm(loaded["vae"], len(vae["block_out_channels"]), vae["layers_per_block"])
-        | clip
-        | open_clip(loaded["text_encoder_2"])
-        | extras
-    )
+    coded = vae_to_ldm(loaded["vae"], len(vae["block_out_channels"]), vae["layers_per_block"])
+    return unet | averaged | coded | clip | extras
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +158,38 @@ def test_a_single_file_becomes_what_diffusers_makes_of_it(single_file: Path, min
     assert ours.tokenizer(prompt).input_ids == judge.tokenizer(prompt).input_ids
 
 
-@pytest.mark.parametrize("architecture", ["mini-vega", "mini-ssd-1b"])
+def test_an_sd_file_with_averaged_weights_beside_its_own_becomes_what_diffusers_makes_of_it(
+    workdir: Path, tmp_path: Path
+) -> None:
+    teacher = resolve("random:mini-sd-1.5", workdir)
+    save_file(ldm_tensors(teacher), tmp_path / "full.safetensors")
+    folder = resolve(str(tmp_path / "full.safetensors"), tmp_path)
+    judge = UNet2DConditionModel.from_single_file(
+        str(tmp_path / "full.safetensors"), config=str(teacher), subfolder="unet", local_files_only=True
+    ).state_dict()
+    assert judge.keys() == component_tensors(folder / "unet").keys()
+    for name in network_folders(teacher):
+        original, written = (load_file(component_weights(place / name)[0]) for place in (teacher, folder))
+        assert original.keys() == written.keys() and all(torch.equal(written[key], original[key]) for key in original)
+        assert name != "unet" or all(torch.equal(written[key], judge[key]) for key in judge)
+    assert find_architecture_of(folder).name == "mini-sd-1.5"
+
+
+def test_the_layers_after_what_sd_2_reads_are_left_out(workdir: Path, tmp_path: Path) -> None:
+    """A file of SD 2.x with the mini text encoder's three layers as OpenCLIP's 0, 1 and 2; it has a last one, 23."""
+    teacher = resolve("random:mini-sd-1.5", workdir)
+    tensors = {key: value for key, value in ldm_tensors(teacher).items() if not key.startswith("cond_stage_model.")}
+    clip = open_clip(load_file(component_weights(teacher / "text_encoder")[0]), "cond_stage_model.model.")
+    last = {key.replace("blocks.2.", "blocks.23."): value.clone() for key, value in clip.items() if "blocks.2." in key}
+    save_file(tensors | clip | last, tmp_path / "sd2.safetensors")
+    folder = resolve(str(tmp_path / "sd2.safetensors"), tmp_path)
+    original, written = (load_file(component_weights(p / "text_encoder")[0]) for p in (teacher, folder))
+    assert original.keys() == written.keys() and all(torch.equal(written[key], original[key]) for key in original)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["mini-vega", "mini-ssd-1b", "mini-koala-700m", "mini-small-sd", "mini-tiny-sd"]
+)
 def test_a_students_single_file_is_recognised_by_its_depth(architecture: str, workdir: Path, tmp_path: Path) -> None:
     save_file(ldm_tensors(resolve(f"random:{architecture}", workdir)), tmp_path / "student.safetensors")
     assert find_architecture_of(resolve(str(tmp_path / "student.safetensors"), tmp_path)).name == architecture
@@ -226,11 +264,12 @@ def test_a_prediction_type_in_the_files_metadata_is_believed(
     assert EulerDiscreteScheduler.from_pretrained(folder / "scheduler").config.prediction_type == meant
 
 
-@pytest.mark.parametrize("architecture", ["sdxl", "ssd-1b", "vega"])
+@pytest.mark.parametrize("architecture", ["sdxl", "ssd-1b", "vega", "koala-700m", "sd-1.5", "small-sd", "tiny-sd"])
 def test_at_full_size_every_name_is_the_inverses(architecture: str) -> None:
-    """The names alone, without weights: what diffusers' script calls each tensor of the three UNets."""
+    """The names alone, without weights: what diffusers' script calls each tensor, and its rule for other depths."""
     shapes = component_shapes("unet", meta_components(ARCHITECTURES[architecture])["unet"])
-    expected = unet_to_ldm(dict.fromkeys(shapes, torch.zeros(0)))
-    assert {f"model.diffusion_model.{_unet_name(key)}" for key in shapes} == expected.keys()
+    depth = ARCHITECTURES[architecture].depth
+    expected = unet_to_ldm(dict.fromkeys(shapes, torch.zeros(0)), depth)
+    assert {f"model.diffusion_model.{_unet_name(key, depth)}" for key in shapes} == expected.keys()
     assert len(expected) == len(shapes)
-    assert Depth.from_config(ARCHITECTURES[architecture].unet_config) == ARCHITECTURES[architecture].depth
+    assert Depth.from_config(ARCHITECTURES[architecture].unet_config) == depth
