@@ -10,12 +10,15 @@ from bench.floor.peaks import PEAKS
 from bench.floor.predict import SQUARE, Check, Known, Prediction, predict, published_known
 from bench.report.elements.formatting import by_size, long_seconds, percent, signed_percent, title_of
 from bench.report.elements.tables import Cell, Column, Table, make_table, measured
-from bench.report.runtimes import MODELS, model_of
+from bench.report.runtimes import model_of
 from bench.results import ContestantRecord, Results
 
 STEPS = 30
 RUNTIME = "TensorRT"
 MEASURED = "measured by slimxl"
+
+MODELS = ("sdxl", "ssd-1b", "vega")
+"""Those of which figures are published; only they are predicted."""
 
 
 def measured_latencies(all_results: list[Results]) -> list[Known]:
@@ -36,11 +39,13 @@ def measured_latencies(all_results: list[Results]) -> list[Known]:
                 record = results.contestant(row.contestant)
                 model, runtime = model_of(record), runtime_class(record)
                 sound = not (row.refused or record.failed_guard)
-                if model is None or row.floor_ms is None or not sound or load["guidance_scale"] <= 1:
+                if row.floor_ms is None or not sound or load["guidance_scale"] <= 1:
                     continue
-                one = Known(gpu, model, load["steps"], runtime, row.total_ms.value, row.floor_ms, MEASURED)
+                if model is None or model.name not in MODELS:
+                    continue
+                one = Known(gpu, model.name, load["steps"], runtime, row.total_ms.value, row.floor_ms, MEASURED)
                 one = replace(one, resolution=load["resolution"], batch=load["batch"])
-                known.setdefault((gpu, model, runtime, one.steps, one.resolution, one.batch), one)
+                known.setdefault((gpu, model.name, runtime, one.steps, one.resolution, one.batch), one)
     return list(known.values())
 
 

@@ -24,18 +24,20 @@ from bench.report.elements.tables import Cell, Column, Table, make_table, measur
 from bench.report.latency import speedup_cell, total_cell
 from bench.results import CellRecord, ContestantRecord, Results, Row
 from bench.workload import Workload
-from distill.models.architectures import ARCHITECTURES
+from distill.models.architectures import ARCHITECTURES, CLAIMED_SPEEDUPS, Architecture, whole
 from distill.models.resolution import Resolution
 
-MODELS = ("sdxl", "ssd-1b", "vega")
-CLAIMS = {"ssd-1b": 1.6, "vega": 2.0}
-"""How many times as fast as SDXL their makers say they are: "up to 60 %" and "100 %" faster."""
+
+def model_of(record: ContestantRecord) -> Architecture | None:
+    """The architecture of published size with as many UNet parameters."""
+    known = (one for one in ARCHITECTURES.values() if one.parameters and one.parameters[0] == record.parameters)
+    return next(known, None)
 
 
-def model_of(record: ContestantRecord) -> str | None:
-    """The full-size architecture with as many UNet parameters."""
-    published = {name: ARCHITECTURES[name].parameters for name in MODELS}
-    return next((name for name, counts in published.items() if counts and record.parameters == counts[0]), None)
+def _claim(smaller: ContestantRecord, base: ContestantRecord) -> float | None:
+    """The speed-up that the makers of `smaller` claim, where `base` is what they claim it against."""
+    model = model_of(smaller)
+    return CLAIMED_SPEEDUPS.get(model.name) if model and model_of(base) == whole(model.family) else None
 
 
 def _gain(baseline: Row, other: Row) -> Estimate | None:
@@ -170,7 +172,7 @@ def _limits_of(results: Results, cell: CellRecord) -> Iterator[tuple[ContestantR
                 cell=cell.name,
                 speedup=gain,
                 limit=_flops(largest, cell) / _flops(record, cell),
-                claim=CLAIMS.get(model_of(record) or "") if model_of(largest) == "sdxl" else None,
+                claim=_claim(record, largest),
             )
             yield record, largest, limit
 

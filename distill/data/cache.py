@@ -24,7 +24,6 @@ from distill.checkpoints.sources import component_weights, find_family, network_
 from distill.checkpoints.tensors import read_metadata
 from distill.common.errors import UserError
 from distill.common.files import read_object, sha256_file_once, sha256_json
-from distill.common.files import seed_of as seed_of  # noqa: PLC0414  # step.py and stage.py take it from here
 from distill.data.cache_index import DTYPES, INDEX, Bucket, read_index
 from distill.data.order import BatchOrder
 from distill.data.places import open_place

@@ -68,8 +68,8 @@ def judge(
 
 
 def judge_checkpoint(folder: Path, *, count: int, steps: int | None = None) -> dict[str, float]:
-    """`judge` of a mini checkpoint, at the sizes of its family, under its own guidance and in its own steps, if it knows
-    them and is not told otherwise; else in 25 under 5. Raises UserError for more steps than it has."""
+    """`judge` of a mini checkpoint at its family's sizes, in its own steps under its own guidance where it knows them and is
+    not told otherwise, else in 25 under 5. Raises UserError for more steps than it has."""
     sampling = sampling_of(folder) or Sampling()
     called = {"num_inference_steps": 25, "guidance_scale": GUIDANCE_SCALE} | sampling.call_arguments
     steps = called["num_inference_steps"] if steps is None else steps

@@ -17,9 +17,11 @@ from distill.models.families import MINI_FAMILY, MINI_SD_FAMILY, SD_1_FAMILY, SD
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A family at a depth. `parameters` is the UNet's (total, down, mid, up) as published; None for a custom depth."""
+    """A family at a depth. `title` is the name as its makers write it, `parameters` is the UNet's (total, down, mid,
+    up) as published; empty and None for a custom depth."""
 
     name: str
+    title: str = ""
     family: Family
     depth: Depth
     parameters: tuple[int, int, int, int] | None = None
@@ -46,35 +48,44 @@ BK_SMALL_DEPTH = Depth.parse("1/1/1/-:-:-/1,1/1,1/1,1")
 BK_TINY_DEPTH = Depth.parse("1/1/1:-:1,1/1,1/1,1")
 """BK-SDM's three (arXiv 2305.15798); Segmind's Small-SD has the first."""
 
-_TABLE: tuple[tuple[str, Family, Depth, tuple[int, int, int, int] | None], ...] = (
-    ("sdxl", SDXL_FAMILY, SDXL_DEPTH, (2_567_463_684, 822_941_760, 413_117_440, 1_324_084_480)),
-    ("ssd-1b", SDXL_FAMILY, SSD_1B_DEPTH, (1_331_334_404, 405_871_680, 31_138_560, 887_004_160)),
-    ("vega", SDXL_FAMILY, VEGA_DEPTH, (745_225_604, 246_838_080, 31_138_560, 459_928_960)),
-    ("koala-1b", SDXL_FAMILY, KOALA_1B_DEPTH, (1_161_184_324, 270_656_000, 274_094_080, 609_114_240)),
-    ("koala-700m", SDXL_FAMILY, KOALA_700M_DEPTH, (782_822_724, 235_900_160, 0, 539_602_560)),
-    ("sd-1.5", SD_1_FAMILY, SD_DEPTH, (859_520_964, 249_612_480, 97_038_080, 510_795_840)),
-    ("small-sd", SD_1_FAMILY, BK_BASE_DEPTH, (579_384_964, 130_388_160, 97_038_080, 349_884_160)),
-    ("bk-sdm-small", SD_1_FAMILY, BK_SMALL_DEPTH, (482_346_884, 130_388_160, 0, 349_884_160)),
-    ("tiny-sd", SD_1_FAMILY, BK_TINY_DEPTH, (323_384_964, 84_502_720, 0, 236_807_680)),
-    ("sd-2.1-base", SD_2_FAMILY, SD_DEPTH, (865_910_724, 251_906_240, 97_693_440, 514_236_480)),
-    ("bk-sdm-v2-base", SD_2_FAMILY, BK_BASE_DEPTH, (583_480_964, 131_535_040, 97_693_440, 352_177_920)),
-    ("bk-sdm-v2-small", SD_2_FAMILY, BK_SMALL_DEPTH, (485_787_524, 131_535_040, 0, 352_177_920)),
-    ("bk-sdm-v2-tiny", SD_2_FAMILY, BK_TINY_DEPTH, (326_825_604, 85_649_600, 0, 239_101_440)),
-    ("mini-sdxl", MINI_FAMILY, SDXL_DEPTH, None),
-    ("mini-ssd-1b", MINI_FAMILY, SSD_1B_DEPTH, None),
-    ("mini-vega", MINI_FAMILY, VEGA_DEPTH, None),
-    ("mini-koala-1b", MINI_FAMILY, KOALA_1B_DEPTH, None),
-    ("mini-koala-700m", MINI_FAMILY, KOALA_700M_DEPTH, None),
-    ("mini-sd-1.5", MINI_SD_FAMILY, SD_DEPTH, None),
-    ("mini-small-sd", MINI_SD_FAMILY, BK_BASE_DEPTH, None),
-    ("mini-tiny-sd", MINI_SD_FAMILY, BK_TINY_DEPTH, None),
+_TABLE: tuple[tuple[str, str, Family, Depth, tuple[int, int, int, int] | None], ...] = (
+    ("sdxl", "SDXL", SDXL_FAMILY, SDXL_DEPTH, (2_567_463_684, 822_941_760, 413_117_440, 1_324_084_480)),
+    ("ssd-1b", "SSD-1B", SDXL_FAMILY, SSD_1B_DEPTH, (1_331_334_404, 405_871_680, 31_138_560, 887_004_160)),
+    ("vega", "Vega", SDXL_FAMILY, VEGA_DEPTH, (745_225_604, 246_838_080, 31_138_560, 459_928_960)),
+    ("koala-1b", "KOALA-1B", SDXL_FAMILY, KOALA_1B_DEPTH, (1_161_184_324, 270_656_000, 274_094_080, 609_114_240)),
+    ("koala-700m", "KOALA-700M", SDXL_FAMILY, KOALA_700M_DEPTH, (782_822_724, 235_900_160, 0, 539_602_560)),
+    ("sd-1.5", "SD 1.5", SD_1_FAMILY, SD_DEPTH, (859_520_964, 249_612_480, 97_038_080, 510_795_840)),
+    ("small-sd", "Small-SD", SD_1_FAMILY, BK_BASE_DEPTH, (579_384_964, 130_388_160, 97_038_080, 349_884_160)),
+    ("bk-sdm-small", "BK-SDM-Small", SD_1_FAMILY, BK_SMALL_DEPTH, (482_346_884, 130_388_160, 0, 349_884_160)),
+    ("tiny-sd", "Tiny-SD", SD_1_FAMILY, BK_TINY_DEPTH, (323_384_964, 84_502_720, 0, 236_807_680)),
+    ("sd-2.1-base", "SD 2.1 base", SD_2_FAMILY, SD_DEPTH, (865_910_724, 251_906_240, 97_693_440, 514_236_480)),
+    (
+        "bk-sdm-v2-base",
+        "BK-SDM-v2-Base",
+        SD_2_FAMILY,
+        BK_BASE_DEPTH,
+        (583_480_964, 131_535_040, 97_693_440, 352_177_920),
+    ),
+    ("bk-sdm-v2-small", "BK-SDM-v2-Small", SD_2_FAMILY, BK_SMALL_DEPTH, (485_787_524, 131_535_040, 0, 352_177_920)),
+    ("bk-sdm-v2-tiny", "BK-SDM-v2-Tiny", SD_2_FAMILY, BK_TINY_DEPTH, (326_825_604, 85_649_600, 0, 239_101_440)),
+    ("mini-sdxl", "mini SDXL", MINI_FAMILY, SDXL_DEPTH, None),
+    ("mini-ssd-1b", "mini SSD-1B", MINI_FAMILY, SSD_1B_DEPTH, None),
+    ("mini-vega", "mini Vega", MINI_FAMILY, VEGA_DEPTH, None),
+    ("mini-koala-1b", "mini KOALA-1B", MINI_FAMILY, KOALA_1B_DEPTH, None),
+    ("mini-koala-700m", "mini KOALA-700M", MINI_FAMILY, KOALA_700M_DEPTH, None),
+    ("mini-sd-1.5", "mini SD 1.5", MINI_SD_FAMILY, SD_DEPTH, None),
+    ("mini-small-sd", "mini Small-SD", MINI_SD_FAMILY, BK_BASE_DEPTH, None),
+    ("mini-tiny-sd", "mini Tiny-SD", MINI_SD_FAMILY, BK_TINY_DEPTH, None),
 )
 ARCHITECTURES = {
-    name: Architecture(name=name, family=family, depth=depth, parameters=parameters)
-    for name, family, depth, parameters in _TABLE
+    name: Architecture(name=name, title=title, family=family, depth=depth, parameters=parameters)
+    for name, title, family, depth, parameters in _TABLE
 }
 ALIASES = {"bk-sdm-base": "small-sd", "bk-sdm-tiny": "tiny-sd"}
 """Two names of one UNet."""
+CLAIMED_SPEEDUPS = {"ssd-1b": 1.6, "vega": 2.0}
+"""How many times as fast as their family's whole model their makers say they are: "up to 60 %" and "100 %" faster (arXiv
+2401.02677)."""
 
 
 def architecture_at(family: Family, depth: Depth) -> Architecture:

@@ -19,8 +19,9 @@ from distill.checkpoints.sampling import sampling_of
 from distill.checkpoints.sources import load_component, prediction_type_of
 from distill.common.ahead import Awaited, ahead
 from distill.common.errors import UserError
+from distill.common.files import seed_of
 from distill.common.progress import say, track
-from distill.data.cache import LatentCache, seed_of
+from distill.data.cache import LatentCache
 from distill.models.module_map import ModuleMap
 from distill.training.accelerator import COMPUTE_DTYPE, decided_by_first, trained_parameters
 from distill.training.guard import DivergenceGuard

@@ -18,8 +18,7 @@ from diffusers import UNet2DConditionModel
 from torch.distributed.tensor import DTensor
 
 from distill.common.errors import UserError
-from distill.common.files import read_json
-from distill.data.cache import seed_of
+from distill.common.files import read_json, seed_of
 from distill.models.conditioning import call_unet
 from distill.models.module_map import ModuleMap
 from distill.training.accelerator import make_optimizer, shard

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bench.measure.stats import Estimate
 from distill.common.files import size_text
+from distill.models.architectures import ARCHITECTURES
 
 STAGE_NAMES = {
     "prepare": "prepare",
@@ -95,9 +96,6 @@ def by_size(resolution: str) -> str:
 
 def title_of(name: str) -> str:
     """A contestant's name as a heading: known models as their makers write them."""
-    known = {"sdxl": "SDXL", "ssd-1b": "SSD-1B", "vega": "Vega", "teacher": "Teacher"}
     head, space, tail = name.partition(" ")
-    family, dash, rest = head.partition("-")
-    if family == "mini" and dash:
-        return f"mini {known.get(rest.lower(), rest)}{space}{tail}"
-    return known.get(head.lower(), head) + space + tail
+    known = ARCHITECTURES.get(head.lower())
+    return (known.title if known else "Teacher" if head == "teacher" else head) + space + tail
