@@ -8,15 +8,19 @@ OUT ?= out
 MODEL ?=
 BUNDLE ?=
 FLAVOR ?= tensorrt-rtx
+PRECISION ?= fp16
 ifeq ($(FLAVOR),tensorrt)  # builds on the GPU at hand only
 GPUS ?= auto
+endif
+ifeq ($(PRECISION),fp8)  # which an A100 has not
+GPUS ?= rtx4090
 endif
 GPUS ?= a100,rtx4090
 LAYOUT ?=
 LAYOUTS ?= per-resolution shared ranged
 RESOLUTIONS ?= all
 BATCHES ?= 1
-PRECISION ?= fp16
+PROMPTS ?=
 ADDRESS ?=
 CONCURRENCY ?=
 MINUTES ?=
@@ -25,8 +29,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MINI := mini-sdxl mini-ssd-1b mini-vega
+EIGHT_BITS = $(filter int8 fp8,$(PRECISION))
+BASE = $(if $(EIGHT_BITS),$(if $(filter onnxruntime,$(FLAVOR)),fp32,fp16),$(PRECISION))
 NAME = $(subst /,--,$(subst :,-,$(patsubst %.safetensors,%,$(MODEL))))
 FOLDER = $(NAME)$(patsubst %,-%,$(filter-out fp16,$(PRECISION)))
+BASE_FOLDER = $(NAME)$(patsubst %,-%,$(filter-out fp16,$(BASE)))
 
 NEED_MODEL = test -n "$(MODEL)" || { echo "error: MODEL is not set; e.g. MODEL=random:vega, a Hugging Face id, a folder, a .safetensors file" >&2; exit 2; }
 
@@ -68,9 +75,10 @@ bundle-%: $(READY)
 	$(BIN)/python -m export onnx --model $(call CHECKPOINT,$*) --precision fp32 --out $(OUT)/onnx/$*-fp32
 	$(BIN)/python -m engines build --onnx $(OUT)/onnx/$*-fp32 --out $(OUT)/bundles/$* --flavor onnxruntime --replace
 
-onnx: $(READY)  ## the ONNX folder of MODEL (PRECISION)
+onnx: $(READY)  ## the ONNX folder of MODEL (PRECISION, PROMPTS to calibrate on)
 	@$(NEED_MODEL)
-	$(BIN)/python -m export onnx --model $(MODEL) --precision $(PRECISION) --out $(OUT)/onnx/$(FOLDER)
+	$(BIN)/python -m export onnx --model $(MODEL) --precision $(BASE) --out $(OUT)/onnx/$(BASE_FOLDER)
+	$(if $(EIGHT_BITS),$(BIN)/python -m export quantise --onnx $(OUT)/onnx/$(BASE_FOLDER) --model $(MODEL) --precision $(PRECISION) $(if $(PROMPTS),--prompts $(PROMPTS)) --out $(OUT)/onnx/$(FOLDER))
 
 engines: $(READY)  ## engines of MODEL for GPUS (FLAVOR, LAYOUT, RESOLUTIONS, BATCHES, PRECISION)
 	@$(NEED_MODEL)

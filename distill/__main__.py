@@ -14,7 +14,16 @@ import tyro
 from distill.checkpoints.sources import WORKDIR
 from distill.common.errors import UserError, exit_on_user_error, require_above, require_least
 from distill.data.samples import SmallPictures, Text
-from distill.training.options import Accumulation, BenchOptions, Fsdp, Optimizer, Precision, TrainOptions, Workdir
+from distill.training.options import (
+    Accumulation,
+    BenchOptions,
+    Fsdp,
+    GradientCheckpointing,
+    Optimizer,
+    Precision,
+    TrainOptions,
+    Workdir,
+)
 
 app = tyro.extras.SubcommandApp()
 
@@ -218,6 +227,38 @@ def plan(
     )
     device = ("the GPU", int(memory_gb * 1e9)) if memory_gb else device_memory()
     print("\n".join(describe_memory(uses, title, *device)))
+
+
+@app.command
+def budget(
+    *,
+    recipe: str,
+    samples: int = 20_000_000,
+    gpus: tuple[int, ...] = (1, 8, 64),
+    text: Text = "cached",
+    gradient_checkpointing: GradientCheckpointing = True,
+    peak_tflops: float = 312.0,
+    share_of_peak: float = 0.38,
+) -> None:
+    """Predict bytes of cache, hours and GPU-hours of a recipe, from its counted arithmetic; nothing is measured.
+
+    Args:
+        recipe: A recipe's name, as ssd-1b (an unknown one is answered with all), or a .json file.
+        samples: Pictures of the data set.
+        gpus: How many GPUs share the work, a line for each.
+        text: As the cache is made.
+        peak_tflops: Of a GPU, in half precision with fp32 accumulation; if not given, an A100's.
+        share_of_peak: What is reached of it; if not given, what diffusers reaches with SSD-1B on an A100, as published.
+    """
+    from distill.studies.budget import count_budget, describe_budget
+    from distill.training.recipes import find_recipe, peek_teacher
+
+    require_least(1, samples=samples)
+    chosen = find_recipe(recipe)
+    counted = count_budget(chosen, peek_teacher(chosen), samples, text=text, checkpointing=gradient_checkpointing)
+    title = f"{chosen.name} on {samples:,} pictures, text {text}"
+    lines = describe_budget(counted, title, gpus, peak_tflops=peak_tflops, share_of_peak=share_of_peak)
+    print("\n".join(lines))
 
 
 @app.command

@@ -17,7 +17,7 @@ from distill.common.errors import UserError
 from distill.common.files import write_json
 from distill.common.validation import first_fault
 from distill.models.conditioning import conditioning_named
-from engines.choices import FlavorName, Guidance, Layout
+from engines.choices import FlavorName, Guidance, Layout, Precision
 from engines.gpus import GPUS, version_tuple
 from export.components import COMPONENTS
 
@@ -163,7 +163,7 @@ class Engine(_Record):
     """What the profiles of a UNet were made for; None for other components."""
     gpus: list[str]
     compute_capabilities: list[Capability]
-    precision: Literal["fp16", "fp32", "bf16"]
+    precision: Precision
     resolutions: list[ResolutionText] = Field(min_length=1)
     batches: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
     profiles: list[Profile] = Field(min_length=1)

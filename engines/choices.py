@@ -8,3 +8,6 @@ FlavorName = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
 Layout = Literal["per-resolution", "shared", "ranged"]
 Guidance = Literal["always", "never", "any"]
 """Whether a UNet is called with guidance (2 latents for each image), without (1), or either way."""
+Precision = Literal["fp16", "fp32", "bf16", "int8", "fp8"]
+EIGHT_BITS = ("int8", "fp8")
+"""Precisions of a UNet whose other components stay as they are."""

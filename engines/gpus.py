@@ -32,6 +32,8 @@ GPUS = {
         Gpu(name="rtx5090", title="NVIDIA GeForce RTX 5090", compute_capability="12.0"),
     )
 }
+LEAST_CAPABILITY = {"int8": "7.5", "fp8": "8.9"}
+"""The oldest compute capability with arithmetic of this precision; others run on all that a flavor targets."""
 PORTABLE = ("8.6", "8.9", "12.0")
 """What `rtx` stands for: the generations of RTX 3090, 4090 and 5090, in one plan."""
 
@@ -129,6 +131,21 @@ def resolve_targets(names: list[str], flavor: str, supported: frozenset[str] | N
         gpus = tuple(dict.fromkeys(gpu for capability in capabilities for gpu in wanted[capability]))
         return [Target(gpus=gpus, compute_capabilities=tuple(capabilities))]
     return [Target(gpus=tuple(dict.fromkeys(wanted[c])), compute_capabilities=(c,)) for c in capabilities]
+
+
+def require_arithmetic(precision: str, targets: list[Target]) -> None:
+    """Raises UserError where a GPU among the targets has no arithmetic of this precision."""
+    least = LEAST_CAPABILITY.get(precision, "0")
+    for target in targets:
+        for capability in target.compute_capabilities:
+            if version_tuple(capability) < version_tuple(least):
+                others = (
+                    "; for this GPU take int8: python -m export quantise --precision int8" if precision == "fp8" else ""
+                )
+                raise UserError(
+                    f"{precision} needs compute capability {least} or later, {', '.join(target.gpus)} includes one of "
+                    f"{capability}: leave that GPU out{others}"
+                )
 
 
 def _expand(name: str) -> list[tuple[str, str]]:

@@ -90,11 +90,18 @@ class OnnxComponent:
 
     @property
     def precision(self) -> str:
-        """Of the weights, which is the type of what comes out."""
+        """The type of what goes in and comes out."""
         names = {"float16": "fp16", "float32": "fp32"}
         if self.outputs[0].dtype not in names:
             raise UserError(f"{self.model} computes in {self.outputs[0].dtype}: engines are built from fp16 or fp32")
         return names[self.outputs[0].dtype]
+
+    @cached_property
+    def weights_precision(self) -> str:
+        """Of what is computed: the same, or int8 or fp8 where `export quantise` made the graph."""
+        about = self.folder / "export.json"
+        quantised = read_json(about).get("quantised") if about.is_file() else None
+        return str(quantised["precision"]) if quantised else self.precision
 
     @cached_property
     def node_count(self) -> int:

@@ -12,7 +12,7 @@ from distill.common.errors import UserError
 from distill.common.files import read_json
 from distill.models.conditioning import conditioning_named
 from engines.bundle import Engine, read_manifest, rebuild_command
-from engines.choices import Layout
+from engines.choices import Layout, Precision
 from engines.flavors import LoadOptions
 from engines.integrity import checked_path, unnamed_files
 from engines.onnx_folder import OnnxComponent, weights_for
@@ -28,6 +28,7 @@ def load(
     *,
     device: str | None = None,
     layout: Layout | None = None,
+    precision: Precision | None = None,
     cuda_graphs: bool = True,
     specialization: Literal["eager", "lazy", "none"] | None = None,
     runtime_cache: str | Path | None = None,
@@ -38,6 +39,7 @@ def load(
 
     device: "cpu" or "cuda[:n]"; None is the flavor's own.
     layout: which to load where the bundle has several.
+    precision: of the UNet where the bundle has several: by default fp16, not int8 or fp8.
     cuda_graphs, specialization, runtime_cache: for TensorRT only; `runtime_cache` is a folder, by default in the bundle.
     weights: an ONNX folder of the same architecture, for plans built with --refit or --strip.
 
@@ -58,7 +60,7 @@ def load(
     manifest = read_manifest(bundle)
     backend = choose_flavor(manifest, flavor, device)
     chosen_device = device or backend.default_device()
-    selected = select_engines(manifest, backend, chosen_device, layout, weights is not None)
+    selected = select_engines(manifest, backend, chosen_device, layout, weights is not None, precision)
     chosen = [engine for engines in selected.values() for engine in engines]
     if chosen_device == "cuda":  # the current GPU, which was checked; another thread may have another
         chosen_device = f"cuda:{torch.cuda.current_device()}"

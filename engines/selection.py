@@ -6,6 +6,7 @@ from distill.common.errors import UserError
 from distill.models.conditioning import conditioning_named
 from engines.building.layouts import DEFAULT_LAYOUTS
 from engines.bundle import Engine, Manifest
+from engines.choices import EIGHT_BITS
 from engines.flavors import FLAVORS, Flavor, find_flavor
 from export.components import required_components
 
@@ -37,13 +38,18 @@ def choose_flavor(manifest: Manifest, flavor: str | None, device: str | None = N
 
 
 def select_engines(
-    manifest: Manifest, flavor: Flavor, device: str, layout: str | None = None, with_weights: bool = False
+    manifest: Manifest,
+    flavor: Flavor,
+    device: str,
+    layout: str | None = None,
+    with_weights: bool = False,
+    precision: str | None = None,
 ) -> dict[str, list[Engine]]:
     """The engines to load for each component, of those of this flavor that fit the device.
 
-    `layout`: only the UNet must have it. By default the layout that serves most sizes is taken, and of several the flavor's
-    own default. With weights (of another ONNX folder) engines built with --refit are preferred, without weights those that
-    were not built with --strip.
+    `precision`: of the UNet; by default not in 8 bits, where there is another. `layout`: only the UNet must have it; by
+    default the layout that serves most sizes is taken, and of several the flavor's own default. With weights (of another
+    ONNX folder) engines built with --refit are preferred, without weights those that were not built with --strip.
 
     Raises UserError where a component has no engine, or none that fits GPU, driver and version. No file is opened.
     """
@@ -65,7 +71,23 @@ def select_engines(
             f"the bundle has no {flavor.name} engine for {', '.join(missing)}; build it with: python -m engines build "
             f"--onnx ONNX --out BUNDLE --flavor {flavor.name} --components {','.join(missing)}"
         )
+    selected["unet"] = _of_precision(selected["unet"], precision)
     return {name: _select_layout(engines, flavor.name, layout, with_weights) for name, engines in selected.items()}
+
+
+def _of_precision(engines: list[Engine], precision: str | None) -> list[Engine]:
+    """The UNet's engines of one precision. By default what is not in 8 bits, else what was built first: it is quicker only
+    where somebody has measured it so. Raises UserError where there is none of the one asked for."""
+    found = list(dict.fromkeys(engine.precision for engine in engines))
+    if precision is not None and precision not in found:
+        raise UserError(
+            f"the bundle's unet is in {', '.join(found)}, not in {precision}; add it with: python -m export quantise "
+            f"--precision {precision} …, then python -m engines build --onnx ONNX --out BUNDLE"
+        )
+    if precision is None and not any(one in EIGHT_BITS for one in found):
+        return engines
+    chosen = precision or min(found, key=EIGHT_BITS.__contains__)
+    return [engine for engine in engines if engine.precision == chosen]
 
 
 def _select_layout(engines: list[Engine], flavor: str, layout: str | None, with_weights: bool) -> list[Engine]:

@@ -142,7 +142,7 @@ def _plot(report: Mapping[str, Any], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name in dict.fromkeys(row["name"] for row in report["rows"]):
-        rows = [row for row in report["rows"] if row["name"] == name]
+        rows = sorted((row for row in report["rows"] if row["name"] == name), key=lambda row: row["gflop"])
         shares = [row["followed"]["all"] for row in rows]
         bars = [[share - row["interval"][0] for share, row in zip(shares, rows, strict=True)]]
         bars.append([row["interval"][1] - share for share, row in zip(shares, rows, strict=True)])

@@ -148,7 +148,7 @@ def _build_one(job: Job, out: Path, budget_bytes: int, progress: BuildProgress) 
         guidance=job.guidance,
         gpus=list(job.target.gpus),
         compute_capabilities=list(job.target.compute_capabilities),
-        precision=job.component.precision,  # type: ignore[arg-type]
+        precision=job.component.weights_precision,  # type: ignore[arg-type]
         resolutions=job.resolutions,
         batches=job.batches,
         profiles=job.profiles,

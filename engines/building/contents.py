@@ -12,7 +12,8 @@ from distill.common.files import exclusive, remove_leftovers, replacing, sha256_
 from distill.common.ownership import require_apart, require_our_folder
 from engines.building.jobs import ENGINE_NAME, Job
 from engines.bundle import MANIFEST, Engine, FileRecord, Manifest, Source, read_manifest
-from engines.onnx_folder import BUILD_ORDER, OnnxFolder
+from engines.choices import EIGHT_BITS
+from engines.onnx_folder import BUILD_ORDER, OnnxComponent, OnnxFolder
 
 LOCK = ".lock"
 TIMING_CACHE = ".timing-cache"
@@ -72,16 +73,25 @@ def with_engine(manifest: Manifest, engine: Engine) -> Manifest:
 
 
 def without_superseded(engines: list[Engine], jobs: list[Job], out: Path) -> list[Engine]:
-    """The engines without those built from an older export of a component in `jobs`, and those whose files are gone."""
-    latest = {(job.component.name, job.flavor): job.component.current_sha256 for job in jobs}
-    weights = {(job.component.name, job.flavor): job.component.weights_sha256 for job in jobs}
+    """The engines without those built from an older export of a component in `jobs`, and those whose files are gone. A
+    UNet in 8 bits stands beside one in 16 and supersedes none but those of its own precision."""
+    latest = {_slot(job.component.name, job.flavor, job.component.weights_precision): job.component for job in jobs}
     return [
         engine
         for engine in engines
-        if engine.onnx_sha256 in latest.get(slot := (engine.component, engine.flavor), {engine.onnx_sha256})
-        and weights.get(slot, engine.weights_sha256) == engine.weights_sha256
+        if _is_latest(engine, latest.get(_slot(engine.component, engine.flavor, engine.precision)))
         and all((out / file.path).is_file() for file in engine.files)
     ]
+
+
+def _slot(component: str, flavor: str, precision: str) -> tuple[str, str, str]:
+    return component, flavor, precision if precision in EIGHT_BITS else ""
+
+
+def _is_latest(engine: Engine, component: OnnxComponent | None) -> bool:
+    return component is None or (
+        engine.onnx_sha256 in component.current_sha256 and engine.weights_sha256 == component.weights_sha256
+    )
 
 
 def with_pipeline_files(manifest: Manifest, folder: OnnxFolder, out: Path) -> Manifest:

@@ -13,7 +13,7 @@ from engines.building.layouts import DEFAULT_LAYOUTS, make_profiles
 from engines.bundle import Options, Profile
 from engines.choices import Guidance, Layout
 from engines.flavors import Flavor, find_flavor
-from engines.gpus import Target, resolve_targets
+from engines.gpus import Target, require_arithmetic, resolve_targets
 from engines.onnx_folder import OPTIONAL, OnnxComponent, OnnxFolder
 from export.components import TEXT_ENCODERS
 from export.folder import check_files
@@ -144,6 +144,8 @@ def list_jobs(
         backend.check_build(target.compute_capabilities, options or {})
     jobs = []
     names = _components(folder, components)
+    for name in names:
+        require_arithmetic(folder.components[name].weights_precision, targets)
     check_files(folder.root, names, beside=True)
     for name in names:
         component = folder.components[name]

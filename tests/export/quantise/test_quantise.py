@@ -1,0 +1,232 @@
+"""A UNet in 8 bits: the graph computes what torch computes with the same rounding, and bad input changes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+from distill.checkpoints.sources import load_component
+from distill.common.errors import UserError
+from distill.common.files import read_json
+from distill.models.resolution import Resolution
+from export.__main__ import main
+from export.checks.parity import cpu_session
+from export.checks.verify import verify_folder
+from export.components import COMPONENTS
+from export.graph.wrappers import example, wrap
+from export.prompts import some_text
+from export.quantise import calibrate as room
+from export.quantise.calibrate import Drawing, calibrate
+from export.quantise.fake import rounded
+from export.quantise.folder import QuantiseOptions, check_source, find_ranges, prepare_source, quantise_folder
+from export.quantise.layers import PRECISIONS, find_layers, is_kept
+from export.quantise.ranges import Ranges, percentiles_of, write_ranges
+from export.quantise.scales import find_scales
+
+DRAWING = Drawing(prompts=("a", "b", "c", "d"), resolutions=(Resolution(128, 128), Resolution(96, 160)), steps=2)
+FOLDERS = {"int8": "onnx_fp32", "fp8": "onnx_fp16"}
+
+
+@pytest.fixture(scope="session")
+def ranges_of(
+    mini_vega: Path, workdir: Path, onnx_fp32: Path, onnx_fp16: Path
+) -> Callable[[str], tuple[Path, Path, Ranges]]:
+    """The folder, the checkpoint and the ranges for a precision."""
+
+    def find(precision: str) -> tuple[Path, Path, Ranges]:
+        folder = onnx_fp32 if precision == "int8" else onnx_fp16
+        record = json.loads((folder / "unet" / "export.json").read_text())
+        return folder, mini_vega, find_ranges(mini_vega, record, DRAWING, workdir, "cpu")
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def quantised(
+    ranges_of: Callable[[str], tuple[Path, Path, Ranges]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    found = {}
+    for precision in PRECISIONS:
+        folder, checkpoint, ranges = ranges_of(precision)
+        found[precision] = tmp_path_factory.mktemp("quantised") / precision
+        quantise_folder(folder, found[precision], checkpoint, ranges, QuantiseOptions(precision=precision))
+    return found
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_graph_rounds_as_torch_does_with_the_same_scales(
+    precision: str, quantised: dict[str, Path], ranges_of: Callable[[str], tuple[Path, Path, Ranges]]
+) -> None:
+    """Ten times nearer than the float network is: where a rounding falls on the other side, it differs by a step."""
+    folder, checkpoint, ranges = ranges_of(precision)
+    layers = find_layers(ir.load(folder / "unet" / "model.onnx").graph)
+    own, recipe = PRECISIONS[precision], QuantiseOptions(precision=precision).recipe
+    scales = find_scales(layers, ranges, own, recipe["alpha"], recipe["percentile"])
+    base = "fp32" if precision == "int8" else "fp16"
+    config = read_json(folder / "unet" / "config.json")
+    text = some_text(checkpoint)
+    specs = COMPONENTS["unet"].inputs(config, Resolution(128, 128), 2, base)
+    generator = torch.Generator().manual_seed(1)
+    inputs = [
+        text[spec.name][:2].to(getattr(torch, spec.dtype)) if spec.name in text else example(spec, config, generator)
+        for spec in specs
+    ]
+    feeds = {spec.name: value.numpy() for spec, value in zip(specs, inputs, strict=True)}
+    [got] = cpu_session(quantised[precision] / "unet" / "model.onnx").run(None, feeds)
+    network = wrap("unet", load_component(checkpoint, "unet", torch.float16 if base == "fp16" else torch.float32))
+    network.float()
+    floats = [value.float() for value in inputs]
+    with torch.no_grad():
+        [exact] = network(*floats)
+        with rounded(network.unet, scales, [layer.name for layer in layers], own):  # type: ignore[arg-type]
+            [expected] = network(*floats)
+        [again] = network(*floats)
+
+    def off(one: Any, other: Any) -> float:
+        return float(np.linalg.norm(np.float64(one) - np.float64(other)) / np.linalg.norm(np.float64(other)))
+
+    assert off(again, exact) == 0
+    lost = off(expected, exact)
+    assert 1e-3 < lost < 0.15
+    assert off(got, expected) < lost / (10 if precision == "int8" else 2)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_folder_is_as_any_other(
+    precision: str, quantised: dict[str, Path], ranges_of: Callable[[str], tuple[Path, Path, Ranges]]
+) -> None:
+    out = quantised[precision]
+    folder, checkpoint, ranges = ranges_of(precision)
+    results = verify_folder(out, checkpoint, components=["unet"], sizes=[Resolution(224, 96)])
+    assert [row.precision for row in results["unet"]] == [precision] and all(row.passed for row in results["unet"])
+    for name in ("vae_decoder/model.onnx.data", "tokenizer/vocab.json"):
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
+        assert (out / name).stat().st_nlink == 1
+    before, after = (read_json(one / "unet" / "export.json") for one in (folder, out))
+    assert after["quantised"]["precision"] == precision and after["precision"] == before["precision"]
+    data = "model.onnx.data"
+    assert after["bytes"][data] < before["bytes"][data] * (0.45 if before["precision"] == "fp32" else 0.7)
+    said: list[str] = []
+    quantise_folder(folder, out, checkpoint, ranges, QuantiseOptions(precision=precision), progress=said.append)
+    assert said == [f"unet: {precision}, up to date"]
+
+
+def test_what_stays_in_half_precision(quantised: dict[str, Path]) -> None:
+    graph = onnx.load(quantised["int8"] / "unet" / "model.onnx", load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    for kept in ("conv_in", "conv_out", "time_embedding.linear_1", "down_blocks.1.attentions.0.proj_out"):
+        assert is_kept(kept) and f"unet.{kept}.weight" in weights
+    low = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    assert not is_kept(low) and f"unet.{low}.weight_int8" in weights and f"unet.{low}.weight" not in weights
+    inputs = [node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert len(inputs) == len(set(inputs)), "q, k and v round their common input once"
+
+
+def test_an_interrupted_calibration_goes_on_and_a_finished_one_draws_nothing(
+    mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = calibrate(mini_vega, "0" * 64, DRAWING, tmp_path / "whole")
+    save = room.Watch.save
+
+    def killed(watch: room.Watch, path: Path, done: int) -> None:
+        save(watch, path, done)
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(room.Watch, "save", killed)
+        calibrate(mini_vega, "0" * 64, DRAWING, tmp_path / "parts")
+    assert calibrate(mini_vega, "0" * 64, DRAWING, tmp_path / "parts") == whole
+    monkeypatch.setattr(room, "load_pipeline", lambda *_: pytest.fail("drawn again"))
+    assert calibrate(mini_vega, "0" * 64, DRAWING, tmp_path / "parts") == whole
+    assert [path.suffix for path in (tmp_path / "parts").glob("ranges*")] == [".json"]
+
+
+def test_percentiles_are_read_from_a_histogram_of_octaves() -> None:
+    rng = np.random.default_rng(0)
+    values = np.abs(rng.standard_normal(1_000_000)) * 3
+    bins = ((np.log2(np.maximum(values, 2.0**-24)) + 24) * 32).astype(int)
+    found = percentiles_of(np.bincount(bins, minlength=1280), float(values.max()))
+    exact = [np.percentile(values, one) for one in (99.0, 99.9, 99.99)]
+    assert np.allclose(found[:3], exact, rtol=0.03) and found[-1] == values.max() and sorted(found) == found
+
+
+def _change(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / "unet" / "export.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def test_bad_input_is_told_before_anything_is_written(
+    ranges_of: Callable[[str], tuple[Path, Path, Ranges]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, checkpoint, ranges = ranges_of("int8")
+    out, few, spoilt, other = (tmp_path / name for name in ("out", "few.txt", "nan.json", "other.json"))
+    few.write_text("one\ntwo\n")
+    layer = next(iter(ranges.layers))
+    write_ranges(spoilt, ranges)
+    text = json.loads(spoilt.read_text())
+    text["layers"][layer]["percentiles"][0] = -1.0
+    spoilt.write_text(json.dumps(text))
+    write_ranges(other, replace(ranges, unet_sha256="1" * 64))
+    for words, message in (
+        (["--prompts", str(few)], "2 prompt(s) are wanted of 2"),
+        (["--count", "3"], "the least is 4"),
+        (["--prompts", str(tmp_path / "none.txt")], "is no file"),
+        (["--ranges", str(spoilt)], f"the range of {layer} has a number that is none"),
+        (["--ranges", str(other)], "the ranges are of another UNet"),
+        (["--percentile", "98"], "--percentile is 98"),
+        (["--alpha", "2"], "--alpha is 2"),
+        (["--precision", "fp8"], "fp8 is made from an fp16 folder"),
+        (["--model", "mini:sdxl"], "was made from random:mini-vega"),
+        (["--keep", "*"], "is left to quantise"),
+    ):
+        given = {"--onnx": str(folder), "--model": str(checkpoint), "--precision": "int8", "--out": str(out)}
+        given |= {"--workdir": str(tmp_path / "work"), "--count": "4", "--steps": "1", "--resolutions": "128x128"}
+        given |= dict(zip(words[::2], words[1::2], strict=True))
+        if "--prompts" in words:
+            del given["--count"]
+        code = _run(given)
+        told = capsys.readouterr().err
+        assert code == 2 and message in told and told.count("\n") == 1, told
+        assert not list(out.glob("unet*"))
+
+
+def _run(options: dict[str, str]) -> int:
+    import sys
+
+    before = sys.argv
+    sys.argv = ["export", "quantise", *(word for pair in options.items() for word in pair)]
+    try:
+        return main()
+    finally:
+        sys.argv = before
+
+
+def test_folders_that_cannot_be_quantised(
+    ranges_of: Callable[[str], tuple[Path, Path, Ranges]], quantised: dict[str, Path], tmp_path: Path
+) -> None:
+    folder, _, _ = ranges_of("int8")
+    options = QuantiseOptions(precision="int8")
+    with pytest.raises(UserError, match="is in int8 already"):
+        check_source(quantised["int8"], tmp_path / "out", options)
+    for change, message in (({"opset": 18}, "8 bits need 19"), ({"graphs": {"128x128": "model.onnx"}}, "each size")):
+        copy = tmp_path / message.split()[0]
+        shutil.copytree(folder, copy)
+        _change(copy, lambda record, change=change: record.update(change))  # type: ignore[misc]
+        with pytest.raises(UserError, match=message):
+            check_source(copy, tmp_path / "out", options)
+    with pytest.raises(UserError, match="choose another --out"):
+        check_source(folder, folder, options)
+    assert prepare_source(folder, ranges_of("int8")[1], tmp_path).is_dir()
