@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from distill.checkpoints.sampling import sampling_of
-from distill.checkpoints.sources import WORKDIR, file_hashes, find_family, load_parts, read_config
+from distill.checkpoints.sources import WORKDIR, copy_index, file_hashes, find_family, load_parts, read_config
 from distill.checkpoints.tensors import component_tensors
 from distill.common.errors import UserError
 from distill.common.files import (
@@ -250,6 +250,6 @@ def _copy_pipeline_parts(checkpoint: Path, out: Path) -> dict[str, str]:
         with replacing(out / part) as temporary:
             shutil.copytree(checkpoint / part, temporary)
     with replacing(out / "model_index.json") as temporary:
-        shutil.copyfile(checkpoint / "model_index.json", temporary)
+        copy_index(checkpoint, temporary)
     files = [path for part in parts for path in (out / part).rglob("*") if path.is_file()]
     return {str(path.relative_to(out)): sha256_file(path) for path in sorted([*files, out / "model_index.json"])}
