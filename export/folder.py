@@ -49,29 +49,12 @@ from export.job import (
     make_job,
     weights_hashes,
 )
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    """export.json of a component. Raises UserError where it is damaged."""
-    if not (folder / "export.json").is_file():
-        raise UserError(f"{folder} has no export.json, which says what its files are; export {folder.name} again")
-    record = read_object(folder / "export.json")
-    tables = [record.get(name) for name in ("bytes", "sha256")]
-    whole = all(isinstance(table, dict) and all(map(_is_file_name, table)) for table in tables)
-    if not whole or not all(type(size) is int for size in record["bytes"].values()):
-        raise UserError(
-            f"{folder / 'export.json'} is damaged: it does not say what files there are; export {folder.name} again"
-        )
-    return record
-
-
-def _is_file_name(name: str) -> bool:
-    return Path(name).name == name
+from export.records import read_record
 
 
 def _read_finished(folder: Path, key: str) -> dict[str, Any] | None:
     """The record of a component made from the same inputs, if all its files are there in their sizes."""
-    if not (folder / "export.json").is_file() or (record := _read_record(folder)).get("key") != key:
+    if not (folder / "export.json").is_file() or (record := read_record(folder)).get("key") != key:
         return None
     files = ((folder / name, size) for name, size in record["bytes"].items())
     return record if all(file.is_file() and file.stat().st_size == size for file, size in files) else None
@@ -87,7 +70,7 @@ def check_files(folder: Path, components: Sequence[str] = (), *, beside: bool | 
     if not names:
         raise UserError(f"{folder} is no ONNX folder: no component in it has an export.json; make one with export onnx")
     recorded = {
-        f"{name}/{file}": digest for name in names for file, digest in _read_record(folder / name)["sha256"].items()
+        f"{name}/{file}": digest for name in names for file, digest in read_record(folder / name)["sha256"].items()
     }
     if (not components if beside is None else beside) and (folder / "slimxl.json").is_file():
         beside = read_object(folder / "slimxl.json").get("files", {})
