@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.common.errors import UserError
-from distill.models.unet_config import PER_LEVEL, per_level, stated_unet
+from distill.models.unet_config import MOST_LAYERS, PER_LEVEL, per_level, stated_unet
 
 Level = tuple[int, ...]
 """Transformer blocks behind each ResNet of a level, all 0 or none."""
@@ -137,6 +137,8 @@ class Depth:
         levels = self.down + self.up
         if self.transformer_blocks > MOST_BLOCKS:
             raise UserError(f"the depth has more than {MOST_BLOCKS} transformer blocks; SDXL has 70, SSD-1B {EXAMPLE}")
+        if len(self.resnets) > MOST_LAYERS:
+            raise UserError(f"the depth has {len(self.resnets)} layers; the most is {MOST_LAYERS}")
         if not any(any(level) for level in levels):
             raise UserError(f"depth {self}: no level has a transformer block, one at least must")
         if any(not level or (0 in level and any(level)) for level in levels):

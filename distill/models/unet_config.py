@@ -32,6 +32,8 @@ BLOCK_TYPES = {
 }
 MOST = 1_000_000
 """The largest number that a config may state: what is far beyond any network would only fill the memory."""
+MOST_LAYERS = 1000
+"""Each is a module, and takes its time to be made."""
 PER_LEVEL = (
     "block_out_channels",
     "attention_head_dim",
