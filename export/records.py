@@ -30,7 +30,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not (folder / "export.json").is_file():
         raise UserError(f"{folder} has no export.json, which says what its files are; export {folder.name} again")
     record = read_object(folder / "export.json")
-    sizes, hashes, graphs = (record.get(name) for name in ("bytes", "sha256", "graphs"))
+    tables: list[Any] = [record.get(name) for name in ("bytes", "sha256", "graphs")]
+    sizes, hashes, graphs = tables
     whole = all(isinstance(table, dict) and all(map(_is_file_name, table)) for table in (sizes, hashes))
     if (
         not whole

@@ -249,7 +249,7 @@ def check_fit(networks: Mapping[str, Config], model: object = "the model") -> No
     encoders = {name: networks[name] for name in conditioning.encoders}
     sizes = ("hidden_size", "projection_dim", "num_hidden_layers", "max_position_embeddings")
     for name, key in [("vae", "latent_channels"), *product(encoders, sizes)]:
-        value = networks[name].get(key)
+        value: Any = networks[name].get(key)
         most = MOST_LAYERS if key == "num_hidden_layers" else MOST
         if not is_count(value) or value > most:
             raise UserError(f"{model}: {key} of its {name} is {value!r}; a number from 1 to {most} is needed")

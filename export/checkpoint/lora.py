@@ -103,15 +103,16 @@ def _peft_scale(path: Path, keys: Mapping[str, Any]) -> float:
             f"the LoRA {path} was saved by peft; its scale stands in {about}, which is not there: fetch it too"
         )
     config = read_object(about)
-    rank, alpha = config.get("r"), config.get("lora_alpha")
+    numbers: list[Any] = [config.get("r"), config.get("lora_alpha")]
+    rank, alpha = numbers
     if any(config.get(key) for key in ("rank_pattern", "alpha_pattern", "use_dora")):
         raise UserError(
             f"{about} has ranks or alphas by layer, or a DoRA: merge that adapter with peft's merge_and_unload"
         )
-    stated = all(type(number) in (int, float) and abs(number) <= LARGEST for number in (rank, alpha))
+    stated = all(type(number) in (int, float) and abs(number) <= LARGEST for number in numbers)
     if not stated or type(rank) is not int or rank < 1:
         raise UserError(f"{about} says r {str(rank)[:20]} and lora_alpha {str(alpha)[:20]}; two numbers are needed")
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def lora_names(path: Path, keys: Mapping[str, Any]) -> dict[str, str]:
