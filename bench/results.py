@@ -7,6 +7,7 @@ ignores them and works them out again, so a file cannot disagree with its own sa
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, TypeVar
@@ -196,9 +197,16 @@ class Results(Record):
         return next(one for one in self.contestants if one.name == name)
 
 
-def record_cell(cell: Cell, *, costs: dict[str, Costs | None], peak: Peak | None, faults: dict[str, Any]) -> CellRecord:
-    """What the file keeps of one measured workload. `costs` are by contestant; `faults` are the arguments of
-    `machine_faults`."""
+def record_cell(
+    cell: Cell,
+    *,
+    costs: dict[str, Costs | None],
+    peak: Peak | None,
+    faults: dict[str, Any],
+    precisions: Mapping[str, str] | None = None,
+) -> CellRecord:
+    """What the file keeps of one measured workload. `costs` and `precisions` are by contestant; `faults` are the arguments
+    of `machine_faults`."""
     rows = []
     for name, samples in cell.samples.items():
         if not samples:
@@ -213,7 +221,7 @@ def record_cell(cell: Cell, *, costs: dict[str, Costs | None], peak: Peak | None
             unsettled=cell.unsettled.get(name),
             first_ms=cell.first_ms[name],
             flops=total_flops(cost) if cost else None,
-            floor_ms=total_floor_ms(cost, peak.tflops, peak.terabytes_per_s) if cost and peak else None,
+            floor_ms=total_floor_ms(cost, peak, (precisions or {}).get(name, "fp16")) if cost and peak else None,
             observed=picture_faults(cell.faults.get(name, [])) + machine_faults(**faults),
         )
         rows.append(row)

@@ -211,7 +211,8 @@ def measure(
     for visit, (cell, is_done) in enumerate(visits, 1):
         faults, device = watch.visited(cell.workload.name)
         costs = {contestant.name: contestant.costs(cell.workload) for contestant in contestants}
-        record = record_cell(cell, costs=costs, peak=peak, faults=faults)
+        precisions = {contestant.name: contestant.precision for contestant in contestants}
+        record = record_cell(cell, costs=costs, peak=peak, faults=faults, precisions=precisions)
         records[cell.workload.name] = record.model_copy(update={"device": device})
         results.cells = list(records.values())
         results.gpu["after"] = gpu.state()

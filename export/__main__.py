@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from distill.checkpoints.sources import WORKDIR
-from distill.common.errors import UserError, exit_on_user_error
+from distill.common.errors import UserError, exit_on_user_error, require_above
 from distill.common.options import parse_names
 from distill.models.resolution import Resolution, parse_resolutions
 from distill.training.options import Workdir
@@ -100,6 +100,7 @@ def quantise(
     alpha: float | None = None,
     percentile: float | None = None,
     keep: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = (),
+    max_error: float | None = None,
     check: bool = True,
     workdir: Workdir = WORKDIR,
 ) -> None:
@@ -121,14 +122,20 @@ def quantise(
         alpha: Of SmoothQuant, 0 to 1. None: 0.8 for int8, 0 for fp8.
         percentile: That a convolution's range holds: 99, 99.9, 99.99, 99.999, 100. None: 99.999 for int8, 100 for fp8.
         keep: More layers that stay in half precision, as patterns: up_blocks.2.*
+        max_error: Of noise_pred, relative: put in only as many layers as stay within it. None: all that may go.
         check: Compare with torch before the UNet gets its name.
     """
+    from dataclasses import replace
+
     from distill.checkpoints.sources import find_family, resolve
     from distill.common.progress import say
     from export.prompts import read_prompts
     from export.quantise.calibrate import Drawing
     from export.quantise.folder import QuantiseOptions, check_source, find_ranges, prepare_source, quantise_folder
+    from export.quantise.sensitivity import find_sensitivity, write_sensitivity
 
+    if max_error is not None:
+        require_above(0, max_error=max_error)
     options = QuantiseOptions(precision=precision, alpha=alpha, percentile=percentile, keep=keep, check=check)
     record = check_source(onnx, out, options)
     checkpoint = resolve(model, workdir)
@@ -142,7 +149,13 @@ def quantise(
     )
     prepared = prepare_source(onnx, checkpoint, workdir)
     found = find_ranges(prepared, record, drawing, workdir, device, ranges)
-    quantise_folder(onnx, out, prepared, found, options, progress=say)
+    if max_error is None:
+        quantise_folder(onnx, out, prepared, found, options, progress=say)
+        return
+    ranking = find_sensitivity(onnx, prepared, found, drawing, options.recipe, max_error)
+    say(f"sensitivity: {ranking.low} of {len(ranking.errors)} layers in {precision}, together {ranking.error:.2e}")
+    quantise_folder(onnx, out, prepared, found, replace(options, keep=(*keep, *ranking.kept)), progress=say)
+    write_sensitivity(out, ranking)
 
 
 @app.command

@@ -17,6 +17,7 @@ from bench.workload import SCHEDULERS, Workload
 from distill.checkpoints.sampling import Sampling, sampling_of
 from distill.common.errors import UserError
 from distill.models.architectures import find_architecture
+from engines.choices import EIGHT_BITS
 
 if TYPE_CHECKING:
     import torch
@@ -265,7 +266,9 @@ class BundleContestant(PipelineContestant):
         pipe = engines.load(
             self.source, self.flavor, device=self.device, layout=self.layout, cuda_graphs=self.cuda_graphs
         )
-        self.runtime = self.runtime.replace("default flavor", pipe.unet.component.engines[0][0].flavor)
+        unet = pipe.unet.component.engines[0][0]
+        self.runtime = self.runtime.replace("default flavor", unet.flavor)
+        self.precision = unet.precision if unet.precision in EIGHT_BITS else self.precision
         return pipe
 
     @property

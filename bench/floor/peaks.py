@@ -6,13 +6,17 @@ bandwidths: NVIDIA A100 (2021), Ada (2022), H100 (2023), H200 (2024) and L40S (2
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from engines.choices import EIGHT_BITS
 
 
 @dataclass(frozen=True)
 class Peak:
-    """`tflops` dense fp16; `terabytes_per_s` device memory; `nvml_names` the names NVML gives the board, without their
-    "NVIDIA". `floor_only`: figures of this board are compared with its other peak, so nothing is predicted from this one."""
+    """`tflops` dense fp16; `eight_bits` the dense rates of int8 and fp8, where the board has them, in the same unit;
+    `terabytes_per_s` device memory; `nvml_names` the names NVML gives the board, without their "NVIDIA". `floor_only`:
+    figures of this board are compared with its other peak, so nothing is predicted from this one."""
 
     name: str
     tflops: float
@@ -20,16 +24,32 @@ class Peak:
     compute_capability: str
     nvml_names: tuple[str, ...] = ()
     floor_only: bool = False
+    eight_bits: Mapping[str, float] = field(default_factory=dict)
+
+    def tflops_in(self, precision: str) -> float | None:
+        """The rate of a precision; None where the board has none of it."""
+        return self.eight_bits.get(precision) if precision in EIGHT_BITS else self.tflops
 
 
 PEAKS = {
-    "a100-sxm": Peak("A100 80GB SXM", 312.0, 2.039, "8.0", ("A100-SXM4-80GB",)),
-    "a100-pcie": Peak("A100 80GB PCIe", 312.0, 1.935, "8.0", ("A100 80GB PCIe", "A100-PCIE-80GB")),
-    "rtx4090": Peak("RTX 4090, fp32 accumulation", 165.2, 1.008, "8.9", floor_only=True),
-    "rtx4090-fp16acc": Peak("RTX 4090, fp16 accumulation", 330.3, 1.008, "8.9", ("GeForce RTX 4090",)),
-    "l40s": Peak("L40S", 362.0, 0.864, "8.9", ("L40S",)),
-    "h100-sxm": Peak("H100 SXM", 989.4, 3.35, "9.0", ("H100 80GB HBM3",)),
-    "h200": Peak("H200 SXM", 989.4, 4.8, "9.0", ("H200",)),
+    "a100-sxm": Peak("A100 80GB SXM", 312.0, 2.039, "8.0", ("A100-SXM4-80GB",), eight_bits={"int8": 624.0}),
+    "a100-pcie": Peak(
+        "A100 80GB PCIe", 312.0, 1.935, "8.0", ("A100 80GB PCIe", "A100-PCIE-80GB"), eight_bits={"int8": 624.0}
+    ),
+    "rtx4090": Peak(
+        "RTX 4090, fp32 accumulation", 165.2, 1.008, "8.9", floor_only=True, eight_bits={"int8": 660.6, "fp8": 330.3}
+    ),
+    "rtx4090-fp16acc": Peak(
+        "RTX 4090, fp16 accumulation",
+        330.3,
+        1.008,
+        "8.9",
+        ("GeForce RTX 4090",),
+        eight_bits={"int8": 660.6, "fp8": 660.6},
+    ),
+    "l40s": Peak("L40S", 362.0, 0.864, "8.9", ("L40S",), eight_bits={"int8": 733.0, "fp8": 733.0}),
+    "h100-sxm": Peak("H100 SXM", 989.4, 3.35, "9.0", ("H100 80GB HBM3",), eight_bits={"int8": 1978.9, "fp8": 1978.9}),
+    "h200": Peak("H200 SXM", 989.4, 4.8, "9.0", ("H200",), eight_bits={"int8": 1978.9, "fp8": 1978.9}),
 }
 
 

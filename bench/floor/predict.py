@@ -40,10 +40,11 @@ class Known:
 
 
 def floor_ms(gpu: str, model: str, steps: int, resolution: Resolution = SQUARE, batch: int = 1) -> float:
-    """The floor of one guided call of an architecture of the catalogue, VAE and text encoders included."""
-    peak = PEAKS[gpu]
+    """The floor in fp16 of one guided call of an architecture of the catalogue, VAE and text encoders included."""
     costs = component_costs(architecture_configs(model), Workload(resolution=resolution, steps=steps, batch=batch))
-    return total_floor_ms(costs, peak.tflops, peak.terabytes_per_s)
+    floor = total_floor_ms(costs, PEAKS[gpu])
+    assert floor is not None
+    return floor
 
 
 def from_published(one: Published) -> Known:

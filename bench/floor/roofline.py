@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from distill.models.architectures import ARCHITECTURES
 from distill.models.conditioning import conditioning_of
 from distill.models.families import Family, family_of, vae_scale_factor
 from distill.models.resolution import Resolution
+from engines.choices import EIGHT_BITS
 from export.components import COMPONENTS as EXPORTED
 from export.components import TEXT_ENCODERS
 
@@ -170,8 +171,20 @@ def total_flops(costs: Costs) -> float:
     return sum(calls * cost.flops for calls, cost in costs.values())
 
 
-def total_floor_ms(costs: Costs, tflops: float, terabytes_per_s: float) -> float:
-    return sum(calls * cost.floor_ms(tflops, terabytes_per_s) for calls, cost in costs.values())
+def total_floor_ms(costs: Costs, peak: Peak, precision: str = "fp16") -> float | None:
+    """Of a picture whose UNet computes in `precision`, the rest in fp16. In 8 bits every operation of the UNet counts at
+    the faster rate and every weight as one byte, those that stay in half precision too: so it is a floor still. None where
+    the board has no such arithmetic."""
+    unet_tflops = peak.tflops_in(precision)
+    if unet_tflops is None:
+        return None
+    total = 0.0
+    for name, (calls, cost) in costs.items():
+        tflops = peak.tflops
+        if name == "unet" and precision in EIGHT_BITS:
+            tflops, cost = unet_tflops, replace(cost, bytes=cost.bytes - cost.parameters)
+        total += calls * cost.floor_ms(tflops, peak.terabytes_per_s)
+    return total
 
 
 def measure_cpu_peak(precisions: Iterable[str] = (), seconds: float = 0.6) -> Peak:

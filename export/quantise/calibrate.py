@@ -54,6 +54,19 @@ class Drawing:
             "seed": self.seed,
         }
 
+    def draw(self, pipe: Any, index: int, prompt: str) -> None:
+        """One prompt, for what is seen on the way: no picture is kept."""
+        size = self.resolutions[index % len(self.resolutions)]
+        pipe(
+            prompt,
+            width=size.width,
+            height=size.height,
+            num_inference_steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            generator=torch.Generator().manual_seed(self.seed + index),
+            output_type="latent",
+        )
+
 
 def layers_of(unet: nn.Module) -> dict[str, nn.Module]:
     """The convolutions and linear layers that may go into 8 bits, by their paths."""
@@ -156,15 +169,6 @@ def _draw(checkpoint: Path, drawing: Drawing, partial: Path, device: str) -> dic
     done = watch.restore(partial, where)
     todo = list(enumerate(drawing.prompts))[done:]
     for index, prompt in track(todo, "calibrating", "prompt", done):
-        size = drawing.resolutions[index % len(drawing.resolutions)]
-        pipe(
-            prompt,
-            width=size.width,
-            height=size.height,
-            num_inference_steps=drawing.steps,
-            guidance_scale=drawing.guidance_scale,
-            generator=torch.Generator().manual_seed(drawing.seed + index),
-            output_type="latent",
-        )
+        drawing.draw(pipe, index, prompt)
         watch.save(partial, index + 1)
     return watch.ranges()

@@ -144,7 +144,7 @@ def quantise_folder(
     """Writes `out`: the UNet of `onnx` with Q/DQ pairs and 8-bit weights, the rest copied. What is up to date is kept.
 
     `prepared` is the checkpoint as it was exported. Returns the comparisons with torch, none where the UNet is large or
-    up to date. Raises UserError, and leaves `out` without a UNet, where the quantised graph is too far from the network.
+    up to date. Raises UserError, and leaves `out` as it was, where the quantised graph is too far from the network.
     """
     record = check_source(onnx, out, options)
     code = [sha256_file(Path(__file__).with_name(f"{name}.py")) for name in MODULES]
@@ -157,9 +157,8 @@ def quantise_folder(
             progress(f"unet: {options.precision}, up to date")
             return []
         require_free_disk(out, _bytes(onnx), "a quantised ONNX folder")
-        (out / "slimxl.json").unlink(missing_ok=True)
-        _copy_rest(onnx, out, about)
         checked = _write_unet(onnx, out, prepared, record, ranges, options, key, progress)
+        _copy_rest(onnx, out, about)
         write_json(out / "slimxl.json", wanted)
     return checked
 
@@ -249,6 +248,7 @@ def _write_unet(
             "seconds": seconds,
         }
         write_json(temporary / "export.json", written)
+        (out / "slimxl.json").unlink(missing_ok=True)  # until the rest fits too, the folder is not a whole one
     before, after = (sum(one["bytes"].values()) for one in (record, written))
     progress(
         f"unet: {options.precision}, {len(names)} layers, {after / before:.3f} of the bytes, {seconds} s"

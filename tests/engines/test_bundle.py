@@ -307,10 +307,10 @@ def test_no_two_plans_that_serve_the_same_are_loaded(toy_manifest: Manifest, mon
         profiles = [profile.model_copy(update={"resolutions": list(sizes)})]
         return unet.model_copy(update={"layout": layout, "resolutions": list(sizes), "profiles": profiles})
 
-    def chosen(*variants: Any, layout: str | None = None, with_weights: bool = False) -> list[Any]:
+    def chosen(*variants: Any, layout: Any = None, with_weights: bool = False, precision: Any = None) -> list[Any]:
         others = [e for e in toy_manifest.engines if e.component != "unet"]
         manifest = toy_manifest.model_copy(update={"engines": [*others, *variants]})
-        return select_engines(manifest, flavor, "cuda:0", layout, with_weights)["unet"]
+        return select_engines(manifest, flavor, "cuda:0", layout, with_weights, precision)["unet"]
 
     ranged, shared = variant("ranged", "128x128", "224x96"), variant("shared", "128x128", "224x96")
     static = [variant("per-resolution", size) for size in ("128x128", "224x96", "96x224")]
@@ -330,6 +330,11 @@ def test_no_two_plans_that_serve_the_same_are_loaded(toy_manifest: Manifest, mon
     assert chosen(stripped) == [stripped], "refused with a reason when it is loaded"
     with pytest.raises(UserError, match="no engine in layout shared, it has ranged"):
         chosen(ranged, layout="shared")
+    small = ranged.model_copy(update={"precision": "int8", "key": "1" * 64})
+    assert chosen(ranged, small) == chosen(small, ranged) == [ranged] and chosen(small) == [small]
+    assert chosen(ranged, small, precision="int8") == [small]
+    with pytest.raises(UserError, match=r"unet is in fp16, int8, not in fp8; .* export quantise --precision fp8"):
+        chosen(ranged, small, precision="fp8")
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,17 @@ def test_full_size_counts_are_the_known_ones(name, step_tflop, image_tflop):
     # the published floors of a 30-step SDXL picture: 1.33 s on an A100, 2.52 s on an RTX 4090, 0.42 s on an H100
     if name == "sdxl":
         for gpu, seconds in (("a100-sxm", 1.33), ("rtx4090", 2.52), ("rtx4090-fp16acc", 1.26), ("h100-sxm", 0.42)):
-            peak = PEAKS[gpu]
-            assert total_floor_ms(costs, peak.tflops, peak.terabytes_per_s) == pytest.approx(1e3 * seconds, rel=0.01)
+            assert total_floor_ms(costs, PEAKS[gpu]) == pytest.approx(1e3 * seconds, rel=0.01)
+
+
+def test_a_unet_in_8_bits_has_a_lower_floor_and_none_where_the_board_cannot():
+    costs = component_costs(architecture_configs("vega"), SQUARE)
+    half = total_floor_ms(costs, PEAKS["a100-sxm"])
+    whole = total_floor_ms(costs, PEAKS["a100-sxm"], "int8")
+    calls, unet = costs["unet"]
+    assert half is not None and half - whole == pytest.approx(calls * unet.flops / 624e12 * 1e3)
+    assert total_floor_ms(costs, PEAKS["a100-sxm"], "fp8") is None
+    assert total_floor_ms(costs, PEAKS["rtx4090"], "fp8") < total_floor_ms(costs, PEAKS["rtx4090"])
 
 
 @pytest.mark.parametrize("resolution", [Resolution(224, 96), Resolution(96, 160)])

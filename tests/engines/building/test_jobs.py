@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import pytest
 from distill.common.errors import UserError
 from distill.common.files import sha256_file
 from distill.models.families import MINI_FAMILY
+from engines.building.contents import without_superseded
 from engines.building.jobs import Job, list_jobs, require_memory
 from engines.building.options import builder_options
-from engines.bundle import ShapeRange
+from engines.bundle import Manifest, ShapeRange
 from engines.choices import Layout
 from engines.gpus import GPUS, resolve_targets
 from engines.onnx_folder import OnnxComponent, read_onnx_folder
@@ -167,3 +169,30 @@ def test_options_that_are_off_leave_no_trace() -> None:
         "refit": True,
         "hardware_compatible": "same",
     }
+
+
+def _say_quantised(folder: Path, precision: str) -> Path:
+    """The toy with a UNet that says that it is in 8 bits."""
+    path = folder / "unet" / "export.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantised": {"precision": precision}}))
+    return folder
+
+
+def test_fp8_is_refused_for_a_gpu_without_it_and_int8_is_for_all(tmp_path: Path) -> None:
+    fp8 = _say_quantised(make_toy_onnx(tmp_path / "fp8", "fp16"), "fp8")
+    with pytest.raises(UserError, match=r"fp8 needs .* 8.9 or later, a100, rtx4090 includes one of 8.0: .* take int8"):
+        jobs_of(fp8, gpus=["a100", "rtx4090"])
+    assert len(jobs_of(fp8, gpus=["a100"], components=["vae_decoder"])) == 1
+    assert jobs_of(fp8)[0].component.weights_precision == "fp8"
+    int8 = _say_quantised(make_toy_onnx(tmp_path / "int8", "fp16"), "int8")
+    unet, decoder = jobs_of(int8, gpus=["a100", "rtx4090"])[:2]
+    assert unet.component.weights_precision == "int8" and decoder.component.weights_precision == "fp32"
+
+
+def test_8_bits_stand_beside_fp16_and_supersede_only_their_own(
+    toy_manifest: Manifest, toy_bundle: Path, tmp_path: Path
+) -> None:
+    jobs = jobs_of(_say_quantised(make_toy_onnx(tmp_path / "int8", "fp16", seed=1), "int8"), components=["unet"])
+    before = next(e for e in toy_manifest.engines if e.flavor == "tensorrt-rtx" and e.component == "unet")
+    older = before.model_copy(update={"precision": "int8"})
+    assert without_superseded([before, older], jobs, toy_bundle) == [before]

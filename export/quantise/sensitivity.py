@@ -1,0 +1,150 @@
+"""Which layers may go into 8 bits within a bound on noise_pred: measured, layer by layer.
+
+Each layer's own error is that of noise_pred when it alone is rounded, on calls of the UNet that the pipeline makes while
+it draws. Ranked by it, the layers go in from the least harmful on, and the longest such row whose *joint* error stays
+within the bound is found by halving: errors of single layers do not simply add up, so the joint one is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from distill.checkpoints.sources import load_pipeline
+from distill.common.errors import UserError, require_above
+from distill.common.files import replacing, write_json
+from distill.common.progress import track
+from export.quantise.calibrate import Drawing
+from export.quantise.fake import rounded
+from export.quantise.layers import PRECISIONS, find_layers
+from export.quantise.ranges import Ranges
+from export.quantise.scales import find_scales
+
+PROMPTS = 2
+"""Prompts whose calls are looked at: of each the first, the middle and the last step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """`errors` are of each layer alone, the least first; `low` how many of them go into 8 bits, `error` what these do
+    together; all relative, in the 2-norm of noise_pred, root mean square over the `calls`."""
+
+    precision: str
+    max_error: float
+    errors: dict[str, float]
+    low: int
+    error: float
+    calls: int
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The layers that stay in half precision."""
+        return tuple(self.errors)[self.low :]
+
+
+def largest_row(count: int, error_of: Callable[[int], float], bound: float) -> tuple[int, float]:
+    """The largest number up to `count` whose error is within `bound`, by halving, and that error; 0 where none is."""
+    low, found, high = 0, 0.0, count
+    while low < high:
+        middle = (low + high + 1) // 2
+        if (error := error_of(middle)) <= bound:
+            low, found = middle, error
+        else:
+            high = middle - 1
+    return low, found
+
+
+@torch.no_grad()
+def find_sensitivity(
+    onnx: Path, checkpoint: Path, ranges: Ranges, drawing: Drawing, recipe: Mapping[str, Any], max_error: float
+) -> Sensitivity:
+    """On the CPU in fp32. Raises UserError where no layer at all stays within the bound."""
+    require_above(0, max_error=max_error)
+    precision = PRECISIONS[recipe["precision"]]
+    layers = find_layers(ir.load(onnx / "unet" / "model.onnx").graph, recipe["keep"])
+    scales = find_scales(layers, ranges, precision, recipe["alpha"], recipe["percentile"])
+    pipe = load_pipeline(checkpoint, torch.float32, without=("vae",))
+    calls = _record_calls(pipe, drawing)
+    exact = [pipe.unet(**call)[0] for call in calls]
+
+    def error_of(names: Sequence[str]) -> float:
+        inside: AbstractContextManager[None] = rounded(pipe.unet, scales, names, precision)
+        with inside:
+            got = [pipe.unet(**call)[0] for call in calls]
+        squares = [_relative(one, other) ** 2 for one, other in zip(got, exact, strict=True)]
+        return float(sum(squares) / len(squares)) ** 0.5
+
+    names = [layer.name for layer in layers]
+    alone = {name: error_of([name]) for name in track(names, "sensitivity", "layer")}
+    errors = dict(sorted(alone.items(), key=lambda item: item[1]))
+    low, error = largest_row(len(errors), lambda count: error_of(tuple(errors)[:count]), max_error)
+    if not low:
+        raise UserError(
+            f"--max-error {max_error}: no layer stays within it in {precision.name}, the least harmful one alone makes "
+            f"{min(errors.values()):.1e}; allow more, or stay with fp16"
+        )
+    return Sensitivity(
+        precision=precision.name, max_error=max_error, errors=errors, low=low, error=error, calls=len(calls)
+    )
+
+
+def _record_calls(pipe: Any, drawing: Drawing) -> list[dict[str, Any]]:
+    """Arguments of the UNet's calls at the first, the middle and the last step of the first prompts."""
+    seen: list[dict[str, Any]] = []
+
+    def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = ("sample", "timestep", "encoder_hidden_states")
+        call = dict(zip(names, args, strict=False)) | kwargs | {"return_dict": False}
+        seen.append({name: value.clone() if isinstance(value, Tensor) else value for name, value in call.items()})
+
+    pipe.set_progress_bar_config(disable=True)
+    hook = pipe.unet.register_forward_pre_hook(look, with_kwargs=True)
+    calls = []
+    for index, prompt in enumerate(drawing.prompts[:PROMPTS]):
+        drawing.draw(pipe, index, prompt)
+        calls += [seen[place] for place in sorted({0, len(seen) // 2, len(seen) - 1})]
+        seen.clear()
+    hook.remove()
+    return calls
+
+
+def _relative(got: Tensor, exact: Tensor) -> float:
+    return float((got - exact).norm() / exact.norm())
+
+
+def write_sensitivity(out: Path, found: Sensitivity) -> None:
+    """sensitivity.json and a plot beside it."""
+    write_json(out / "sensitivity.json", asdict(found) | {"errors": list(found.errors.items())})
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    values, places = list(found.errors.values()), range(1, len(found.errors) + 1)
+    axes.bar(
+        places[: found.low], values[: found.low], width=1, color="#4477aa", label=f"{found.precision}: {found.low}"
+    )
+    kept = len(values) - found.low
+    axes.bar(places[found.low :], values[found.low :], width=1, color="#cc6677", label=f"half precision: {kept}")
+    axes.axhline(found.max_error, color="black", linewidth=0.8, linestyle="--", label=f"bound {found.max_error:g}")
+    axes.axhline(
+        found.error, color="#4477aa", linewidth=0.8, label=f"all in {found.precision} together {found.error:.2g}"
+    )
+    axes.set(yscale="log", xlabel="layers, the least harmful first", ylabel="relative error of noise_pred, each alone")
+    for place in range(max(len(values) - 3, 0), len(values)):
+        axes.annotate(
+            tuple(found.errors)[place], (place + 1, values[place]), ha="right", fontsize=6, xytext=(-4, 2),
+            textcoords="offset points",
+        )  # fmt: skip
+    axes.legend(fontsize=8)
+    with replacing(out / "sensitivity.svg") as temporary:
+        figure.savefig(temporary, format="svg")
+    plt.close(figure)
