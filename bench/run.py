@@ -77,7 +77,7 @@ def run_bench(options: RunOptions) -> Results:
     peak = find_peak(identity["name"], identity["mig_mode"]) if device == "cuda" else measure_cpu_peak(precisions)
 
     import_libraries(device, family.conditioning)
-    say(f"bench on {device}: {len(contestants)} contestants, {len(workloads)} workloads; cold start")
+    say(f"bench on {device}: {', '.join(spec.name for spec in specs)}; workloads: {len(workloads)}; cold start")
     notes: list[str] = []
     loaded = load_all(contestants, main, gpu, notes)
     contestants, names = [contestant for contestant, _ in loaded], [record.name for _, record in loaded]

@@ -19,7 +19,7 @@ from distill.common.validation import first_fault
 from distill.models.conditioning import conditioning_named
 from engines.choices import FlavorName, Guidance, Layout, Precision
 from engines.gpus import GPUS, version_tuple
-from export.components import COMPONENTS
+from export.components import COMPONENTS, TEXT_ENCODERS
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +63,7 @@ Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32", "uint8", "bo
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class FileRecord(_Record):
@@ -264,6 +264,9 @@ class Manifest(_Record):
         paths = [file.path for file in self.all_files]
         if len(paths) != len(set(paths)):
             raise ValueError("two records name the same file")
+        none = set(TEXT_ENCODERS) - set(conditioning_named(self.source.pipeline).encoders)
+        if strange := sorted(none & {engine.component for engine in self.engines}):
+            raise ValueError(f"a {self.source.pipeline} has no {', '.join(strange)}")
         scales = {engine.image_scale for engine in self.engines if engine.component in ("unet", "vae_decoder")}
         if len(scales - {None}) > 1:
             raise ValueError("the engines scale their resolutions differently")

@@ -15,11 +15,12 @@ import onnx
 
 from distill.checkpoints.sampling import Sampling, sampling_of
 from distill.common.errors import UserError
-from distill.common.files import read_json, read_object, sha256_file_once
+from distill.common.files import read_object, sha256_file_once
 from distill.models.conditioning import Conditioning, TensorSpec, conditioning_named
 from distill.models.resolution import Resolution
 from engines.bundle import Engine, TensorInfo
 from export.components import COMPONENTS, TEXT_ENCODERS
+from export.records import read_about, read_record
 
 OPTIONAL = ("vae_encoder",)
 """Components that are built only if named."""
@@ -50,8 +51,8 @@ class OnnxComponent:
     @cached_property
     def static_graphs(self) -> dict[str, str]:
         """The graph's file for each resolution; empty where one graph takes every size."""
-        about = self.folder / "export.json"
-        return read_json(about).get("graphs", {}) if about.is_file() else {}
+        is_recorded = (self.folder / "export.json").is_file()
+        return (read_record(self.folder).get("graphs") if is_recorded else None) or {}
 
     def at(self, resolution: Resolution) -> OnnxComponent:
         """The component with the graph of this size."""
@@ -100,7 +101,7 @@ class OnnxComponent:
     def weights_precision(self) -> str:
         """Of what is computed: the same, or int8 or fp8 where `export quantise` made the graph."""
         about = self.folder / "export.json"
-        quantised = read_json(about).get("quantised") if about.is_file() else None
+        quantised = read_object(about).get("quantised") if about.is_file() else None
         return str(quantised["precision"]) if quantised else self.precision
 
     @cached_property
@@ -149,7 +150,7 @@ class OnnxComponent:
 
 def read_conditioning(root: Path) -> Conditioning:
     """The kind of pipeline that an ONNX folder is of. Raises UserError."""
-    return conditioning_named(str(read_json(root / "model_index.json").get("_class_name")))
+    return conditioning_named(str(read_object(root / "model_index.json").get("_class_name")))
 
 
 def weights_for(engine: Engine, root: Path) -> OnnxComponent | None:
@@ -188,15 +189,9 @@ class OnnxFolder:
 
 def read_onnx_folder(root: Path) -> OnnxFolder:
     """Raises UserError where `root` is not what `python -m export onnx` leaves."""
-    path = root / "slimxl.json"
-    about = read_object(path) if path.is_file() else {}
-    if "resolutions" not in about:  # a student's slimxl.json has none
-        raise UserError(
-            f"{root} is not an ONNX folder of slimxl ({path.name} does not say so): make one with python -m export onnx "
-            "--out FOLDER"
-        )
+    about = read_about(root)
     components = {
-        name: OnnxComponent(name, root / name, read_json(root / name / "config.json"))
+        name: OnnxComponent(name, root / name, read_object(root / name / "config.json"))
         for name in BUILD_ORDER
         if (root / name / "model.onnx").is_file()
     }
@@ -204,13 +199,12 @@ def read_onnx_folder(root: Path) -> OnnxFolder:
         raise UserError(
             f"{root} holds no component (none of {', '.join(BUILD_ORDER)} has a model.onnx); export it again"
         )
-    source = about.get("source", {})
     return OnnxFolder(
         root=root,
         components=components,
-        source_name=str(source.get("name", root.name)),
-        source_sha256=str(source.get("sha256", "")),
-        precision=str(about.get("precision", "fp16")),
+        source_name=about["source"]["name"],
+        source_sha256=about["source"]["sha256"],
+        precision=about["precision"],
         resolutions=[Resolution.parse(text) for text in about["resolutions"]],
         conditioning=read_conditioning(root),
         sampling=sampling_of(root),

@@ -190,8 +190,9 @@ def verify(
     from distill.common.files import write_json
     from distill.common.ownership import require_writable_file
     from export.checks.parity import BOUNDS
-    from export.checks.verify import read_about, verify_folder
+    from export.checks.verify import verify_folder
     from export.job import library_versions
+    from export.records import read_about
 
     if out is not None:
         require_writable_file(out, ("parity", "bounds"))

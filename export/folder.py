@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from distill.checkpoints.sampling import sampling_of
-from distill.checkpoints.sources import WORKDIR, file_hashes, find_family, load_parts, read_config
+from distill.checkpoints.sources import WORKDIR, copy_index, file_hashes, find_family, load_parts, read_config
 from distill.checkpoints.tensors import component_tensors
 from distill.common.errors import UserError
 from distill.common.files import (
@@ -49,24 +49,7 @@ from export.job import (
     make_job,
     weights_hashes,
 )
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """export.json of a component. Raises UserError where it is damaged."""
-    if not (folder / "export.json").is_file():
-        raise UserError(f"{folder} has no export.json, which says what its files are; export {folder.name} again")
-    record = read_object(folder / "export.json")
-    tables = [record.get(name) for name in ("bytes", "sha256")]
-    whole = all(isinstance(table, dict) and all(map(_is_file_name, table)) for table in tables)
-    if not whole or not all(type(size) is int for size in record["bytes"].values()):
-        raise UserError(
-            f"{folder / 'export.json'} is damaged: it does not say what files there are; export {folder.name} again"
-        )
-    return record
-
-
-def _is_file_name(name: str) -> bool:
-    return Path(name).name == name
+from export.records import read_record
 
 
 def _read_finished(folder: Path, key: str) -> dict[str, Any] | None:
@@ -250,6 +233,6 @@ def _copy_pipeline_parts(checkpoint: Path, out: Path) -> dict[str, str]:
         with replacing(out / part) as temporary:
             shutil.copytree(checkpoint / part, temporary)
     with replacing(out / "model_index.json") as temporary:
-        shutil.copyfile(checkpoint / "model_index.json", temporary)
+        copy_index(checkpoint, temporary)
     files = [path for part in parts for path in (out / part).rglob("*") if path.is_file()]
     return {str(path.relative_to(out)): sha256_file(path) for path in sorted([*files, out / "model_index.json"])}

@@ -49,16 +49,17 @@ NEEDS = (  # (option, the option without which it has no effect)
 )
 
 
-def read_captions(path: Path, count: int) -> list[str]:
+def read_captions(path: Path, count: int, option: str = "--captions") -> list[str]:
     """The first `count` lines that are not empty. Raises UserError where there are none."""
     if not path.is_file():
-        raise UserError(f"{path} does not exist; --captions takes a text file with one caption a line")
+        found = "is no file" if path.exists() else "does not exist"
+        raise UserError(f"{path} {found}; {option} takes a text file, read a line at a time")
     try:
         captions = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text ({error}); one caption a line is needed") from None
+        raise UserError(f"{path} is no UTF-8 text ({error}); {option} takes one, read a line at a time") from None
     if not captions:
-        raise UserError(f"{path} holds no captions; one a line is needed")
+        raise UserError(f"{path} holds only empty lines; {option} needs a text file with one or more")
     return captions[:count]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from bench.study.options import MakeOptions
 from bench.study.page import write_page
 from bench.study.prompts import choose_prompts
 from bench.workload import Workload, check_scheduler, family_resolutions, parse_scales
+from distill.checkpoints.sampling import Sampling
 from distill.common.errors import UserError, describe_error, parse_counts, require_between, require_least
 from distill.common.files import exclusive, read_json, remove_leftovers, replacing, write_json
 from distill.common.ownership import require_our_folder, require_writable_file
@@ -75,16 +77,14 @@ def _contestants(options: MakeOptions) -> list[Contestant]:
 def _plan(options: MakeOptions, contestants: list[Contestant]) -> Key:
     family = find_family(contestants)
     sizes = family_resolutions(options.resolutions, family)
-    steps = _of_each("--steps", parse_counts("--steps", options.steps, most=1000), contestants)
-    scales = _of_each("--guidance", parse_scales(options.guidance), contestants)
+    counts = None if options.steps is None else parse_counts("--steps", options.steps, most=1000)
+    steps = _of_each("--steps", counts, contestants)
+    scales = _of_each("--guidance", None if options.guidance is None else parse_scales(options.guidance), contestants)
     prompts = choose_prompts(options.prompts, options.count, family)
     return Key(
         study=secrets.token_hex(6),
         secret=secrets.token_hex(16),
-        models=[
-            Model(name=one.name, spec=one.spec, steps=count, guidance_scale=scale)
-            for one, count, scale in zip(contestants, steps, scales, strict=True)
-        ],
+        models=[_model(one, count, scale) for one, count, scale in zip(contestants, steps, scales, strict=True)],
         items=[
             Item(
                 prompt=prompt,
@@ -101,12 +101,23 @@ def _plan(options: MakeOptions, contestants: list[Contestant]) -> Key:
     )
 
 
-def _of_each(option: str, given: list[Number], contestants: list[Contestant]) -> list[Number]:
+def _of_each(option: str, given: list[Number] | None, contestants: list[Contestant]) -> Sequence[Number | None]:
+    """None where nothing is given."""
+    if given is None:
+        return [None] * len(contestants)
     if len(given) not in (1, len(contestants)):
         raise UserError(
             f"{option} has {len(given)} numbers for {len(contestants)} models; give one for all or one for each"
         )
     return given * len(contestants) if len(given) == 1 else given
+
+
+def _model(contestant: Contestant, steps: int | None, scale: float | None) -> Model:
+    """Drawn as it is told, else as it was taught, else in 30 steps under guidance 5."""
+    taught = contestant.sampling or Sampling()
+    if scale is None:
+        scale = 5.0 if taught.guidance_scale is None else taught.guidance_scale
+    return Model(name=contestant.name, spec=contestant.spec, steps=steps or taught.steps or 30, guidance_scale=scale)
 
 
 def _begun(folder: Path, key_file: Path, planned: Key) -> Key | None:

@@ -20,10 +20,10 @@ class MakeOptions:
     """A .json file {"category": ["prompt", ...]}, or text with one prompt a line. None: the list that ships."""
     count: int | None = None
     """How many of the prompts, the categories taken in turn. None: all of them."""
-    steps: str = "30"
-    """Denoising steps: one number, or one for each model, comma-separated."""
-    guidance: str = "5"
-    """Guidance scales in the same way; 1 and below mean no guidance."""
+    steps: str | None = None
+    """Denoising steps: one number, or one for each model, comma-separated; by itself what each was taught, else 30."""
+    guidance: str | None = None
+    """Guidance scales in the same way, else 5; 1 and below mean no guidance."""
     resolutions: str = "first"
     """`all` or `first` of the model family's, or WIDTHxHEIGHT,...; prompts take them in turn."""
     scheduler: str = "default"

@@ -35,7 +35,7 @@ def choose_prompts(path: Path | None, count: int | None, family: Family) -> list
 def _read(path: Path) -> dict[str, list[str]]:
     """A .json file is {category: [prompt, ...]}, any other is text with one prompt a line."""
     if path.suffix != ".json":
-        return {"own": read_captions(path, 1 << 31)}
+        return {"own": read_captions(path, 1 << 31, "--prompts")}
     try:
         categories = TypeAdapter(dict[str, list[str]]).validate_python(read_json(path), strict=True)
     except ValidationError:

@@ -82,6 +82,8 @@ def serve_study(folder: Path, votes: Path | None, address: str, port: int) -> in
     from aiohttp import web
 
     require_between(1, 65535, port=port)
+    if not address.strip():  # to the system it would mean every network that this machine is in
+        raise UserError("--address is empty (is a variable of the shell not set?); 0.0.0.0 listens on all networks")
     votes = votes or folder.resolve().with_name(f"{folder.resolve().name}.votes.jsonl")
     if votes.suffix != ".jsonl":
         raise UserError(f"--votes {votes}: its name must end in .jsonl, by which `study tally` knows it")

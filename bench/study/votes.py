@@ -74,16 +74,19 @@ ASK = "ask the rater to save it again, or leave it out"
 
 def read_lines(path: Path, study: str, pictures: Pictures) -> list[Vote]:
     """What the server has written. A last line without an end was never confirmed to its rater, who sends it again: it is
-    left out. Raises UserError for any other line that is no vote on `study`."""
+    left out. Raises UserError for any other line that is no vote on `study`, and a last that does not begin as one."""
     *whole, rest = path.read_bytes().split(b"\n")
-    if rest:
-        say(f"{path}: the last line was cut off and is left out")
     found = []
     for number, line in enumerate(whole, 1):
         try:
             found.append(Vote.model_validate_json(line))
         except ValidationError as error:
             raise UserError(f"{path}, line {number}: no vote, or an edited one ({_first(error)})") from None
+    if rest:
+        begun = f'{{"study":"{study}"'.encode()
+        if rest[: len(begun)] != begun[: len(rest)]:  # the server takes away what was cut off
+            raise UserError(f"{path}, line {len(whole) + 1}: no vote, not even one on {study} that was cut off")
+        say(f"{path}: the last line was cut off and is left out")
     return _checked(found, str(path), study, pictures)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -98,6 +99,25 @@ def _is_refiner(folder: Path, unet: Mapping[str, Any], conditioning: Conditionin
 def network_folders(folder: Path) -> tuple[str, ...]:
     """The folders of a checkpoint's networks."""
     return tuple(conditioning_of(read_config(folder, "unet"), folder).networks)
+
+
+def left_out(folder: Path) -> list[str]:
+    """What model_index.json names beside the networks and parts that are used here: a safety checker, say."""
+    conditioning = conditioning_of(read_config(folder, "unet"), folder)
+    used = (*conditioning.networks, *conditioning.parts)
+    stated = read_object(folder / "model_index.json").items()
+    return [name for name, value in stated if isinstance(value, list) and any(value) and name not in used]
+
+
+def copy_index(folder: Path, to: Path) -> None:
+    """Copies model_index.json to the file `to`, without what is `left_out`, and says so."""
+    index, left = read_object(folder / "model_index.json"), left_out(folder)
+    if not left:
+        shutil.copyfile(folder / "model_index.json", to)
+        return
+    say(f"{folder}: its {' and '.join(left)} are left out")
+    needless = {"requires_safety_checker": False} if "requires_safety_checker" in index else {}
+    write_json(to, index | {name: [None, None] for name in left} | needless)
 
 
 def find_family(folder: Path) -> Family:

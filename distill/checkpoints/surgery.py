@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.checkpoints.sources import network_folders, read_config
+from distill.checkpoints.sources import copy_index, left_out, network_folders, read_config
 from distill.checkpoints.tensors import (
     WritableTensor,
     component_tensors,
@@ -68,9 +68,10 @@ def files_but_unet(checkpoint: Path) -> dict[str, Path]:
     Of weights these are the ones that `component_weights` reads, under plain names: from_pretrained finds a variant only
     where the whole pipeline is one. Whatever else lies in the folder is no part of it.
     """
-    files, networks = {"model_index.json": checkpoint / "model_index.json"}, network_folders(checkpoint)
-    for component, stated in read_json(checkpoint / "model_index.json").items():
-        if component == "unet" or not isinstance(stated, list) or stated[0] is None:
+    index = checkpoint / "model_index.json"
+    files, networks, foreign = {index.name: index}, network_folders(checkpoint), {"unet", *left_out(checkpoint)}
+    for component, stated in read_json(index).items():
+        if component in foreign or not isinstance(stated, list) or stated[0] is None:
             continue
         folder = checkpoint / component
         if component in networks:
@@ -85,7 +86,10 @@ def copy_all_but_unet(checkpoint: Path, out: Path) -> None:
     """Copies `files_but_unet` into the folder `out`, with an index where a network's weights lie in several files."""
     for name, path in files_but_unet(checkpoint).items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, out / name)
+        if name == "model_index.json":
+            copy_index(checkpoint, out / name)
+        else:
+            shutil.copyfile(path, out / name)
     for component in network_folders(checkpoint):
         if component != "unet":
             write_index(out / component, plain_names(component_weights(checkpoint / component)))

@@ -115,6 +115,9 @@ def exit_on_user_error(command: Callable[[], int | None]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # who reads stdout has gone, as `… | head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (OSError, SafetensorError, RuntimeError) as error:
         print(f"error: {_of_the_system(error)}", file=sys.stderr)
         return 2

@@ -56,7 +56,10 @@ def is_hidden(name: str) -> bool:
 
 
 def open_picture(file: Path | BytesIO) -> Image.Image:
-    """As PIL opens it, but only in formats that hold photographs: others run programs or hold documents."""
+    """As PIL opens it, but only in formats that hold photographs: others run programs or hold documents. Raises BadSample
+    for a pipe or a device, which may never end."""
+    if isinstance(file, Path) and file.exists() and not file.is_file():
+        raise BadSample(f"{printable(file.name)}: no plain file")
     return Image.open(file, formats=[kind for kind in FORMATS if kind in Image.OPEN])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -40,10 +41,18 @@ def is_pattern_of_shards(spec: str) -> bool:
     return spec.endswith((".tar", ".tgz", ".tar.gz", ".tar.zst", ".tar.xz", ".tar.bz2"))
 
 
+MOST_SHARDS = 1_000_000
+
+
 def find_shards(pattern: str) -> list[Path]:
     """The files that braces ({000..099}) and wildcards name. Raises UserError where one of them is not there."""
     from braceexpand import braceexpand
 
+    wanted = 1
+    for first, last in re.findall(r"\{(-?[0-9]+)\.\.(-?[0-9]+)", pattern):
+        wanted *= abs(int(last) - int(first)) + 1 if max(len(first), len(last)) < 20 else MOST_SHARDS + 1
+    if wanted > MOST_SHARDS:  # all names are listed before one is looked for
+        raise UserError(f"data {pattern[:200]!r} names more than {MOST_SHARDS} shards")
     try:
         names = list(braceexpand(pattern))
     except ValueError:

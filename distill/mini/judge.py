@@ -25,11 +25,17 @@ def share_followed(scenes: list[Scene], images: Sequence[np.ndarray] | np.ndarra
     return shares([follows(scene, image) for scene, image in zip(scenes, images, strict=True)])
 
 
+MOST_PICTURES = 900_000
+"""Their captions are listed before the first is drawn."""
+
+
 def check_pictures(count: int, steps: int, resolutions: Sequence[Resolution]) -> None:
     """Raises UserError for what `judge` cannot share out evenly."""
     sizes = len(resolutions)
     if count < sizes or count % sizes:
         raise UserError(f"{count} pictures are not as many of each of the {sizes} sizes: give a multiple of {sizes}")
+    if count > MOST_PICTURES:
+        raise UserError(f"{count} pictures; the most is {MOST_PICTURES}")
     require_between(1, 1000, steps=steps)
 
 

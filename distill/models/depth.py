@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.common.errors import UserError
-from distill.models.unet_config import PER_LEVEL, per_level, stated_unet
+from distill.models.unet_config import MOST_LAYERS, PER_LEVEL, per_level, stated_unet
 
 Level = tuple[int, ...]
 """Transformer blocks behind each ResNet of a level, all 0 or none."""
 EXAMPLE = "-/2,2/4,4:0:4,4,10/2,1,1/-"
+MOST_BLOCKS = 10_000
+"""Far beyond any UNet; more would be listed for hours before anything else refused it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +135,10 @@ class Depth:
     def check(self) -> None:
         """Raises UserError where diffusers' UNet2DConditionModel cannot express the pattern."""
         levels = self.down + self.up
+        if self.transformer_blocks > MOST_BLOCKS:
+            raise UserError(f"the depth has more than {MOST_BLOCKS} transformer blocks; SDXL has 70, SSD-1B {EXAMPLE}")
+        if len(self.resnets) > MOST_LAYERS:
+            raise UserError(f"the depth has {len(self.resnets)} layers; the most is {MOST_LAYERS}")
         if not any(any(level) for level in levels):
             raise UserError(f"depth {self}: no level has a transformer block, one at least must")
         if any(not level or (0 in level and any(level)) for level in levels):

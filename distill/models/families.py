@@ -25,6 +25,7 @@ from distill.models.conditioning import (
     unet_multiple,
 )
 from distill.models.resolution import NINE, Resolution, parse_resolutions, scaled_resolutions
+from distill.models.unet_config import MOST, MOST_LAYERS, is_count
 
 Config = Mapping[str, Any]
 
@@ -262,9 +263,17 @@ def check_fit(networks: Mapping[str, Config], model: object = "the model") -> No
     encoders = {name: networks[name] for name in conditioning.encoders}
     sizes = ("hidden_size", "projection_dim", "num_hidden_layers", "max_position_embeddings")
     for name, key in [("vae", "latent_channels"), *product(encoders, sizes)]:
-        value = networks[name].get(key)
-        if type(value) is not int or value < 1:
-            raise UserError(f"{model}: {key} of its {name} is {value!r}; a number from 1 up is needed")
+        value: Any = networks[name].get(key)
+        most = MOST_LAYERS if key == "num_hidden_layers" else MOST
+        if not is_count(value) or value > most:
+            raise UserError(f"{model}: {key} of its {name} is {value!r}; a number from 1 to {most} is needed")
+    if not is_count(layers := vae.get("layers_per_block", 1)) or layers > MOST_LAYERS:
+        raise UserError(
+            f"{model}: layers_per_block of its vae is {layers!r}; a number from 1 to {MOST_LAYERS} is needed"
+        )
+    scale = vae.get("scaling_factor", 1.0)
+    if type(scale) not in (int, float) or not 0 < scale <= MOST:
+        raise UserError(f"{model}: scaling_factor of its vae is {scale!r}; a number above 0 is needed")
     widths = vae.get("block_out_channels", vae.get("decoder_block_out_channels"))
     if not isinstance(widths, list | tuple) or not widths:
         raise UserError(f"{model}: block_out_channels of its vae is {widths!r}; a list of numbers is needed")

@@ -87,9 +87,11 @@ class ModuleMap:
             blocks = {
                 f"{name}.transformer_blocks.{i}" for name, n in made.student.transformers.items() for i in range(n)
             }
-            if all(re.fullmatch(r"[a-z_]+[0-9]*(\.\w+)*", str(source)) for source in paths.values()) and blocks <= set(
-                paths
-            ):
+            stated = all(re.fullmatch(r"[a-z_]+[0-9]*(\.\w+)*", str(source)) for source in paths.values())
+            of_blocks = all(
+                re.fullmatch(r".+\.transformer_blocks\.[0-9]{1,5}", str(paths.get(name))) for name in blocks
+            )
+            if stated and of_blocks:
                 return made
         raise UserError(f"{path} has no module_map: it is damaged, or of another version; distil the student again")
 

@@ -30,6 +30,10 @@ BLOCK_TYPES = {
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn", None),
 }
+MOST = 1_000_000
+"""The largest number that a config may state: what is far beyond any network would only fill the memory."""
+MOST_LAYERS = 1000
+"""Each is a module, and takes its time to be made."""
 PER_LEVEL = (
     "block_out_channels",
     "attention_head_dim",
@@ -59,8 +63,10 @@ def stated_unet(config: Mapping[str, Any], model: object = "the model") -> dict[
     if len(stated["up_block_types"]) != levels:
         raise refuse("up_block_types", f"there must be as many as down_block_types, {levels}")
     widths = stated["block_out_channels"]
-    if not isinstance(widths, list | tuple) or len(widths) != levels or not all(map(_is_count, widths)):
-        raise refuse("block_out_channels", f"it must be a list of {levels} numbers from 1 up, one for each level")
+    if not isinstance(widths, list | tuple) or len(widths) != levels or not all(map(is_count, widths)):
+        raise refuse(
+            "block_out_channels", f"it must be a list of {levels} numbers from 1 to {MOST}, one for each level"
+        )
     for key in (
         "in_channels",
         "out_channels",
@@ -69,14 +75,14 @@ def stated_unet(config: Mapping[str, Any], model: object = "the model") -> dict[
         "transformer_layers_per_block",
     ):
         if not _holds_counts(stated[key]):
-            raise refuse(key, "numbers from 1 up are needed")
+            raise refuse(key, f"numbers from 1 to {MOST} are needed")
     optional = ("addition_time_embed_dim", "projection_class_embeddings_input_dim", "sample_size")
     for key in (*optional, "attention_head_dim", "num_attention_heads", "norm_num_groups"):
         if stated.get(key) is not None and not _holds_counts(stated[key]):
-            raise refuse(key, "a number from 1 up is needed")
+            raise refuse(key, f"a number from 1 to {MOST} is needed")
     reverse = stated["reverse_transformer_layers_per_block"]
     if reverse is not None and not _holds_counts(reverse):
-        raise refuse("reverse_transformer_layers_per_block", "numbers from 1 up, or null, are needed")
+        raise refuse("reverse_transformer_layers_per_block", f"numbers from 1 to {MOST}, or null, are needed")
     per_level = stated["transformer_layers_per_block"]
     if reverse is None and isinstance(per_level, list | tuple) and any(isinstance(n, list | tuple) for n in per_level):
         raise refuse(
@@ -91,13 +97,14 @@ def stated_unet(config: Mapping[str, Any], model: object = "the model") -> dict[
     return stated
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 1
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number from 1 to MOST."""
+    return type(value) is int and 1 <= value <= MOST
 
 
 def _holds_counts(value: Any) -> bool:
-    """Whether it is a number from 1 up, or a list of such, or of lists of such."""
-    return _is_count(value) or (isinstance(value, list | tuple) and bool(value) and all(map(_holds_counts, value)))
+    """Whether it is a number from 1 to MOST, or a list of such, or of lists of such."""
+    return is_count(value) or (isinstance(value, list | tuple) and bool(value) and all(map(_holds_counts, value)))
 
 
 def per_level(key: str, config: Mapping[str, Any], model: object) -> list[Any]:

@@ -40,7 +40,7 @@ def parse_point(text: str, workdir: Path) -> list[Point]:
     """`NAME=MODEL@STEPS,…`: with its own guidance where the model knows it, else the judge's. Raises UserError."""
     name, equals, rest = text.partition("=")
     source, at, numbers = rest.rpartition("@")
-    counts = [int(number) if number.isdecimal() else 0 for number in numbers.split(",")]
+    counts = [int(number) if number.isdecimal() and len(number) < 20 else 0 for number in numbers.split(",")]
     if not (name and equals and source and at and all(counts)):
         raise UserError(f"{text!r} is not of the form NAME=MODEL@STEPS,…, e.g. teacher=mini:sdxl@4,25")
     folder = resolve(source, workdir)
@@ -66,13 +66,15 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 def compare_steps(points: Sequence[Point], results: Path, *, pictures: int) -> dict[str, Any]:
     """Judges each point, and writes few-steps.json, .md and .svg into `results`. Raises UserError for bad input."""
+    if not points:
+        raise UserError("no model to compare: give NAME=MODEL@STEPS,…, e.g. teacher=mini:sdxl@4,25")
     for point in points:
         check_pictures(pictures, point.steps, find_family(point.folder).resolutions)
     path = results / f"{NAME}.json"
     require_our_files(results, WRITTEN, f"{NAME}.json", ("rows", "settings"), "--results")
     settings = {"pictures": pictures, "reader": READER}
     known = read_object(path) if path.exists() else {}
-    held = {_key(row): row for row in known.get("rows", ())} if known.get("settings") == settings else {}
+    held = {_key(row): row for row in _rows(known, path)} if known.get("settings") == settings else {}
     rows = []
     recipes = {point.name: recipe for point in points if (recipe := _recipe(point.folder))}
     for point in points:
@@ -106,6 +108,15 @@ def _about(point: Point) -> dict[str, Any]:
         "passes": point.passes,
         "gflop": 1000 * a_pass * point.passes,
     }
+
+
+def _rows(known: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
+    """Of an earlier report. Raises UserError where it is damaged."""
+    rows = known["rows"]
+    needed = {"hash", "scheduler", "steps", "guidance_scale", "followed", "interval"}
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
+        raise UserError(f"{path} is damaged: its rows are not as this command writes them; remove it first")
+    return rows
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -215,6 +215,12 @@ def _look_ahead(stage: StageRun) -> dict[str, MemoryUse]:
     )
     for line in describe_memory(uses, title, *device_memory()):
         say(line)
+    for one in stage.recipe.stages:
+        if one.schedule.warmup_steps > one.steps:
+            say(
+                f"stage {one.name}: its warm-up of {one.schedule.warmup_steps} steps is longer than its {one.steps}; the "
+                f"learning rate gets to {one.learning_rate_at(one.steps - 1):.3g}, not to {one.learning_rate:.3g}"
+            )
     use = next(iter(uses.values()))
     shards = processes if options.fsdp else 1
     state_bytes = (use.student + use.ema + use.optimizer) * shards

@@ -137,13 +137,24 @@ class OnnxRuntimeFlavor:
         rebuild = f"rebuild it with: {rebuild_command(bundle, engine)}"
         paths = [checked_path(bundle, record, rebuild) for record in engine.files]
         try:
-            return OnnxRuntimeEngine(paths[0], [tensor.name for tensor in engine.outputs], shared)
+            opened = OnnxRuntimeEngine(paths[0], [tensor.name for tensor in engine.outputs], shared)
         except Exception as error:  # ONNX Runtime's exceptions share no base class of its own
             if FULL_GPU.search(str(error)):
                 import torch
 
                 raise torch.OutOfMemoryError(f"{engine.files[0].path}: {error}") from error
             raise UserError(f"ONNX Runtime cannot open {engine.files[0].path} ({error}); {rebuild}") from error
+        for stated, values in (
+            (engine.inputs, opened.session.get_inputs()),
+            (engine.outputs, opened.session.get_outputs()),
+        ):
+            found = {value.name: _DTYPES.get(value.type) for value in values}
+            if wrong := next((tensor for tensor in stated if found.get(tensor.name) != tensor.dtype), None):
+                raise UserError(
+                    f"{engine.files[0].path} has {', '.join(f'{name} ({dtype})' for name, dtype in found.items())}, the "
+                    f"manifest says {wrong.name} ({wrong.dtype}); {rebuild}"
+                )
+        return opened
 
 
 _DTYPES = {

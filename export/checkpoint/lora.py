@@ -16,6 +16,7 @@ from typing import Any
 from distill.checkpoints.tensors import read_safetensors_header
 from distill.common.errors import UserError
 from distill.common.files import read_object
+from distill.common.options import LARGEST
 from export.components import TEXT_ENCODERS
 
 Lora = tuple[Path, float]
@@ -28,6 +29,8 @@ HALVES = {
 }
 """How the names of a LoRA's two matrices end: the one that reduces to the rank, and the one that expands from it; peft's,
 kohya's, and those of older diffusers."""
+BESIDE = ("alpha", "dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_B.bias")
+"""What else belongs to a layer and is read."""
 OTHER_KINDS = {
     "LoHa": r"\.hada_w",
     "LoKr": r"\.lokr_w",
@@ -70,6 +73,9 @@ def check_lora(path: Path, scale: float) -> None:
     layers = _layers(names)
     if not layers:
         raise UserError(f"{path} holds no LoRA weights: none of its keys names one, e.g. {next(iter(records))}")
+    known = (*HALVES, *HALVES.values(), *BESIDE)
+    if strange := next((key for key, name in names.items() if "lora" in name and not name.endswith(known)), None):
+        raise UserError(f"the LoRA {path} holds {strange}, which would be dropped; merge it with the tool that made it")
     shapes = {name: records[key].shape for key, name in names.items()}
     for down, up in layers.items():
         missing = next((name for name in (down, up) if name not in shapes), None)
@@ -97,14 +103,16 @@ def _peft_scale(path: Path, keys: Mapping[str, Any]) -> float:
             f"the LoRA {path} was saved by peft; its scale stands in {about}, which is not there: fetch it too"
         )
     config = read_object(about)
-    rank, alpha = config.get("r"), config.get("lora_alpha")
+    numbers: list[Any] = [config.get("r"), config.get("lora_alpha")]
+    rank, alpha = numbers
     if any(config.get(key) for key in ("rank_pattern", "alpha_pattern", "use_dora")):
         raise UserError(
             f"{about} has ranks or alphas by layer, or a DoRA: merge that adapter with peft's merge_and_unload"
         )
-    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
-        raise UserError(f"{about} says r {rank!r} and lora_alpha {alpha!r}; two numbers are needed")
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    stated = all(type(number) in (int, float) and abs(number) <= LARGEST for number in numbers)
+    if not stated or type(rank) is not int or rank < 1:
+        raise UserError(f"{about} says r {str(rank)[:20]} and lora_alpha {str(alpha)[:20]}; two numbers are needed")
+    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def lora_names(path: Path, keys: Mapping[str, Any]) -> dict[str, str]:
@@ -176,8 +184,11 @@ def load_lora(pipe: Any, path: Path, adapter: str, checkpoint: str) -> list[str]
             pipe.load_lora_weights(tensors, adapter_name=adapter)
         else:
             pipe.load_lora_weights(str(path.resolve().parent), weight_name=path.name, adapter_name=adapter)
-    except (ValueError, RuntimeError, KeyError, IndexError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    except Exception as error:  # diffusers and peft raise anything
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines[:2])[:300] or type(error).__name__  # torch names the key in its second line
+        if strange := next((key for key, name in names.items() if "lora" not in name), None):
+            reason = f"{strange} belongs to no layer of it ({reason})"
         raise UserError(f"the LoRA {path} does not fit {checkpoint}: {reason}") from None
     parts = [name for name, part in pipe.components.items() if adapter in getattr(part, "peft_config", {})]
     loaded = {

@@ -6,26 +6,17 @@ import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from distill.checkpoints.sources import WORKDIR, file_hashes, load_component
 from distill.common.errors import UserError, require_least, unknown
-from distill.common.files import read_json, read_object, sha256_file, sha256_json
+from distill.common.files import read_object, sha256_file, sha256_json
 from distill.models.resolution import Resolution
 from export.checkpoint.prepare import prepare
 from export.checks.parity import Parity, compare
 from export.components import COMPONENTS, TEXT_ENCODERS
 from export.job import weights_hashes
 from export.prompts import some_text
-
-
-def read_about(folder: Path) -> dict[str, Any]:
-    """slimxl.json of an ONNX folder. Raises UserError where there is none, or a student's."""
-    path = folder / "slimxl.json"
-    about = read_object(path) if path.is_file() else {}
-    if not isinstance(about.get("source"), dict):
-        raise UserError(f"{folder} is no ONNX folder that python -m export onnx has finished: {path} does not say so")
-    return about
+from export.records import read_about, read_record
 
 
 def verify_folder(
@@ -55,7 +46,7 @@ def verify_folder(
     prepared = prepare_again(folder, checkpoint, workdir)
     results: dict[str, list[Parity]] = {}
     for name in chosen:
-        export, config = read_json(folder / name / "export.json"), read_json(folder / name / "config.json")
+        export, config = read_record(folder / name), read_object(folder / name / "config.json")
         network = load_component(prepared, COMPONENTS[name].source, TORCH_DTYPES[export["precision"]])
         module = wrap(name, network)
         resolutions = list(sizes) or [Resolution.parse(text) for text in about["resolutions"]]

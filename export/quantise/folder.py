@@ -27,9 +27,9 @@ from distill.common.files import (
 )
 from distill.common.ownership import require_apart
 from export.checks.parity import Parity, compare
-from export.checks.verify import prepare_again, read_about
+from export.checks.verify import prepare_again
 from export.components import COMPONENTS
-from export.folder import check_files, read_record, refuse_foreign
+from export.folder import check_files, refuse_foreign
 from export.graph.wrappers import TORCH_DTYPES, wrap
 from export.job import CHECK_BELOW_BYTES, library_versions
 from export.prompts import some_text
@@ -37,6 +37,7 @@ from export.quantise.graph import write_pairs
 from export.quantise.layers import PRECISIONS, find_layers
 from export.quantise.ranges import PERCENTILES, Ranges, read_ranges, require_fit, unet_hash
 from export.quantise.scales import find_scales
+from export.records import read_about, read_record
 from export.write import file_sizes, require_valid, trace_resolution
 
 if TYPE_CHECKING:

@@ -14,6 +14,8 @@ from distill.__main__ import main
     [
         ("judge --model mini:sdxl --count 100", "100 pictures are not as many of each of the 9 sizes"),
         ("judge --model mini:sdxl --count 0", "0 pictures are not"),
+        ("judge --model mini:sdxl --count 9000000000000", "9000000000000 pictures; the most is 900000"),
+        ("few-steps --results {}", "no model to compare: give NAME=MODEL@STEPS"),
         ("judge --model mini:sdxl --steps 0", "--steps is 0; the least is 1"),
         ("ablate --out {} --seeds 0", "--seeds is 0; the least is 1"),
         ("ablate --out {} --pictures 10", "10 pictures are not"),

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from distill.__main__ import main
 from distill.checkpoints.sources import load_pipeline, resolve
+from distill.checkpoints.surgery import make_student
 from distill.common.errors import UserError
 from distill.data.cache import LatentCache
 from distill.data.make_cache import make_cache
+from distill.models.architectures import find_architecture
 from distill.training.recipes import find_recipe
 from distill.training.teachers import check_successor
 
@@ -98,3 +102,21 @@ def test_a_unet_of_another_task_teaches_nothing(change: dict[str, int], told: st
     (other / "unet" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=told):
         check_successor(resolve(str(other), tmp_path), other)
+
+
+def test_a_safety_checker_is_left_out_and_that_is_said(sd: Path, tmp_path: Path, capsys) -> None:
+    whole = Path(shutil.copytree(sd, tmp_path / "whole"))
+    index = json.loads((whole / "model_index.json").read_text()) | {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "requires_safety_checker": True,
+    }
+    (whole / "model_index.json").write_text(json.dumps(index))
+    for part in ("safety_checker", "feature_extractor"):
+        (whole / part).mkdir()
+        (whole / part / "config.json").write_text("{}")
+    make_student(resolve(str(whole), tmp_path), find_architecture("mini-tiny-sd"), "first", tmp_path / "student")
+    assert "its feature_extractor and safety_checker are left out" in capsys.readouterr().out
+    assert not (tmp_path / "student" / "safety_checker").exists()
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "student")  # as anyone would, with no word of the checker
+    assert pipe.safety_checker is None and pipe.unet.mid_block is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -102,6 +103,11 @@ def test_a_bundle_in_a_hub_cache_loads(toy_bundle: Path, tmp_path: Path) -> None
         (lambda m: m["engines"][0].update(component="lora"), "engines.0.component: .* known are unet, vae_decoder"),
         (lambda m: m["source"].update(pipeline="FluxPipeline"), "source.pipeline: .* no pipeline of Stable Diffusion"),
         (lambda m: m["source"].pop("pipeline"), "source.pipeline: field required"),
+        (
+            lambda m: m["source"].update(pipeline="StableDiffusionPipeline"),
+            "StableDiffusionPipeline has no text_encoder_2",
+        ),
+        (lambda m: m["engines"][0]["build"].update(seconds=math.inf), "build.seconds: input should be a finite number"),
         (lambda m: m["engines"][0]["profiles"][0].update(index=3), "profile 3 at position 0"),
         (lambda m: m["engines"][0]["profiles"][0]["shapes"]["sample"].update(min=[9, 9, 9, 9]), "min <= opt <= max"),
         (lambda m: m["engines"].append(m["engines"][0]), "two records name the same file"),

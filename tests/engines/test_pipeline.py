@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -220,6 +221,23 @@ def test_other_weights_are_not_ignored(toy_bundle: Path, toy_onnx: Path, tmp_pat
         engines.load(toy_bundle, flavor="onnxruntime", weights=other)
     with pytest.raises(UserError, match="holds no component of this pipeline"):
         engines.load(toy_bundle, flavor="onnxruntime", weights=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [("outputs", {"name": "q"}), ("outputs", {"dtype": "int64"}), ("inputs", {"dtype": "uint8"})],
+    ids=str,
+)
+def test_a_manifest_that_names_other_tensors_than_the_engine_has_is_refused(
+    part: str, change: dict[str, str], toy_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(toy_bundle, tmp_path / "bundle"))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    for engine in manifest["engines"]:
+        engine[part][0] |= change
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"model\.onnx has .*, the manifest says .*rebuild it with"):
+        engines.load(bundle, flavor="onnxruntime")
 
 
 def test_a_bundle_of_several_flavors_loads_what_runs_here(toy_bundle: Path) -> None:

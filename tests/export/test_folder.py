@@ -165,7 +165,21 @@ def test_a_flipped_byte_is_named(mini_vega: Path, onnx_fp32: Path, file: str, tm
         check_files(folder)
 
 
-@pytest.mark.parametrize("text", ["[]", "null", "{}", '{"bytes": 3}', '{"bytes": {}, "sha256": {"../x": "y"}}', "{"])
+HASHED = {"bytes": {"model.onnx": 1}, "sha256": {"model.onnx": "0"}}
+RECORDS = [
+    json.dumps(record)
+    for record in (
+        {"bytes": {}, "sha256": {}},
+        {**HASHED, "graphs": ["a"]},
+        {**HASHED, "graphs": {"128x128": 3}},
+        {**HASHED, "graphs": {"128x128": "../x.onnx"}},
+    )
+]
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "null", "{}", '{"bytes": 3}', '{"bytes": {}, "sha256": {"../x": "y"}}', "{", *RECORDS]
+)
 def test_a_damaged_record_is_one_line(mini_vega: Path, text: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / "text_encoder").mkdir(parents=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +116,15 @@ def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
 def _stages(recipe: Recipe) -> str:
     rows = []
     for stage in recipe.stages:
-        objective = ", ".join(f"{key} {value}" for key, value in vars(stage.objective).items())
+        objective = ", ".join(f"{key} {_value(value)}" for key, value in asdict(stage.objective).items())
         rate = f"{stage.learning_rate:g}, {stage.schedule.shape}"
         rows.append((stage.name, _shown(stage.teacher), stage.student.title, stage.steps, rate, objective))
     return _table(("stage", "teacher", "student", "steps", "learning rate", "objective"), rows)
+
+
+def _value(value: Any) -> str:
+    """A field as a recipe's file has it: `null`, not Python's None, and its own fields in braces."""
+    return json.dumps(value) if value is None or isinstance(value, bool | dict) else str(value)
 
 
 def _losses(log: Path) -> str:

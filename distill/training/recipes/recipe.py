@@ -20,7 +20,7 @@ from distill.training.schedule import Schedule
 from distill.training.student import Pruned, Student
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
+Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$", max_length=100)]
 """It becomes part of a folder name."""
 PREVIOUS = "previous"
 """As a stage's teacher: the student of the stage before."""
@@ -61,7 +61,7 @@ class Recipe:
     __pydantic_config__ = STRICT
     name: Name
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
-    batch_size: PositiveInt = 128
+    batch_size: Annotated[PositiveInt, Field(le=1_000_000)] = 128
     caption_dropout: Fraction = 0.1
     weight_decay: NonNegativeFloat = 1e-2
     max_grad_norm: PositiveFloat = 1.0

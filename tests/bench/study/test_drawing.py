@@ -78,7 +78,8 @@ def test_a_model_that_cannot_draw_is_told_and_the_rest_stays(
         ({"models": ["one=fake:"]}, "needs two or more"),
         ({"models": ["a=fake:", "a=fake:"]}, "given twice"),
         ({"count": 5}, "holds 4 prompts"),
-        ({"prompts": Path(__file__).with_name("none.txt")}, "does not exist"),
+        ({"prompts": Path(__file__).with_name("none.txt")}, "does not exist; --prompts takes"),
+        ({"prompts": Path(__file__).parent}, "is no file; --prompts takes"),
     ],
 )
 def test_bad_input_changes_nothing(changes: dict[str, object], told: str, study: Path, options: MakeOptions) -> None:

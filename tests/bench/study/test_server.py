@@ -50,10 +50,11 @@ def test_two_raters_at_once_double_votes_and_a_crash(study: Path, tmp_path: Path
     assert read_votes([path], key.study, pictures(key)) == one + other
 
 
-def test_a_file_of_something_else_is_left_as_it_was(study: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine.jsonl").write_text('{"mine": 1}\nno end')
+@pytest.mark.parametrize("text", ['{"mine": 1}\nno end', '{"mine": 1}', '{"study": 3', "x"])
+def test_a_file_of_something_else_is_left_as_it_was(text: str, study: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text(text)
     with pytest.raises(UserError, match="line 1: no vote"):
         make_app(study, tmp_path / "mine.jsonl")
-    assert (tmp_path / "mine.jsonl").read_text() == '{"mine": 1}\nno end'
+    assert (tmp_path / "mine.jsonl").read_text() == text
     with pytest.raises(UserError, match="is no study"):
         make_app(tmp_path, tmp_path / "new.jsonl")

@@ -181,10 +181,12 @@ def test_whatever_is_wrong_with_a_picture_makes_it_a_bad_sample_with_its_name(tm
     (folder / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
     (folder / "no.jpg").write_text("not a picture")
     (folder / "no.txt").write_text("a caption")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "pipe.txt").write_text("a caption")
     save_picture(folder, "silent", (150, 150), None)
     (folder / "silent.png").rename(folder / os.fsdecode(b"silent\xe9.png"))
     source = opened(folder)
-    reasons = {"cut.png": "truncated|broken", "latin.png": "UTF-8", "no.jpg": "identify"}
+    reasons = {"cut.png": "truncated|broken", "latin.png": "UTF-8", "no.jpg": "identify", "pipe.png": "no plain file"}
     reasons[r"silent\\udce9.png"] = r"same name with \.txt"
     for index, (name, reason) in enumerate(reasons.items()):
         with pytest.raises(BadSample, match=rf"{name}: .*({reason})"):

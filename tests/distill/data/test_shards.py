@@ -121,6 +121,8 @@ def test_an_unusable_shard_is_refused_at_once(change, message: str, tmp_path: Pa
         ("data-{000..009}.tar", r"names 10 shards, of which 9 are not there, first .*data-000\.tar"),
         ("other-*.tar", r"no such file: .*other-\*\.tar"),
         ("data-{000..009.tar", "its braces do not close"),
+        ("data-{0..9999999999999}.tar", "names more than 1000000 shards"),
+        ("data-{0..1999}-{0..1999}.tar", "names more than 1000000 shards"),
         ("data.tar.gz", "no such file"),
     ],
 )

@@ -54,6 +54,9 @@ def test_fewer_layers_and_no_middle_have_the_published_counts(text: str, paramet
         ("-/2,2/4,4:0:4,4/2,1,1/-", "one layer more on the way up"),
         ("-/2,2/4,4:0:4,4,10/2,1,1", "one layer more on the way up"),
         ("-/2,0/4,4:0:4,4,10/2,1,1/-", "all have transformer blocks behind them"),
+        (f"{'1,' * 500}1:0:{'1,' * 501}1", "the depth has 1003 layers; the most is 1000"),
+        ("-/2,2/100000000,4:0:4,4,10/2,1,1/-", "more than 10000 transformer blocks"),
+        (f"-/2,2/{'9' * 4000},4:0:4,4,10/2,1,1/-", "more than 10000 transformer blocks"),
     ],
 )
 def test_what_diffusers_cannot_express_is_refused(text: str, told: str) -> None:

@@ -131,9 +131,17 @@ def test_the_record_of_a_student_is_read_back(tmp_path: Path) -> None:
     as_layer_map = read_layer_map(str(tmp_path / "slimxl.json"))
     assert make_module_map(as_layer_map, SDXL_DEPTH, VEGA_DEPTH) == modules
     assert ModuleMap.of_student(tmp_path / "elsewhere") is None
-    (tmp_path / "slimxl.json").write_text("{}")
-    with pytest.raises(UserError, match="has no module_map"):
-        ModuleMap.of_student(tmp_path)
+    paths = (
+        {f"{LAST}.transformer_blocks.0": "mid_block"},
+        {f"{LAST}.transformer_blocks.0": f"{LAST}.transformer_blocks.x"},
+    )
+    for record in (
+        {},
+        *({"module_map": {**modules.as_dict(), "paths": {**modules.paths, **wrong}}} for wrong in paths),
+    ):
+        (tmp_path / "slimxl.json").write_text(json.dumps(record))
+        with pytest.raises(UserError, match="has no module_map"):
+            ModuleMap.of_student(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ def test_the_interval_is_wilsons() -> None:
         ("t=mini:sdxl", "is not of the form"),
         ("t=mini:sdxl@4,", "is not of the form"),
         ("t=mini:sdxl@0", "is not of the form"),
+        (f"t=mini:sdxl@{'9' * 5000}", "is not of the form"),
         ("t=mini:sdxl@1001", "--steps is 1001"),
         ("t=nowhere@4", "neither a folder nor a known form"),
         ("t={few}@5", r"5 steps are more than this model's schedule has \(4\)"),

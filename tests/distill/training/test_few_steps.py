@@ -79,6 +79,7 @@ def test_few_step_stages_follow_each_other_and_go_on_where_they_were(
 
 def test_the_target_is_a_running_average() -> None:
     pair = object.__new__(Pair)
+    pair.options = TrainOptions()
     pair.student, pair.target = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     for net, value in ((pair.student, 2.0), (pair.target, 1.0)):
         torch.nn.init.constant_(net.weight, value)

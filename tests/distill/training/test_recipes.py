@@ -132,6 +132,8 @@ def test_explicit_indices_are_read_back(tmp_path: Path) -> None:
     [
         ({"batch": 4}, "no recipe: batch: unexpected keyword argument"),
         ({"batch_size": 0}, "no recipe: batch_size: input should be greater than 0"),
+        ({"batch_size": 10**12}, "no recipe: batch_size: input should be less than or equal to 1000000"),
+        ({"stages/name": "n" * 300}, "stages.0.name: string should have at most 100 characters"),
         ({"stages": []}, "no recipe: stages: tuple should have at least 1 item"),
         ({"name": "../../mine"}, "no recipe: name: string should match pattern"),
         ({"caption_dropout": 1.0}, "no recipe: caption_dropout: input should be less than 1"),

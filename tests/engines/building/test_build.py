@@ -118,6 +118,35 @@ def test_an_onnx_folder_that_was_changed_is_refused(tmp_path: Path, victim: str)
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("slimxl.json", {"resolutions": None}),
+        ("slimxl.json", {"resolutions": [1]}),
+        ("slimxl.json", {"resolutions": []}),
+        ("slimxl.json", {"source": None}),
+        ("slimxl.json", {"source": [1]}),
+        ("slimxl.json", {"source": {"name": ["a"], "sha256": None}}),
+        ("slimxl.json", {"precision": 3}),
+        ("model_index.json", []),
+        ("unet/config.json", []),
+        ("unet/export.json", []),
+        ("unet/export.json", {"graphs": ["a"]}),
+        ("unet/export.json", {"graphs": {"128x128": 3}}),
+        ("unet/export.json", {"graphs": {"128x128": "../../x.onnx"}}),
+        ("unet/export.json", {"sha256": {}}),
+    ],
+    ids=str,
+)
+def test_what_an_onnx_folder_cannot_say_of_itself_is_one_line(tmp_path: Path, file: str, change: object) -> None:
+    folder = make_toy_onnx(tmp_path / "onnx")
+    stated = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(stated | change if isinstance(change, dict) else change))
+    with pytest.raises(UserError, match=file) as refusal:
+        build_bundle(folder, tmp_path / "bundle", gpus=[], flavor="onnxruntime")
+    assert "\n" not in str(refusal.value) and not (tmp_path / "bundle").exists()
+
+
 def test_another_checkpoint_needs_replace(tmp_path: Path, toy_bundle: Path) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(toy_bundle, bundle)

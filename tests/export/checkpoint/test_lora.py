@@ -59,6 +59,8 @@ def pair(down: str = DOWN, up: str = UP) -> Tensors:
         ({"conv_in.weight": torch.ones(4)}, "is a whole checkpoint"),
         (pair(f"base_model.model.{MODULE}.lora_A.weight", f"base_model.model.{MODULE}.lora_B.weight"),
          "saved by peft; its scale stands in .*adapter_config.json"),
+        ({**pair(), "lora_controlnet": torch.ones(4)}, "holds lora_controlnet, which would be dropped"),
+        ({**pair(), f"{LAYER}.lora_mid.weight": torch.ones(4, 4)}, f"holds {LAYER}.lora_mid.weight, which would be"),
         ({"something.else": torch.ones(4)}, "holds no LoRA weights: .*e.g. something.else"),
     ],
 )  # fmt: skip
@@ -90,6 +92,33 @@ def test_a_file_that_is_no_safetensors_is_told_what_it_is(
     make(tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=message):
         check_lora(tmp_path / "x.safetensors", 1.0)
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [("0", "1"), ("4", "true"), ("4", f"1{'0' * 400}")])
+def test_a_scale_of_peft_that_is_no_number_is_refused(rank: str, alpha: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file(pair(*(f"base_model.model.{MODULE}.lora_{half}.weight" for half in "AB")), path)
+    (tmp_path / "adapter_config.json").write_text(f'{{"r": {rank}, "lora_alpha": {alpha}}}')
+    with pytest.raises(UserError, match=r"lora_alpha .*; two numbers are needed"):
+        check_lora(path, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "message"),
+    [
+        (pair(), {"lora_adapter_metadata": "[1]"}, "does not fit"),
+        (pair(), {"lora_adapter_metadata": '{"unet.r": 4}'}, "does not fit"),
+        ({DOWN: torch.ones(4, 63), UP: torch.ones(64, 4)}, None, f"size mismatch for {MODULE}.lora_A"),
+        ({**pair(), "unet.nowhere.alpha": torch.tensor(1.0)}, None, "unet.nowhere.alpha belongs to no layer"),
+    ],
+)
+def test_what_diffusers_refuses_is_one_line_that_names_the_key(
+    mini_vega: Path, tensors: Tensors, metadata: dict[str, str] | None, message: str, tmp_path: Path
+) -> None:
+    save_file(tensors, tmp_path / "x.safetensors", metadata)
+    with pytest.raises(UserError, match=message) as refusal:
+        with_loras(mini_vega, "of the checkpoint", [(tmp_path / "x.safetensors", 1.0)], tmp_path)
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
