@@ -19,7 +19,7 @@ from distill.training.step import alphas_cumprod_of
 
 def check_successor(first: Path, teacher: Path) -> None:
     """Raises UserError where a later teacher differs from the first in architecture or in what it predicts, and where it
-    knows other noise levels than SDXL's."""
+    knows other noise levels than Stable Diffusion's."""
     kinds = [conditioning_of(read_config(folder, "unet"), folder).pipeline for folder in (first, teacher)]
     if kinds[0] != kinds[1]:
         raise UserError(
@@ -43,7 +43,7 @@ def check_successor(first: Path, teacher: Path) -> None:
     kind, zero_snr = scheduler.get("_class_name", ""), scheduler.get("rescale_betas_zero_snr", False)
     if kind.startswith("EDM") or zero_snr:
         raise UserError(
-            f"teacher {teacher} was trained on other noise levels than SDXL: its scheduler is {kind}, with "
+            f"teacher {teacher} was trained on other noise levels than Stable Diffusion: its scheduler is {kind}, with "
             f"rescale_betas_zero_snr {zero_snr}; such a teacher cannot be distilled"
         )
 

@@ -150,7 +150,12 @@ def read_recipe(path: Path) -> Recipe:
     """The recipe that a JSON file is, or holds as its `recipe` (a student's slimxl.json does). Raises UserError with the
     first fault."""
     stated = read_json(path)
-    stated = stated.get("recipe", stated) if isinstance(stated, dict) else stated
+    if isinstance(stated, dict):
+        if "recipe" not in stated and "module_map" in stated:
+            raise UserError(
+                f"{path} is of a student that no recipe made, by surgery; `python -m distill recipe ssd-1b` prints one"
+            )
+        stated = stated.get("recipe", stated)
     try:
         return from_json(Recipe, stated)
     except ValueError as error:

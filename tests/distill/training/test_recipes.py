@@ -194,6 +194,9 @@ def test_what_is_no_recipe_file(tmp_path: Path) -> None:
         UserError, match=r"mine.json is no recipe: the whole: .*`python -m distill recipe ssd-1b` prints"
     ):
         find_recipe(str(file))
+    file.write_text('{"module_map": {}}')
+    with pytest.raises(UserError, match="a student made by surgery, without a recipe"):
+        find_recipe(str(file))
     file.write_text(json.dumps(find_recipe("vega").as_dict()))
     with pytest.raises(UserError, match="says its own student and layer_map: change it there"):
         find_recipe(str(file), student="vega", layer_map="first")
