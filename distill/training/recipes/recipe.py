@@ -153,7 +153,7 @@ def read_recipe(path: Path) -> Recipe:
     if isinstance(stated, dict):
         if "recipe" not in stated and "module_map" in stated:
             raise UserError(
-                f"{path} is of a student that no recipe made, by surgery; `python -m distill recipe ssd-1b` prints one"
+                f"{path} is of a student made by surgery, without a recipe; `python -m distill recipe ssd-1b` prints one"
             )
         stated = stated.get("recipe", stated)
     try:
