@@ -115,7 +115,7 @@ test: $(VENV)/.training  ## lint, types and every test, the full-size ones too
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --durations 15
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 15 tests/test_full_size.py tests
 
 test-gpu: $(READY)  ## what only a GPU can show: plans built, run, refitted and stripped on the one at hand
 	@nvidia-smi -L > /dev/null 2>&1 || { echo "error: no NVIDIA GPU answers here; these tests need one" >&2; exit 2; }

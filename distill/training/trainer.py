@@ -128,10 +128,12 @@ def _describe_run(
 
 def _require_our_run(out: Path, workdir: Path) -> None:
     """Raises UserError where `out` holds something that no training wrote. The work folder may be `out` itself or lie
-    below it: the models that a command has made in it are ours."""
+    below it: the models that a command has made in it are ours. run.log is what an ablation's runs say."""
     made = (path for path in workdir.resolve().glob("*/made.json") if path.is_relative_to(out.resolve()))
     models = [path.relative_to(out.resolve()).parts[0] for path in made]
-    require_our_folder(out, "a training run", ["run.json", "slimxl.json"], ("recipe", "key"), leftovers=models)
+    require_our_folder(
+        out, "a training run", ["run.json", "slimxl.json"], ("recipe", "key"), leftovers=[*models, "run.log"]
+    )
 
 
 def _is_finished(out: Path, key: str) -> bool:

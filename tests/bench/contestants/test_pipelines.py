@@ -136,7 +136,7 @@ def test_kinds_become_contestants():
 
 def test_a_bundle_says_which_flavor_and_engines_it_loaded(monkeypatch):
     def part(name):
-        engine = SimpleNamespace(flavor="onnxruntime", files=[SimpleNamespace(sha256=name)])
+        engine = SimpleNamespace(flavor="onnxruntime", precision="fp32", files=[SimpleNamespace(sha256=name)])
         return SimpleNamespace(component=SimpleNamespace(engines=[(engine, None)]))
 
     parts = {name: part(name) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}

@@ -48,7 +48,10 @@ def test_another_family_begins_with_the_networks_that_it_shares(
     monkeypatch.setattr(teach, "judge", partial(judge, count=3, steps=1))
     begun = {"start": "mini:sdxl", "vae_steps": 0, "vae_whole_steps": 0, "decoder_steps": 0}
     teach.teach_mini(tmp_path, architecture="mini-sd-1.5", **begun, **BRIEF)
-    pipe, ours = StableDiffusionPipeline.from_pretrained(tmp_path), load_component(MINI_TEACHERS, "vae", torch.float32)
+    pipe, ours = (
+        StableDiffusionPipeline.from_pretrained(tmp_path),
+        load_component(MINI_TEACHERS["sdxl"], "vae", torch.float32),
+    )
     assert all(torch.equal(pipe.vae.state_dict()[key], value) for key, value in ours.state_dict().items())
     with pytest.raises(UserError, match=r"sd-1\.5 is of no mini family"):
         teach.teach_mini(tmp_path / "no", architecture="sd-1.5", **begun, **BRIEF)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import engines
+from distill.checkpoints.sampling import Sampling
 from distill.common.errors import UserError
 from engines.serving.environment import Environment
 from engines.serving.options import Serving
@@ -92,7 +93,8 @@ def test_how_many_are_drawn_together(
     instance = model.TritonPythonModel()
     engine = SimpleNamespace(profiles=[profile(*one) for one in profiles])
     component = SimpleNamespace(engines=[(engine, None)])
-    instance.pipeline = SimpleNamespace(unet=SimpleNamespace(component=component))
+    config = SimpleNamespace(time_cond_proj_dim=None)
+    instance.pipeline = SimpleNamespace(unet=SimpleNamespace(component=component, config=config))
     group = [{"width": 128, "height": 128, "images": images, "guidance": guidance} for images, guidance in requests]
     assert instance.most_together(group) == together
 
@@ -143,6 +145,7 @@ def test_a_request_that_cannot_be_read_leaves_the_others(
     monkeypatch.setattr(model, "read_inputs", read_inputs)
     instance = model.TritonPythonModel()
     instance.sizes, instance.decoupled, instance.instances = ["128x128"], False, 2
+    instance.sampling = Sampling()
     instance.most_together = len
     instance.answer = lambda batch: [values["request"] for values, _ in batch]
     requests = [request(name, Sender()) for name in (b"early", b"\xff", b"torn", b"g")]
