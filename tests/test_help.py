@@ -1,4 +1,5 @@
-"""Every option of every command says in --help what it takes; a table of defaults alone tells a new user nothing."""
+"""Every option of every command says in --help what it takes, and a word that no command knows is told: a table of defaults
+alone, or silence, tells a new user nothing."""
 
 from __future__ import annotations
 
@@ -8,8 +9,10 @@ from itertools import pairwise
 
 import pytest
 
+from distill.common.launcher import ROOMS
 
-@pytest.mark.parametrize("room", ["distill", "export", "engines", "bench"])
+
+@pytest.mark.parametrize("room", ROOMS)
 def test_every_option_has_help(room: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     main = importlib.import_module(f"{room}.__main__").main
     monkeypatch.setenv("COLUMNS", "1000")  # so that no help is broken into lines
@@ -32,3 +35,15 @@ def test_every_option_has_help(room: str, monkeypatch: pytest.MonkeyPatch, capsy
         assert command and not silent, (command, silent)
 
     look()
+
+
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("word", ["unknown-command", "--unknown"])
+def test_a_word_that_no_command_knows_is_told_and_ends_in_2(
+    room: str, word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", [room, word])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"{room}.__main__").main()
+    told = capsys.readouterr()
+    assert ended.value.code == 2 and word.strip("-") in told.out + told.err
