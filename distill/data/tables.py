@@ -137,22 +137,30 @@ class ParquetRows:
     """Rows of parquet files, read where they lie: the two row groups used last are held in memory."""
 
     def __init__(self, files: Sequence[Path], place: str) -> None:
-        """Raises UserError for a file that cannot be read, and where there is no row or no wanted column."""
+        """Raises UserError for a file that cannot be read, where there is no row or no wanted column, and where the
+        files have unlike columns."""
         import pyarrow.parquet as pq
 
         datasets = _library()
         self.groups: list[tuple[Path, int]] = []
-        counts = []
+        counts, names = [], {}
         for file in files:
             try:
                 metadata = pq.read_metadata(file)
                 schema = pq.read_schema(file)
             except Exception as error:
                 raise UserError(f"{file} is no whole parquet file ({_reason(error)})") from None
+            names[file] = schema.names
             self.groups += [(file, group) for group in range(metadata.num_row_groups)]
             counts += [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self.starts = [0, *accumulate(counts)]
         self.columns = find_columns(datasets.Features.from_arrow_schema(schema), place)
+        for file, held in names.items():
+            if lacking := [column for column in self.columns if column not in held]:
+                raise UserError(
+                    f"{file} has no column {lacking[0]}, which {files[-1].name} has; it has {', '.join(held)}: give files "
+                    "of the same columns"
+                )
         if not len(self):
             raise UserError(f"{place} is empty")
         self.lock = Lock()

@@ -77,6 +77,11 @@ def test_tables_are_read_where_they_lie(make, prefix: str, tmp_path: Path, own_h
     assert opened(f"{tmp_path / 'moved'}/").identity == source.identity
 
 
+def _unlike(folder: Path) -> None:
+    _other_parquet(jpg=PNGS, text=WORDS)(folder)
+    pq.write_table(pa.table({"jpg": PNGS, "caption": WORDS}), folder / "a.parquet")
+
+
 def _torn(folder: Path) -> None:
     _other_parquet(jpg=PNGS, text=WORDS)(folder)
     (folder / "part.parquet").write_bytes((folder / "part.parquet").read_bytes()[:200])
@@ -90,6 +95,7 @@ def _torn(folder: Path) -> None:
         (_other_parquet(jpg=PNGS, label=[1] * 5), "has the columns jpg, label; wanted .* text or caption or prompt"),
         (_other_parquet(jpg=PNGS, caption=[["a"]] * 5), "has the columns jpg, caption; wanted"),
         (_other_parquet(jpg=pa.array([], pa.binary()), text=pa.array([], pa.string())), "is empty"),
+        (_unlike, r"a.parquet has no column text, which part.parquet has; it has jpg, caption"),
         (_torn, "part.parquet is no whole parquet file"),
         (lambda folder: datasets.DatasetDict(test=_table()).save_to_disk(folder), "has no split train; it has test"),
         (lambda folder: datasets.Dataset.from_dict({"a": ["x"]}).save_to_disk(folder), "has the columns a; wanted"),
