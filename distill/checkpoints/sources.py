@@ -57,7 +57,16 @@ WORKDIR = Path("out/models")
 """The folder in which all rooms keep the checkpoints that `resolve` makes, unless another is given."""
 CONVERSION = 1
 """Raised whenever a random, converted or fused checkpoint comes out otherwise than before: older ones are made again."""
-ON_HUB = {"segmind/SSD-1B": "ssd-1b", "segmind/Segmind-Vega": "vega"}
+ON_HUB = {
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "stablediffusionapi/zavychromaxl-v80": "sdxl",
+    "RunDiffusion/Juggernaut-XL-v9": "sdxl",
+    "segmind/SSD-1B": "ssd-1b",
+    "segmind/Segmind-Vega": "vega",
+    "SG161222/Realistic_Vision_V4.0": "sd-1.5",
+    "CompVis/stable-diffusion-v1-4": "sd-1.5",
+    "stabilityai/stable-diffusion-2-1-base": "sd-2.1-base",
+}
 """The architecture of checkpoints that recipes name, so that these are checked and planned before anything is fetched."""
 PART_CLASSES = {"diffusers": "EulerDiscreteScheduler", "transformers": "CLIPTokenizer"}
 """The usual class of the scheduler and of the tokenizers, by its library: an example for a message."""
@@ -180,6 +189,12 @@ def peek_architecture(source: str, family: Family = SDXL_FAMILY) -> Architecture
 
         return find_single_file_architecture(read_safetensors_header(_single_file(path)), path)
     return find_architecture(ON_HUB[source]) if source in ON_HUB else whole(family)
+
+
+def is_known(source: str) -> bool:
+    """Whether `peek_architecture` finds the architecture of `source` itself: of all but other models on the hub."""
+    kind = source.partition(":")[0]
+    return kind in ("random", "mini") or source in ON_HUB or Path(source).exists()
 
 
 def load_component(folder: Path, component: str, dtype: torch.dtype) -> Any:

@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distill.checkpoints.sources import prediction_type_of, read_config
+from distill.checkpoints.sources import is_known, peek_architecture, prediction_type_of, read_config
 from distill.common.errors import UserError
 from distill.common.files import read_object
 from distill.data.cache import LatentCache
 from distill.models.conditioning import conditioning_of
 from distill.models.depth import Depth
-from distill.training.recipes import Recipe
+from distill.models.families import SDXL_FAMILY
+from distill.training.recipes import PREVIOUS, Recipe
 from distill.training.step import alphas_cumprod_of
 
 
@@ -70,6 +71,15 @@ def check_objectives(recipe: Recipe, teachers: dict[str, Path]) -> None:
             stage.objective.check(prediction_type_of(teacher), len(alphas_cumprod_of(teacher)))
         except UserError as error:
             raise UserError(f"stage {stage.name}: {error}") from None
+
+
+def check_caches(recipe: Recipe, latents: list[LatentCache]) -> None:
+    """Raises UserError, before a teacher is fetched or made, for a stage with a cache of another family."""
+    for stage, cache in zip(recipe.stages, latents, strict=True):
+        family = stage.student.family
+        if stage.teacher != PREVIOUS and (family or is_known(stage.teacher)):
+            teacher = peek_architecture(stage.teacher, family or SDXL_FAMILY)
+            cache.check_family(teacher.family, stage.teacher)
 
 
 def find_pipelines(

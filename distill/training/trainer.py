@@ -36,7 +36,7 @@ from distill.training.output.state import STATE_FORMAT
 from distill.training.output.student_folder import stage_folder, student_dtype
 from distill.training.recipes import PREVIOUS, Recipe, stage_modules
 from distill.training.stage import StageRun
-from distill.training.teachers import check_objectives, check_successor, find_pipelines
+from distill.training.teachers import check_caches, check_objectives, check_successor, find_pipelines
 
 
 def train(
@@ -69,15 +69,16 @@ def train(
         raise UserError(
             "--validate-every draws the recipe's validation_prompts, and it has none: add some, or leave it out"
         )
+    places = [stage.cache or str(cache) for stage in recipe.stages]
+    caches = {place: LatentCache(place, batch_size=recipe.batch_size, seed=recipe.seed) for place in set(places)}
+    latents = [caches[place] for place in places]
+    check_caches(recipe, latents)
     teachers = {stage.teacher: resolve(stage.teacher, workdir) for stage in recipe.stages if stage.teacher != PREVIOUS}
     first = next(iter(teachers.values()))
     for teacher in teachers.values():  # the first too: what it predicts is checked
         check_successor(first, teacher)
     check_objectives(recipe, teachers)
     modules = stage_modules(recipe, find_architecture_of(first), ModuleMap.of_student(start) if start else None)
-    places = [stage.cache or str(cache) for stage in recipe.stages]
-    caches = {place: LatentCache(place, batch_size=recipe.batch_size, seed=recipe.seed) for place in set(places)}
-    latents = [caches[place] for place in places]
     versions = {package: version(package) for package in ("slimxl", "torch", "diffusers")}
     require_alike(versions | {f"the cache {place}": cached.digest[:12] for place, cached in caches.items()})
     pipelines = decided_by_first(lambda: find_pipelines(recipe, teachers, latents, start))

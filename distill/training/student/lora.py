@@ -25,7 +25,7 @@ from distill.checkpoints.sources import load_component
 from distill.common.errors import unknown
 from distill.common.validation import STRICT
 from distill.models.architectures import Architecture
-from distill.models.families import SDXL_FAMILY, Family
+from distill.models.families import Family
 from distill.models.module_map import ModuleMap, make_module_map
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -57,9 +57,9 @@ class Lora:
         """Nothing is wrong with it whatever the teacher."""
 
     @property
-    def family(self) -> Family:
-        """Of a base that says nothing of itself, as one on the hub."""
-        return SDXL_FAMILY
+    def family(self) -> Family | None:
+        """Of no one family: it is put on any."""
+        return None
 
     def architecture_of(self, teacher: Architecture) -> Architecture:
         return teacher
