@@ -82,7 +82,8 @@ def surgery(*, model: str, student: str, layer_map: str = "first", out: Path, wo
         layer_map: Which teacher blocks it keeps: first, spread, similarity, or a JSON file (importance.json).
         out: The folder to write; its surgery.json says where each tensor came from and which are unused.
     """
-    from distill.checkpoints.sources import find_architecture_of, resolve
+    from distill.checkpoints.folder import find_architecture_of
+    from distill.checkpoints.sources import resolve
     from distill.checkpoints.surgery import make_student
     from distill.models.architectures import find_architecture
     from distill.models.module_map import read_layer_map

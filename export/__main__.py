@@ -55,7 +55,8 @@ def onnx(
         reuse: Other ONNX folders to take equal components from.
         check: Compare with torch before a component gets its name.
     """
-    from distill.checkpoints.sources import find_family, resolve
+    from distill.checkpoints.folder import find_family
+    from distill.checkpoints.sources import resolve
     from distill.common.progress import say
     from export.folder import export_checkpoint
     from export.job import ExportOptions
@@ -127,7 +128,8 @@ def quantise(
     """
     from dataclasses import replace
 
-    from distill.checkpoints.sources import find_family, resolve
+    from distill.checkpoints.folder import find_family
+    from distill.checkpoints.sources import resolve
     from distill.common.progress import say
     from export.prompts import read_prompts
     from export.quantise.calibrate import Drawing

@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from distill.checkpoints.folder import copy_index, file_hashes, find_family, read_config
+from distill.checkpoints.load import load_parts
 from distill.checkpoints.sampling import sampling_of
-from distill.checkpoints.sources import WORKDIR, copy_index, file_hashes, find_family, load_parts, read_config
+from distill.checkpoints.sources import WORKDIR
 from distill.checkpoints.tensors import component_tensors
 from distill.common.errors import UserError
 from distill.common.files import (

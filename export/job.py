@@ -8,7 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from distill.checkpoints.sources import component_weights, find_family, network_folders, read_config
+from distill.checkpoints.folder import find_family, network_folders, read_config
+from distill.checkpoints.tensors import component_weights
 from distill.common.errors import UserError, require_least, unknown
 from distill.common.files import sha256_file, sha256_json
 from distill.models.conditioning import Config, conditioning_of
@@ -138,7 +139,7 @@ def weights_hashes(checkpoint: Path, component: str, hashes: Mapping[str, str], 
 
 
 def make_job(checkpoint: Path, name: str, options: ExportOptions, hashes: Mapping[str, str]) -> Job:
-    """`hashes` as `distill.checkpoints.sources.file_hashes` tells them: a checkpoint's gigabytes are read for them once."""
+    """`hashes` as `distill.checkpoints.folder.file_hashes` tells them: a checkpoint's gigabytes are read for them once."""
     config = make_config(checkpoint, name)
     precision = component_precision(name, options, read_config(checkpoint, "vae"))
     rows = options.rows(name)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from distill.checkpoints.folder import find_family
+from distill.checkpoints.load import load_pipeline
 from distill.checkpoints.sampling import Sampling, sampling_of
-from distill.checkpoints.sources import find_family, load_pipeline
 from distill.common.errors import UserError, require_between
 from distill.data.shapes import Scene, follows, random_scene, shares
 from distill.models.resolution import Resolution

@@ -22,13 +22,8 @@ from typing import Any
 
 import torch
 
-from distill.checkpoints.sources import (
-    checkpoint_hash,
-    find_architecture_of,
-    find_family,
-    load_component,
-    prediction_type_of,
-)
+from distill.checkpoints.folder import checkpoint_hash, find_architecture_of, find_family, prediction_type_of
+from distill.checkpoints.load import load_component
 from distill.common.errors import quiet_libraries, require_least, unknown
 from distill.common.files import read_json, replacing, write_json
 from distill.common.ownership import require_our_files, require_our_folder

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill.checkpoints.sources import find_architecture_of, load_component
+from distill.checkpoints.folder import find_architecture_of
+from distill.checkpoints.load import load_component
 from distill.common.errors import require_least
 from distill.common.files import replacing, write_json
 from distill.common.ownership import require_our_folder

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from distill.checkpoints.folder import find_architecture_of
+from distill.checkpoints.load import load_component, load_pipeline
 from distill.checkpoints.random_weights import random_pipeline
-from distill.checkpoints.sources import find_architecture_of, load_component, load_pipeline, resolve
+from distill.checkpoints.sources import resolve
 from distill.checkpoints.surgery import make_student_unet
 from distill.common.files import write_json
 from distill.data.cache import KEY_FILE, UNCONDITIONAL, LatentCache, shard_name

@@ -15,8 +15,9 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
+from distill.checkpoints.folder import prediction_type_of
+from distill.checkpoints.load import load_component
 from distill.checkpoints.sampling import sampling_of
-from distill.checkpoints.sources import load_component, prediction_type_of
 from distill.common.ahead import Awaited, ahead
 from distill.common.errors import UserError
 from distill.common.files import seed_of

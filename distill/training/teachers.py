@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distill.checkpoints.sources import prediction_type_of, read_config
+from distill.checkpoints.folder import prediction_type_of, read_config
 from distill.common.errors import UserError
 from distill.common.files import read_object
 from distill.data.cache import LatentCache

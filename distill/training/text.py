@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from distill.checkpoints.sources import find_family, load_component
+from distill.checkpoints.folder import find_family
+from distill.checkpoints.load import load_component
 from distill.models.conditioning import TOKENS, Conditioning
 
 

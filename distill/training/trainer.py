@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from distill.checkpoints.sources import checkpoint_hash, find_architecture_of, read_config, resolve
+from distill.checkpoints.folder import checkpoint_hash, find_architecture_of, read_config
+from distill.checkpoints.sources import resolve
 from distill.checkpoints.surgery import files_but_unet
 from distill.common.errors import UserError, explaining_full_memory
 from distill.common.files import (

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
+from distill.checkpoints.folder import find_family
 from distill.checkpoints.sampling import Sampling
-from distill.checkpoints.sources import find_family
 from distill.common.files import read_json, replacing, write_json
 from distill.models.module_map import ModuleMap
 from distill.training.accelerator import trained_parameters

@@ -21,7 +21,7 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from pydantic import Field, PositiveFloat, PositiveInt
 from safetensors.torch import load_file, save_file
 
-from distill.checkpoints.sources import load_component
+from distill.checkpoints.load import load_component
 from distill.common.errors import unknown
 from distill.common.validation import STRICT
 from distill.models.architectures import Architecture

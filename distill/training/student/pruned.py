@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from diffusers import UNet2DConditionModel
 
-from distill.checkpoints.sources import find_family, load_component
+from distill.checkpoints.folder import find_family
+from distill.checkpoints.load import load_component
 from distill.checkpoints.surgery import (
     copy_all_but_unet,
     extend_unet,

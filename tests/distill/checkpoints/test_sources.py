@@ -24,22 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig
 
-from distill.checkpoints.sources import (
-    check_checkpoint,
-    checkpoint_hash,
-    find_architecture_of,
-    load_component,
-    load_parts,
-    load_pipeline,
-    peek_architecture,
-    read_safetensors_header,
-    resolve,
-)
+from distill.checkpoints.folder import check_checkpoint, checkpoint_hash, find_architecture_of
+from distill.checkpoints.load import load_component, load_parts, load_pipeline
+from distill.checkpoints.sources import peek_architecture, read_safetensors_header, resolve
 from distill.checkpoints.surgery import make_student, make_student_unet, student_modules
 from distill.common.errors import UserError, exit_on_user_error
 from distill.common.files import remove_leftovers, replacing, write_json
 from distill.models.architectures import ARCHITECTURES, find_architecture
-from distill.models.families import SD_1_FAMILY
+from distill.models.families import SD_1_FAMILY, SDXL_FAMILY
 from distill.models.networks import DEFAULTS
 from distill.models.unet_config import UNET_DEFAULTS
 from distill.training.teachers import check_successor
@@ -393,14 +385,23 @@ def test_weights_that_are_missing_are_named_where_they_are_loaded(copy: Path) ->
             load_component(copy, component, torch.float32)
 
 
-def test_what_is_at_hand_tells_the_architecture_and_nothing_is_fetched(mini_vega: Path) -> None:
-    assert peek_architecture("mini:sdxl").name == "mini-sdxl"
-    assert peek_architecture("random:vega").name == "vega"
-    assert peek_architecture(str(mini_vega)).name == "mini-vega"
-    assert peek_architecture("stabilityai/stable-diffusion-xl-base-1.0").name == "sdxl"
+def test_what_is_at_hand_tells_the_architecture_and_nothing_is_fetched(
+    mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    of_hub = tmp_path / "models--org--fetched"
+    (of_hub / "refs").mkdir(parents=True)
+    (of_hub / "refs" / "main").write_text("0" * 40)
+    (of_hub / "snapshots").mkdir()
+    (of_hub / "snapshots" / ("0" * 40)).symlink_to(mini_vega)
+    assert peek_architecture("org/fetched", SDXL_FAMILY).name == "mini-vega"
+    assert peek_architecture("mini:sdxl", SDXL_FAMILY).name == "mini-sdxl"
+    assert peek_architecture("random:vega", SDXL_FAMILY).name == "vega"
+    assert peek_architecture(str(mini_vega), SDXL_FAMILY).name == "mini-vega"
+    assert peek_architecture("stabilityai/stable-diffusion-xl-base-1.0", SDXL_FAMILY).name == "sdxl"
     assert peek_architecture("SG161222/Realistic_Vision_V4.0", SD_1_FAMILY).name == "sd-1.5"
     with pytest.raises(UserError, match="does not exist"):
-        peek_architecture("missing.safetensors")
+        peek_architecture("missing.safetensors", SDXL_FAMILY)
 
 
 def _raising(error: Exception) -> Callable[[], None]:

@@ -19,7 +19,8 @@ from safetensors import safe_open
 from torch.profiler import ProfilerActivity, profile
 
 from distill.__main__ import main
-from distill.checkpoints.sources import checkpoint_hash, load_component
+from distill.checkpoints.folder import checkpoint_hash
+from distill.checkpoints.load import load_component
 from distill.common.errors import UserError
 from distill.models.architectures import ARCHITECTURES
 from distill.models.module_map import make_module_map

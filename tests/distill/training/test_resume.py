@@ -24,7 +24,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from distill.checkpoints.sources import check_checkpoint, checkpoint_hash
+from distill.checkpoints.folder import check_checkpoint, checkpoint_hash
 from distill.common.errors import UserError, exit_on_user_error
 from distill.common.files import exclusive
 from distill.training.guard import DivergenceGuard

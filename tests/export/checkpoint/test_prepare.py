@@ -15,7 +15,10 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from distill.checkpoints.sources import component_weights, file_hashes, load_component, read_config, resolve
+from distill.checkpoints.folder import file_hashes, read_config
+from distill.checkpoints.load import load_component
+from distill.checkpoints.sources import resolve
+from distill.checkpoints.tensors import component_weights
 from distill.common.errors import UserError
 from distill.common.files import read_json
 from distill.models.resolution import Resolution
