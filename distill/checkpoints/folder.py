@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill.checkpoints.tensors import component_tensors, component_weights
 from distill.common.errors import UserError
@@ -16,6 +16,9 @@ from distill.models.conditioning import Conditioning, conditioning_of, context_w
 from distill.models.depth import Depth
 from distill.models.families import Family, check_fit, family_of
 from distill.models.networks import stated_config
+
+if TYPE_CHECKING:
+    import torch
 
 FORMS = "a Hugging Face id, a diffusers folder, a single .safetensors file, random:NAME or mini:sdxl"
 """Of a model, as every command takes it."""
@@ -96,6 +99,21 @@ def require_text_to_image(config: Mapping[str, Any], model: object) -> Condition
 def prediction_type_of(folder: Path) -> str:
     """What a checkpoint's UNet predicts: `epsilon`, the noise, as a rule."""
     return read_object(folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
+
+
+def alphas_cumprod_of(checkpoint: Path) -> torch.Tensor:
+    """Signal variance per timestep, from a checkpoint's own scheduler config. Raises UserError where it states none."""
+    from diffusers import DDPMScheduler
+
+    config = read_object(checkpoint / "scheduler" / "scheduler_config.json")
+    betas = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    if not {"beta_schedule", "trained_betas"} & config.keys():
+        raise UserError(
+            f"teacher {checkpoint}: its scheduler ({config.get('_class_name')}) states no noise levels (beta_schedule), "
+            "and so it cannot be distilled"
+        )
+    names = ("num_train_timesteps", *betas)
+    return DDPMScheduler(**{name: config[name] for name in names if name in config}).alphas_cumprod.float()
 
 
 def file_hashes(folder: Path, components: Collection[str] | None = None) -> dict[str, str]:

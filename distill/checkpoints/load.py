@@ -27,7 +27,7 @@ PART_CLASSES = {"diffusers": "EulerDiscreteScheduler", "transformers": "CLIPToke
 
 
 def load_component(folder: Path, component: str, dtype: torch.dtype) -> Any:
-    """One network of a checkpoint folder in eval mode: `unet`, `vae`, `text_encoder` or `text_encoder_2`.
+    """One network of a checkpoint folder in eval mode; `component` is its subfolder, as `unet` or `vae`.
 
     Weights named fp16 are read for float16 alone, where there are others. Raises UserError where weights are missing.
     """

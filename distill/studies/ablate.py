@@ -22,7 +22,13 @@ from typing import Any
 
 import torch
 
-from distill.checkpoints.folder import checkpoint_hash, find_architecture_of, find_family, prediction_type_of
+from distill.checkpoints.folder import (
+    alphas_cumprod_of,
+    checkpoint_hash,
+    find_architecture_of,
+    find_family,
+    prediction_type_of,
+)
 from distill.checkpoints.load import load_component
 from distill.common.errors import quiet_libraries, require_least, unknown
 from distill.common.files import read_json, replacing, write_json
@@ -39,7 +45,7 @@ from distill.training.objectives.taps import Level
 from distill.training.options import TrainOptions
 from distill.training.recipes import Recipe, Stage, shortened
 from distill.training.schedule import Schedule
-from distill.training.step import add_noise, alphas_cumprod_of, predict
+from distill.training.step import add_noise, predict
 from distill.training.student import Pruned
 from distill.training.trainer import train
 

@@ -19,8 +19,8 @@ from distill.common.errors import UserError
 from distill.data.cache import LatentCache
 from distill.data.make_cache import make_cache
 from distill.models.architectures import find_architecture
+from distill.training.prepare import check_successor
 from distill.training.recipes import find_recipe
-from distill.training.teachers import check_successor
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ from distill.models.architectures import ARCHITECTURES, find_architecture
 from distill.models.families import SD_1_FAMILY, SDXL_FAMILY
 from distill.models.networks import DEFAULTS
 from distill.models.unet_config import UNET_DEFAULTS
-from distill.training.teachers import check_successor
+from distill.training.prepare import check_successor
 
 
 @pytest.fixture

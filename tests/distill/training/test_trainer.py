@@ -31,9 +31,9 @@ from distill.training.objectives import Distill
 from distill.training.objectives.taps import Level
 from distill.training.options import TrainOptions
 from distill.training.output.state import TrainingState, gather_student
+from distill.training.prepare import check_successor
 from distill.training.recipes import Recipe, Stage
 from distill.training.step import Pair
-from distill.training.teachers import check_successor
 from distill.training.trainer import train
 from tests.distill.small_runs import HALF, curve, short_recipe, small_recipe
 
