@@ -161,7 +161,7 @@ def train(
     workdir: Workdir = WORKDIR,
     options: Annotated[TrainOptions, tyro.conf.arg(name="")],
 ) -> None:
-    """Distil a student by a recipe. Start it with torchrun for many GPUs or nodes. First it tells its memory plan.
+    """Distil a student by a recipe. Start it with torchrun for many GPUs or nodes. First it tells the memory it needs.
 
     Args:
         recipe: A recipe's name, as ssd-1b (an unknown one is answered with all), or a .json file that `distill recipe`
@@ -184,7 +184,7 @@ def train(
 
 
 @app.command
-def plan(
+def memory(
     *,
     recipe: str,
     student: str | None = None,

@@ -62,7 +62,7 @@ def network_folders(folder: Path) -> tuple[str, ...]:
 
 
 def left_out(folder: Path) -> list[str]:
-    """What model_index.json names beside the networks and parts that are used here: a safety checker, say."""
+    """Parts that model_index.json names and slimxl does not use, as a safety checker."""
     conditioning = conditioning_of(read_config(folder, "unet"), folder)
     used = (*conditioning.networks, *conditioning.parts)
     stated = read_object(folder / "model_index.json").items()
@@ -81,7 +81,7 @@ def copy_index(folder: Path, to: Path) -> None:
 
 
 def find_family(folder: Path) -> Family:
-    """Of a checkpoint folder. Raises UserError."""
+    """The family of a checkpoint folder. Raises UserError for networks that are of none."""
     return family_of({component: read_config(folder, component) for component in network_folders(folder)}, folder)
 
 

@@ -37,7 +37,7 @@ WORKDIR = Path("out/models")
 CONVERSION = 1
 """Raised whenever a random, converted or fused checkpoint comes out otherwise than before: older ones are made again."""
 ON_HUB = {"segmind/SSD-1B": "ssd-1b", "segmind/Segmind-Vega": "vega"}
-"""The architecture of checkpoints that recipes name, so that these are checked and planned before anything is fetched."""
+"""The architecture of checkpoints that recipes name, so that these are checked and counted before anything is fetched."""
 
 
 def peek_architecture(source: str, family: Family) -> Architecture:

@@ -31,7 +31,7 @@ MOST_PICTURES = 900_000
 
 
 def check_pictures(count: int, steps: int, resolutions: Sequence[Resolution]) -> None:
-    """Raises UserError for what `judge` cannot share out evenly."""
+    """Raises UserError for a number of pictures that cannot be shared out evenly over the resolutions."""
     sizes = len(resolutions)
     if count < sizes or count % sizes:
         raise UserError(f"{count} pictures are not as many of each of the {sizes} sizes: give a multiple of {sizes}")

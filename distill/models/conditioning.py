@@ -177,7 +177,8 @@ KINDS = (SDXL, SD)
 
 
 def conditioning_of(config: Config, model: object = "the model") -> Conditioning:
-    """Of a UNet's config. Raises UserError for a UNet that is conditioned otherwise; `model` is what it is called."""
+    """How the UNet of a config is conditioned; `model` is its name in messages. Raises UserError for a kind that is not
+    known here."""
     kind = config.get("addition_embed_type")
     others = [
         name
@@ -198,7 +199,8 @@ def conditioning_of(config: Config, model: object = "the model") -> Conditioning
 
 
 def conditioning_named(pipeline: str) -> Conditioning:
-    """By the class in model_index.json, whatever the pipeline's task. Raises UserError for another kind of pipeline."""
+    """The conditioning of a pipeline class, as model_index.json names it, whatever its task. Raises UserError for another
+    kind of pipeline."""
     for kind in KINDS:
         stem = kind.pipeline.removesuffix("Pipeline")
         if re.fullmatch(rf"{stem}(Img2Img|Inpaint|Adapter|ControlNet\w*)?Pipeline", pipeline):
@@ -220,7 +222,7 @@ def unet_multiple(config: Config) -> int:
 
 
 def context_width(config: Config) -> int:
-    """Of the hidden states that a UNet reads; a config may state it once, or for each level."""
+    """The width of the hidden states that a UNet reads; a config may state it once, or for each level."""
     width = config["cross_attention_dim"]
     return width if isinstance(width, int) else width[0]
 

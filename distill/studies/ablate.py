@@ -52,7 +52,7 @@ from distill.training.trainer import train
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What one row of the table differs in."""
+    """One row of the table: what is taught, and how the student begins."""
 
     objective: Distill
     from_scratch: bool = False

@@ -81,11 +81,11 @@ class StageRun:
 
     @property
     def _seed(self) -> int:
-        """Of first weights that are random."""
+        """The seed of first weights that are random."""
         return seed_of(self.recipe.seed, "from scratch")
 
     def _make_pair(self, initial: Path) -> Pair:
-        """A student that begins on its teacher, and leaves its weights as they are, is that teacher too."""
+        """Loads student and teacher. Adapters on the teacher itself need no second net: both are the same one."""
         prepared, half = self.prepared, COMPUTE_DTYPE[self.options.mixed_precision]
         stage, modules = prepared.stage, prepared.modules
         if stage.teacher == PREVIOUS:
@@ -183,7 +183,7 @@ class StageRun:
         self.accelerator.wait_for_everyone()
 
     def _any_process(self, *flags: bool) -> list[bool]:
-        """Each flag true in all processes where it is in one: what follows from it is done by all or by none."""
+        """The flags as all processes see them: true where one process says so. Then all of them act on it, or none."""
         told = torch.tensor(flags, dtype=torch.float32, device=self.accelerator.device)
         return self.accelerator.reduce(told, reduction="sum").bool().tolist()
 
@@ -197,7 +197,7 @@ class StageRun:
             )
 
     def _advice(self) -> str:
-        """What to do where this recipe leads nowhere: train by another, from the last whole student."""
+        """What to do when this recipe cannot go on: change it, and start from the last whole student."""
         bf16 = " or take --mixed-precision bf16" if self.options.mixed_precision == "fp16" else ""
         number, previous = self.prepared.number, self.prepared.previous
         done = f", take out its first {number} stages" if number else ""

@@ -85,7 +85,7 @@ def train(
 
 
 def _describe_run(recipe: Recipe, stages: list[PreparedStage], options: TrainOptions) -> dict[str, Any]:
-    """All that the student depends on, and a `key` over it. How the data were called is no part of it, their hash is."""
+    """All that the student depends on, and a `key` over it. A cache counts by its hash, not by the name of its data."""
     teachers = {one.stage.teacher: one.teacher for one in stages if one.stage.teacher != PREVIOUS}
     start = stages[0].previous
     run = {
@@ -127,7 +127,7 @@ def _is_finished(out: Path, key: str) -> bool:
 
 
 def _train_stages(stages: list[StageRun], run: dict[str, Any]) -> None:
-    """The stages that `out` does not hold yet; `run` is what it belongs to."""
+    """Runs the stages that `out` does not hold yet; `run` says which run it is of."""
     first = stages[0]
     accelerator, recipe, out, options = first.accelerator, first.recipe, first.out, first.options
     done = decided_by_first(lambda: _stages_done(stages, out))
@@ -161,8 +161,8 @@ def _train_stages(stages: list[StageRun], run: dict[str, Any]) -> None:
 
 
 def _stages_done(stages: list[StageRun], out: Path) -> int | None:
-    """The last one done says that all before it were: each takes the place of the one before. None where another run
-    has finished `out` since it was looked at."""
+    """How many stages `out` holds. The last one is enough to tell: a finished stage removes the folders of those before.
+    None where another run has finished `out` since it was looked at."""
     if (out / "slimxl.json").exists():
         return None
     done = [one.prepared.number + 1 for one in stages if (one.prepared.folder / "slimxl.json").exists()]
@@ -170,7 +170,7 @@ def _stages_done(stages: list[StageRun], out: Path) -> int | None:
 
 
 def _look_ahead(stage: StageRun) -> dict[str, MemoryUse]:
-    """Tells the memory needed by the run that `stage` is the first of before anything is loaded, and returns it.
+    """Prints the memory that the run needs, before anything is loaded, and returns it; `stage` is its first.
 
     Raises UserError where the disk cannot hold the run: its checkpoints and one more while that is written, the student
     that a stage begins with, and whole pipelines of the stage before and of this (of a LoRA its two files).
@@ -213,8 +213,8 @@ def _look_ahead(stage: StageRun) -> dict[str, MemoryUse]:
 def _memory_advice(
     options: TrainOptions, processes: int, micro_batch: int, uses: dict[str, MemoryUse], out: Path
 ) -> str:
-    """What was planned, and what of all that saves memory is left to try."""
-    planned = ", ".join(f"{size_text(use.total)} {name}" for name, use in uses.items())
+    """What was expected, and what of all that saves memory is left to try."""
+    expected = ", ".join(f"{size_text(use.total)} {name}" for name, use in uses.items())
     left = []
     if not options.gradient_checkpointing:
         left.append("--gradient-checkpointing")
@@ -224,8 +224,8 @@ def _memory_advice(
         left.append("--fsdp" if processes > 1 else "--fsdp on several GPUs")
     anew = "" if options.fsdp or options.optimizer != "adamw" else "; or start anew with --optimizer adamw-8bit"
     return (
-        f"{f'planned were {planned}; ' if planned else ''}go on from the last checkpoint in {out / 'state'} with the same "
-        f"command and {' or '.join(left) or 'more GPUs'}{anew}"
+        f"{f'expected were {expected}; ' if expected else ''}go on from the last checkpoint in {out / 'state'} with the "
+        f"same command and {' or '.join(left) or 'more GPUs'}{anew}"
     )
 
 

@@ -101,7 +101,7 @@ class Pruned:
         return folder
 
     def dtype(self, half: torch.dtype) -> torch.dtype:
-        """Of the weights while they are trained; `half` is what the step computes in."""
+        """The dtype of the weights while they are trained: fp32, whatever the step computes in (`half`)."""
         return torch.float32
 
     def prepare(self, unet: UNet2DConditionModel, *, seed: int = 0) -> None:
