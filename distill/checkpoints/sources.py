@@ -4,7 +4,7 @@ org/name              a Hugging Face model id
 path/to/folder        a diffusers pipeline folder
 path/to/file.safetensors   a single-file checkpoint (as ZavyChromaXL and JuggernautXL ship)
 random:NAME           an architecture of the catalogue at its true size with random weights (nothing to download)
-mini:sdxl             the mini teacher that ships with the package
+mini:sdxl, mini:sd    the mini teachers that ship with the package
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ from distill.models.architectures import Architecture, find_architecture, whole
 from distill.models.families import Family
 from distill.models.networks import stated_config
 
-MINI_TEACHERS = {"sdxl": Path(__file__).parents[1] / "mini" / "teacher"}
+MINI_TEACHERS = {
+    "sdxl": Path(__file__).parents[1] / "mini" / "teacher",
+    "sd": Path(__file__).parents[1] / "mini" / "teacher_sd",
+}
 WORKDIR = Path("out/models")
 """The folder in which all rooms keep the checkpoints that `resolve` makes, unless another is given."""
 CONVERSION = 2
