@@ -7,12 +7,23 @@ ignores them and works them out again, so a file cannot disagree with its own sa
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic.functional_serializers import SerializerFunctionWrapHandler
 
 from bench.floor.peaks import Peak
@@ -56,6 +67,14 @@ class Row(Record):
     _baseline: list[Sample] = PrivateAttr(default_factory=list)
     _paired: bool = PrivateAttr(True)
     _peak_tflops: float | None = PrivateAttr(None)
+
+    @field_validator("samples")
+    @classmethod
+    def _took_time(cls, samples: list[Sample]) -> list[Sample]:
+        for position, sample in enumerate(samples):
+            if not sample.steps_ms or min(sample.total_ms, *sample.steps_ms) <= 0:
+                raise ValueError(f"sample {position}: a call and its steps take more than 0 ms, and it has a step")
+        return samples
 
     @property
     def total_ms(self) -> Estimate:
@@ -131,6 +150,21 @@ class CellRecord(Record):
     rows: list[Row]
     failures: dict[str, str]
     device: dict[str, list[float] | None] = {}
+
+    @field_validator("workload")
+    @classmethod
+    def _is_whole(cls, workload: dict[str, Any]) -> dict[str, Any]:
+        """What tables and curves read of it."""
+        counts = [workload.get(name) for name in ("batch", "steps")]
+        if not all(type(count) is int and count >= 1 for count in counts):
+            raise ValueError("batch and steps are whole numbers above 0")
+        if not isinstance(workload.get("guidance_scale"), int | float) or not isinstance(
+            workload.get("scheduler"), str
+        ):
+            raise ValueError("it needs a guidance_scale and a scheduler")
+        if not re.fullmatch(r"[1-9][0-9]*x[1-9][0-9]*", str(workload.get("resolution"))):
+            raise ValueError("resolution is WIDTHxHEIGHT")
+        return workload
 
     def row(self, contestant: str) -> Row | None:
         return next((row for row in self.rows if row.contestant == contestant), None)
@@ -223,6 +257,28 @@ class Results(Record):
     notes: list[str] = []
     in_turns: str | None = None
     """Why contestants were loaded and measured one after the other, not in the same rounds."""
+
+    @field_validator("environment", "gpu")
+    @classmethod
+    def _says_which_machine(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        part, name = ("cpu", "model") if info.field_name == "environment" else ("identity", "name")
+        if not isinstance(value.get(part), dict) or name not in value[part]:
+            raise ValueError(f"it has no {part}.{name}")
+        return value
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Results:
+        names = [record.name for record in self.contestants]
+        rows = [(cell, [row.contestant for row in cell.rows]) for cell in self.cells]
+        used = {name for cell, told in rows for name in (*told, *cell.failures)} | {
+            one.contestant for one in self.pictures
+        }
+        if strange := sorted(used - set(names)):
+            raise ValueError(f"{strange[0]!r} is no contestant of this file")
+        for told in (names, [cell.name for cell in self.cells], *(told for _, told in rows)):
+            if len(set(told)) < len(told):
+                raise ValueError(f"one of {', '.join(told)} stands there twice")
+        return self
 
     @model_validator(mode="after")
     def _set_baselines(self) -> Results:

@@ -70,7 +70,7 @@ class Session:
     def measure_in_turns(self, contestants: list[Contestant], why: str) -> None:
         """One in memory at a time: loaded, timed, drawn and freed before the next one is loaded."""
         say(f"one contestant after the other: {why}")
-        self.results.contestants, self.results.cells, self.results.pictures, self.results.notes = [], [], [], []
+        self.results.cells, self.results.pictures, self.results.contestants, self.results.notes = [], [], [], []
         self._loaded, self._drawn, self._cells, self.results.in_turns = {}, {}, {}, why
         cells = [Cell(workload) for workload in self.workloads]
         for contestant in contestants:
