@@ -21,7 +21,9 @@ from bench.search.quality import Quality
 from bench.search.shrink import Budget, Shrinking, Student
 from bench.search.space import first_cuts, smallest
 from bench.workload import Workload, family_resolutions
-from distill.checkpoints.sources import checkpoint_hash, find_architecture_of, load_component, resolve
+from distill.checkpoints.folder import alphas_cumprod_of, checkpoint_hash, find_architecture_of
+from distill.checkpoints.load import load_component
+from distill.checkpoints.sources import resolve
 from distill.common.errors import UserError, unknown
 from distill.common.files import read_object, write_json
 from distill.common.ownership import require_our_folder
@@ -30,7 +32,6 @@ from distill.data.cache import LatentCache
 from distill.models.architectures import ARCHITECTURES, Architecture
 from distill.models.depth import Depth
 from distill.models.module_map import ModuleMap, make_module_map
-from distill.training.step import alphas_cumprod_of
 from distill.training.text import TextEncoders
 
 SETTINGS = "settings.json"
@@ -155,7 +156,15 @@ def _students(
         yield shrinking.one_shot(budget)
         for seed in range(options.random_cuts):
             yield shrinking.at_random(budget, seed)
+    yield from _published(architecture, shrinking)
+
+
+def _published(architecture: Architecture, shrinking: Shrinking) -> Iterator[Student]:
+    """The catalogue's students of the same levels, where the teacher is deep enough for them."""
     for known in ARCHITECTURES.values():
         if known.family is architecture.family and len(known.depth.down) == len(architecture.depth.down):
-            modules = make_module_map("first", architecture.depth, known.depth)
+            try:
+                modules = make_module_map("first", architecture.depth, known.depth)
+            except UserError:
+                continue
             yield Student("published", modules, shrinking.change(modules), name=known.title)

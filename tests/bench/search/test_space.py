@@ -33,7 +33,9 @@ def test_the_smallest_of_each_family() -> None:
 
 
 def test_the_middle_and_the_last_down_level_are_shortened_together() -> None:
-    pairs = [cut for cut in cuts_of(SDXL_DEPTH, (), {}) if len(cut) == 2 and all("transformer_blocks" in p for p in cut)]
+    pairs = [
+        cut for cut in cuts_of(SDXL_DEPTH, (), {}) if len(cut) == 2 and all("transformer_blocks" in p for p in cut)
+    ]
     one = frozenset({"mid_block.attentions.0.transformer_blocks.0", "down_blocks.2.attentions.0.transformer_blocks.0"})
     assert pairs == [one] and one not in first_cuts(SDXL_DEPTH)
     assert not is_student(SDXL_DEPTH, {"mid_block.attentions.0.transformer_blocks.0"})
