@@ -74,17 +74,17 @@ def _row(student: Student, costs: StudentCosts) -> dict[str, Any]:
 def make_recipe(teacher: str, architecture: Architecture, modules: ModuleMap) -> Recipe:
     """By the road of the first recipe of the family that takes the student, with the searched model in place of its first
     teacher. Raises UserError where there is none."""
-    for name in RECIPES:
+    of_family = [name for name, make in RECIPES.items() if peek_teacher(make()).family.name == architecture.family.name]
+    for name in of_family:
         try:
             recipe = find_recipe(name, student=str(modules.student), layer_map=layer_map_of(modules))
-        except UserError:
+        except UserError:  # one of adapters, or with stages that are no shorter than the student
             continue
-        if peek_teacher(recipe).family.name == architecture.family.name:
-            first = recipe.stages[0].teacher
-            stages = (
-                replace(stage, teacher=teacher if stage.teacher == first else stage.teacher) for stage in recipe.stages
-            )
-            return replace(recipe, stages=tuple(stages))
+        first = recipe.stages[0].teacher
+        stages = (
+            replace(stage, teacher=teacher if stage.teacher == first else stage.teacher) for stage in recipe.stages
+        )
+        return replace(recipe, stages=tuple(stages))
     raise UserError(f"no recipe of the {architecture.family.name} family takes {modules.student}")
 
 

@@ -78,9 +78,6 @@ class Quality:
         """UNet passes of one score."""
         return len(self._batches) * len(self._timesteps)
 
-    def knows(self, dropped: Collection[str]) -> bool:
-        return _key(dropped) in self._scores
-
     @torch.no_grad()
     def change(self, dropped: Collection[str]) -> float:
         """The relative mean square change of noise_pred without the modules `dropped`."""

@@ -99,32 +99,31 @@ class Shrinking:
     def exchanged(self, removed: frozenset[str], budget: Budget, most: int) -> Student:
         """The greedy student improved: a module back, another out, where that changes less within the budget; at most
         `most` scores."""
-        best = self._quality.change(self._student(removed).dropped)
-        tries = 0
-        improved = True
-        while improved and tries < most:
+        best, tried, improved = self.change(self._student(removed)), 0, True
+
+        def by_score(cut: Cut) -> tuple[float, list[str]]:
+            return self._alone_or_summed(cut), sorted(cut)
+
+        while improved:
             improved = False
-            gone = sorted(
-                (path for path in removed), key=lambda path: self._alone.get(frozenset({path}), 0.0), reverse=True
-            )
-            for back in [path for path in gone if frozenset({path}) in self._alone][:SHORTLIST]:
-                rest = removed - {back}
+            gone = sorted((cut for path in removed if (cut := frozenset({path})) in self._alone), key=by_score)
+            for back in gone[: -SHORTLIST - 1 : -1]:
+                rest = removed - back
                 if not is_student(self._teacher, rest):
                     continue
-                others = sorted(
-                    (cut for cut in cuts_of(self._teacher, rest, self._alone) if back not in cut),
-                    key=lambda cut: self._alone.get(cut, 1e9),
-                )
-                for other in others[:SHORTLIST]:
+                others = [cut for cut in cuts_of(self._teacher, rest, self._alone) if not cut & back]
+                for other in sorted(others, key=by_score)[:SHORTLIST]:
                     modules = self._student(rest | other)
-                    if tries >= most or not budget.met(modules):
+                    if tried == most or not budget.met(modules):
                         continue
-                    tries += 0 if self._quality.knows(modules.dropped) else 1
+                    tried += 1
                     if (change := self.change(modules)) < best:
                         removed, best, improved = rest | other, change, True
+                        self._tell(
+                            f"{budget.text}: {modules_in_words(back)} back, {modules_in_words(other)} out: {best:.3g}"
+                        )
                         break
                 if improved:
-                    self._tell(f"{budget.text}: exchanged, change {best:.3g}")
                     break
         return Student("search", self._student(removed), best, budget.text)
 

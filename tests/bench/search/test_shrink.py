@@ -22,9 +22,6 @@ class KnownQuality:
         self.asked.add(frozenset(dropped))
         return sum(self.alone(path) for path in dropped) + self.beyond(dropped)
 
-    def knows(self, dropped: Collection[str]) -> bool:
-        return frozenset(dropped) in self.asked
-
     @staticmethod
     def alone(path: str) -> float:
         return 1 + sum(int(part) * 2**-place for place, part in enumerate(path.split(".")) if part.isdigit())
