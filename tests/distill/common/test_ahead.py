@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from distill.common.ahead import ahead
+from distill.common.ahead import Awaited, ahead
 
 
 def test_the_next_is_made_while_this_one_is_used() -> None:
@@ -32,3 +34,17 @@ def test_an_error_comes_after_what_was_made_before_it() -> None:
     assert [next(values), next(values)] == [3, 6]
     with pytest.raises(ZeroDivisionError):
         next(values)
+
+
+@pytest.mark.parametrize(
+    ("data", "step", "told"),
+    [
+        (0.03, 0.001, r"\d+% waiting for data: s3://b/cache is slower than the steps"),
+        (0.001, 0.03, r"\d+% waiting for data$"),
+    ],
+)
+def test_a_place_that_is_slow_is_named(data: float, step: float, told: str) -> None:
+    waited = Awaited((time.sleep(data) for _ in range(5)), "s3://b/cache")
+    for _ in waited:
+        time.sleep(step)
+    assert re.match(told, waited.describe())
