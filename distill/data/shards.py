@@ -178,10 +178,13 @@ def _members(shard: Shard) -> Iterator[tuple[str, int, int]]:
             )
         if shard.path.stat().st_size % tarfile.BLOCKSIZE:  # Python takes a header that is cut for the archive's end
             raise tarfile.ReadError("unexpected end of data")
-        with tarfile.open(shard.path, "r:") as tar:
+        with shard.path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 if member.isfile() and not is_hidden(name := str(PurePosixPath(member.name))):
                     yield printable(name), member.offset_data, member.size
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # nor does it tell a damaged header from the end
+                raise tarfile.ReadError(f"bad header at byte {tar.offset}")
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"{shard.place} is no whole, uncompressed tar file that can be read here ({error})") from None
 
