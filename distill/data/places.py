@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -146,14 +147,14 @@ class RemoteFiles:
                 error = raised.__cause__ if isinstance(raised, FileNotFoundError) and raised.__cause__ else raised
                 status = _status(error)
                 if status in (404, 410) or (status is None and isinstance(error, FileNotFoundError)):
-                    why = f" ({error})" if "bucket" in str(error) else ""
+                    why = f" ({error})" if " bucket " in str(error) else ""
                     raise UserError(f"{self.url}/{name} is not there{why}") from None
-                reason = " ".join(describe_error(error).split())[:300]
+                reason = textwrap.shorten(describe_error(error), 300, placeholder=" …")
                 if wait_s is None or _is_final(error, status):
                     tries = "" if wait_s is not None else f" after {len(WAITS_S) + 1} tries"
                     raise UserError(
-                        f"{self.url}/{name} cannot be had{tries} ({reason}); see that this machine may read it, and run the "
-                        "same command again"
+                        f"{self.url}/{name} cannot be had{tries} ({reason}); see that this machine may read it (rights, "
+                        "region), and run the same command again"
                     ) from None
                 say(f"{self.url}/{name}: {reason}; trying again in {wait_s} s")
                 time.sleep(wait_s)

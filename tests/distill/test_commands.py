@@ -31,6 +31,13 @@ from distill.__main__ import main
             "importance --model mini:sdxl --cache none --student mini-vega --out {} --samples 0",
             "--samples is 0; the least",
         ),
+        (
+            "importance --model mini:sdxl --cache none://b/c --student mini-vega --out {}",
+            "none://b/c cannot be read here: Protocol not known: none",
+        ),
+        ("judge --model mini:sdxl --held-out none://b/c", "none://b/c cannot be read here: Protocol not known: none"),
+        ("cache --data none://b/c-{{0..9}}.tar --out {}", "none://b cannot be read here: Protocol not known: none"),
+        ("cache --data s3://c-{{0..9}}.tar --out {}", "names its host or bucket whole"),
         ("cache --data shapes:9 --out {} --seed -1", "--seed is -1; the least is 0"),
         ("cache --data shapes:9 --out {} --variants 0", "--variants is 0; the least is 1"),
         ("cache --data shapes:² --out {}", "shapes:N needs a whole number"),

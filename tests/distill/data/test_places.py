@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
@@ -35,6 +36,11 @@ def test_a_cache_on_a_server_gives_the_batches_of_the_folder(server: Server, cap
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert capsys.readouterr().out.count("trying again in") >= 2
     assert all(asked.startswith("bytes=") for _, asked in server.sent), "the samples' own bytes, no whole shard"
+    fsspec.filesystem("memory").put(str(server.folder), "/cache", recursive=True)
+    in_memory = LatentCache(
+        "memory://cache", batch_size=4, seed=0
+    )  # which fetches one thing at a time, as the hub's does
+    assert all(torch.equal(part, theirs[name]) for name, part in in_memory.batch(2, slice(1, 4)).items())
 
 
 @pytest.mark.parametrize(
