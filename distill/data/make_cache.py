@@ -36,7 +36,7 @@ from distill.common.ownership import require_our_folder
 from distill.common.progress import say, track
 from distill.data.cache import KEY_FILE, UNCONDITIONAL, checksum, frozen_hashes, shard_name
 from distill.data.cache_index import CHECKSUM, INDEX, read_index, write_index
-from distill.data.parts import Part, open_parts
+from distill.data.parts import Part, open_parts, without_secrets
 from distill.data.samples import BadSample, Fitting, Sample, Text
 from distill.models.conditioning import TEXT_INPUTS, Conditioning
 from distill.models.families import Family
@@ -75,6 +75,7 @@ def make_cache(
     require_our_folder(out, "a latent cache", [KEY_FILE], ("seed", "shards"))
     family = find_family(checkpoint)
     parts = open_parts(data, family, seed, fitting, SAMPLES_PER_SHARD)
+    data = without_secrets(data)
     key = cache_key(checkpoint, data, parts.identity, seed, text) | {"shards": parts.count}
     key_file = out / KEY_FILE
     found = read_json(key_file) if key_file.exists() else key

@@ -96,7 +96,9 @@ class StreamedParts:
             self.shards = dict(zip(names, pool.map(self.files.stamp, names), strict=True))
         for name, (size, _) in self.shards.items():
             if size % 512 or not size:
-                raise UserError(f"{self.files.url}/{name} has {size} bytes and is no whole, uncompressed tar file")
+                raise UserError(
+                    f"{self.files.url}/{_without_query(name)} has {size} bytes and is no whole, uncompressed tar file"
+                )
         stamps = [(_without_query(name), stamp) for name, stamp in self.shards.items()]
         self.identity = [["streamed", stamps, PART_BYTES], asdict(self.fitting)]
         self.notes: list[str] = []
@@ -124,12 +126,12 @@ class StreamedParts:
     def _source(self, share: int) -> PictureSource:
         """The samples of one shard, whose copy is removed when they are not needed any more."""
         name, stamp = [*self.shards.items()][share]
-        path = Path(self._copies.name) / f"{share}.tar"
-        require_free_disk(path.parent, stamp[0], f"a copy of {self.files.url}/{name}", "folder for it in TMPDIR")
+        path, shown = Path(self._copies.name) / f"{share}.tar", _without_query(name)
+        place = f"{self.files.url}/{shown}"
+        require_free_disk(path.parent, stamp[0], f"a copy of {place}", "folder for it in TMPDIR")
         self.files.copy(name, stamp, path)
-        shown = _without_query(name)
         try:
-            rows: ShardRows | NoRows = ShardRows([Shard(path, shown, f"{self.files.url}/{shown}")])
+            rows: ShardRows | NoRows = ShardRows([Shard(path, shown, place)])
         except UserError as error:
             say(f"{error}; it is left out")
             rows = NoRows(shown, str(error))
@@ -175,6 +177,11 @@ def find_remote_shards(spec: str) -> tuple[RemoteFiles, list[str]]:
     if not names:
         raise UserError(f"data {spec!r}: there are no such shards")
     return files, list(dict.fromkeys(names))
+
+
+def without_secrets(spec: str) -> str:
+    """The data as they may be shown to others: an URL without signature and password."""
+    return re.sub(r"//[^/]*@", "//", spec.partition("?")[0]) if spec.startswith(("http://", "https://")) else spec
 
 
 def _without_query(name: str) -> str:

@@ -4,6 +4,7 @@ samples alone are fetched, those of a batch at once: a batch's samples lie in as
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import textwrap
 import time
@@ -73,9 +74,9 @@ class RemoteFiles:
         """Raises UserError for a protocol that is not known or whose package is not installed."""
         import fsspec
 
-        self.url = url.rstrip("/")
+        self.url = re.sub(r"//[^/]*@", "//", url.rstrip("/"))  # a password is not told
         try:
-            self.files, self.root = fsspec.core.url_to_fs(self.url)
+            self.files, self.root = fsspec.core.url_to_fs(url.rstrip("/"))
         except (ImportError, ValueError) as error:
             advice = "; pip install 'slimxl[cloud]' brings it" if isinstance(error, ImportError) else ""
             raise UserError(f"{url} cannot be read here: {error}{advice}") from None
@@ -140,6 +141,8 @@ class RemoteFiles:
             raise UserError(f"{self.url}/{name} has changed since this command began: run it again, with another --out")
 
     def _trying(self, name: str, fetch: Callable[[], Answer]) -> Answer:
+        if self.url.startswith("http"):
+            name = name.partition("?")[0]  # nor is a signature
         for wait_s in (*WAITS_S, None):
             try:
                 return fetch()

@@ -38,6 +38,8 @@ from distill.__main__ import main
         ("judge --model mini:sdxl --held-out none://b/c", "none://b/c cannot be read here: Protocol not known: none"),
         ("cache --data none://b/c-{{0..9}}.tar --out {}", "none://b cannot be read here: Protocol not known: none"),
         ("cache --data s3://c-{{0..9}}.tar --out {}", "names its host or bucket whole"),
+        ("cache --data shapes:9 --out s3://b/cache", "--out s3:/b/cache is an URL; it takes a place on this machine"),
+        ("cache --data shapes:9 --out {} --variants 1001", "--variants is 1001; the most is 1000"),
         ("cache --data shapes:9 --out {} --seed -1", "--seed is -1; the least is 0"),
         ("cache --data shapes:9 --out {} --variants 0", "--variants is 0; the least is 1"),
         ("cache --data shapes:² --out {}", "shapes:N needs a whole number"),

@@ -75,7 +75,8 @@ def test_streamed_shards_go_on_after_a_fault_and_give_the_same_cache_to_any_numb
     assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
     copied.clear()
     (tmp_path / "two" / "shard-000001.safetensors").unlink()
-    make_cache(mini_vega, f"{server.url}/shard-*.tar?key=1", tmp_path / "two")
+    make_cache(mini_vega, f"{server.url.replace('//', '//me:secret@')}/shard-{{0..4}}.tar?key=secret", tmp_path / "two")
+    assert "secret" not in (tmp_path / "two" / "cache.json").read_text() + capsys.readouterr().out
     assert files_of(tmp_path / "two") == files_of(tmp_path / "one") and [name for name, _ in copied] == ["shard-0.tar"]
     assert not list(copies.rglob("*.tar"))
 

@@ -60,6 +60,20 @@ def test_a_shard_that_stays_away_or_has_changed_is_one_line(server: Server, harm
     assert server.url in str(refusal.value) and "shard-" in str(refusal.value) and "\n" not in str(refusal.value)
 
 
+def test_a_file_that_is_damaged_is_told_of_its_place(server: Server) -> None:
+    """A page of a login, say, in the place of each."""
+    for name in ("cache.json", "index.safetensors", "unconditional.safetensors"):
+        path = server.folder / name
+        whole = path.read_bytes()
+        for content in (b"<html>", b"", b'{"shards": "9"}'):
+            path.write_bytes(content)
+            for place in (server.folder, server.url):
+                with pytest.raises(UserError, match=f"^{place}/{name}") as refusal:
+                    LatentCache(place, batch_size=1, seed=0)
+                assert "\n" not in str(refusal.value)
+        path.write_bytes(whole)
+
+
 @pytest.mark.parametrize(
     ("place", "told"),
     [
