@@ -127,8 +127,10 @@ def make_cache(
             if rank == 0 and number == todo[0] and len(todo) > 1:
                 held = sum(map(len, buckets.values())) + len(skipped)
                 say(_forecast(shards[number], held, time.monotonic() - began, len(missing), processes))
-                left = (len(missing) - 1) * shards[number].stat().st_size
-                require_free_disk(out, left, f"the rest of the cache, {len(missing) - 1} shards as the first one,")
+                if samples is None:
+                    left = max(len(missing) - processes, 0)
+                    needed = left * shards[number].stat().st_size
+                    require_free_disk(out, needed, f"what {left} more shards will take, if as large as the first,")
     _write_index(out, shards)
     if too_long:
         say(
