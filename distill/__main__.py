@@ -65,7 +65,7 @@ def fetch(*, model: str, workdir: Workdir = WORKDIR) -> None:
     """Print the local diffusers folder of a model, making, converting or downloading it first.
 
     Args:
-        model: A Hugging Face id, a diffusers folder, a .safetensors file, random:NAME or mini:sdxl.
+        model: A Hugging Face id, a diffusers folder, a .safetensors file, random:NAME, mini:sdxl or mini:sd.
     """
     from distill.checkpoints.sources import resolve
 

@@ -29,6 +29,7 @@ from distill.data.cache_index import DTYPES, INDEX, Bucket, read_index
 from distill.data.order import BatchOrder
 from distill.data.places import open_place
 from distill.models.conditioning import TEXT_INPUTS, TOKENS, conditioning_of
+from distill.models.families import Family
 
 Held = TypeVar("Held")
 KEY_FILE = "cache.json"
@@ -134,12 +135,9 @@ class LatentCache:
         """Whether it holds what the UNet reads of captions, or their tokens alone (`distill cache --text online`)."""
         return not {field.name for field in self._buckets[0].fields}.isdisjoint(TEXT_INPUTS)
 
-    def check_teacher(self, teacher: Path) -> list[str]:
-        """Those of the teacher's VAE and text encoders that are other files than the ones the cache was made with.
-
-        Raises UserError where its UNet takes embeddings of other widths.
-        """
-        family = find_family(teacher)
+    def check_family(self, family: Family, teacher: object) -> None:
+        """Raises UserError where the UNets of a family take embeddings of other widths; `teacher` is one as a user calls
+        it."""
         found = {name: tuple(value.shape) for name, value in self.unconditional.items()}
         wanted = family.text_shapes
         if found != wanted:
@@ -147,6 +145,13 @@ class LatentCache:
                 f"the cache holds text of the shapes {found}, the UNet of {teacher} takes {wanted}; make one with this "
                 f"teacher: python -m distill cache --model {teacher}"
             )
+
+    def check_teacher(self, teacher: Path) -> list[str]:
+        """Those of the teacher's VAE and text encoders that are other files than the ones the cache was made with.
+
+        Raises UserError as `check_family` does.
+        """
+        self.check_family(find_family(teacher), teacher)
         hashes = frozen_hashes(teacher)
         return [component for component, digest in hashes.items() if self.key.get(component) != digest]
 
