@@ -7,9 +7,9 @@ import torch
 
 from distill.common.errors import UserError
 from engines import component as component_file
-from engines import modules
 from engines.bundle import Engine, Manifest, Profile, ShapeRange
 from engines.component import EngineComponent
+from engines.modules.vae import EngineVAE
 
 
 class Doubler:
@@ -69,7 +69,7 @@ def test_any_batch_on_any_profile(
 def test_an_engine_moves_to_no_other_gpu(toy_manifest: Manifest) -> None:
     vae, _ = component(toy_manifest, (1, 2))
     vae.device = torch.device("cuda:0")
-    module = modules.EngineVAE(vae, {"block_out_channels": [1]})
+    module = EngineVAE(vae, {"block_out_channels": [1]})
     for same in ("cuda", "cuda:0", torch.float16, None):
         assert module.to(same) is module
     for other in ("cuda:1", "cpu"):
