@@ -7,7 +7,7 @@ weights again, to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from distill.common.errors import UserError
 from distill.models.conditioning import Conditioning
 from engines.modules.base import EngineModule
 from export.checkpoint.lora import check_lora, load_lora
-from export.graph.wrappers import weight_name
+from export.graph import wrappers
 
 
 class Adapters:
@@ -46,17 +46,22 @@ class Adapters:
             )
         for part in self._parts:
             getattr(self._pipeline, part).require_exchangeable()
+        before = [(layer, list(layer.active_adapters)) for layer in self._layers()]
         path = None if isinstance(source, dict) else Path(source) / (weight_name or "")
-        if path is not None and path.is_file():
-            check_lora(path, 1.0)
-            load_lora(self._loader, path, name, "this bundle")
-        else:
-            files = {} if weight_name is None else {"weight_name": weight_name}
-            self._ask("load_lora_weights", source, adapter_name=name, **files, **named)
         try:
+            if path is not None and path.is_file():
+                check_lora(path, 1.0)
+                load_lora(self._loader, path, name, "this bundle")
+            else:
+                files = {} if weight_name is None else {"weight_name": weight_name}
+                self._ask("load_lora_weights", source, adapter_name=name, **files, **named)
             self._apply()
         except BaseException:
-            self._loader.delete_adapters(name)
+            if name in self.names:
+                self._loader.delete_adapters(name)
+            for layer, active in before:
+                layer.set_adapter(active)
+            self._apply()
             raise
 
     @property
@@ -73,14 +78,18 @@ class Adapters:
     @property
     def active(self) -> list[str]:
         """Those that are on."""
-        layers = (layer for part in self._parts for layer in self._part(part).modules() if hasattr(layer, "lora_A"))
-        return sorted({name for layer in layers if not layer.disable_adapters for name in layer.active_adapters})
+        on = (layer.active_adapters for layer in self._layers() if not layer.disable_adapters)
+        return sorted({name for names in on for name in names})
 
     def change(self, method: str, *arguments: Any, **named: Any) -> None:
         """Calls a method of diffusers' pipeline that switches LoRAs, and gives the engines the weights that follow from
         it. Raises UserError where diffusers refuses."""
         self._ask(method, *arguments, **named)
         self._apply()
+
+    def _layers(self) -> Iterator[Any]:
+        """peft's, of all parts."""
+        return (layer for part in self._parts for layer in self._part(part).modules() if hasattr(layer, "lora_A"))
 
     def _part(self, name: str) -> torch.nn.Module:
         network: torch.nn.Module = getattr(self._loader, name)
@@ -114,7 +123,7 @@ def _added(part: str, network: torch.nn.Module) -> dict[str, Callable[[], torch.
         if strange := next((one for one in used if layer.use_dora.get(one) or layer.lora_bias.get(one)), None):
             raise UserError(f"the LoRA {strange} is a DoRA or has biases: fuse it by python -m export onnx --lora FILE")
         if used:
-            added[weight_name(part, f"{name}.weight")] = lambda layer=layer, used=used: sum(
+            added[wrappers.weight_name(part, f"{name}.weight")] = lambda layer=layer, used=used: sum(
                 layer.get_delta_weight(one).detach().float() for one in used
             )
     return added

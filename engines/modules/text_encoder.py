@@ -58,11 +58,11 @@ class TextOutput:
     def __getattr__(self, name: str) -> Any:
         if name in ("hidden_states", "attentions") and name not in self._fields:
             return None
-        value = self._fields.get(name)
+        value = None if name.startswith("_") else self._fields.get(name)
         if isinstance(value, _Absent):
             raise LacksError(value._why)
         if value is None:
-            raise AttributeError(f"the output of this text encoder has no {name}, only {', '.join(self._fields)}")
+            raise AttributeError(f"the output of a text encoder has no {name}")
         return value
 
     def to_tuple(self) -> tuple[Any, ...]:
