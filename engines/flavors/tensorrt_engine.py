@@ -69,6 +69,9 @@ class TensorRTEngine:
 
     def require_exchangeable(self) -> None:
         """Raises UserError for a plan built without --refit, and where the ONNX file is not named that holds its weights."""
+        self._own_weights()
+
+    def _own_weights(self) -> OnnxComponent:
         path = self.record.files[0].path
         if not self.record.options.get("refit"):
             raise UserError(
@@ -80,13 +83,14 @@ class TensorRTEngine:
                 f"a plan does not give its weights back, and a LoRA is added to them: name the ONNX folder that {path} was "
                 "built from, engines.load(bundle, weights=FOLDER)"
             )
+        return self._source
 
     def add_to_weights(self, added: Added) -> None:
         """Refits what is changed now, and what was before."""
         if not added and not self._changed:
             return
-        self.require_exchangeable()
-        refit_weights(self._shared, self._plan, self.record, self._source, dict.fromkeys(self._changed) | dict(added))
+        given: dict[str, Any] = dict.fromkeys(self._changed) | dict(added)
+        refit_weights(self._shared, self._plan, self.record, self._own_weights(), given)
         self._changed = frozenset(added)
         self._forget_graphs()
 

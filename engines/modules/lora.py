@@ -8,6 +8,7 @@ weights again, to the bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,10 @@ def _added(part: str, network: torch.nn.Module) -> dict[str, Callable[[], torch.
         if strange := next((one for one in used if layer.use_dora.get(one) or layer.lora_bias.get(one)), None):
             raise UserError(f"the LoRA {strange} is a DoRA or has biases: fuse it by python -m export onnx --lora FILE")
         if used:
-            added[wrappers.weight_name(part, f"{name}.weight")] = lambda layer=layer, used=used: sum(
-                layer.get_delta_weight(one).detach().float() for one in used
-            )
+            added[wrappers.weight_name(part, f"{name}.weight")] = partial(_difference, layer, used)
     return added
+
+
+def _difference(layer: Any, adapters: list[str]) -> torch.Tensor:
+    """What LoRAs add to the weight of one layer, each with its scale, in fp32."""
+    return torch.stack([layer.get_delta_weight(one).detach().float() for one in adapters]).sum(0)

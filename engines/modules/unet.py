@@ -67,6 +67,11 @@ class EngineUNet(EngineModule):
         inputs: dict[str, Any] = {name: value for name, value in passed.items() if value is not None}
         unknown = [name for name in inputs if name not in self.component.inputs]
         missing = [name for name in self.component.inputs if name not in inputs]
+        if "cross_attention_kwargs" in unknown:
+            raise UserError(
+                "this UNet engine was compiled without cross_attention_kwargs; the weight of a LoRA is set by "
+                "pipe.set_adapters(name, weight), anything else runs in torch"
+            )
         if unknown or missing:
             raise UserError(
                 f"this UNet engine was compiled {'without' if unknown else 'with'} {', '.join(unknown or missing)}; use a "

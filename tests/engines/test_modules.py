@@ -71,8 +71,9 @@ def test_a_range_serves_the_sizes_between_those_it_names(toy_manifest: Manifest)
     [(engine, _)] = vae.engines
     range_ = ShapeRange(min=[1, 4, 2, 2], opt=[1, 4, 4, 4], max=[2, 4, 8, 8])
     profile = engine.profiles[0].model_copy(update={"shapes": {"latent_sample": range_}})
+    sizes = {"profiles": [profile], "resolutions": ["128x128"]}
     ranged, shared = (
-        EngineComponent([(engine.model_copy(update={"profiles": [profile], "layout": layout}), doubler)], "cpu")
+        EngineComponent([(engine.model_copy(update=sizes | {"layout": layout}), doubler)], "cpu")
         for layout in ("ranged", "shared")
     )
     between, outside = torch.ones(1, 4, 3, 5), torch.ones(1, 4, 9, 4)
