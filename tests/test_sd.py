@@ -12,7 +12,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import engines
-from distill.checkpoints.sources import find_architecture_of, load_pipeline, resolve
+from distill.checkpoints.folder import find_architecture_of
+from distill.checkpoints.load import load_pipeline
+from distill.checkpoints.sources import resolve
 from distill.checkpoints.surgery import make_student
 from distill.common.errors import UserError
 from distill.models.architectures import find_architecture
