@@ -21,6 +21,7 @@ from engines.bundle import Engine, Options, Profile, TensorInfo
 if TYPE_CHECKING:
     import torch
 
+    from engines.flavors.weights import Added
     from engines.onnx_folder import OnnxComponent
 
 Report = Callable[[str, float], None]
@@ -61,6 +62,12 @@ class LoadedEngine(Protocol):
 
     def run(self, inputs: dict[str, torch.Tensor], profile: Profile) -> dict[str, torch.Tensor]:
         """Enqueues one call on the device's current stream; the result may not be computed yet."""
+
+    def require_exchangeable(self) -> None:
+        """Raises UserError where its weights cannot be changed."""
+
+    def add_to_weights(self, added: Added) -> None:
+        """Takes the weights it was built from, with this added and nothing that was added before."""
 
 
 class Flavor(Protocol):

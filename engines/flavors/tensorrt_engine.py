@@ -11,7 +11,8 @@ from engines.bundle import Engine, Profile
 from engines.flavors.kernel_cache import KernelCache
 from engines.flavors.shared_runtime import SharedRuntime
 from engines.flavors.tensorrt_context import ShapeContext, Shapes
-from engines.flavors.tensorrt_plan import create_context, deserialise_plan, refit_plan
+from engines.flavors.tensorrt_plan import create_context, deserialise_plan, refit_plan, refit_weights
+from engines.flavors.weights import Added
 from engines.onnx_folder import OnnxComponent
 
 
@@ -30,6 +31,7 @@ class TensorRTEngine:
         self.record = engine
         self._shared = shared
         self._is_rtx = engine.flavor == "tensorrt-rtx"
+        self._source, self._changed = weights, frozenset[str]()
         stripped = bool(engine.options.get("strip"))
         if stripped and weights is None:
             raise UserError(
@@ -62,6 +64,37 @@ class TensorRTEngine:
     def refit(self, weights: OnnxComponent) -> None:
         """See `refit_plan`. Contexts stay; their CUDA graphs are captured again, since a graph may hold the old weights."""
         refit_plan(self._shared, self._plan, self.record, weights)
+        self._source, self._changed = weights, frozenset()
+        self._forget_graphs()
+
+    def require_exchangeable(self) -> None:
+        """Raises UserError for a plan built without --refit, and where the ONNX file is not named that holds its weights."""
+        self._own_weights()
+
+    def _own_weights(self) -> OnnxComponent:
+        path = self.record.files[0].path
+        if not self.record.options.get("refit"):
+            raise UserError(
+                f"{path} was built without --refit and keeps its weights: rebuild it with --refit on its GPU, or fuse the "
+                "LoRA before the build (python -m export onnx --lora FILE)"
+            )
+        if self._source is None:
+            raise UserError(
+                f"a plan does not give its weights back, and a LoRA is added to them: name the ONNX folder that {path} was "
+                "built from, engines.load(bundle, weights=FOLDER)"
+            )
+        return self._source
+
+    def add_to_weights(self, added: Added) -> None:
+        """Refits what is changed now, and what was before."""
+        if not added and not self._changed:
+            return
+        given: dict[str, Any] = dict.fromkeys(self._changed) | dict(added)
+        refit_weights(self._shared, self._plan, self.record, self._own_weights(), given)
+        self._changed = frozenset(added)
+        self._forget_graphs()
+
+    def _forget_graphs(self) -> None:
         for context in self._contexts.values():
             context.forget_graph()
 

@@ -7,8 +7,11 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 
 from distill.common.errors import UserError
 from engines.bundle import Engine, Manifest, Profile, ShapeRange
@@ -267,6 +270,50 @@ def test_refit_exchanges_weights_and_keeps_contexts(
     monkeypatch.setattr(FakeRefitter, "get_missing_weights", lambda self: ["conv.weight"])
     with pytest.raises(UserError, match=r"does not fit .*\(without conv\.weight\): export the same architecture"):
         loaded.refit(weights)
+
+
+def test_a_lora_is_added_to_the_weights_of_its_onnx_file(
+    toy_manifest: Manifest, toy_onnx: Path, tmp_path: Path
+) -> None:
+    """What it adds to is given anew, with what TensorRT fused it with; then what it no longer adds to."""
+    loaded, trt, shared, engine = make(toy_manifest, tmp_path, built_with={"refit": True}, weights=toy_onnx)
+    plan = trt.plan
+    plan.refits.clear()  # the toy's fp32 weights at load
+    loaded.run({"sample": sample("128x128")}, engine.profiles[0])
+    own = {
+        value.name: numpy_helper.to_array(value) for value in onnx.load(toy_onnx / "unet/model.onnx").graph.initializer
+    }
+    loaded.add_to_weights({"kernel": lambda: torch.ones(4, 4, 3, 3)})
+    loaded.add_to_weights({})
+    loaded.add_to_weights({})
+    added, taken_back = plan.refits
+    assert added.keys() == taken_back.keys() == {"kernel", "small"}
+    assert np.array_equal(added["kernel"], own["kernel"] + 1) and np.array_equal(added["small"], own["small"])
+    assert np.array_equal(taken_back["kernel"], own["kernel"])
+    loaded.run({"sample": sample("128x128")}, engine.profiles[0])
+    assert shared.device.captures == 2, "a graph may hold the old weights"  # type: ignore[attr-defined]
+    for name, line in {"bias": "has no weight bias, to which the LoRA adds", "axes1": "has axes1 in 8 bits"}.items():
+        with pytest.raises(UserError, match=line):
+            loaded.add_to_weights({name: lambda: torch.ones(1)})
+    plan.refittable.remove("kernel")
+    with pytest.raises(UserError, match=r"cannot replace kernel in .*: fuse the LoRA before the build"):
+        loaded.add_to_weights({"kernel": lambda: torch.ones(4, 4, 3, 3)})
+
+
+@pytest.mark.parametrize(
+    "built_with, line",
+    [
+        ({}, "built without --refit and keeps its weights: rebuild it"),
+        ({"refit": True}, "load\\(bundle, weights=FOLDER"),
+    ],
+)
+def test_a_plan_that_takes_no_lora_says_why(
+    toy_manifest: Manifest, tmp_path: Path, built_with: dict[str, bool], line: str
+) -> None:
+    loaded, *_ = make(toy_manifest, tmp_path, built_with=built_with)
+    loaded.add_to_weights({})
+    with pytest.raises(UserError, match=line):
+        loaded.require_exchangeable()
 
 
 @pytest.mark.parametrize(
