@@ -27,7 +27,8 @@ class RunOptions:
 
     contestants: list[str]
     """NAME=KIND[@OPTION]:SOURCE, one or more; KIND[@OPTION]:SOURCE is one of
-    eager@fp16:MODEL (diffusers; fp32, bf16 or fp16, any MODEL that distill takes),
+    eager@fp16:MODEL (diffusers; fp32, bf16 or fp16, any MODEL that distill takes; behind +taught a few-step model draws in
+    its own steps, whatever --steps and --guidance say),
     compiled@fp16:MODEL (with torch.compile),
     bundle@FLAVOR:FOLDER (a slimxl bundle; +LAYOUT and +no-graphs may follow FLAVOR),
     optimum:FOLDER (an ONNX folder),
@@ -41,12 +42,12 @@ class RunOptions:
     resolutions: str = "first"
     """`all` or `first` of the model family's, or WIDTHxHEIGHT,...; the first is the main one."""
     steps: str | None = None
-    """Denoising steps of a picture, comma-separated; the first is the main one. None: what all were taught, else 30."""
+    """Denoising steps of a picture, comma-separated; the first is the main one. None: what each was taught, else 30."""
     batches: str = "1"
     """Pictures drawn by one call, comma-separated; the first is the main one."""
     guidance: str | None = None
-    """Guidance scales, comma-separated; the first is the main one, 1 and below mean no guidance. None: what all were taught,
-    else 5."""
+    """Guidance scales, comma-separated; the first is the main one, 1 and below mean no guidance. None: what each was
+    taught, else 5."""
     scheduler: str = "default"
     """default (the checkpoint's own), euler, euler-a, ddim, dpm++, unipc, lcm, or a scheduler class of diffusers."""
     seed: int = 0
@@ -62,7 +63,7 @@ class RunOptions:
     pictures: int = 9
     """Pictures each contestant draws, the same prompts and seeds for all; 0 for none."""
     picture_steps: int | None = None
-    """Denoising steps of those pictures. None: what all were taught, else 20."""
+    """Denoising steps of those pictures. None: what all were taught, else 20; those drawn as taught keep to their own."""
     energy_seconds: float = 10.0
     """Seconds each contestant draws while the GPU's energy counter is read; 0 reads none."""
     kernels: bool = False

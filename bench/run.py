@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from statistics import median
 from typing import Any
@@ -57,6 +57,12 @@ def run_bench(options: RunOptions) -> Results:
     for contestant in contestants:
         contestant.check()
         _ = contestant.configs  # what cannot be had is told before anything is loaded
+        if contestant.as_taught and not contestant.taught:
+            raise UserError(
+                f"contestant {contestant.name!r} cannot draw as it was taught, since its model does not say how; leave "
+                "+taught out"
+            )
+        contestant.as_taught |= options.steps is None and options.guidance is None
     family = find_family(contestants)
     workloads = make_workloads(
         family_resolutions(options.resolutions, family),
@@ -68,9 +74,10 @@ def run_bench(options: RunOptions) -> Results:
         prompts=tuple(family_prompts(family, 6)),
     )
     picture_steps = options.picture_steps or int(taught(contestants, "steps", "20"))
-    for sampling in filter(None, (contestant.sampling for contestant in contestants)):
-        for steps in [picture_steps, *(workload.steps for workload in workloads)]:
-            sampling.check(steps)
+    for contestant in contestants:
+        for workload in [*workloads, replace(workloads[0], steps=picture_steps)]:
+            if contestant.sampling:
+                contestant.sampling.check(contestant.asked(workload).steps)
     main, gpu = workloads[0], Gpu(device)
     identity, before = gpu.identity(), gpu.state()
     precisions = {contestant.precision for contestant in contestants}
@@ -81,6 +88,9 @@ def run_bench(options: RunOptions) -> Results:
     notes: list[str] = []
     loaded = load_all(contestants, main, gpu, notes)
     contestants, names = [contestant for contestant, _ in loaded], [record.name for _, record in loaded]
+    for contestant, record in loaded:
+        if any(contestant.asked(workload) != workload for workload in workloads):
+            record.taught = contestant.taught
     if baseline not in names:
         notes.append(f"the baseline {baseline} did not load; speed-ups are against {names[0]}")
         baseline = names[0]

@@ -40,8 +40,8 @@ def draw_pictures(
                     prompt=prompt,
                     seed=workload.seed,
                     resolution=str(workload.resolution),
-                    steps=workload.steps,
-                    guidance_scale=workload.guidance_scale,
+                    steps=contestant.asked(workload).steps,
+                    guidance_scale=contestant.asked(workload).guidance_scale,
                     png_base64=png_base64(image),
                     follows=follows_caption(prompt, image),
                 )

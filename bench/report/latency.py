@@ -15,6 +15,7 @@ from bench.report.elements.charts import Axis, Series, dot_whiskers, line_chart
 from bench.report.elements.formatting import interval, milliseconds, percent, stage_name, times
 from bench.report.elements.tables import Cell, Column, Table, make_table, measured
 from bench.results import CellRecord, Results, Row
+from distill.data.shapes import wilson
 
 StageLine = tuple[Cell | str, Callable[[Row], Cell | str | None]]
 
@@ -117,12 +118,35 @@ def steps_chart(results: Results, cards: list[Card]) -> Markup:
     cells = sorted(_varied(results, "steps"), key=lambda cell: cell.workload["steps"])
     if len(cells) < 2:
         return Markup("")
+    told = [card for card in cards if "steps" not in card.record.taught]
+    series = _latency_series(told, cells, lambda cell: float(cell.workload["steps"]))
+    for card in cards:
+        if card not in told:  # drawn alike whatever was asked for: one point
+            series += _latency_series([card], results.cells[:1], lambda _, own=card.record.taught["steps"]: own)
     return line_chart(
-        _latency_series(cards, cells, lambda cell: float(cell.workload["steps"])),
+        series,
         Axis("denoising steps", ticks=[(cell.workload["steps"], str(cell.workload["steps"])) for cell in cells]),
         Axis(f"ms for {drawn(results)}", zero=True),
         "latency against steps",
     )
+
+
+def quality_chart(results: Results, cards: list[Card]) -> Markup:
+    """The share of right pictures against the latency of the main workload, of contestants whose pictures were drawn in the
+    steps and at the guidance scale that were timed. Empty for fewer than two."""
+    series = []
+    for card in cards:
+        timed = results.cells[0].workload | card.record.taught
+        ways = {(one.steps, one.guidance_scale) for one in results.pictures if one.contestant == card.name}
+        seen = card.record.follows
+        if seen and card.row and not card.row.refused and ways == {(timed["steps"], timed["guidance_scale"])}:
+            shares = (seen["all"], *wilson(seen["all"], seen["count"]))
+            point = (card.row.total_ms.value, *(100 * share for share in shares))
+            series.append(Series(card.title, card.colour, [point], line=False, failed=card.failed))
+    if len(series) < 2:
+        return Markup("")
+    across = Axis(f"ms for {drawn(results)}", zero=True)
+    return line_chart(series, across, Axis("% right in everything"), "right pictures against latency")
 
 
 def resolution_chart(results: Results, cards: list[Card]) -> Markup:

@@ -44,6 +44,7 @@ def make_context(inputs: Inputs, title: str) -> dict[str, Any]:
         "results": results,
         "machine": method.machine_name(results),
         "drawn": cards.drawn(results),
+        "as_taught": cards.as_taught(contestants),
         "cards": contestants,
         "head": cards.make_headline(results, contestants),
         "notes": cards.all_notes(inputs.results),
@@ -61,6 +62,7 @@ def _main_run(results: Results, contestants: list[cards.Card]) -> dict[str, Any]
     return {
         "grid": cards.picture_grid(results, contestants),
         "captions": models.caption_table(contestants),
+        "quality_svg": latency.quality_chart(results, contestants),
         "bars": latency.stage_bars(results, contestants),
         "stage_names": latency.stage_names(results),
         "stages": latency.stage_table(results, contestants),

@@ -92,6 +92,34 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(report):
     assert "{{" not in page and "{%" not in page
 
 
+def test_a_few_step_model_is_told_with_its_own_steps_and_right_pictures_stand_against_latency(results_path, tmp_path):
+    value = json.loads(results_path.read_text())
+    value["contestants"][1]["taught"] = {"steps": 1, "guidance_scale": 1.0}
+    for one, way in zip(value["contestants"], ((3, 5.0), (1, 1.0)), strict=True):
+        one["follows"] = {"all": 0.9, "count": 10}
+        about = {
+            "contestant": one["name"],
+            "prompt": "p",
+            "seed": 7,
+            "resolution": "64x64",
+            "png_base64": "",
+            "follows": None,
+        }
+        value["pictures"].append(about | dict(zip(("steps", "guidance_scale"), way, strict=True)))
+    (tmp_path / "results.json").write_text(json.dumps(value))
+    write_report([tmp_path / "results.json"], tmp_path / "out")
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "Vega, 1 step" in page and "Vega draws as it was taught: 1 step, guidance 1." in page
+    [chart] = re.findall(r'<svg[^>]*aria-label="right pictures against latency".*?</svg>', page)
+    assert len(re.findall("<circle", chart)) == 2 and "Vega, 1 step: 90 % right in everything" in chart
+    value["pictures"][0]["steps"] = 20
+    (tmp_path / "results.json").write_text(json.dumps(value))
+    write_report([tmp_path / "results.json"], tmp_path / "out")
+    assert "right pictures against latency" not in (tmp_path / "out" / "index.html").read_text(), (
+        "another picture was timed"
+    )
+
+
 def test_a_load_test_joins_the_report(results_path, tmp_path):
     level = {
         "concurrency": 8,
