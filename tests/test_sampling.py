@@ -20,8 +20,9 @@ from bench.contestants.spec import Spec, make_contestant
 from bench.floor.roofline import ModelConfigs, component_costs
 from bench.run import taught
 from bench.workload import Workload
+from distill.checkpoints.load import load_parts
 from distill.checkpoints.sampling import Sampling, sampling_of
-from distill.checkpoints.sources import MINI_TEACHERS, load_parts
+from distill.checkpoints.sources import MINI_TEACHERS
 from distill.common.errors import UserError
 from distill.common.files import read_json
 from distill.models.architectures import ARCHITECTURES

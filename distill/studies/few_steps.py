@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
+from distill.checkpoints.folder import checkpoint_hash, find_architecture_of, find_family
+from distill.checkpoints.load import load_pipeline
 from distill.checkpoints.sampling import sampling_of
-from distill.checkpoints.sources import checkpoint_hash, find_architecture_of, find_family, load_pipeline, resolve
+from distill.checkpoints.sources import resolve
 from distill.common.errors import UserError, require_between
 from distill.common.files import read_object, replacing, write_json
 from distill.common.ownership import require_our_files

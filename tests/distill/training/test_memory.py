@@ -107,7 +107,7 @@ def test_the_plan_is_of_the_stage_that_needs_most() -> None:
     """Not of the first of two of one depth: the second has a target average, and the student before as its teacher."""
     recipe = find_recipe("mini-lcm-vega")
     recipe = replace(
-        recipe, stages=(replace(recipe.stages[0], objective=Distill(output=0, feature=0)), recipe.stages[-1])
+        recipe, stages=(replace(recipe.stages[-2], objective=Distill(output=0, feature=0)), recipe.stages[-1])
     )
     options = {"optimizer": "adamw", "processes": 1, "accumulation": 1, "fsdp": False}
     title, uses = count_recipe_memory(recipe, ARCHITECTURES["mini-sdxl"], half=torch.bfloat16, **options)
@@ -125,7 +125,7 @@ def test_a_batch_that_cannot_be_shared_is_not_planned(processes: int, accumulati
 
 
 def test_full_size_is_planned_without_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    arguments = ["plan", "--recipe", "ssd-1b", "--processes", "8", "--accumulation", "4", "--memory-gb", "80"]
+    arguments = ["memory", "--recipe", "ssd-1b", "--processes", "8", "--accumulation", "4", "--memory-gb", "80"]
     arguments += ["--text", "online"]
     monkeypatch.setattr("sys.argv", ["distill", *arguments])
     assert main() == 0
