@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from bench.quality.fidelity import FidelityOptions, check_references
 from bench.workload import check_scheduler
 from distill.checkpoints.sources import WORKDIR
-from distill.common.errors import UserError, require_between, require_least, unknown
+from distill.common.errors import UserError, require_least, unknown
 from distill.common.ownership import require_writable_file
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class RunOptions:
     out: Path
     """The results file to write, .json."""
     artifacts: list[str] = field(default_factory=list)
-    """NAME=FOLDER, any number: a contestant's checkpoint, ONNX and bundle, for sizes, losses, hashes, fp32 reference."""
+    """NAME=FOLDER, any number; NAME is one of --contestants, FOLDER its checkpoint, ONNX folder or bundle (told by what it
+    holds), e.g. vega=out/students/vega vega=out/bundles/vega. From there: sizes, losses, hashes, the fp32 reference."""
     baseline: str | None = None
     """The contestant that speed-ups are told against; the first one if not given."""
     resolutions: str = "first"
@@ -49,6 +50,8 @@ class RunOptions:
     else 5."""
     scheduler: str = "default"
     """default (the checkpoint's own), euler, euler-a, ddim, dpm++, unipc, lcm, or a scheduler class of diffusers."""
+    mlperf: bool = False
+    """Draw as MLPerf inference does: 20 Euler steps, guidance 8, its negative prompt, and one noise for all --captions."""
     seed: int = 0
     """Of the noise that the timed pictures begin with, the same for all contestants."""
     seconds: float = 60.0
@@ -60,9 +63,8 @@ class RunOptions:
     max_warmup: int = 3
     """Calls before them that are not timed, at the most; fewer once two in a row agree within 5 %."""
     pictures: int = 9
-    """Pictures each contestant draws, the same prompts and seeds for all; 0 for none."""
-    picture_steps: int | None = None
-    """Denoising steps of those pictures. None: what all were taught, else 20."""
+    """Prompts that each contestant draws with the main steps, of the mini family with each of --steps, the same seeds for
+    all; 0 for none. The report shows the first nine."""
     energy_seconds: float = 10.0
     """Seconds each contestant draws while the GPU's energy counter is read; 0 reads none."""
     kernels: bool = False
@@ -79,8 +81,6 @@ class RunOptions:
 def check_options(options: RunOptions, specs: list[Spec]) -> str:
     """Raises UserError for what can be known to be wrong before anything is loaded; returns the baseline's name."""
     require_least(1, min_rounds=options.min_rounds, max_warmup=options.max_warmup)
-    if options.picture_steps is not None:
-        require_between(1, 1000, picture_steps=options.picture_steps)
     require_least(
         0,
         seed=options.seed,
@@ -93,6 +93,8 @@ def check_options(options: RunOptions, specs: list[Spec]) -> str:
     from bench.contestants.spec import check_device
 
     check_scheduler(options.scheduler)
+    if options.mlperf and (options.steps or options.guidance or options.scheduler != "default"):
+        raise UserError("--mlperf sets --steps, --guidance and --scheduler itself; leave them out")
     if options.device is not None:
         check_device(options.device)
     check_references(options.fidelity)

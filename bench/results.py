@@ -155,13 +155,15 @@ class ContestantRecord(Record):
 
 
 class PictureRecord(Record):
+    """One picture and what it was judged; of most that were judged the picture itself is not kept."""
+
     contestant: str
     prompt: str
     seed: int
     resolution: str
     steps: int
     guidance_scale: float
-    png_base64: str
+    png_base64: str | None
     follows: dict[str, bool] | None
 
 

@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from statistics import median
 from typing import Any
@@ -27,7 +27,7 @@ from bench.options import RunOptions, check_options, unfinished
 from bench.quality.pictures import draw_pictures
 from bench.quality.reference import judge
 from bench.results import ContestantRecord, Results, record_cell, write_results
-from bench.workload import Workload, family_prompts, family_resolutions, make_workloads, parse_scales
+from bench.workload import MLPERF, Workload, family_prompts, family_resolutions, make_workloads, parse_scales
 from distill.common.errors import UserError, describe_error, parse_counts
 from distill.common.progress import say
 from distill.data.shapes import shares
@@ -49,6 +49,7 @@ def run_bench(options: RunOptions) -> Results:
     begin = time.monotonic()
     specs = parse_specs(options.contestants)
     baseline = check_options(options, specs)
+    options = replace(options, **MLPERF) if options.mlperf else options
     artifacts = parse_artifacts(options.artifacts, [spec.name for spec in specs])
     device = options.device or default_device()
     contestants = [
@@ -66,11 +67,11 @@ def run_bench(options: RunOptions) -> Results:
         scheduler=options.scheduler,
         seed=options.seed,
         prompts=tuple(family_prompts(family, 6)),
+        mlperf=options.mlperf,
     )
-    picture_steps = options.picture_steps or int(taught(contestants, "steps", "20"))
     for sampling in filter(None, (contestant.sampling for contestant in contestants)):
-        for steps in [picture_steps, *(workload.steps for workload in workloads)]:
-            sampling.check(steps)
+        for workload in workloads:
+            sampling.check(workload.steps)
     main, gpu = workloads[0], Gpu(device)
     identity, before = gpu.identity(), gpu.state()
     precisions = {contestant.precision for contestant in contestants}
@@ -134,9 +135,10 @@ def run_bench(options: RunOptions) -> Results:
 
     if options.pictures:
         say(f"pictures: {options.pictures} prompts, the same seeds for all")
-        results.pictures = draw_pictures(drawing, main, family, options.pictures, picture_steps, results.notes)
+        results.pictures = draw_pictures(drawing, workloads, family, options.pictures, results.notes)
         for _, record in timed:
-            seen = [one.follows for one in results.pictures if one.contestant == record.name and one.follows]
+            drawn = [one for one in results.pictures if one.contestant == record.name and one.steps == main.steps]
+            seen = [one.follows for one in drawn if one.follows]
             record.follows = shares(seen) | {"count": len(seen)} if seen else None
     save()
     unfinished(options.out).replace(options.out)

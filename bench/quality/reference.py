@@ -119,4 +119,4 @@ def _fidelity(contestant: Contestant, workload: Workload, options: FidelityOptio
         one = workload.for_picture(caption, seed, workload.resolution)
         return timed_draw(contestant, one, clock)[1].images[0]
 
-    return measure_fidelity(draw, options)
+    return measure_fidelity(draw, options, contestant.device)

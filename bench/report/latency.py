@@ -11,9 +11,10 @@ from markupsafe import Markup
 from bench.contestants.contestant import STAGES
 from bench.measure.stats import Estimate
 from bench.report.cards import Card, drawn
-from bench.report.elements.charts import Axis, Series, dot_whiskers, line_chart
-from bench.report.elements.formatting import interval, milliseconds, percent, stage_name, times
+from bench.report.elements.charts import Axis, Series, line_chart
+from bench.report.elements.formatting import NONE, interval, milliseconds, percent, stage_name, times
 from bench.report.elements.tables import Cell, Column, Table, make_table, measured
+from bench.report.quality import Measure, right_counts, share_right
 from bench.results import CellRecord, Results, Row
 
 StageLine = tuple[Cell | str, Callable[[Row], Cell | str | None]]
@@ -68,7 +69,6 @@ def stage_table(results: Results, cards: list[Card]) -> Table:
         ("speed-up", lambda row: "baseline" if row.contestant == results.baseline else speedup_cell(row.speedup)),
         ("runs, spread", lambda row: f"{len(row.samples)}, {percent(row.cv, 1)}"),
         *map(percentile_line, ("p90", "p99")),
-        ("images a second", lambda row: measured(f"{row.images_per_s:.3g}")),
         ("use of the peak (MFU)", lambda row: percent(row.mfu, 1)),
     ]
 
@@ -88,7 +88,7 @@ def workload_table(results: Results, cards: list[Card]) -> Table:
         def write(cell: CellRecord) -> Cell:
             row, failure = cell.row(card.name), cell.failures.get(card.name, "")
             if row is None:
-                return Cell("failed", hint=failure)
+                return Cell("failed" if failure else NONE, hint=failure)
             gain = "" if row.speedup is None or card.is_baseline else times(row.speedup.value)
             if gain and row.speedup and row.speedup.low is not None:
                 gain += f" ({interval(row.speedup, 'x')})"
@@ -103,18 +103,32 @@ def workload_table(results: Results, cards: list[Card]) -> Table:
     return make_table(results.cells, Column("workload", name), *map(column, cards))
 
 
-def speedup_chart(results: Results, cards: list[Card]) -> Markup:
-    rows = []
-    for card in cards:
-        if card.row is not None and card.row.speedup is not None and not card.is_baseline:
-            one = card.row.speedup
-            title = f"{card.title} ✗" if card.failed else card.title
-            rows.append((title, card.colour, one.value, one.low, one.high))
-    return dot_whiskers(rows, "×", f"speed-up over {results.baseline}")
+def quality_charts(results: Results, cards: list[Card], judged: list[Measure]) -> list[tuple[str, Markup]]:
+    """(what was judged, quality against latency) for each measure that knows two contestants or more; what was judged with
+    every number of steps is a line through them."""
+    counts = right_counts(results)
+    charts = []
+    for measure in judged:
+        series = []
+        for card in cards:
+            points, labels = [], []
+            for cell in sorted(varied(results, "steps"), key=lambda cell: cell.workload["steps"]):
+                row, steps = cell.row(card.name), cell.workload["steps"]
+                value = measure.values.get(card.name) if cell is results.cells[0] else None
+                if measure.is_read and (card.name, steps) in counts:
+                    value = share_right(*counts[card.name, steps])
+                if row is not None and not row.refused and value is not None:
+                    points.append((row.total_ms.value, *measure.plotted(value)))
+                    labels.append(f"{steps}")
+            series.append(Series(card.title, card.colour, points, labels=labels, failed=card.failed))
+        if sum(bool(one.points) for one in series) > 1:
+            x = Axis(f"ms for {drawn(results)}; beside the dots: steps", zero=True)
+            charts.append((measure.name, line_chart(series, x, Axis(measure.axis), f"{measure.name} against latency")))
+    return charts
 
 
 def steps_chart(results: Results, cards: list[Card]) -> Markup:
-    cells = sorted(_varied(results, "steps"), key=lambda cell: cell.workload["steps"])
+    cells = sorted(varied(results, "steps"), key=lambda cell: cell.workload["steps"])
     if len(cells) < 2:
         return Markup("")
     return line_chart(
@@ -130,7 +144,7 @@ def resolution_chart(results: Results, cards: list[Card]) -> Markup:
         width, height = cell.workload["resolution"].split("x")
         return int(width) * int(height) / 1e3
 
-    cells = sorted(_varied(results, "resolution"), key=kilopixels)
+    cells = sorted(varied(results, "resolution"), key=kilopixels)
     if len(cells) < 2:
         return Markup("")
     series = _latency_series(cards, cells, kilopixels)
@@ -142,7 +156,7 @@ def resolution_chart(results: Results, cards: list[Card]) -> Markup:
     )
 
 
-def _varied(results: Results, key: str) -> list[CellRecord]:
+def varied(results: Results, key: str) -> list[CellRecord]:
     """The cells that differ from the main one in `key` alone, the main one among them."""
     main = results.cells[0].workload
     same = [other for other in ("resolution", "steps", "batch", "guidance_scale", "scheduler") if other != key]

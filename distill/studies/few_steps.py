@@ -6,7 +6,6 @@ is there is kept, so the same command goes on where it was.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from distill.common.errors import UserError, require_between
 from distill.common.files import read_object, replacing, write_json
 from distill.common.ownership import require_our_files
 from distill.common.progress import say
+from distill.data.shapes import wilson
 from distill.mini.judge import GUIDANCE_SCALE, READER, check_pictures, judge_checkpoint
 from distill.models.catalogue import catalogue_row
 
@@ -54,14 +54,6 @@ def parse_point(text: str, workdir: Path) -> list[Point]:
         passes = steps if sampling and sampling.one_pass else 2 * steps
         points.append(Point(name=name, folder=folder, steps=steps, guidance_scale=scale, passes=passes))
     return points
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share of `count` pictures (Wilson, 1927)."""
-    z = 1.959964
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def compare_steps(points: Sequence[Point], results: Path, *, pictures: int) -> dict[str, Any]:

@@ -8,8 +8,9 @@ import pytest
 
 from distill.checkpoints.sources import MINI_TEACHERS
 from distill.common.errors import UserError
+from distill.data.shapes import wilson
 from distill.studies import few_steps
-from distill.studies.few_steps import compare_steps, parse_point, wilson
+from distill.studies.few_steps import compare_steps, parse_point
 from distill.training.objectives import Halving
 
 
