@@ -1,6 +1,6 @@
 """`python -m tests.bench.report.screenshots REPORT OUT`: the README's pictures of a report, and the page as it is looked at.
 
-REPORT is a folder of `bench report`, OUT gets the README's three pictures, each of at most 150 KB; with `--all` also the whole page
+REPORT is a folder of `bench report`, OUT gets the README's pictures, at most 150 KB each; with `--all` also the whole page
 on a desktop and a phone, light and dark, without JavaScript. Needs `chromium` on the PATH.
 """
 
