@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.report.quality import TALLY_SCHEMA, TallyFile
 from bench.report.training import LOOPS_SCHEMAS, LoopsFile
-from bench.results import Results, keeping_to, read_results
+from bench.results import Results, parse_as, read_results
 from distill.common.files import read_json
 from engines.serving.load_file import LOAD_SCHEMA, LoadFile, read_load
 
@@ -31,9 +31,9 @@ def read_inputs(paths: list[Path]) -> Inputs:
         if schema == LOAD_SCHEMA:
             inputs.loads.append(read_load(path))
         elif schema in LOOPS_SCHEMAS:
-            inputs.loops.append(keeping_to(schema, LoopsFile, value, path))
+            inputs.loops.append(parse_as(schema, LoopsFile, value, path))
         elif schema == TALLY_SCHEMA:
-            inputs.tallies.append(keeping_to(schema, TallyFile, value, path))
+            inputs.tallies.append(parse_as(schema, TallyFile, value, path))
         else:
             inputs.results.append(read_results(path))
     return inputs
