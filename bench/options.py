@@ -27,7 +27,8 @@ class RunOptions:
 
     contestants: list[str]
     """NAME=KIND[@OPTION]:SOURCE, one or more; KIND[@OPTION]:SOURCE is one of
-    eager@fp16:MODEL (diffusers; fp32, bf16 or fp16, any MODEL that distill takes),
+    eager@fp16:MODEL (diffusers; fp32, bf16 or fp16, any MODEL that distill takes; behind +taught a few-step model draws in
+    its own steps, whatever --steps and --guidance say),
     compiled@fp16:MODEL (with torch.compile),
     bundle@FLAVOR:FOLDER (a slimxl bundle; +LAYOUT and +no-graphs may follow FLAVOR),
     optimum:FOLDER (an ONNX folder),
@@ -42,12 +43,12 @@ class RunOptions:
     resolutions: str = "first"
     """`all` or `first` of the model family's, or WIDTHxHEIGHT,...; the first is the main one."""
     steps: str | None = None
-    """Denoising steps of a picture, comma-separated; the first is the main one. None: what all were taught, else 30."""
+    """Denoising steps of a picture, comma-separated; the first is the main one. None: what each was taught, else 30."""
     batches: str = "1"
     """Pictures drawn by one call, comma-separated; the first is the main one."""
     guidance: str | None = None
-    """Guidance scales, comma-separated; the first is the main one, 1 and below mean no guidance. None: what all were taught,
-    else 5."""
+    """Guidance scales, comma-separated; the first is the main one, 1 and below mean no guidance. None: what each was
+    taught, else 5."""
     scheduler: str = "default"
     """default (the checkpoint's own), euler, euler-a, ddim, dpm++, unipc, lcm, or a scheduler class of diffusers."""
     mlperf: bool = False

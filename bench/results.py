@@ -125,7 +125,8 @@ class CellRecord(Record):
 
 class ContestantRecord(Record):
     """`costs` maps a component to {calls, parameters, flops, bytes}; `cold` to load_ms and first_image_ms; `kernels` is
-    what `kernels.profile_denoise` found; `engines` holds the sha256 of each engine of a bundle that was loaded."""
+    what `kernels.profile_denoise` found; `engines` holds the sha256 of each engine of a bundle that was loaded; `taught` are
+    the steps and the guidance scale that it drew with in place of the workload's."""
 
     name: str
     spec: str
@@ -144,6 +145,7 @@ class ContestantRecord(Record):
     artifacts: list[dict[str, Any]]
     configs: dict[str, str] | None = None
     engines: list[str] | None = None
+    taught: dict[str, float] = {}
 
     @property
     def failed_guard(self) -> bool:

@@ -58,6 +58,12 @@ def run_bench(options: RunOptions) -> Results:
     for contestant in contestants:
         contestant.check()
         _ = contestant.configs  # what cannot be had is told before anything is loaded
+        if contestant.as_taught and not contestant.taught:
+            raise UserError(
+                f"contestant {contestant.name!r} cannot draw as it was taught, since its model does not say how; leave "
+                "+taught out"
+            )
+        contestant.as_taught |= options.steps is None and options.guidance is None
     family = find_family(contestants)
     workloads = make_workloads(
         family_resolutions(options.resolutions, family),
@@ -69,9 +75,10 @@ def run_bench(options: RunOptions) -> Results:
         prompts=tuple(family_prompts(family, 6)),
         mlperf=options.mlperf,
     )
-    for sampling in filter(None, (contestant.sampling for contestant in contestants)):
-        for workload in workloads:
-            sampling.check(workload.steps)
+    for contestant in contestants:
+        if contestant.sampling:
+            for workload in workloads:
+                contestant.sampling.check(contestant.asked(workload).steps)
     main, gpu = workloads[0], Gpu(device)
     identity, before = gpu.identity(), gpu.state()
     precisions = {contestant.precision for contestant in contestants}
@@ -82,6 +89,9 @@ def run_bench(options: RunOptions) -> Results:
     notes: list[str] = []
     loaded = load_all(contestants, main, gpu, notes)
     contestants, names = [contestant for contestant, _ in loaded], [record.name for _, record in loaded]
+    for contestant, record in loaded:
+        if any(contestant.asked(workload) != workload for workload in workloads):
+            record.taught = contestant.taught
     if baseline not in names:
         notes.append(f"the baseline {baseline} did not load; speed-ups are against {names[0]}")
         baseline = names[0]
@@ -137,7 +147,8 @@ def run_bench(options: RunOptions) -> Results:
         say(f"pictures: {options.pictures} prompts, the same seeds for all")
         results.pictures = draw_pictures(drawing, workloads, family, options.pictures, results.notes)
         for _, record in timed:
-            drawn = [one for one in results.pictures if one.contestant == record.name and one.steps == main.steps]
+            steps = record.taught.get("steps", main.steps)
+            drawn = [one for one in results.pictures if one.contestant == record.name and one.steps == steps]
             seen = [one.follows for one in drawn if one.follows]
             record.follows = shares(seen) | {"count": len(seen)} if seen else None
     save()

@@ -149,8 +149,9 @@ def component_costs(configs: ModelConfigs, workload: Workload) -> Costs:
     conditioning, unit, latent = conditioning_of(unet), EXPORTED["unet"].size_multiple(unet), unet["in_channels"]
     scale = vae_scale_factor(configs.parsed("vae"))
     tokens = configs.parsed(conditioning.encoders[0])["max_position_embeddings"]
+    rows = workload.batch if unet.get("time_cond_proj_dim") else workload.unet_batch  # told w, a UNet takes one pass
     encodes_two = configs.encodes_no_prompt or workload.negative_prompt is not None
-    prompts = workload.unet_batch // workload.batch if encodes_two else 1
+    prompts = rows // workload.batch if encodes_two else 1
     pixels = (workload.resolution.height // scale) * (workload.resolution.width // scale)
     costs = {}
     for component in (*conditioning.encoders, "unet", "vae_decoder"):
@@ -158,7 +159,7 @@ def component_costs(configs: ModelConfigs, workload: Workload) -> Costs:
         if component in conditioning.encoders:
             costs[component] = (prompts, count_cost(component, config_json, tokens, 0, 0, workload.batch))
             continue
-        batch = workload.unet_batch if component == "unet" else workload.batch
+        batch = rows if component == "unet" else workload.batch
         parameters = count_cost(component, config_json, tokens, unit * 2, unit * 2, 1).parameters
         a, b, c = _flops_polynomial(component, config_json, tokens, unit)
         outputs = latent if component == "unet" else 3 * scale * scale  # per latent pixel

@@ -32,6 +32,8 @@ def draw_pictures(
         workload = replace(main, steps=steps).for_picture(prompt, 1000 + index, sizes[index % len(sizes)])
         is_kept = steps == main.steps and index < SHOWN
         for contestant in list(drawing):
+            if steps != main.steps and "steps" in contestant.taught:
+                continue  # it would draw the same again
             try:
                 image = timed_draw(contestant, workload, make_clock(contestant.device))[1].images[0]
             except Exception as error:
@@ -47,8 +49,8 @@ def draw_pictures(
                     prompt=prompt,
                     seed=workload.seed,
                     resolution=str(workload.resolution),
-                    steps=workload.steps,
-                    guidance_scale=workload.guidance_scale,
+                    steps=contestant.asked(workload).steps,
+                    guidance_scale=contestant.asked(workload).guidance_scale,
                     png_base64=png_base64(image) if is_kept else None,
                     follows=follows_caption(prompt, image),
                 )

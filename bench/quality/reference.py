@@ -30,25 +30,27 @@ def _references(contestants: list[Contestant], workload: Workload, device: str) 
     contestants with the same weights share a picture, and so do runs on the same device."""
     import torch
 
-    drawn: dict[str | None, Pictures | str] = {None: "no fp32 reference: no checkpoint among its artifacts"}
+    drawn: dict[tuple[str | None, Workload], Pictures | str] = {}
     threads = torch.get_num_threads()
     for contestant in contestants:
-        source = contestant.checkpoint
-        if source in drawn:
+        source, asked = contestant.checkpoint, contestant.asked(workload)
+        if source is None:
+            drawn[source, asked] = "no fp32 reference: no checkpoint among its artifacts"
+        if (source, asked) in drawn:
             continue
         reference = EagerContestant("reference", str(source), device=device, workdir=contestant.workdir)
         # not timed; a narrow net gains nothing from threads, and loses much where the cores are shared
         torch.set_num_threads(1 if contestant.configs and contestant.configs.is_narrow else threads)
         try:
-            drawn[source] = _reference_pictures(reference, workload)
+            drawn[source, asked] = _reference_pictures(reference, asked)
         except torch.OutOfMemoryError:
-            drawn[source] = "no fp32 reference: the device has too little memory left for it"
+            drawn[source, asked] = "no fp32 reference: the device has too little memory left for it"
         except Exception as error:
-            drawn[source] = f"no fp32 reference: {describe_error(error)}"
+            drawn[source, asked] = f"no fp32 reference: {describe_error(error)}"
         torch.set_num_threads(threads)
         del reference
         gc.collect()
-    return {contestant.name: drawn[contestant.checkpoint] for contestant in contestants}
+    return {one.name: drawn[one.checkpoint, one.asked(workload)] for one in contestants}
 
 
 def _reference_pictures(reference: EagerContestant, workload: Workload) -> Pictures:

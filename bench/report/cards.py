@@ -62,7 +62,7 @@ def make_cards(results: Results) -> list[Card]:
     records = sorted(results.contestants, key=lambda record: record.name != results.baseline)
     return [
         Card(
-            title=title_of(record.name),
+            title=title_of(record.name) + (f", {_steps(record.taught['steps'])}" if "steps" in record.taught else ""),
             colour=index % COLOURS,
             record=record,
             row=main.row(record.name),
@@ -173,6 +173,22 @@ def contestant_cell(record: ContestantRecord, *, precise: bool = False) -> Cell:
     """A contestant with its runtime below it, and its precision where that is asked for and known."""
     precision = f", {record.precision}" if precise and record.precision != "as built" else ""
     return Cell(title_of(record.name), small=(record.runtime + precision,), failed=record.failed_guard)
+
+
+def as_taught(cards: list[Card]) -> str:
+    """A sentence for each model that drew in its own steps or at its own guidance scale."""
+    told = []
+    for card in cards:
+        ways = [
+            _steps(value) if name == "steps" else f"guidance {value:g}" for name, value in card.record.taught.items()
+        ]
+        if ways:
+            told.append(f"{title_of(card.name)} draws as it was taught: {', '.join(ways)}.")
+    return " ".join(told)
+
+
+def _steps(number: float) -> str:
+    return "1 step" if number == 1 else f"{number:g} steps"
 
 
 def drawn(results: Results) -> str:

@@ -112,8 +112,12 @@ def quality_charts(results: Results, cards: list[Card], judged: list[Measure]) -
         series = []
         for card in cards:
             points, labels = [], []
-            for cell in sorted(varied(results, "steps"), key=lambda cell: cell.workload["steps"]):
-                row, steps = cell.row(card.name), cell.workload["steps"]
+            own = card.record.taught.get("steps")
+            cells = (
+                results.cells[:1] if own else sorted(varied(results, "steps"), key=lambda one: one.workload["steps"])
+            )
+            for cell in cells:
+                row, steps = cell.row(card.name), int(own or cell.workload["steps"])
                 value = measure.values.get(card.name) if cell is results.cells[0] else None
                 if measure.is_read and (card.name, steps) in counts:
                     value = share_right(*counts[card.name, steps])
@@ -131,8 +135,13 @@ def steps_chart(results: Results, cards: list[Card]) -> Markup:
     cells = sorted(varied(results, "steps"), key=lambda cell: cell.workload["steps"])
     if len(cells) < 2:
         return Markup("")
+    told = [card for card in cards if "steps" not in card.record.taught]
+    series = _latency_series(told, cells, lambda cell: float(cell.workload["steps"]))
+    for card in cards:
+        if card not in told:  # drawn alike whatever was asked for: one point
+            series += _latency_series([card], results.cells[:1], lambda _, own=card.record.taught["steps"]: own)
     return line_chart(
-        _latency_series(cards, cells, lambda cell: float(cell.workload["steps"])),
+        series,
         Axis("denoising steps", ticks=[(cell.workload["steps"], str(cell.workload["steps"])) for cell in cells]),
         Axis(f"ms for {drawn(results)}", zero=True),
         "latency against steps",

@@ -39,7 +39,7 @@ def measured_latencies(all_results: list[Results]) -> list[Known]:
                 record = results.contestant(row.contestant)
                 model, runtime = model_of(record), runtime_class(record)
                 sound = not (row.refused or record.failed_guard)
-                if row.floor_ms is None or not sound or load["guidance_scale"] <= 1:
+                if row.floor_ms is None or not sound or load["guidance_scale"] <= 1 or record.taught:
                     continue
                 if model is None or model.name not in MODELS:
                     continue

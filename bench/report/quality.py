@@ -126,14 +126,15 @@ def share_text(share: Estimate) -> str:
 
 
 def measures(results: Results, tallies: Sequence[TallyFile]) -> list[Measure]:
-    """Those that know a contestant, people's preference first. All are of the main workload's steps: a tally of models
-    that were drawn otherwise takes no part."""
-    steps = results.cells[0].workload["steps"]
-    names = [record.name for record in results.contestants]
-    counts = {name: pair for (name, of), pair in right_counts(results).items() if of == steps}
+    """Those that know a contestant, people's preference first. All are of the steps that each drew the main workload in: a
+    tally of models that were drawn otherwise takes no part."""
+    steps = {
+        record.name: record.taught.get("steps", results.cells[0].workload["steps"]) for record in results.contestants
+    }
+    counts = {name: pair for (name, of), pair in right_counts(results).items() if of == steps.get(name)}
     right = {name: share_right(*pair) for name, pair in counts.items()}
     said = {name: f"{counts[name][0]} of {counts[name][1]} right ({share_text(one)})" for name, one in right.items()}
-    found = [*(_preference(tally, names, steps) for tally in tallies)]
+    found = [_preference(tally, steps) for tally in tallies]
     found.append(Measure("follows its captions", "right in everything, %", right, said, is_share=True, is_read=True))
     for key, name in SCORES.items():
         lower = key == "fid"
@@ -144,8 +145,8 @@ def measures(results: Results, tallies: Sequence[TallyFile]) -> list[Measure]:
     return [one for one in found if one.values]
 
 
-def _preference(tally: TallyFile, names: list[str], steps: int) -> Measure:
-    timed = {model.name for model in tally.models if model.steps == steps} & set(names)
+def _preference(tally: TallyFile, steps: Mapping[str, float]) -> Measure:
+    timed = {model.name for model in tally.models if model.steps == steps.get(model.name)}
     values = {one.model: one.preference for one in tally.counted.standings if one.preference and one.model in timed}
     texts = {name: f"preferred in {percent(one.value)} of votes ({share_text(one)})" for name, one in values.items()}
     return Measure("preferred by people", "preferred, % of votes", values, texts, is_share=True)

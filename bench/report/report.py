@@ -52,6 +52,7 @@ def make_context(inputs: Inputs, title: str, price: float | None = None) -> dict
         "results": results,
         "machine": method.machine_name(results),
         "drawn": cards.drawn(results),
+        "as_taught": cards.as_taught(contestants),
         "cards": contestants,
         "judged": judged,
         "head": cards.make_headline(results, contestants, judged),

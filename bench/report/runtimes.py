@@ -60,9 +60,9 @@ def quotient(one: Estimate, other: Estimate) -> Estimate:
 
 
 def _known_models(results: Results, cell: CellRecord) -> list[tuple[ContestantRecord, Row]]:
-    """The rows of one cell whose model is known by its UNet's parameters."""
+    """The rows of one cell whose model is known by its UNet's parameters, and that drew what the cell says."""
     pairs = [(results.contestant(row.contestant), row) for row in cell.rows]
-    return [(record, row) for record, row in pairs if record.parameters and record.configs]
+    return [(record, row) for record, row in pairs if record.parameters and record.configs and not record.taught]
 
 
 def _kind(record: ContestantRecord) -> str:
@@ -233,7 +233,7 @@ def layout_table(all_results: list[Results]) -> Table:
     """What layouts and CUDA graphs cost, from the first run whose contestants name one: cold start, memory, and for each
     size the median, the `first` picture at it and the first after coming `back` to it."""
     for results in all_results:
-        named = [one for one in results.contestants if "+" in one.spec.partition(":")[0]]
+        named = [one for one in results.contestants if "+" in one.spec.partition(":")[0].replace("+taught", "")]
         cells = [cell for cell in results.cells if cell.workload["batch"] == results.cells[0].workload["batch"]]
         if named:
             return make_table(

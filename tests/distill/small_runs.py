@@ -65,6 +65,9 @@ train(getattr(small_runs, recipe)(teacher), cache=Path(cache), out=Path(out), wo
 """
 
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
+
+
 def run_alone(
     cache: Path, teacher: Path, out: Path, *launcher: str, flags: tuple[str, ...] = (), recipe: str = "small_recipe"
 ) -> subprocess.Popen:

@@ -106,6 +106,19 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(report):
     assert "{{" not in page and "{%" not in page
 
 
+def test_a_few_step_model_is_told_with_its_own_steps(results_path, tmp_path):
+    value = as_models(results_path)
+    value["contestants"][1]["taught"] = {"steps": 1, "guidance_scale": 1.0}
+    value["pictures"] = [one for one in value["pictures"] if (one["contestant"], one["steps"]) != ("vega", 6)]
+    for one in value["pictures"]:
+        if one["contestant"] == "vega":
+            one["steps"] = 1
+    page, _, told = report_of(tmp_path, value)
+    assert "Vega, 1 step" in page and "Vega draws as it was taught: 1 step, guidance 1." in page
+    chart = page[page.index('id="quality-latency"') :].partition("</svg>")[0]
+    assert chart.count("<circle") == 3 and ">1</text>" in chart and told["headline"]["best"] == "vega"
+
+
 def test_a_load_test_joins_the_report(results_path, tmp_path):
     level = {
         "concurrency": 8,

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.distill.small_runs import TORCHRUN
+
 SCRIPT = """
 import os
 from accelerate import PartialState
@@ -24,9 +26,8 @@ def test_a_node_with_another_cache_is_refused_by_all(tmp_path: Path) -> None:
     script = tmp_path / "start.py"
     script.write_text(SCRIPT)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
     done = subprocess.run(
-        [sys.executable, *launcher, script], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, *TORCHRUN, script], env=environment, capture_output=True, text=True, check=False
     )
     told = "process 1 has the cache out/cache xyz, the first one has abc: all nodes must have the same"
     assert done.returncode != 0 and done.stderr.count(told) >= 1 and "Error: process" not in done.stderr

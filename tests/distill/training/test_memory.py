@@ -17,7 +17,7 @@ from distill.common.errors import UserError
 from distill.models.architectures import ARCHITECTURES, Architecture
 from distill.models.catalogue import count_parameters
 from distill.models.module_map import make_module_map
-from distill.training.memory import count_memory, describe_memory
+from distill.training.memory import count_memory, count_recipe_memory, describe_memory
 from distill.training.objectives import Distill
 from distill.training.objectives.interface import Nets
 from distill.training.recipes import find_recipe
@@ -101,6 +101,21 @@ def test_whether_it_fits_is_said() -> None:
     use = count_memory(TEACHER, WHOLE, OBJECTIVE, resolution=BASE, micro_batch=1)
     lines = describe_memory({"small": use, "large": replace(use, work=10**11)}, "title", "a GPU", 24_000_000_000)
     assert lines[-2].startswith("small: fits a GPU, 24 GB") and lines[-1].startswith("large: does NOT fit")
+
+
+def test_the_plan_is_of_the_stage_that_needs_most() -> None:
+    """Not of the first of two of one depth: the second has a target average, and the student before as its teacher."""
+    recipe = find_recipe("mini-lcm-vega")
+    recipe = replace(
+        recipe, stages=(replace(recipe.stages[-2], objective=Distill(output=0, feature=0)), recipe.stages[-1])
+    )
+    options = {"optimizer": "adamw", "processes": 1, "accumulation": 1, "fsdp": False}
+    title, uses = count_recipe_memory(recipe, ARCHITECTURES["mini-sdxl"], half=torch.bfloat16, **options)
+    with torch.device("meta"):
+        parameters = count_parameters(UNet2DConditionModel(**STUDENT.unet_config))
+    assert "mini-lcm-vega, stage lcm: " in title
+    for use in uses.values():
+        assert use.frozen == 2 * parameters and use.ema == use.student > 4 * parameters
 
 
 @pytest.mark.parametrize(("processes", "accumulation"), [(0, 1), (1, 0), (3, 1)])

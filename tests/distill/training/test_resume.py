@@ -33,7 +33,7 @@ from distill.training.options import TrainOptions
 from distill.training.output.state import TrainingState
 from distill.training.recipes import Stage, find_recipe
 from distill.training.trainer import train
-from tests.distill.small_runs import curve, run_alone, short_recipe, small_recipe
+from tests.distill.small_runs import TORCHRUN, curve, run_alone, short_recipe, small_recipe
 
 
 def _times(folder: Path) -> dict[Path, int]:
@@ -75,9 +75,6 @@ def test_killed_at_random_points_the_run_ends_in_the_same_bytes(cache: Path, min
         for run in (whole, killed)
     ]
     assert steps[0] == steps[1]
-
-
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
 
 
 def _last_state(run: Path) -> Path:
