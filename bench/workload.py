@@ -24,7 +24,6 @@ SCHEDULERS = {  # name on the command line -> class in diffusers; "default" is t
     "lcm": "LCMScheduler",
 }
 
-MLPERF = {"steps": "20", "guidance": "8", "scheduler": "euler"}
 MLPERF_NEGATIVE_PROMPT = "normal quality, low quality, worst quality, low res, blurry, nsfw, nude"
 """What MLPerf inference draws every caption with, and the same noise for all (mlcommons/inference, text_to_image)."""
 

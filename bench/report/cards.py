@@ -155,6 +155,9 @@ def headline_table(cards: list[Card], judged: list[Measure]) -> Table:
         told = f", with another {' and '.join(card.differences)}" if card.differences else ""
         return f"{times(card.row.speedup.value)} ({interval(card.row.speedup, 'x')}{told})"
 
+    def quality(measure: Measure) -> Column[Card]:
+        return Column(measure.name, lambda card: measure.texts.get(card.name))
+
     return make_table(
         cards,
         Column("model", lambda card: Cell(card.title, failed=card.failed)),
@@ -162,7 +165,7 @@ def headline_table(cards: list[Card], judged: list[Measure]) -> Table:
         Column("median", median),
         Column("95 % interval", of_row(lambda row: interval(row.total_ms))),
         Column("speed-up", gain),
-        *(Column(one.name, lambda card, one=one: one.texts.get(card.name)) for one in judged),
+        *map(quality, judged),
         Column("MFU", of_row(lambda row: percent(row.mfu, 1))),
         Column("UNet parameters", lambda card: count(card.record.parameters)),
         Column("quality guard", lambda card: f"{card.quality.state}: {card.quality.text}".removesuffix(": "), "left"),

@@ -139,7 +139,11 @@ def steps_chart(results: Results, cards: list[Card]) -> Markup:
     series = _latency_series(told, cells, lambda cell: float(cell.workload["steps"]))
     for card in cards:
         if card not in told:  # drawn alike whatever was asked for: one point
-            series += _latency_series([card], results.cells[:1], lambda _, own=card.record.taught["steps"]: own)
+            own = card.record.taught["steps"]
+            series += [
+                replace(one, points=[(own, *point[1:]) for point in one.points])
+                for one in _latency_series([card], results.cells[:1], lambda _: 0.0)
+            ]
     return line_chart(
         series,
         Axis("denoising steps", ticks=[(cell.workload["steps"], str(cell.workload["steps"])) for cell in cells]),

@@ -47,7 +47,7 @@ def loss_charts(cards: list[Card]) -> list[dict[str, Any]]:
             continue
         offset, series = 0, []
         for stage in losses:
-            points = [(float(offset + step), max(loss, 1e-9)) for step, loss, _ in stage["points"]]
+            points: list[tuple[float, ...]] = [(offset + step, max(loss, 1e-9)) for step, loss, _ in stage["points"]]
             series.append(Series(f"{card.name}, {stage['stage']}", card.colour, points, dots=False))
             offset += stage["steps"]
         chart = line_chart(series, Axis("step"), Axis("loss", log=True), f"distillation loss of {card.name}")
