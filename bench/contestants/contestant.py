@@ -72,9 +72,9 @@ class Contestant:
         """How a few-step model is drawn with; None where it does not say."""
         return None
 
-    @property
+    @cached_property
     def taught(self) -> dict[str, float]:
-        """What it draws with in place of a workload's `steps` and `guidance_scale`."""
+        """What it draws with in place of a workload's `steps` and `guidance_scale`, once `as_taught` is settled."""
         known = self.sampling if self.as_taught else None
         stated = {"steps": known.steps, "guidance_scale": known.guidance_scale} if known else {}
         return {name: value for name, value in stated.items() if value is not None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from markupsafe import Markup
@@ -139,17 +140,17 @@ def steps_chart(results: Results, cards: list[Card]) -> Markup:
     series = _latency_series(told, cells, lambda cell: float(cell.workload["steps"]))
     for card in cards:
         if card not in told:  # drawn alike whatever was asked for: one point
-            own = card.record.taught["steps"]
-            series += [
-                replace(one, points=[(own, *point[1:]) for point in one.points])
-                for one in _latency_series([card], results.cells[:1], lambda _: 0.0)
-            ]
+            series += _latency_series([card], results.cells[:1], partial(_own_steps, card))
     return line_chart(
         series,
         Axis("denoising steps", ticks=[(cell.workload["steps"], str(cell.workload["steps"])) for cell in cells]),
         Axis(f"ms for {drawn(results)}", zero=True),
         "latency against steps",
     )
+
+
+def _own_steps(card: Card, _cell: CellRecord) -> float:
+    return card.record.taught["steps"]
 
 
 def resolution_chart(results: Results, cards: list[Card]) -> Markup:

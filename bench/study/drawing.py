@@ -113,11 +113,13 @@ def _of_each(option: str, given: list[Number] | None, contestants: list[Contesta
 
 
 def _model(contestant: Contestant, steps: int | None, scale: float | None) -> Model:
-    """Drawn as it is told, else as it was taught, else in 30 steps under guidance 5."""
+    """Drawn as it is told, else as it was taught, else in 30 steps under guidance 5; behind +taught as it was taught."""
     taught = contestant.sampling or Sampling()
     if scale is None:
         scale = 5.0 if taught.guidance_scale is None else taught.guidance_scale
-    return Model(name=contestant.name, spec=contestant.spec, steps=steps or taught.steps or 30, guidance_scale=scale)
+    steps = int(contestant.taught.get("steps", steps or taught.steps or 30))
+    scale = contestant.taught.get("guidance_scale", scale)
+    return Model(name=contestant.name, spec=contestant.spec, steps=steps, guidance_scale=scale)
 
 
 def _begun(folder: Path, key_file: Path, planned: Key) -> Key | None:

@@ -113,7 +113,7 @@ def with_loras(checkpoint: Path, sha256: str, loras: Sequence[Lora], workdir: Pa
     for path, scale in loras:
         check_lora(path, scale)
     sampling = drawn_as(checkpoint, loras)
-    recipe = [str(checkpoint.resolve()), sha256, *((sha256_file(path), scale) for path, scale in loras)]
+    recipe: list[object] = [str(checkpoint.resolve()), sha256, *((sha256_file(path), scale) for path, scale in loras)]
     recipe += [asdict(sampling)] if sampling else []
     folder = workdir / f"{checkpoint.name}-lora-{sha256_json(recipe)[:12]}"
     return make_checkpoint(folder, lambda temporary: _fuse(checkpoint, loras, sampling, temporary))
