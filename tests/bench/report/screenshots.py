@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 MOST_BYTES = 150_000
 SIZES = {"desktop": (1180, 900), "phone": (390, 844)}
-SHOWN = {"side-by-side": "#pictures .masonry", "quality-latency": "#quality-latency", "page": None}
+SHOWN = {"page": None, "side-by-side": "#pictures .masonry", "quality-latency": "#quality-latency"}
 
 
 def open_page(browser: Browser, report: Path, size: str, scheme: str) -> Page:
