@@ -1,9 +1,10 @@
 """What a GPU that is not at hand would take: its floor over the share of it that software reaches there.
 
-That share (the efficiency, floor over measured time) depends on the runtime, and on the generation of GPU: Hopper's peak
-grew more than anything else in it. Each is one factor, found from all known figures by median polish [Tukey 1977] of
-log efficiency = runtime + generation. How wrong that is can be said only where a figure exists: each known figure is
-predicted from the others, once with what other runtimes do on its generation, once as if nothing were known of it.
+That share (the efficiency, floor over measured time) depends on the runtime, on the generation of GPU (Hopper's peak grew
+more than anything else in it), and on the model (a smaller one keeps a GPU less busy). Each is one factor, found from all
+known figures by median polish [Tukey 1977] of log efficiency = runtime + generation + model. How wrong that is can be said
+only where a figure exists: each known figure is predicted from the others, once with what other runtimes do on its
+generation, once as if nothing were known of it.
 """
 
 from __future__ import annotations
@@ -58,36 +59,41 @@ def published_known() -> list[Known]:
 
 @dataclass(frozen=True)
 class Shares:
-    """Log efficiencies: of each runtime, and what each generation (a compute capability) adds to it."""
+    """Log efficiencies: of each runtime, and what each generation (a compute capability) and each model add to it."""
 
     runtimes: dict[str, float]
     generations: dict[str, float]
+    models: dict[str, float]
 
-    def share(self, gpu: str, runtime: str) -> float:
-        """Floor over time. A generation without any known figure gets the median of the known ones' factors."""
-        usual = median(self.generations.values())
-        return exp(self.runtimes[runtime] + self.generations.get(PEAKS[gpu].compute_capability, usual))
+    def share(self, gpu: str, model: str, runtime: str) -> float:
+        """Floor over time. A generation or model without any known figure gets the median of the known ones' factors."""
+        generation = self.generations.get(PEAKS[gpu].compute_capability, median(self.generations.values()))
+        return exp(self.runtimes[runtime] + generation + self.models.get(model, median(self.models.values())))
 
 
 def find_shares(known: list[Known]) -> Shares:
-    """Medians of rows and columns in turn, until they stay."""
-    points = [(one.runtime, PEAKS[one.gpu].compute_capability, log(one.efficiency)) for one in known]
-    runtimes = dict.fromkeys((runtime for runtime, _, _ in points), 0.0)
-    generations = dict.fromkeys((generation for _, generation, _ in points), 0.0)
+    """Medians of what each factor's others leave over, in turn, until they stay."""
+    points = [((one.runtime, PEAKS[one.gpu].compute_capability, one.model), log(one.efficiency)) for one in known]
+    factors = [dict.fromkeys((names[axis] for names, _ in points), 0.0) for axis in range(3)]
     for _ in range(100):
-        before = runtimes | generations
-        for name in runtimes:
-            runtimes[name] = median(value - generations[where] for what, where, value in points if what == name)
-        for name in generations:
-            generations[name] = median(value - runtimes[what] for what, where, value in points if where == name)
-        if runtimes | generations == before:
+        before = [dict(factor) for factor in factors]
+        for axis, factor in enumerate(factors):
+            for name in factor:
+                rests = [
+                    value - sum(other[named] for other, named in zip(factors, names, strict=True)) + factor[name]
+                    for names, value in points
+                    if names[axis] == name
+                ]
+                factor[name] = median(rests)
+        if factors == before:
             break
-    return Shares(runtimes, generations)
+    return Shares(*factors)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """`low` and `high` hold every error that the method made on a known figure."""
+    """`low_ms` and `high_ms` span every error that the method made on a known figure: the range of its past errors, and no
+    interval of any confidence."""
 
     gpu: str
     model: str
@@ -108,7 +114,7 @@ def predict(gpu: str, model: str, steps: int, runtime: str, known: list[Known]) 
     tflop = total_flops(component_costs(architecture_configs(model), Workload(resolution=SQUARE, steps=steps))) / 1e12
     if PEAKS[gpu].floor_only or runtime not in {one.runtime for one in known}:
         return Prediction(gpu, model, steps, runtime, floor, None, None, None, 0, tflop)
-    total = floor / find_shares(known).share(gpu, runtime)
+    total = floor / find_shares(known).share(gpu, model, runtime)
     errors = [check.error for check in check_predictions(known)]
     low, high = (total / (1 + max(errors)), total / (1 + min(errors))) if errors else (None, None)
     return Prediction(gpu, model, steps, runtime, floor, total, low, high, len(known), tflop)
@@ -132,7 +138,7 @@ class Check:
 def _predicted_ms(one: Known, others: list[Known]) -> float | None:
     if one.runtime not in {other.runtime for other in others}:
         return None
-    return one.floor_ms / find_shares(others).share(one.gpu, one.runtime)
+    return one.floor_ms / find_shares(others).share(one.gpu, one.model, one.runtime)
 
 
 def check_predictions(known: list[Known]) -> list[Check]:
