@@ -170,6 +170,30 @@ def resolution_chart(results: Results, cards: list[Card]) -> Markup:
     )
 
 
+TRACED = {"sm_clock_mhz": "SM clock, MHz", "temperature_c": "temperature, °C", "power_w": "power, W"}
+MAX_POINTS = 240  # a curve on a page needs no more
+
+
+def sustained_charts(results: Results, cards: list[Card]) -> list[tuple[str, Markup]]:
+    """(what, over time) of those that drew without a pause: a call's time, and what the GPU showed meanwhile."""
+    traces = [(card, card.record.sustained) for card in cards if card.record.sustained]
+    shown = {f"ms for {drawn(results)}": [(card, one.at_s, list(one.total_ms)) for card, one in traces]}
+    for key, name in TRACED.items():
+        shown[name] = [(card, one.gpu["at_s"], one.gpu[key]) for card, one in traces if key in one.gpu]
+    charts = []
+    for name, curves in shown.items():
+        series = [_curve(card, at_s, values) for card, at_s, values in curves]
+        if chart := line_chart(series, Axis("seconds"), Axis(name), f"{name} over time"):
+            charts.append((name, chart))
+    return charts
+
+
+def _curve(card: Card, at_s: list[Any], values: list[Any]) -> Series:
+    """Thinned to MAX_POINTS; readings that are absent are left out."""
+    points: list[tuple[float, ...]] = [pair for pair in zip(at_s, values, strict=True) if None not in pair]
+    return Series(card.title, card.colour, points[:: 1 + len(points) // MAX_POINTS], dots=False, failed=card.failed)
+
+
 def varied(results: Results, key: str) -> list[CellRecord]:
     """The cells that differ from the main one in `key` alone, the main one among them."""
     main = results.cells[0].workload

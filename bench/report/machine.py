@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from bench.report.cards import Card, runtime_and_machine
-from bench.report.elements.formatting import joules, milliseconds, seconds, size, title_of
+from bench.report.elements.formatting import joules, milliseconds, seconds, signed_percent, size, title_of
 from bench.report.elements.tables import Cell, Column, Table, make_table, measured
 from bench.report.latency import varied
 from bench.report.quality import Verdict, quality_verdict
@@ -94,10 +94,17 @@ def device_table(found: list[Entry], price: float | None) -> Table:
         peak = device_peak_bytes(one.record)
         return measured(size(peak), fits(peak)) if peak else None
 
+    def sustained(one: Entry) -> Cell | None:
+        trace, change = one.record.sustained, one.record.sustained_change
+        if trace is None or change is None:
+            return None
+        return measured(signed_percent(change), f"{trace.images} in {seconds(trace.seconds)}")
+
     return make_table(
         found,
         Column("model", lambda one: one.name),
         Column("pictures a second", rate),
+        Column("slower by the end of a sustained run", sustained),
         Column("1,000 pictures", dollars),
         Column("energy a picture", lambda one: measured(joules(one.record.energy["j_per_image"], 1))),
         Column("GPU memory", device),
@@ -144,8 +151,14 @@ def fault_table(found: list[RowFaults]) -> Table:
     )
 
 
+def random_weights(all_results: list[Results]) -> list[str]:
+    """Names of those whose weights are random."""
+    names = (title_of(record.name) for one in all_results for record in one.contestants if record.random_weights)
+    return list(dict.fromkeys(names))
+
+
 def device_ranges(device: dict[str, list[float] | None]) -> list[str]:
-    """What the GPU showed between the timed calls, each reading from its least to its most."""
+    """What the GPU showed while it was timed, each reading from its least to its most."""
     names = {
         "sm_clock_mhz": ("SM clock", "MHz"),
         "memory_clock_mhz": ("memory clock", "MHz"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.report.cards import Card
 from bench.report.elements.charts import Axis, Series, line_chart
-from bench.report.elements.formatting import count, percent, seconds, size, title_of
+from bench.report.elements.formatting import NONE, count, percent, seconds, size, title_of
 from bench.report.elements.tables import Cell, Column, Table, make_table, measured
 from bench.report.quality import right_counts, share_right, share_text
 from bench.results import Results
@@ -88,6 +88,7 @@ def _sizes(card: Card) -> dict[str, str]:
         "FLOP a UNet call": count(unet.get("flops")),
         "checkpoint, all weights": _typed(checkpoint.get("weights_bytes"), checkpoint.get("dtypes")),
         "checkpoint, UNet alone": _typed(checkpoint.get("unet_bytes"), checkpoint.get("unet_dtypes")),
+        "VAE computes in": record.vae_dtype or NONE,
         "ONNX folder": _typed(onnx.get("bytes"), ", ".join(sorted(precisions))),
         "TensorRT plans": size(sum(engine["bytes"] for engine in plans) if plans else None),
         "whole bundle": size(bundle.get("bytes")),
@@ -195,6 +196,8 @@ def hash_table(all_results: list[Results]) -> Table:
     """Every hash the artifacts carry, so that a reader can tell whether he holds the same files."""
     found: dict[tuple[str, str], None] = {}
     for record in (record for results in all_results for record in results.contestants):
+        if record.weights_sha256:
+            found[f"{record.name}: weights, {record.weights_of}", record.weights_sha256] = None
         for one in record.artifacts:
             for component, part in one.get("components", {}).items():
                 hashes = part.get("sha256", {})

@@ -70,6 +70,11 @@ def quality_verdict(record: ContestantRecord) -> Verdict:
         parts.append(f"PSNR {quality['psnr_db']:.1f} dB")
     if quality.get("latent_cosine") is not None:
         parts.append(f"latent cosine {quality['latent_cosine']:.5f}")
+    errors = [error for error in quality.get("noise_errors") or [] if error is not None]
+    if errors:
+        parts.append(f"noise_pred off by {100 * max(errors):.2g} % at the worst step")
+    if control := quality.get("control"):
+        parts.append(f"a UNet {control['what']} {'was caught' if control['caught'] else 'was NOT caught'}")
     for key, value in (quality.get("fidelity") or {}).items():
         if key in SCORES and value is not None:
             parts.append(f"{SCORES[key]} {value:.2f}")

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from pydantic_core import to_jsonable_python
 
 from bench.contestants.contestant import STAGES
+from bench.floor.peaks import SOURCES
 from bench.floor.predict import check_on_measured, check_predictions
 from bench.quality.guard import MIN_LATENT_COSINE, MIN_PSNR_DB
 from bench.report import (
@@ -51,6 +52,7 @@ def make_context(inputs: Inputs, title: str, price: float | None = None) -> dict
         "title": title,
         "results": results,
         "machine": method.machine_name(results),
+        "rounds": method.rounds_text(results),
         "drawn": cards.drawn(results),
         "as_taught": cards.as_taught(contestants),
         "cards": contestants,
@@ -87,8 +89,7 @@ def _main_run(results: Results, contestants: list[cards.Card]) -> dict[str, Any]
 
 def _comparisons(inputs: Inputs) -> dict[str, Any]:
     """What holds several models, runtimes, layouts or loops against each other, on the machine of the main run."""
-    name = method.machine_name(inputs.results[0])
-    on_machine = [one for one in inputs.results if method.machine_name(one) == name]
+    on_machine = [one for one in inputs.results if one.host == inputs.results[0].host]
     figures, gains = runtimes.runtime_figures(on_machine), runtimes.model_gains(on_machine)
     return {
         "runtime_figures": figures,
@@ -119,6 +120,7 @@ def _predictions(all_results: list[Results]) -> dict[str, Any]:
         "published": published,
         "publications": predictions.published_table(published, sources),
         "sources": sources,
+        "source_urls": SOURCES,
         "error": predictions.error_sizes([check.error for check in published]),
         "blind": predictions.error_sizes([check.blind_error for check in published if check.blind_error is not None]),
         "measured_checks": checked,
@@ -139,6 +141,8 @@ def _provenance(all_results: list[Results], contestants: list[cards.Card], price
         "guard": {"psnr": f"{MIN_PSNR_DB:g}", "cosine": f"{MIN_LATENT_COSINE:g}"},
         "device": machine.device_table(entries, price),
         "device_ranges": machine.device_ranges(results.cells[0].device),
+        "sustained": latency.sustained_charts(results, contestants),
+        "random_weights": machine.random_weights(all_results),
         "absent": method.absent_readings(results),
         "rows_measured": sum(len(cell.rows) for one in all_results for cell in one.cells),
         "row_faults": faults,

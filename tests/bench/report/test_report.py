@@ -29,7 +29,7 @@ class Balanced(HTMLParser):
         self.open, self.faults, self.addresses = [], [], []
 
     def handle_starttag(self, tag, attributes):
-        self.addresses += [value for key, value in attributes if key in ("src", "href") and value]
+        self.addresses += [value for key, value in attributes if key in ("src", "href") and value and tag != "a"]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -102,7 +102,7 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(report):
     parser.feed(page)
     assert parser.faults == [] and parser.open == []
     assert all(one.startswith(("data:", "#")) for one in parser.addresses), parser.addresses
-    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)
+    assert "http" not in re.sub(r'base64,[A-Za-z0-9+/=]+|<a class="published" href="[^"]+">', "", page)
     assert "{{" not in page and "{%" not in page
 
 
@@ -174,6 +174,23 @@ def test_a_load_test_joins_the_report(results_path, tmp_path):
     (tmp_path / "load.json").write_text(json.dumps(load | {"levels": []}))
     with pytest.raises(UserError, match=r"does not keep to slimxl\.load/1: levels"):
         write_report([results_path, tmp_path / "load.json"], tmp_path / "out")
+
+
+def test_a_sustained_run_is_drawn_and_what_its_figures_depend_on_is_told(results_path, tmp_path):
+    value = as_models(results_path, in_turns="<too large>")
+    at_s = [float(second) for second in range(500)]
+    gpu = {"at_s": at_s[:3], "sm_clock_mhz": [1980.0, None, 1700.0]}
+    slower = [100.0] * 250 + [110.0] * 250
+    trace = {"seconds": 500.0, "images": 500, "at_s": at_s, "total_ms": slower, "gpu": gpu}
+    control = {"what": "that is not told its prompt", "noise_error": 0.4, "caught": True}
+    value["contestants"][1] |= {"sustained": trace, "random_weights": True, "weights_sha256": "f" * 64}
+    value["contestants"][1]["quality"] |= {"noise_errors": [0.001, 0.0123], "control": control}
+    page, _, _ = report_of(tmp_path, value)
+    section = page[page.index("Without a pause") :].partition("</section>")[0]
+    assert section.count("<svg") == 2 and ">+10 %<" in page and "500 in 8 min 20 s" in page
+    assert "Vega: random weights." in section and "f" * 64 in page
+    assert "noise_pred off by 1.2 % at the worst step; a UNet that is not told its prompt was caught" in page
+    assert "one after the other (&lt;too large&gt;)" in page and "in interleaved rounds." not in page
 
 
 def test_what_users_gave_is_escaped(report):
