@@ -110,7 +110,8 @@ def method_lines(all_results: list[Results]) -> list[str]:
         "B C A, A C B, so that what happens to the machine happens to all. Workloads are visited twice, there and back "
         "again. The garbage collector runs between rounds, never inside a call.",
         "Medians; 95 % intervals between two of the samples themselves, by their binomial count, which holds whatever "
-        f"their distribution; none from fewer than {MIN_FOR_INTERVAL}; of several launches, between the launches' medians. A speed-up is the median of the per-round ratios, "
+        f"their distribution; none from fewer than {MIN_FOR_INTERVAL}; of several launches, between the launches' "
+        "medians. A speed-up is the median of the per-round ratios, "
         "so that what slows a whole round cancels.",
         "Percentiles only where a binomial bound supports them at 99 % confidence. Raw samples are in the JSON.",
         "FLOPs are counted on meta tensors (a multiply-add is two); bytes are each weight once a call plus inputs and "
