@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from bench.quality.fidelity import FidelityOptions, check_references
 from bench.workload import check_scheduler
 from distill.checkpoints.sources import WORKDIR
-from distill.common.errors import UserError, require_least, unknown
+from distill.common.errors import UserError, require_between, require_least, unknown
 from distill.common.ownership import require_writable_file
 
 if TYPE_CHECKING:

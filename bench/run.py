@@ -21,7 +21,7 @@ from bench.options import RunOptions, check_options, unfinished
 from bench.results import Results
 from bench.session import Session
 from bench.workload import Workload, family_prompts, family_resolutions, make_workloads, parse_scales
-from distill.common.errors import parse_counts
+from distill.common.errors import UserError, parse_counts
 from distill.common.progress import say
 from distill.models.families import Family
 

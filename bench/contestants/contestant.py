@@ -27,8 +27,8 @@ class Contestant:
     """The base of every kind, which brings its own `load` and `draw`. `device` is `cpu` or `cuda`; `runtime` and `precision`
     are text for the report; `accumulates_fp32`: its half-precision products are summed in fp32 (torch's are); `spec` is
     the contestant as the command line named it; `workdir` takes what is fetched or made. `artifacts` maps the model's
-    checkpoint, ONNX and bundle folders to their descriptions by `inventory.describe`. One drawn `as_taught` takes the steps and the guidance
-    scale that its model was taught, whatever a workload says."""
+    checkpoint, ONNX and bundle folders to their descriptions by `inventory.describe`. One drawn `as_taught` takes the
+    steps and the guidance scale that its model was taught, whatever a workload says."""
 
     name: str
     _: KW_ONLY
