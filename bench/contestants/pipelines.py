@@ -80,7 +80,7 @@ class PipelineContestant(Contestant):
         return str(vae.dtype).removeprefix("torch.")
 
     def weights_hash(self) -> tuple[str | None, str]:
-        from distill.checkpoints.sources import checkpoint_hash
+        from distill.checkpoints.folder import checkpoint_hash
 
         if self.checkpoint is None:
             return None, "no checkpoint is known"

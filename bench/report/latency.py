@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -177,7 +177,8 @@ MAX_POINTS = 240  # a curve on a page needs no more
 def sustained_charts(results: Results, cards: list[Card]) -> list[tuple[str, Markup]]:
     """(what, over time) of those that drew without a pause: a call's time, and what the GPU showed meanwhile."""
     traces = [(card, card.record.sustained) for card in cards if card.record.sustained]
-    shown = {f"ms for {drawn(results)}": [(card, one.at_s, list(one.total_ms)) for card, one in traces]}
+    shown: dict[str, list[tuple[Card, Sequence[Any], Sequence[Any]]]] = {}
+    shown[f"ms for {drawn(results)}"] = [(card, one.at_s, one.total_ms) for card, one in traces]
     for key, name in TRACED.items():
         shown[name] = [(card, one.gpu["at_s"], one.gpu[key]) for card, one in traces if key in one.gpu]
     charts = []
@@ -188,7 +189,7 @@ def sustained_charts(results: Results, cards: list[Card]) -> list[tuple[str, Mar
     return charts
 
 
-def _curve(card: Card, at_s: list[Any], values: list[Any]) -> Series:
+def _curve(card: Card, at_s: Sequence[Any], values: Sequence[Any]) -> Series:
     """Thinned to MAX_POINTS; readings that are absent are left out."""
     points: list[tuple[float, ...]] = [pair for pair in zip(at_s, values, strict=True) if None not in pair]
     return Series(card.title, card.colour, points[:: 1 + len(points) // MAX_POINTS], dots=False, failed=card.failed)
