@@ -31,10 +31,20 @@ class OptimumContestant(PipelineContestant):
     def sampling(self) -> Sampling | None:
         return sampling_of(Path(self.source))
 
-    def weights_hash(self) -> tuple[str | None, str]:
+    @property
+    def _made_from(self) -> dict[str, Any]:
+        """What the ONNX folder says of its checkpoint."""
         record = read_optional(Path(self.source) / "slimxl.json")
-        if isinstance(record, dict) and isinstance(record.get("source"), dict):
-            return record["source"].get("sha256"), "the checkpoint's configs and weights, as the export says"
+        source = record.get("source") if isinstance(record, dict) else None
+        return source if isinstance(source, dict) else {}
+
+    @property
+    def random_weights(self) -> bool:
+        return str(self._made_from.get("name")).startswith("random:") or super().random_weights
+
+    def weights_hash(self) -> tuple[str | None, str]:
+        if isinstance(digest := self._made_from.get("sha256"), str):
+            return digest, "the checkpoint's configs and weights, as the export says"
         return super().weights_hash()
 
     def check(self) -> None:
@@ -97,6 +107,12 @@ class BundleContestant(PipelineContestant):
             for name in ("unet", "vae_decoder")
         ]
         return tuple(Resolution.parse(text) for text in texts[0] if text in texts[1])
+
+    @property
+    def random_weights(self) -> bool:
+        from engines.bundle import read_manifest
+
+        return read_manifest(Path(self.source)).source.name.startswith("random:")
 
     def weights_hash(self) -> tuple[str | None, str]:
         from engines.bundle import read_manifest

@@ -75,9 +75,10 @@ class PipelineContestant(Contestant):
     @property
     def vae_dtype(self) -> str | None:
         vae = self.pipe.vae
-        if getattr(vae.config, "force_upcast", False) and str(vae.dtype) == "torch.float16":
+        dtype = str(getattr(vae, "dtype", "")).removeprefix("torch.")
+        if dtype == "float16" and getattr(vae.config, "force_upcast", False):
             return "float32"  # diffusers decodes so what its config calls unsafe
-        return str(vae.dtype).removeprefix("torch.")
+        return dtype or None
 
     def weights_hash(self) -> tuple[str | None, str]:
         from distill.checkpoints.folder import checkpoint_hash
