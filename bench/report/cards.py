@@ -77,10 +77,11 @@ def make_cards(results: Results) -> list[Card]:
 @dataclass(frozen=True)
 class Headline:
     """`best` is the fastest card whose speed-up is its model's own and whose quality is known; `quality` says how good its
-    pictures are beside the baseline's. `others` are the rest that can be compared, each with what speaks against it."""
+    pictures are beside the baseline's, `is_worse` that they are worse by more than chance. `others` are the rest that can be compared, each with what speaks against it."""
 
     best: Card | None
     quality: str
+    is_worse: bool
     others: list[tuple[Card, list[str]]]
     baseline: Card
     workload: str
@@ -99,11 +100,11 @@ def make_headline(results: Results, cards: list[Card], judged: list[Measure]) ->
     sound = [card for card in compared if not against[card.name]]
     best = max(sound, key=lambda card: (not _worse(card, base, judged), _speedup(card)), default=None)
     others = [(card, against[card.name]) for card in compared if card is not best]
-    quality = ""
+    quality, is_worse = "", best is not None and _worse(best, base, judged)
     if best:
         known = _known(best, base, judged)[0]
         quality = f"{known.texts[best.name]}, {base.title} {known.texts[base.name]}"
-    return Headline(best, quality, others, base, results.cells[0].name)
+    return Headline(best, quality, is_worse, others, base, results.cells[0].name)
 
 
 def objections(card: Card, base: Card, judged: list[Measure]) -> list[str]:

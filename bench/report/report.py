@@ -174,6 +174,7 @@ def report_json(context: dict[str, Any], inputs: Inputs) -> Any:
                 "workload": head.workload,
                 "baseline": head.baseline.name if head.baseline.row else None,
                 "best": head.best and head.best.name,
+                "best_is_worse_than_baseline": head.is_worse,
                 "models": [_model_json(card, context["judged"]) for card in context["cards"]],
             },
             "predicted": [one for of_gpu in context["predicted"].values() for one in of_gpu],

@@ -281,6 +281,9 @@ def test_speed_and_quality_are_headed_together(results_path, tmp_path):
     chart = page[page.index('id="quality-latency"') :].partition("</svg>")[0]
     assert chart.count("<circle") == 4 and ">6</text>" in chart, "each model with each number of steps"
     assert "<small>batch 1</small>" in page and "$0.008" in page  # 8 ms a picture at $3.60 an hour
+    assert "and worse ones" not in page + text
+    for one in report_of(tmp_path, as_models(results_path, right=(20, 5)))[:2]:
+        assert "1.75×" in one and "and worse ones" in one
     samples = list(csv.DictReader((tmp_path / "out" / "samples.csv").open()))
     assert len(samples) == 2 * 3 * 8 and {one["contestant"] for one in samples} == {"teacher", "vega"}
     assert sum(float(samples[0][f"{stage}_ms"]) for stage in STAGES) == pytest.approx(float(samples[0]["total_ms"]))
