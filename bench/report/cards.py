@@ -77,7 +77,8 @@ def make_cards(results: Results) -> list[Card]:
 @dataclass(frozen=True)
 class Headline:
     """`best` is the fastest card whose speed-up is its model's own and whose quality is known; `quality` says how good its
-    pictures are beside the baseline's, `is_worse` that they are worse by more than chance. `others` are the rest that can be compared, each with what speaks against it."""
+    pictures are beside the baseline's, `is_worse` that they are worse by more than chance. `others` are the rest that can
+    be compared, each with what speaks against it."""
 
     best: Card | None
     quality: str
