@@ -9,7 +9,7 @@ MODEL ?=
 BUNDLE ?=
 FLAVOR ?= tensorrt-rtx
 PRECISION ?= fp16
-ifeq ($(FLAVOR),tensorrt)  # builds on the GPU at hand only
+ifneq ($(filter tensorrt onnxruntime,$(FLAVOR)),)  # builds on the GPU at hand only; runs anywhere
 GPUS ?= auto
 endif
 ifeq ($(PRECISION),fp8)  # which an A100 has not
@@ -59,7 +59,7 @@ setup: $(READY)  ## install everything into .venv
 report: $(READY)  ## the main job: students, ONNX, engines, and the latency report, in OUT/report
 	$(MAKE) --no-print-directory students
 	$(MAKE) --no-print-directory --jobs 2 $(addprefix bundle-,$(MINI) $(FEW))
-	$(BIN)/python -m bench run --contestants $(foreach m,$(MINI),$(m)=bundle@onnxruntime:$(OUT)/bundles/$(m)) $(FEW)=bundle@onnxruntime+taught:$(OUT)/bundles/$(FEW) --artifacts $(foreach m,$(MINI) $(FEW),$(m)=$(call CHECKPOINT,$(m)) $(m)=$(OUT)/onnx/$(m)-fp16 $(m)=$(OUT)/bundles/$(m)) --baseline mini-sdxl --resolutions all --steps 8,4,16 --seconds 40 --pictures 18 --picture-steps 8 --out $(OUT)/results.json
+	$(BIN)/python -m bench run --contestants $(foreach m,$(MINI),$(m)=bundle@onnxruntime:$(OUT)/bundles/$(m)) $(FEW)=bundle@onnxruntime+taught:$(OUT)/bundles/$(FEW) --artifacts $(foreach m,$(MINI) $(FEW),$(m)=$(call CHECKPOINT,$(m)) $(m)=$(OUT)/onnx/$(m)-fp16 $(m)=$(OUT)/bundles/$(m)) --baseline mini-sdxl --resolutions all --steps 8,4,16 --seconds 40 --pictures 27 --out $(OUT)/results.json
 	$(BIN)/python -m bench report --results $(OUT)/results.json --out $(OUT)/report
 	@echo "open $(OUT)/report/index.html"
 

@@ -36,11 +36,13 @@ class RunOptions:
     out: Path
     """The results file to write, .json."""
     artifacts: list[str] = field(default_factory=list)
-    """NAME=FOLDER, any number: a contestant's checkpoint, ONNX and bundle, for sizes, losses, hashes, fp32 reference."""
+    """NAME=FOLDER, any number; NAME is one of --contestants, FOLDER its checkpoint, ONNX folder or bundle (told by what it
+    holds), e.g. vega=out/students/vega vega=out/bundles/vega. From there: sizes, losses, hashes, the fp32 reference."""
     baseline: str | None = None
     """The contestant that speed-ups are told against; the first one if not given."""
     resolutions: str = "first"
-    """`all` or `first` of the model family's, or WIDTHxHEIGHT,...; the first is the main one."""
+    """`all` or `first` of the model family's, or of those that all bundles have; or WIDTHxHEIGHT,...; the first is the main
+    one."""
     steps: str | None = None
     """Denoising steps of a picture, comma-separated; the first is the main one. None: what each was taught, else 30."""
     batches: str = "1"
@@ -50,6 +52,8 @@ class RunOptions:
     taught, else 5."""
     scheduler: str = "default"
     """default (the checkpoint's own), euler, euler-a, ddim, dpm++, unipc, lcm, or a scheduler class of diffusers."""
+    mlperf: bool = False
+    """Draw as MLPerf inference does: 20 Euler steps, guidance 8, its negative prompt, and one noise for all --captions."""
     seed: int = 0
     """Of the noise that the timed pictures begin with, the same for all contestants."""
     seconds: float = 60.0
@@ -61,11 +65,19 @@ class RunOptions:
     max_warmup: int = 3
     """Calls before them that are not timed, at the most; fewer once two in a row agree within 5 %."""
     pictures: int = 9
-    """Pictures each contestant draws, the same prompts and seeds for all; 0 for none."""
-    picture_steps: int | None = None
-    """Denoising steps of those pictures. None: what all were taught, else 20; those drawn as taught keep to their own."""
+    """Prompts that each contestant draws with the main steps, of the mini family with each of --steps, the same seeds for
+    all; 0 for none. The report shows the first nine."""
     energy_seconds: float = 10.0
     """Seconds each contestant draws while the GPU's energy counter is read; 0 reads none."""
+    sustained_seconds: float = 0.0
+    """Seconds each contestant draws without a pause, every picture's time, clocks, power and temperature kept: 180 or more
+    show what a warm board does. The energy is then of this time. 0 for none."""
+    launches: int = 1
+    """Processes that measure one after the other and share --seconds and --min-rounds: 3 or more give the intervals that
+    `bench compare` needs on a machine that is not quiet."""
+    in_turns: bool = False
+    """Load and measure one contestant at a time. It is done so anyway where they do not fit into memory together; their
+    ratios are then not of the same rounds."""
     kernels: bool = False
     """Say by kind of kernel where the denoise loop's time goes, by torch's profiler, after the timed rounds."""
     reference: bool = True
@@ -79,26 +91,28 @@ class RunOptions:
 
 def check_options(options: RunOptions, specs: list[Spec]) -> str:
     """Raises UserError for what can be known to be wrong before anything is loaded; returns the baseline's name."""
+    for path in (options.out, unfinished(options.out)):
+        require_writable_file(path, ("schema_version", "contestants", "cells"))
     require_least(1, min_rounds=options.min_rounds, max_warmup=options.max_warmup)
-    if options.picture_steps is not None:
-        require_between(1, 1000, picture_steps=options.picture_steps)
+    require_between(1, 100, launches=options.launches)
     require_least(
         0,
         seed=options.seed,
         seconds=options.seconds,
         pictures=options.pictures,
         energy_seconds=options.energy_seconds,
+        sustained_seconds=options.sustained_seconds,
     )
     if options.max_rounds < options.min_rounds:
         raise UserError(f"--max-rounds {options.max_rounds} is below --min-rounds {options.min_rounds}")
     from bench.contestants.spec import check_device
 
     check_scheduler(options.scheduler)
+    if options.mlperf and (options.steps or options.guidance or options.scheduler != "default"):
+        raise UserError("--mlperf sets --steps, --guidance and --scheduler itself; leave them out")
     if options.device is not None:
         check_device(options.device)
     check_references(options.fidelity)
-    for path in (options.out, unfinished(options.out)):
-        require_writable_file(path, ("schema_version", "contestants", "cells"))
     names = [spec.name for spec in specs]
     baseline = options.baseline or names[0]
     if baseline not in names:

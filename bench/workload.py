@@ -6,7 +6,7 @@ and the prompts are part of it too, so that two contestants can be asked for the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from distill.common.errors import UserError, unknown
@@ -23,6 +23,9 @@ SCHEDULERS = {  # name on the command line -> class in diffusers; "default" is t
     "unipc": "UniPCMultistepScheduler",
     "lcm": "LCMScheduler",
 }
+
+MLPERF_NEGATIVE_PROMPT = "normal quality, low quality, worst quality, low res, blurry, nsfw, nude"
+"""What MLPerf inference draws every caption with, and the same noise for all (mlcommons/inference, text_to_image)."""
 
 PROMPTS = (
     "a lighthouse on a cliff at dusk, long exposure",
@@ -44,7 +47,8 @@ def check_scheduler(name: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One cell of a benchmark. `batch` counts images; under guidance the UNet sees twice as many latents."""
+    """One cell of a benchmark. `batch` counts images; under guidance the UNet sees twice as many latents. With `one_noise`
+    every picture of another prompt begins with the same noise too."""
 
     resolution: Resolution
     steps: int
@@ -52,6 +56,8 @@ class Workload:
     guidance_scale: float = 5.0
     scheduler: str = "default"
     seed: int = 0
+    negative_prompt: str | None = None
+    one_noise: bool = False
     prompts: tuple[str, ...] = PROMPTS
 
     @property
@@ -67,13 +73,15 @@ class Workload:
     def name(self) -> str:
         guidance = f"guidance {self.guidance_scale:g}" if self.guided else "no guidance"
         scheduler = "" if self.scheduler == "default" else f", {self.scheduler}"
-        return f"{self.resolution}, {self.steps} steps, batch {self.batch}, {guidance}{scheduler}"
+        negative = "" if self.negative_prompt is None else ", negative prompt"
+        return f"{self.resolution}, {self.steps} steps, batch {self.batch}, {guidance}{scheduler}{negative}"
 
     def batch_prompts(self) -> list[str]:
         """The prompts of one call, the list taken round as often as the batch needs."""
         return [self.prompts[index % len(self.prompts)] for index in range(self.batch)]
 
     def for_picture(self, prompt: str, seed: int, resolution: Resolution) -> Workload:
+        seed = self.seed if self.one_noise else seed
         return replace(self, prompts=(prompt,), seed=seed, batch=1, resolution=resolution)
 
 
@@ -89,9 +97,27 @@ def family_prompts(family: Family, count: int) -> list[str]:
     return [random_scene(rng).caption for _ in range(count)]
 
 
-def family_resolutions(text: str, family: Family) -> tuple[Resolution, ...]:
-    """`all` or `first` of the family's, or WIDTHxHEIGHT,... of any size that it draws. Raises UserError."""
-    resolutions, multiple = parse_resolutions(text, family.resolutions), family.size_multiple
+def common_sizes(family: Family, sizes: Mapping[str, Sequence[Resolution] | None]) -> tuple[Resolution, ...]:
+    """The family's resolutions, or those that all have whose `sizes` by name are not None. Raises UserError where these have
+    none in common."""
+    limited = {name: ours for name, ours in sizes.items() if ours is not None}
+    if not limited:
+        return family.resolutions
+    first, *others = limited.values()
+    common = tuple(size for size in first if all(size in ours for ours in others))
+    if not common:
+        told = "; ".join(f"{name} has {', '.join(map(str, ours))}" for name, ours in limited.items())
+        raise UserError(f"the bundles have no size in common: {told}; build one more into one of them")
+    return common
+
+
+def family_resolutions(
+    text: str, family: Family, sizes: Mapping[str, Sequence[Resolution] | None] | None = None
+) -> tuple[Resolution, ...]:
+    """`all` or `first` of the family's, or WIDTHxHEIGHT,... of any size that it draws, and that everyone has whose `sizes`
+    are given. Raises UserError."""
+    sizes = sizes or {}
+    resolutions, multiple = parse_resolutions(text, common_sizes(family, sizes)), family.size_multiple
     for one in resolutions:
         if any(side == 0 or side % multiple for side in (one.width, one.height)):
             near = Resolution(*(max(multiple, round(side / multiple) * multiple) for side in (one.width, one.height)))
@@ -99,6 +125,9 @@ def family_resolutions(text: str, family: Family) -> tuple[Resolution, ...]:
                 f"resolution {one}: both sides must be multiples of {multiple} in the {family.name} family; "
                 f"the nearest is {near}"
             )
+        for name, ours in sizes.items():
+            if ours is not None and one not in ours:
+                raise UserError(f"{name} has no engine for {one}; it has {', '.join(map(str, ours))}")
     return resolutions
 
 
@@ -122,6 +151,7 @@ def make_workloads(
     scheduler: str,
     seed: int,
     prompts: tuple[str, ...],
+    mlperf: bool = False,
 ) -> list[Workload]:
     """The first of each list makes the main workload; every other value is tried with the rest held at the first.
 
@@ -134,6 +164,8 @@ def make_workloads(
         guidance_scale=guidance_scales[0],
         scheduler=scheduler,
         seed=seed,
+        negative_prompt=MLPERF_NEGATIVE_PROMPT if mlperf else None,
+        one_noise=mlperf,
         prompts=prompts,
     )
     others = [

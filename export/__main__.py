@@ -10,6 +10,7 @@ import tyro
 
 from distill.checkpoints.sources import WORKDIR
 from distill.common.errors import UserError, exit_on_user_error, require_above
+from distill.common.launcher import program
 from distill.common.options import parse_names
 from distill.models.resolution import Resolution, parse_resolutions
 from distill.training.options import Workdir
@@ -40,7 +41,7 @@ def onnx(
     """Export a checkpoint. What is up to date is kept.
 
     Args:
-        model: A Hugging Face id, a diffusers folder, a .safetensors file, random:NAME or mini:sdxl.
+        model: A Hugging Face id, a diffusers folder, a .safetensors file, random:NAME, mini:sdxl or mini:sd.
         out: The ONNX folder to write.
         precision: Of everything but SDXL's stock VAE, which stays in fp32.
         opset: 23 keeps Attention and GroupNormalization whole; 18 to 22 spell them out for older runtimes.
@@ -258,7 +259,7 @@ def bench(*, model: str, out: Path, rounds: int = 3, latency_rounds: int = 20, w
 
 
 def main() -> int:
-    return exit_on_user_error(lambda: app.cli(prog="python -m export", description=__doc__))
+    return exit_on_user_error(lambda: app.cli(prog=program("export"), description=__doc__))
 
 
 if __name__ == "__main__":

@@ -144,13 +144,14 @@ def _flops_polynomial(component: str, config_json: str, tokens: int, unit: int) 
 
 def component_costs(configs: ModelConfigs, workload: Workload) -> Costs:
     """For each component in the order of a picture (calls per image call, cost of one). Under guidance the text
-    encoders run for the empty prompt too, where the model encodes it."""
+    encoders run for the negative prompt too, and for the empty one where the model encodes it."""
     unet = configs.parsed("unet")
     conditioning, unit, latent = conditioning_of(unet), EXPORTED["unet"].size_multiple(unet), unet["in_channels"]
     scale = vae_scale_factor(configs.parsed("vae"))
     tokens = configs.parsed(conditioning.encoders[0])["max_position_embeddings"]
     rows = workload.batch if unet.get("time_cond_proj_dim") else workload.unet_batch  # told w, a UNet takes one pass
-    prompts = rows // workload.batch if configs.encodes_no_prompt else 1
+    encodes_two = configs.encodes_no_prompt or workload.negative_prompt is not None
+    prompts = rows // workload.batch if encodes_two else 1
     pixels = (workload.resolution.height // scale) * (workload.resolution.width // scale)
     costs = {}
     for component in (*conditioning.encoders, "unet", "vae_decoder"):

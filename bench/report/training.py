@@ -73,7 +73,11 @@ def loop_table(file: LoopsFile) -> Table:
 
     def mfu(loop: Loop) -> Cell | None:
         tflop = loop.tflop or file.tflop_per_step
-        return measured(percent(tflop / loop.step_s.value / peak.tflops, 1)) if peak and tflop else None
+        return (
+            measured(percent(tflop / loop.step_s.value / peak.tflops_for(accumulates_fp32=True), 1))
+            if peak and tflop
+            else None
+        )
 
     def gain(loop: Loop) -> Cell | None:
         before = published.get(f"{PUBLISHED} LCM" if loop.name == "LCM" else PUBLISHED)
