@@ -18,12 +18,13 @@ from pydantic.functional_serializers import SerializerFunctionWrapHandler
 from bench.floor.peaks import Peak
 from bench.floor.roofline import Costs, total_floor_ms, total_flops
 from bench.measure.clock import Sample
-from bench.measure.faults import is_refused, machine_faults, picture_faults, sample_faults
+from bench.measure.faults import eight_bit_faults, is_refused, machine_faults, picture_faults, sample_faults
 from bench.measure.rounds import Cell
 from bench.measure.stats import Estimate, median_interval, speedup, spread, stage_medians
 from distill.common.errors import UserError
 from distill.common.files import read_json, write_json
 from distill.common.validation import first_fault
+from engines.choices import EIGHT_BITS
 from engines.serving.quantiles import percentiles
 
 SCHEMA: Literal["slimxl.bench.results/2"] = "slimxl.bench.results/2"
@@ -55,6 +56,8 @@ class Row(Record):
     _batch: int = PrivateAttr(1)
     _baseline: list[Sample] = PrivateAttr(default_factory=list)
     _peak: Peak | None = PrivateAttr(None)
+    _precision: str = PrivateAttr("")
+    _in_half: list[Sample] = PrivateAttr(default_factory=list)
 
     @property
     def total_ms(self) -> Estimate:
@@ -82,15 +85,21 @@ class Row(Record):
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs utilisation: the arithmetic done per second as a share of the peak."""
-        if self.flops is None or self._peak is None:
+        """Model FLOPs utilisation: the arithmetic done per second as a share of the peak, in 8 bits of that peak."""
+        tflops = self._peak.tflops_in(self._precision) if self._peak else None
+        if self.flops is None or tflops is None:
             return None
-        return self.flops / (self.total_ms.value / 1e3) / (self._peak.tflops * 1e12)
+        return self.flops / (self.total_ms.value / 1e3) / (tflops * 1e12)
 
     @property
     def diagnosis(self) -> list[str]:
         """Every fault of the row: of the machine and the pictures, then of its samples."""
-        return self.observed + sample_faults(self.samples, floor_ms=self.floor_ms, unsettled=self.unsettled)
+        found = sample_faults(self.samples, floor_ms=self.floor_ms, unsettled=self.unsettled)
+        return self.observed + found + self.eight_bit_faults()
+
+    def eight_bit_faults(self) -> list[str]:
+        gain = speedup(self._in_half, self.samples) if self._in_half else None
+        return eight_bit_faults(self._precision, gain)
 
     @property
     def refused(self) -> bool:
@@ -146,6 +155,19 @@ class ContestantRecord(Record):
     engines: list[str] | None = None
 
     @property
+    def is_in_8_bits(self) -> bool:
+        return self.precision in EIGHT_BITS
+
+    def is_in_half(self, other: ContestantRecord) -> bool:
+        """Whether `other`, in 8 bits, is this model on this runtime; a model is known by its size, else by its source."""
+
+        def model(one: ContestantRecord) -> int | str:
+            return one.parameters or one.spec.partition(":")[2]
+
+        mine, its = ((one.runtime, model(one), one.is_in_8_bits) for one in (self, other))
+        return mine[:2] == its[:2] and not mine[2] and its[2]
+
+    @property
     def failed_guard(self) -> bool:
         return self.quality.get("passed") is False
 
@@ -186,11 +208,16 @@ class Results(Record):
 
     @model_validator(mode="after")
     def _set_baselines(self) -> Results:
+        records = {one.name: one for one in self.contestants}
         for cell in self.cells:
             base = cell.row(self.baseline)
             for row in cell.rows:
                 row._batch, row._peak = cell.workload["batch"], self.peak
                 row._baseline = base.samples if base is not None and not base.refused else []
+                if record := records.get(row.contestant):
+                    half = (cell.row(one.name) for one in self.contestants if one.is_in_half(record))
+                    row._precision = record.precision
+                    row._in_half = next((other.samples for other in half if other is not None), [])
         return self
 
     def contestant(self, name: str) -> ContestantRecord:

@@ -218,6 +218,9 @@ def measure(
         results.gpu["after"] = gpu.state()
         save()
         _say_visit(f"[{visit}/{2 * len(workloads)}]", cell, is_done)
+        for row in records[cell.workload.name].rows if is_done else ():
+            for fault in row.eight_bit_faults():
+                say(f"    warning: {row.contestant} {fault}")
 
 
 def _say_visit(position: str, cell: Cell, is_done: bool) -> None:

@@ -22,7 +22,7 @@ from engines.choices import EIGHT_BITS
 if TYPE_CHECKING:
     import torch
 
-    from engines.choices import Layout
+    from engines.choices import Layout, Precision
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -238,13 +238,14 @@ class OptimumContestant(PipelineContestant):
 @dataclass
 class BundleContestant(PipelineContestant):
     """A slimxl bundle: the sampler is diffusers' own, the networks are engines of one flavor and, where the bundle has
-    several, of one layout."""
+    several, of one layout and the UNet in one precision."""
 
     _: KW_ONLY
     precision: str = "as built"
     runtime: str = "slimxl bundle"
     flavor: str | None = None
     layout: Layout | None = None
+    unet_precision: Precision | None = None
     cuda_graphs: bool = True
 
     @property
@@ -258,13 +259,19 @@ class BundleContestant(PipelineContestant):
         from engines.selection import choose_flavor, select_engines
 
         manifest = read_manifest(Path(self.source))
-        select_engines(manifest, choose_flavor(manifest, self.flavor, self.device), self.device, self.layout)
+        backend = choose_flavor(manifest, self.flavor, self.device)
+        select_engines(manifest, backend, self.device, self.layout, precision=self.unet_precision)
 
     def make_pipeline(self) -> Any:
         import engines
 
         pipe = engines.load(
-            self.source, self.flavor, device=self.device, layout=self.layout, cuda_graphs=self.cuda_graphs
+            self.source,
+            self.flavor,
+            device=self.device,
+            layout=self.layout,
+            precision=self.unet_precision,
+            cuda_graphs=self.cuda_graphs,
         )
         unet = pipe.unet.component.engines[0][0]
         self.runtime = self.runtime.replace("default flavor", unet.flavor)

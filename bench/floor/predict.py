@@ -4,6 +4,7 @@ That share (the efficiency, floor over measured time) depends on the runtime, an
 grew more than anything else in it. Each is one factor, found from all known figures by median polish [Tukey 1977] of
 log efficiency = runtime + generation. How wrong that is can be said only where a figure exists: each known figure is
 predicted from the others, once with what other runtimes do on its generation, once as if nothing were known of it.
+In 8 bits a runtime has a factor of its own, and generations have those of fp16: hardly anything is published.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from bench.floor.peaks import PEAKS, PUBLISHED, Published
 from bench.floor.roofline import architecture_configs, component_costs, total_floor_ms, total_flops
 from bench.workload import Workload
 from distill.models.resolution import Resolution
+from engines.choices import EIGHT_BITS
 
 SQUARE = Resolution(1024, 1024)
 
@@ -33,23 +35,28 @@ class Known:
     origin: str
     resolution: str = str(SQUARE)
     batch: int = 1
+    precision: str = "fp16"
 
     @property
     def efficiency(self) -> float:
         return self.floor_ms / self.total_ms
 
 
-def floor_ms(gpu: str, model: str, steps: int, resolution: Resolution = SQUARE, batch: int = 1) -> float:
-    """The floor in fp16 of one guided call of an architecture of the catalogue, VAE and text encoders included."""
+def floor_ms(
+    gpu: str, model: str, steps: int, resolution: Resolution = SQUARE, batch: int = 1, precision: str = "fp16"
+) -> float:
+    """The floor of one guided call of an architecture of the catalogue, VAE and text encoders included. `precision` is the
+    UNet's, one that the board has."""
     costs = component_costs(architecture_configs(model), Workload(resolution=resolution, steps=steps, batch=batch))
-    floor = total_floor_ms(costs, PEAKS[gpu])
+    floor = total_floor_ms(costs, PEAKS[gpu], precision)
     assert floor is not None
     return floor
 
 
 def from_published(one: Published) -> Known:
-    floor = floor_ms(one.gpu, one.model, one.steps)
-    return Known(one.gpu, one.model, one.steps, one.runtime, one.total_ms, floor, one.source)
+    floor = floor_ms(one.gpu, one.model, one.steps, precision=one.precision)
+    known = (one.gpu, one.model, one.steps, one.runtime, one.total_ms, floor, one.source)
+    return Known(*known, precision=one.precision)
 
 
 def published_known() -> list[Known]:
@@ -70,8 +77,11 @@ class Shares:
 
 
 def find_shares(known: list[Known]) -> Shares:
-    """Medians of rows and columns in turn, until they stay."""
-    points = [(one.runtime, PEAKS[one.gpu].compute_capability, log(one.efficiency)) for one in known]
+    """Medians of rows and columns in turn, until they stay; runtimes in 8 bits after that, by the generations then found."""
+    eight = [one for one in known if one.precision in EIGHT_BITS]
+    points = [
+        (one.runtime, PEAKS[one.gpu].compute_capability, log(one.efficiency)) for one in known if one not in eight
+    ]
     runtimes = dict.fromkeys((runtime for runtime, _, _ in points), 0.0)
     generations = dict.fromkeys((generation for _, generation, _ in points), 0.0)
     for _ in range(100):
@@ -82,7 +92,11 @@ def find_shares(known: list[Known]) -> Shares:
             generations[name] = median(value - runtimes[what] for what, where, value in points if where == name)
         if runtimes | generations == before:
             break
-    return Shares(runtimes, generations)
+    found = Shares(runtimes | {one.runtime: 0.0 for one in eight}, generations)
+    rest = {name: [] for name in found.runtimes.keys() - runtimes.keys()}
+    for one in eight:
+        rest[one.runtime].append(log(one.efficiency / found.share(one.gpu, one.runtime)))
+    return Shares(runtimes | {name: median(values) for name, values in rest.items()}, generations)
 
 
 @dataclass(frozen=True)
@@ -99,19 +113,21 @@ class Prediction:
     high_ms: float | None
     calibrated_on: int
     tflop: float
+    precision: str = "fp16"
 
 
-def predict(gpu: str, model: str, steps: int, runtime: str, known: list[Known]) -> Prediction:
+def predict(gpu: str, model: str, steps: int, runtime: str, known: list[Known], precision: str = "fp16") -> Prediction:
     """One guided picture at 1024x1024. `total_ms` is None where no known figure is of that runtime, or where the peak is
     `floor_only`."""
-    floor = floor_ms(gpu, model, steps)
+    floor = floor_ms(gpu, model, steps, precision=precision)
+    known = [one for one in known if one.precision in ("fp16", precision)]
     tflop = total_flops(component_costs(architecture_configs(model), Workload(resolution=SQUARE, steps=steps))) / 1e12
     if PEAKS[gpu].floor_only or runtime not in {one.runtime for one in known}:
-        return Prediction(gpu, model, steps, runtime, floor, None, None, None, 0, tflop)
+        return Prediction(gpu, model, steps, runtime, floor, None, None, None, 0, tflop, precision)
     total = floor / find_shares(known).share(gpu, runtime)
     errors = [check.error for check in check_predictions(known)]
     low, high = (total / (1 + max(errors)), total / (1 + min(errors))) if errors else (None, None)
-    return Prediction(gpu, model, steps, runtime, floor, total, low, high, len(known), tflop)
+    return Prediction(gpu, model, steps, runtime, floor, total, low, high, len(known), tflop, precision)
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bench.contestants.pictures import Pictures
+from export.checks.parity import psnr_db
 
 MIN_PSNR_DB = 20.0  # half precision over thirty steps wanders this far and still draws the same picture
 MIN_LATENT_COSINE = 0.95
-
-
-def psnr_db(image: np.ndarray, reference: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures in decibel; infinite where they are equal."""
-    error = np.mean((image.astype(np.float64) - reference.astype(np.float64)) ** 2)
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def cosine(one: np.ndarray, other: np.ndarray) -> float:

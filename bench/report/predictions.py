@@ -12,6 +12,7 @@ from bench.report.elements.formatting import by_size, long_seconds, percent, sig
 from bench.report.elements.tables import Cell, Column, Table, make_table, measured
 from bench.report.runtimes import model_of
 from bench.results import ContestantRecord, Results
+from engines.choices import EIGHT_BITS
 
 STEPS = 30
 RUNTIME = "TensorRT"
@@ -19,6 +20,9 @@ MEASURED = "measured by slimxl"
 
 MODELS = ("sdxl", "ssd-1b", "vega")
 """Those of which figures are published; only they are predicted."""
+
+Row = tuple[str, str]
+"""A key of PEAKS, and the precision of the UNet."""
 
 
 def measured_latencies(all_results: list[Results]) -> list[Known]:
@@ -44,7 +48,8 @@ def measured_latencies(all_results: list[Results]) -> list[Known]:
                 if model is None or model.name not in MODELS:
                     continue
                 one = Known(gpu, model.name, load["steps"], runtime, row.total_ms.value, row.floor_ms, MEASURED)
-                one = replace(one, resolution=load["resolution"], batch=load["batch"])
+                precision = record.precision if record.is_in_8_bits else "fp16"
+                one = replace(one, resolution=load["resolution"], batch=load["batch"], precision=precision)
                 known.setdefault((gpu, model.name, runtime, one.steps, one.resolution, one.batch), one)
     return list(known.values())
 
@@ -58,12 +63,17 @@ def runtime_class(record: ContestantRecord) -> str:
     """The published figures' name for a runtime of ours; they are of fp16, so another precision is told with it."""
     classes = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT", "compile": "compiled", "eager": "diffusers"}
     name = next((title for part, title in classes.items() if part in record.runtime), record.runtime)
-    return f"{name}, {record.precision}" if record.precision in ("bf16", "fp32") else name
+    return f"{name}, {record.precision}" if record.precision in ("bf16", "fp32", *EIGHT_BITS) else name
 
 
-def all_predictions(known: list[Known]) -> dict[str, list[Prediction]]:
-    """Of every GPU of the list, one for each model."""
-    return {gpu: [predict(gpu, model, STEPS, RUNTIME, known) for model in MODELS] for gpu in PEAKS}
+def all_predictions(known: list[Known]) -> dict[Row, list[Prediction]]:
+    """Of every GPU of the list in fp16, and in 8 bits where the board has them and is told as one; one for each model."""
+    found = {(gpu, "fp16"): [predict(gpu, model, STEPS, RUNTIME, known) for model in MODELS] for gpu in PEAKS}
+    for gpu, peak in PEAKS.items():
+        for name in () if peak.floor_only else peak.eight_bits:
+            runtime = f"{RUNTIME}, {name}"
+            found[gpu, name] = [predict(gpu, model, STEPS, runtime, known, name) for model in MODELS]
+    return found
 
 
 def calibration(known: list[Known]) -> str:
@@ -76,13 +86,15 @@ def about(predicted_ms: float) -> str:
     return f"≈ {long_seconds(predicted_ms)}"
 
 
-def prediction_table(predictions: dict[str, list[Prediction]]) -> Table:
-    def gpu(key: str) -> Cell:
-        peak = PEAKS[key]
-        return Cell(peak.name, small=(f"{peak.tflops:.0f} TFLOP/s, {peak.terabytes_per_s:.2f} TB/s",))
+def prediction_table(predictions: dict[Row, list[Prediction]]) -> Table:
+    def gpu(key: Row) -> Cell:
+        peak, precision = PEAKS[key[0]], key[1]
+        rate = f"{peak.tflops_in(precision):.0f} {'TOP/s' if precision == 'int8' else 'TFLOP/s'}"
+        name = f"{peak.name}, {precision}" if precision in EIGHT_BITS else peak.name
+        return Cell(name, small=(f"{rate}, {peak.terabytes_per_s:.2f} TB/s",))
 
-    def column(index: int, model: str) -> Column[str]:
-        def write(key: str) -> Cell:
+    def column(index: int, model: str) -> Column[Row]:
+        def write(key: Row) -> Cell:
             one = predictions[key][index]
             floor = f"floor {long_seconds(one.floor_ms)}"
             if one.total_ms is None:

@@ -28,6 +28,7 @@ from bench.results import Results
 from distill.common.errors import UserError
 from distill.common.files import replacing, write_json
 from distill.common.ownership import require_our_folder
+from engines.choices import EIGHT_BITS
 
 REPORT, NAMES = "report.json", {"index.html": "report.html.j2", "report.md": "report.md.j2"}
 TEMPLATES = Path(__file__).parent / "templates"
@@ -101,7 +102,8 @@ def _predictions(all_results: list[Results]) -> dict[str, Any]:
         "prediction_steps": predictions.STEPS,
         "predicted": predicted,
         "predictions": predictions.prediction_table(predicted),
-        "known": known,
+        "known_in_8_bits": sum(one.precision in EIGHT_BITS for one in known),
+        "known_in_half": sum(one.precision not in EIGHT_BITS for one in known),
         "measured_known": sum(one.origin == predictions.MEASURED for one in known),
         "calibration": predictions.calibration(known),
         "published": published,

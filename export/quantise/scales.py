@@ -105,6 +105,7 @@ def _scales_of(
     alpha: float,
     percentile: float,
 ) -> dict[str, Scales]:
+    """Raises UserError where a scale is beyond the graph's numbers."""
     dtype = group[0].weight.dtype.numpy()  # type: ignore[union-attr]
     if not all(layer.is_linear for layer in group):
         shrink, largest = None, max(one.at(percentile) for one in ranges)
@@ -122,4 +123,9 @@ def _scales_of(
         weight = shrunk(weights[layer.name], scales)
         rows = np.abs(weight).reshape(len(weight), -1).max(axis=1)
         found[layer.name] = Scales(scales.input, _scale(rows, precision, dtype), shrink)
+        if not (np.isfinite(scales.input) and np.isfinite(found[layer.name].weight).all()):
+            raise UserError(
+                f"the input of {layer.name} reaches {largest:.3g}, or its weight does: no {dtype.name} holds the scale; "
+                f"keep it in half precision (--keep {layer.name})"
+            )
     return found
