@@ -270,13 +270,13 @@ def read_results(path: Path) -> Results:
             f"{path} is no results file of this version: it says {found!r}, needed is {SCHEMA!r}; "
             "make it anew with python -m bench run"
         )
-    results = keeping_to(SCHEMA, Results, value, path)
+    results = parse_as(SCHEMA, Results, value, path)
     if not any(cell.rows for cell in results.cells):
         raise UserError(f"{path} holds no finished run; python -m bench run makes one")
     return results
 
 
-def keeping_to(schema: str, model: type[ModelT], value: Any, path: Path) -> ModelT:
+def parse_as(schema: str, model: type[ModelT], value: Any, path: Path) -> ModelT:
     """`value`, read from `path`, as `model`, strictly typed. Raises UserError with the first place where it is not."""
     try:
         return model.model_validate_json(json.dumps(value, allow_nan=False), strict=True)

@@ -82,7 +82,8 @@ def surgery(*, model: str, student: str, layer_map: str = "first", out: Path, wo
         layer_map: Which teacher blocks it keeps: first, spread, similarity, or a JSON file (importance.json).
         out: The folder to write; its surgery.json says where each tensor came from and which are unused.
     """
-    from distill.checkpoints.sources import find_architecture_of, resolve
+    from distill.checkpoints.folder import find_architecture_of
+    from distill.checkpoints.sources import resolve
     from distill.checkpoints.surgery import make_student
     from distill.models.architectures import find_architecture
     from distill.models.module_map import read_layer_map
@@ -160,7 +161,7 @@ def train(
     workdir: Workdir = WORKDIR,
     options: Annotated[TrainOptions, tyro.conf.arg(name="")],
 ) -> None:
-    """Distil a student by a recipe. Start it with torchrun for many GPUs or nodes. First it tells its memory plan.
+    """Distil a student by a recipe. Start it with torchrun for many GPUs or nodes. First it tells the memory it needs.
 
     Args:
         recipe: A recipe's name, as ssd-1b (an unknown one is answered with all), or a .json file that `distill recipe`
@@ -183,7 +184,7 @@ def train(
 
 
 @app.command
-def plan(
+def memory(
     *,
     recipe: str,
     student: str | None = None,

@@ -105,7 +105,7 @@ class ShapeRange(_Record):
         return self
 
     def fits(self, shape: list[int | str]) -> bool:
-        """Whether an input of this shape, a name for each dimension that varies, can have it."""
+        """Whether this shape fits an input whose own shape has a name for each dimension that varies."""
         return len(self.max) == len(shape) and all(
             isinstance(side, str) or low == side == high
             for low, high, side in zip(self.min, self.max, shape, strict=True)

@@ -42,20 +42,21 @@ def onnx(
     Args:
         model: A Hugging Face id, a diffusers folder, a .safetensors file, random:NAME or mini:sdxl.
         out: The ONNX folder to write.
-        precision: Of everything but a stock VAE, which stays in fp32.
+        precision: Of everything but SDXL's stock VAE, which stays in fp32.
         opset: 23 keeps Attention and GroupNormalization whole; 18 to 22 spell them out for older runtimes.
         components: Which ones, separated by commas.
         resolutions: dynamic (one graph for all sizes), all (one static graph for each of the family's), or WxH,...
         batch: Images at once, of static graphs: rows of the VAE and the text encoders.
         guidance: Of static graphs: always gives the UNet two rows for each image, never gives it one.
         vae: stock, fp16-fix, tiny, or a folder with a VAE.
-        vae_precision: auto is fp32 for the stock VAE and for one that says force_upcast, else as the rest.
+        vae_precision: auto is fp32 for SDXL's stock VAE and one for it that says force_upcast, else as the rest.
         lora: LoRA files to fuse, in order.
         lora_scale: One for each LoRA, in the same order; those left out are 1.
         reuse: Other ONNX folders to take equal components from.
         check: Compare with torch before a component gets its name.
     """
-    from distill.checkpoints.sources import find_family, resolve
+    from distill.checkpoints.folder import find_family
+    from distill.checkpoints.sources import resolve
     from distill.common.progress import say
     from export.folder import export_checkpoint
     from export.job import ExportOptions
@@ -127,8 +128,9 @@ def quantise(
     """
     from dataclasses import replace
 
+    from distill.checkpoints.folder import find_family
     from distill.checkpoints.sampling import Sampling, sampling_of
-    from distill.checkpoints.sources import find_family, resolve
+    from distill.checkpoints.sources import resolve
     from distill.common.progress import say
     from export.prompts import read_prompts
     from export.quantise.calibrate import Drawing

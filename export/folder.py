@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from distill.checkpoints.folder import copy_index, file_hashes, find_family, read_config
+from distill.checkpoints.load import load_parts
 from distill.checkpoints.sampling import sampling_of
-from distill.checkpoints.sources import WORKDIR, copy_index, file_hashes, find_family, load_parts, read_config
+from distill.checkpoints.sources import WORKDIR
 from distill.checkpoints.tensors import component_tensors
 from distill.common.errors import UserError
 from distill.common.files import (
@@ -200,10 +202,10 @@ def _write_components(jobs: Sequence[Job], out: Path, reuse: Sequence[Path], pro
 
 def _about(prepared: Path, source: dict[str, str], hashes: Mapping[str, str], options: ExportOptions) -> dict[str, Any]:
     """slimxl.json. `source` is what was given, `hashes` of the checkpoint after the change of VAE and LoRAs."""
-    vae_config = read_config(prepared, "vae")
-    resolutions = options.resolutions or find_family(prepared).resolutions
+    vae_config, family = read_config(prepared, "vae"), find_family(prepared)
+    resolutions = options.resolutions or family.resolutions
     loras = [(path.resolve(), scale) for path, scale in options.loras]
-    vae_precision = component_precision("vae_decoder", options, vae_config)
+    vae_precision = component_precision("vae_decoder", options, family.conditioning, vae_config)
     is_named = options.vae in ("stock", *vae_sources(prepared))
     return {
         "schema": SCHEMA,

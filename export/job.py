@@ -8,10 +8,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from distill.checkpoints.sources import component_weights, find_family, network_folders, read_config
+from distill.checkpoints.folder import find_family, network_folders, read_config
+from distill.checkpoints.tensors import component_weights
 from distill.common.errors import UserError, require_least, unknown
 from distill.common.files import sha256_file, sha256_json
-from distill.models.conditioning import Config, conditioning_of
+from distill.models.conditioning import Conditioning, Config, conditioning_of
 from distill.models.resolution import Resolution
 from export.components import COMPONENTS, FLOAT_DTYPES, unet_config
 
@@ -102,14 +103,15 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def component_precision(name: str, options: ExportOptions, vae_config: Config) -> str:
-    """SDXL's stock VAE overflows in fp16, so it stays in fp32 whatever the rest is, unless told otherwise. Any other
-    VAE follows the rest where its config does not say `force_upcast`."""
+def component_precision(name: str, options: ExportOptions, kind: Conditioning, vae_config: Config) -> str:
+    """A VAE that overflows in fp16, as SDXL's own, stays in fp32 whatever the rest is, unless told otherwise. Another one
+    on such a model follows the rest where its config does not say `force_upcast`."""
     if COMPONENTS[name].source != "vae":
         return options.precision
     if options.vae_precision != "auto":
         return options.vae_precision
-    return "fp32" if options.vae == "stock" or vae_config.get("force_upcast") else options.precision
+    overflows = kind.vae_overflows and (options.vae == "stock" or vae_config.get("force_upcast"))
+    return "fp32" if overflows else options.precision
 
 
 def chosen_components(checkpoint: Path, options: ExportOptions) -> tuple[str, ...]:
@@ -138,13 +140,13 @@ def weights_hashes(checkpoint: Path, component: str, hashes: Mapping[str, str], 
 
 
 def make_job(checkpoint: Path, name: str, options: ExportOptions, hashes: Mapping[str, str]) -> Job:
-    """`hashes` as `distill.checkpoints.sources.file_hashes` tells them: a checkpoint's gigabytes are read for them once."""
+    """`hashes` as `distill.checkpoints.folder.file_hashes` tells them: a checkpoint's gigabytes are read for them once."""
     config = make_config(checkpoint, name)
-    precision = component_precision(name, options, read_config(checkpoint, "vae"))
+    family = find_family(checkpoint)
+    precision = component_precision(name, options, family.conditioning, read_config(checkpoint, "vae"))
     rows = options.rows(name)
     for resolution in options.resolutions:  # every size is checked before anything is written
         COMPONENTS[name].inputs(config, resolution, rows, precision)
-    base = find_family(checkpoint).resolutions[0]
     weights = weights_hashes(checkpoint, COMPONENTS[name].source, hashes, precision)
     inputs = {
         "schema": SCHEMA,
@@ -158,4 +160,4 @@ def make_job(checkpoint: Path, name: str, options: ExportOptions, hashes: Mappin
         "batch": rows if options.resolutions else None,
         "versions": library_versions(),
     }
-    return Job(name, checkpoint, config, precision, options, base, weights, sha256_json(inputs))
+    return Job(name, checkpoint, config, precision, options, family.resolutions[0], weights, sha256_json(inputs))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from distill.checkpoints.sources import find_family, load_pipeline, read_config
+from distill.checkpoints.folder import find_family, read_config
+from distill.checkpoints.load import load_pipeline
 from distill.common.errors import UserError
 from distill.models.conditioning import conditioning_of
 

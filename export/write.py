@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill.checkpoints.sources import load_component
+from distill.checkpoints.load import load_component
 from distill.common.errors import UserError
 from distill.common.files import replacing, sha256_file, write_json
 from distill.models.resolution import Resolution

@@ -165,7 +165,7 @@ HOSTILE = {
     "memory, NaN": [*BUILD.split(), "--memory-gb", "nan"],
     "memory, negative": [*BUILD.split(), "--memory-gb", "-1"],
     "memory, beyond any": [*BUILD.split(), "--memory-gb", "1e300"],
-    "memory of a plan": ["distill", "plan", "--recipe", "mini-vega", "--memory-gb", "inf"],
+    "memory of a recipe": ["distill", "memory", "--recipe", "mini-vega", "--memory-gb", "inf"],
     "links in a circle": [*BUILD.split()[:-1], "{home}/circle"],
     "batches, ²": [*BUILD.split(), "--batches", "²"],
     "batches, 0": [*BUILD.split(), "--batches", "0"],

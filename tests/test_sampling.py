@@ -14,8 +14,9 @@ import pytest
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler
 
 from bench.run import taught
+from distill.checkpoints.load import load_parts
 from distill.checkpoints.sampling import Sampling, sampling_of
-from distill.checkpoints.sources import MINI_TEACHERS, load_parts
+from distill.checkpoints.sources import MINI_TEACHERS
 from distill.common.errors import UserError
 from distill.training.objectives import Consistency, Distill, Guidance, GuidanceRange, Halving, Objective
 from engines.building import build

@@ -11,7 +11,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import engines
-from distill.checkpoints.sources import find_architecture_of, load_pipeline, resolve
+from distill.checkpoints.folder import find_architecture_of
+from distill.checkpoints.load import load_pipeline
+from distill.checkpoints.sources import resolve
 from distill.checkpoints.surgery import make_student
 from distill.models.architectures import find_architecture
 from engines.building.build import build_bundle

@@ -162,8 +162,8 @@ class EagerContestant(PipelineContestant):
         _ = find_architecture(name) if kind == "random" else self.folder
 
     def make_pipeline(self) -> Any:
+        from distill.checkpoints.load import load_pipeline
         from distill.checkpoints.random_weights import random_pipeline
-        from distill.checkpoints.sources import load_pipeline
 
         kind, _, name = self.source.partition(":")
         if kind == "random":

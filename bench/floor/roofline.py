@@ -18,7 +18,7 @@ from typing import Any
 
 from bench.floor.peaks import Peak
 from bench.workload import Workload
-from distill.checkpoints.sources import network_folders, read_config
+from distill.checkpoints.folder import network_folders, read_config
 from distill.common.files import read_object
 from distill.models.architectures import ARCHITECTURES
 from distill.models.conditioning import conditioning_of

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.report.training import LOOPS_SCHEMAS, LoopsFile
-from bench.results import Results, keeping_to, read_results
+from bench.results import Results, parse_as, read_results
 from distill.common.files import read_json
 from engines.serving.load_file import LOAD_SCHEMA, LoadFile, read_load
 
@@ -29,7 +29,7 @@ def read_inputs(paths: list[Path]) -> Inputs:
         if schema == LOAD_SCHEMA:
             inputs.loads.append(read_load(path))
         elif schema in LOOPS_SCHEMAS:
-            inputs.loops.append(keeping_to(schema, LoopsFile, value, path))
+            inputs.loops.append(parse_as(schema, LoopsFile, value, path))
         else:
             inputs.results.append(read_results(path))
     return inputs

@@ -78,12 +78,12 @@ def _comparisons(inputs: Inputs) -> dict[str, Any]:
     """What holds several models, runtimes, layouts or loops against each other, on the machine of the main run."""
     name = method.machine_name(inputs.results[0])
     on_machine = [one for one in inputs.results if method.machine_name(one) == name]
-    figures, limits = runtimes.runtime_figures(on_machine), runtimes.limits(on_machine)
+    figures, gains = runtimes.runtime_figures(on_machine), runtimes.model_gains(on_machine)
     return {
         "runtime_figures": figures,
         "runtimes": runtimes.runtime_table(figures),
-        "limit_figures": limits,
-        "limits": runtimes.limit_table(limits),
+        "model_gains": gains,
+        "limits": runtimes.model_gain_table(gains),
         "layouts": runtimes.layout_table(on_machine),
         "kernels": kernels.kernel_table(kernels.profiles(on_machine, inputs.loops)),
         "loops": [(file, training.loop_table(file)) for file in inputs.loops],
@@ -168,7 +168,7 @@ def report_json(context: dict[str, Any], inputs: Inputs) -> Any:
             "faults": context["row_faults"],
             "method": context["method"],
             "runtimes": [one.as_json() for one in context["runtime_figures"]],
-            "limits": context["limit_figures"],
+            "limits": context["model_gains"],
             "training": inputs.loops,
             "loads": inputs.loads,
             "results": [results.model_dump(mode="json", exclude={"pictures"}) for results in inputs.results],

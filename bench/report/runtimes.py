@@ -125,8 +125,8 @@ def runtime_table(figures: list[RuntimeFigures]) -> Table:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limit:
-    """A smaller model against the largest on the same runtime, in the same rounds. `limit` is what arithmetic gives at
+class ModelGain:
+    """A smaller model against the largest on the same runtime, in the same rounds. `by_flops` is what arithmetic gives at
     equal efficiency (the ratio of FLOPs), `claim` the published speed-up over SDXL; `failed` and `base_failed` say which
     of the two failed the quality guard."""
 
@@ -137,45 +137,50 @@ class Limit:
     base_failed: bool
     cell: str
     speedup: Estimate
-    limit: float
+    by_flops: float
     claim: float | None
 
 
-def limits(all_results: list[Results]) -> list[Limit]:
+def model_gains(all_results: list[Results]) -> list[ModelGain]:
     """One for each smaller model, runtime and workload, unless it has too few runs for an interval. Where several files
     measured the same, the one with the largest base model counts, then the first."""
-    found: dict[tuple[Any, ...], tuple[int, Limit]] = {}
+    found: dict[tuple[Any, ...], tuple[int, ModelGain]] = {}
     for results in all_results:
         for cell in results.cells:
-            for record, largest, limit in _limits_of(results, cell):
-                key, base = (record.parameters, limit.runtime, cell.name), largest.parameters or 0
+            for record, largest, gain in _model_gains_of(results, cell):
+                key, base = (record.parameters, gain.runtime, cell.name), largest.parameters or 0
                 if key not in found or base > found[key][0]:
-                    found[key] = (base, limit)
-    return [limit for _, limit in found.values()]
+                    found[key] = (base, gain)
+    return [gain for _, gain in found.values()]
 
 
-def _limits_of(results: Results, cell: CellRecord) -> Iterator[tuple[ContestantRecord, ContestantRecord, Limit]]:
-    """(smaller, largest, limit) of every runtime of one cell."""
+def _model_gains_of(
+    results: Results, cell: CellRecord
+) -> Iterator[tuple[ContestantRecord, ContestantRecord, ModelGain]]:
+    """(smaller, largest, gain) of every runtime of one cell."""
     pairs = _known_models(results, cell)
     for runtime, precision in dict.fromkeys((one.runtime, one.precision) for one, _ in pairs):
         group = [pair for pair in pairs if (pair[0].runtime, pair[0].precision) == (runtime, precision)]
         largest, base = max(group, key=lambda pair: pair[0].parameters or 0)
         for record, row in group:
-            gain = _gain(base, row) if record.parameters != largest.parameters else None
-            if gain is None or gain.low is None:
+            speedup = _gain(base, row) if record.parameters != largest.parameters else None
+            if speedup is None or speedup.low is None:
                 continue
-            limit = Limit(
-                title=title_of(record.name),
-                base=title_of(largest.name),
-                runtime=f"{runtime}, {precision}",
-                failed=record.failed_guard,
-                base_failed=largest.failed_guard,
-                cell=cell.name,
-                speedup=gain,
-                limit=_flops(largest, cell) / _flops(record, cell),
-                claim=_claim(record, largest),
+            yield (
+                record,
+                largest,
+                ModelGain(
+                    title=title_of(record.name),
+                    base=title_of(largest.name),
+                    runtime=f"{runtime}, {precision}",
+                    failed=record.failed_guard,
+                    base_failed=largest.failed_guard,
+                    cell=cell.name,
+                    speedup=speedup,
+                    by_flops=_flops(largest, cell) / _flops(record, cell),
+                    claim=_claim(record, largest),
+                ),
             )
-            yield record, largest, limit
 
 
 def _flops(record: ContestantRecord, cell: CellRecord) -> float:
@@ -190,13 +195,13 @@ def _flops(record: ContestantRecord, cell: CellRecord) -> float:
     return total_flops(component_costs(ModelConfigs(tuple((record.configs or {}).items())), workload))
 
 
-def limit_table(found: list[Limit]) -> Table:
+def model_gain_table(found: list[ModelGain]) -> Table:
     return make_table(
         found,
         Column("model", lambda one: Cell(one.title, small=(f"{one.runtime}; {one.cell}",), failed=one.failed)),
         Column("against", lambda one: Cell(one.base, failed=one.base_failed), "left"),
         Column("speed-up", lambda one: speedup_cell(one.speedup)),
-        Column("by FLOPs", lambda one: Cell(times(one.limit), "predicted")),
+        Column("by FLOPs", lambda one: Cell(times(one.by_flops), "predicted")),
         Column("claim", lambda one: Cell(times(one.claim), "published") if one.claim else None),
     )
 

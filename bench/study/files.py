@@ -8,7 +8,7 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bench.results import keeping_to
+from bench.results import parse_as
 from distill.common.errors import UserError
 from distill.common.files import read_json
 
@@ -102,14 +102,14 @@ def picture_path(folder: Path, name: str) -> Path:
 
 def read_key(path: Path) -> Key:
     """Raises UserError for any other file."""
-    return keeping_to(KEY_SCHEMA, Key, read_json(path), path)
+    return parse_as(KEY_SCHEMA, Key, read_json(path), path)
 
 
 def read_study(folder: Path) -> Study:
     """Raises UserError for a folder that is no finished study: one without its page, or with a picture missing."""
     if not (folder / MARKER).is_file():
         raise UserError(f"{folder} is no study (no {MARKER}): make one with python -m bench study make")
-    study = keeping_to(STUDY_SCHEMA, Study, read_json(folder / MARKER), folder / MARKER)
+    study = parse_as(STUDY_SCHEMA, Study, read_json(folder / MARKER), folder / MARKER)
     needed = [picture_path(folder, name) for item in study.items for name in item.pictures]
     missing = [path for path in (folder / "index.html", *needed) if not path.is_file()]
     if missing:

@@ -9,25 +9,12 @@ mini:sdxl             the mini teacher that ships with the package
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from importlib import import_module
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
 
-from distill.checkpoints.tensors import (
-    component_tensors,
-    component_weights,
-    other_variants,
-    plain_names,
-    read_safetensors_header,
-    write_index,
-)
+from distill.checkpoints.folder import FORMS, check_checkpoint, find_architecture_of, require_text_to_image
+from distill.checkpoints.tensors import read_safetensors_header
 from distill.common.errors import UserError, unknown
 from distill.common.files import (
     exclusive,
@@ -36,21 +23,13 @@ from distill.common.files import (
     remove_leftovers,
     replacing,
     sha256_file,
-    sha256_file_once,
-    sha256_json,
     write_json,
 )
 from distill.common.hub import NO_SAFETENSORS, explaining_hub
 from distill.common.ownership import require_our_folder
-from distill.common.progress import say
-from distill.models.architectures import Architecture, architecture_at, find_architecture, whole
-from distill.models.conditioning import Conditioning, conditioning_of, context_width
-from distill.models.depth import Depth
-from distill.models.families import SDXL_FAMILY, Family, check_fit, family_of
-from distill.models.networks import network_class, stated_config
-
-if TYPE_CHECKING:
-    import torch
+from distill.models.architectures import Architecture, find_architecture, whole
+from distill.models.families import Family
+from distill.models.networks import stated_config
 
 MINI_TEACHERS = {"sdxl": Path(__file__).parents[1] / "mini" / "teacher"}
 WORKDIR = Path("out/models")
@@ -58,114 +37,12 @@ WORKDIR = Path("out/models")
 CONVERSION = 1
 """Raised whenever a random, converted or fused checkpoint comes out otherwise than before: older ones are made again."""
 ON_HUB = {"segmind/SSD-1B": "ssd-1b", "segmind/Segmind-Vega": "vega"}
-"""The architecture of checkpoints that recipes name, so that these are checked and planned before anything is fetched."""
-PART_CLASSES = {"diffusers": "EulerDiscreteScheduler", "transformers": "CLIPTokenizer"}
-"""The usual class of the scheduler and of the tokenizers, by its library: an example for a message."""
-FORMS = "a Hugging Face id, a diffusers folder, a single .safetensors file, random:NAME or mini:sdxl"
+"""The architecture of checkpoints that recipes name, so that these are checked and counted before anything is fetched."""
 
 
-def read_config(folder: Path, component: str) -> dict[str, Any]:
-    """config.json of a component, with the library's defaults for what it leaves out. Raises UserError where it is
-    missing or no JSON object, and for a UNet that is not expressible here."""
-    path = folder / component / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} is no checkpoint: {component}/config.json is missing; allowed are {FORMS}")
-    return stated_config(component, read_object(path), path)
-
-
-def check_checkpoint(folder: Path) -> None:
-    """Raises UserError, with what is missing, where `folder` is no whole diffusers pipeline of a known kind."""
-    if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} is no checkpoint: it has no model_index.json; allowed are {FORMS}")
-    read_object(folder / "model_index.json")
-    unet = read_config(folder, "unet")
-    conditioning = _text_to_image(unet, folder)
-    Depth.from_config(unet, folder)
-    if _is_refiner(folder, unet, conditioning):
-        raise UserError(f"{folder} is SDXL's refiner, which finishes another model's pictures; give the base model")
-    check_fit({component: read_config(folder, component) for component in conditioning.networks}, folder)
-    for component in conditioning.networks:
-        component_tensors(folder / component)
-
-
-def _is_refiner(folder: Path, unet: Mapping[str, Any], conditioning: Conditioning) -> bool:
-    """Whether the first text encoder is missing, and the UNet reads the one alone that its pooled input comes from."""
-    first, last = conditioning.encoders[0], conditioning.pooled_from
-    if last is None or (folder / first).is_dir():
-        return False
-    return context_width(unet) == read_config(folder, last)["hidden_size"]
-
-
-def network_folders(folder: Path) -> tuple[str, ...]:
-    """The folders of a checkpoint's networks."""
-    return tuple(conditioning_of(read_config(folder, "unet"), folder).networks)
-
-
-def left_out(folder: Path) -> list[str]:
-    """What model_index.json names beside the networks and parts that are used here: a safety checker, say."""
-    conditioning = conditioning_of(read_config(folder, "unet"), folder)
-    used = (*conditioning.networks, *conditioning.parts)
-    stated = read_object(folder / "model_index.json").items()
-    return [name for name, value in stated if isinstance(value, list) and any(value) and name not in used]
-
-
-def copy_index(folder: Path, to: Path) -> None:
-    """Copies model_index.json to the file `to`, without what is `left_out`, and says so."""
-    index, left = read_object(folder / "model_index.json"), left_out(folder)
-    if not left:
-        shutil.copyfile(folder / "model_index.json", to)
-        return
-    say(f"{folder}: its {' and '.join(left)} are left out")
-    needless = {"requires_safety_checker": False} if "requires_safety_checker" in index else {}
-    write_json(to, index | {name: [None, None] for name in left} | needless)
-
-
-def find_family(folder: Path) -> Family:
-    """Of a checkpoint folder. Raises UserError."""
-    return family_of({component: read_config(folder, component) for component in network_folders(folder)}, folder)
-
-
-def _text_to_image(config: Mapping[str, Any], model: object) -> Conditioning:
-    """How a UNet of this config is conditioned. Raises UserError for that of another kind of model."""
-    channels = config.get("in_channels", 4), config.get("out_channels", 4)
-    if channels != (4, 4):
-        raise UserError(
-            f"{model} is no text-to-image checkpoint: its UNet has {channels[0]} channels in and {channels[1]} out, not 4 "
-            "(9 are for inpainting, 8 for instructed edits)"
-        )
-    return conditioning_of(config, model)
-
-
-def prediction_type_of(folder: Path) -> str:
-    """What a checkpoint's UNet predicts: `epsilon`, the noise, as a rule."""
-    return read_object(folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
-
-
-def file_hashes(folder: Path, components: Collection[str] | None = None) -> dict[str, str]:
-    """sha256 of every config and weights file of its networks, or of some, by its path inside the checkpoint; where it
-    has weights for fp16 and others, of both."""
-    files = {
-        f"{component}/{path.name}": path
-        for component in (network_folders(folder) if components is None else components)
-        for precision in ("fp32", "fp16")
-        for path in [folder / component / "config.json", *component_weights(folder / component, precision)]
-    }
-    return {name: sha256_file_once(path) for name, path in files.items()}
-
-
-def checkpoint_hash(folder: Path) -> str:
-    """sha256 over `file_hashes`: equal content, equal hash, whatever the file dates."""
-    return sha256_json(file_hashes(folder))
-
-
-def find_architecture_of(folder: Path) -> Architecture:
-    """The catalogue's architecture whose UNet config matches the checkpoint's; a custom one where it has none."""
-    return architecture_at(find_family(folder), Depth.from_config(read_config(folder, "unet")))
-
-
-def peek_architecture(source: str, family: Family = SDXL_FAMILY) -> Architecture:
-    """The architecture of `source` without fetching or making anything. A hub id that is not known is taken for the whole
-    model of `family`.
+def peek_architecture(source: str, family: Family) -> Architecture:
+    """The architecture of `source` without fetching or making anything. A hub id of which nothing is on this machine yet
+    is taken for the whole model of `family`, unless it is in `ON_HUB`.
 
     Raises UserError as `resolve` does.
     """
@@ -179,91 +56,25 @@ def peek_architecture(source: str, family: Family = SDXL_FAMILY) -> Architecture
         from distill.checkpoints.single_file import find_single_file_architecture
 
         return find_single_file_architecture(read_safetensors_header(_single_file(path)), path)
-    return find_architecture(ON_HUB[source]) if source in ON_HUB else whole(family)
+    if source in ON_HUB:
+        return find_architecture(ON_HUB[source])
+    fetched = _already_fetched(source)
+    return find_architecture_of(fetched) if fetched else whole(family)
 
 
-def load_component(folder: Path, component: str, dtype: torch.dtype) -> Any:
-    """One network of a checkpoint folder in eval mode: `unet`, `vae`, `text_encoder` or `text_encoder_2`.
+def _already_fetched(repo_id: str) -> Path | None:
+    """Its folder in the hub's cache on this machine, where a whole pipeline is."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    Weights named fp16 are read for float16 alone, where there are others. Raises UserError where weights are missing.
-    """
-    import torch
-
-    kind = network_class(component, read_config(folder, component))
-    place = folder / component
-    files = component_weights(place, "fp16" if dtype == torch.float16 else "fp32")
-    if others := other_variants(place, files):
-        say(f"{place}: read from {files[0].name}, not from {others[0]}")
-    with (
-        TemporaryDirectory() as temporary,
-        explaining_library(place),
-    ):  # links to what is read, and to nothing else beside it
-        (Path(temporary) / "config.json").symlink_to((place / "config.json").resolve())
-        names = plain_names(files)
-        for name, file in names.items():
-            (Path(temporary) / name).symlink_to(file.resolve())
-        write_index(Path(temporary), names)
-        network, info = kind.from_pretrained(temporary, torch_dtype=dtype, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{place} lacks {len(missing)} weights, the first is {missing[0]}; fetch the checkpoint again")
-    if hasattr(network, "register_to_config"):
-        network.register_to_config(_name_or_path=str(place))
-    else:
-        network.config._name_or_path = str(place)
-    return network.eval()
-
-
-@contextmanager
-def explaining_library(what: Path) -> Iterator[None]:
-    """Whatever diffusers or transformers raise while they load `what` is a UserError; what the system refuses is not."""
     try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"{what} cannot be loaded ({reason}); fetch it again, or mend its config.json") from None
-
-
-def load_parts(folder: Path) -> dict[str, Any]:
-    """The scheduler and the tokenizers of a checkpoint, as model_index.json names them. Raises UserError where one is
-    missing or cannot be loaded, or its class is unknown."""
-    index = read_object(folder / "model_index.json")
-    names = conditioning_of(read_config(folder, "unet"), folder).parts
-    return {name: _load_part(folder, name, index.get(name)) for name in names}
-
-
-def _load_part(folder: Path, name: str, stated: Any) -> Any:
-    library = "diffusers" if name == "scheduler" else "transformers"
-    if not (folder / name).is_dir():
-        raise UserError(f"{folder} is no whole checkpoint: it has no {name}/")
-    kind = stated[1] if isinstance(stated, list) and len(stated) == 2 else None
-    found = getattr(import_module(library), kind, None) if isinstance(kind, str) else None
-    if found is None or not hasattr(found, "from_pretrained"):
-        raise UserError(
-            f"{folder / 'model_index.json'} says that its {name} is {json.dumps(stated)}, which {library} "
-            f"{version(library)} does not have; name one that it has, as {json.dumps([library, PART_CLASSES[library]])}"
-        )
-    if name == "scheduler":
-        read_object(folder / name / "scheduler_config.json")
-    with explaining_library(folder / name):
-        return found.from_pretrained(folder / name)
-
-
-def load_pipeline(folder: Path, dtype: torch.dtype, without: Collection[str] = ()) -> Any:
-    """The checkpoint folder as a diffusers pipeline on the CPU; the networks in `without` are None. Raises UserError."""
-    import diffusers
-
-    diffusers.utils.logging.disable_progress_bar()
-    conditioning = conditioning_of(read_config(folder, "unet"), folder)
-    components: dict[str, Any] = load_parts(folder)
-    for name in conditioning.networks:
-        components[name] = None if name in without else load_component(folder, name, dtype)
-    kind = getattr(diffusers, conditioning.pipeline)
-    with explaining_library(folder):
-        return kind.from_pretrained(folder, torch_dtype=dtype, **components, **conditioning.load_options)
+        found = try_to_load_from_cache(repo_id, "model_index.json")
+        folder = Path(found).parent if isinstance(found, str) else None
+        if folder:
+            check_checkpoint(folder)
+        return folder
+    except (UserError, HFValidationError):
+        return None
 
 
 def resolve(source: str, workdir: Path) -> Path:
@@ -302,7 +113,7 @@ def _check_on_hub(repo_id: str) -> None:
         return
     model, config = f"model {repo_id!r}", "unet/config.json"
     known = stated_config("unet", read_object(Path(hf_hub_download(repo_id, config))), model) if config in files else {}
-    networks = _text_to_image(known, model).networks
+    networks = require_text_to_image(known, model).networks
     for needed in ("model_index.json", *(f"{component}/config.json" for component in networks)):
         if needed not in files:
             raise UserError(f"{model} is no pipeline folder: it has no {needed}; allowed are {FORMS}")

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.checkpoints.sources import copy_index, left_out, network_folders, read_config
+from distill.checkpoints.folder import copy_index, left_out, network_folders, read_config
 from distill.checkpoints.tensors import (
     WritableTensor,
     component_tensors,

@@ -39,7 +39,7 @@ def require_least(least: float, **numbers: float) -> None:
 
 
 def require_between(least: float, most: float, **numbers: float) -> None:
-    """The same for two bounds."""
+    """Raises UserError for the first option whose number is not from `least` to `most`."""
     require_least(least, **numbers)
     for name, number in numbers.items():
         if number > most:
@@ -47,7 +47,7 @@ def require_between(least: float, most: float, **numbers: float) -> None:
 
 
 def require_above(limit: float, **numbers: float) -> None:
-    """The same where `limit` itself is too small."""
+    """Raises UserError for the first option whose number is not above `limit`."""
     for name, number in numbers.items():
         _require_finite(name, number)
         if number <= limit:

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from distill.checkpoints.sources import component_weights, find_family, network_folders, read_config
-from distill.checkpoints.tensors import read_metadata
+from distill.checkpoints.folder import find_family, network_folders, read_config
+from distill.checkpoints.tensors import component_weights, read_metadata
 from distill.common.errors import UserError
 from distill.common.files import read_object, sha256_file_once, sha256_json
 from distill.data.cache_index import DTYPES, INDEX, Bucket, read_index

@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from distill.checkpoints.sources import find_family, load_pipeline, read_config
+from distill.checkpoints.folder import find_family, read_config
+from distill.checkpoints.load import load_pipeline
 from distill.checkpoints.tensors import read_safetensors_header
 from distill.common.ahead import ahead
 from distill.common.errors import UserError, explaining_full_memory, require_least

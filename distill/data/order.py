@@ -40,10 +40,10 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 
 
 class BatchOrder:
-    """Batches of one kind of samples each (one resolution), every sample of all kinds once an epoch, in random order.
+    """Random batches, each of one kind of samples (one resolution); an epoch shows every sample once.
 
-    A last batch that is not full is filled up with samples of the epoch, and is in so few of the epochs that no sample is
-    seen more often than those of other kinds.
+    A kind's samples seldom fill whole batches. Its last batch is then filled up with some that the epoch has shown, and
+    left out of some epochs, so that over many epochs all samples are seen equally often.
     """
 
     def __init__(self, sizes: Sequence[int], batch_size: int, seed: int) -> None:
@@ -52,11 +52,11 @@ class BatchOrder:
         self._offsets = np.random.default_rng(seed).integers(batch_size, size=len(sizes))
 
     def _before(self, epoch: int) -> np.ndarray:
-        """Of each kind, how many batches come before an epoch: over the epochs as many as its samples fill."""
+        """How many batches of each kind (kinds,) come before an epoch; over many epochs as many as its samples fill."""
         return (epoch * self.sizes + self._offsets) // self.batch_size
 
     def samples(self, step: int, rows: slice = slice(None)) -> tuple[int, np.ndarray]:
-        """Which kind a step's batch is of, and the numbers of its samples, or of some rows of it."""
+        """The kind of a step's batch, and the numbers of the samples in it, or in some `rows` of it."""
         epochs = range((step + len(self.sizes) + 1) * self.batch_size)  # enough: each has one sample at least
         epoch = bisect_right(epochs, step, key=lambda epoch: self._before(epoch).sum()) - 1
         ends = np.cumsum(self._before(epoch + 1) - self._before(epoch))

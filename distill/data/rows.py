@@ -1,5 +1,5 @@
 """A captioned picture not yet read, and what all readers of files agree on: which files are pictures, which captions,
-which are nobody's business."""
+and which are passed over without a word."""
 
 from __future__ import annotations
 

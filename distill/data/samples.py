@@ -35,8 +35,8 @@ class BadSample(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Fitting:
-    """How pictures become samples: what happens to those smaller than their bucket (None: as the family does), whether
-    they may be flipped, and how many samples each gives."""
+    """How pictures become samples: `small_pictures` says what happens to one smaller than its bucket (None: the family's
+    rule), `flip` whether it may be mirrored, `variants` how many samples it gives."""
 
     small_pictures: SmallPictures | None = None
     flip: bool = True
@@ -47,8 +47,8 @@ class Fitting:
         require_least(1, variants=self.variants)
 
     def for_family(self, family: Family) -> Fitting:
-        """With `small_pictures` decided: a UNet that is told a picture's original size learns blur as a property of small
-        ones; one that is not would learn it as its own style."""
+        """The same with `small_pictures` decided. A UNet that is told a picture's original size learns that enlarged ones
+        are blurred; any other would learn to draw blurred."""
         usual: SmallPictures = "upscale" if family.conditioning.takes_sizes else "skip"
         return replace(self, small_pictures=self.small_pictures or usual)
 

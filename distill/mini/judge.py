@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from distill.checkpoints.folder import find_family
+from distill.checkpoints.load import load_pipeline
 from distill.checkpoints.sampling import Sampling, sampling_of
-from distill.checkpoints.sources import find_family, load_pipeline
 from distill.common.errors import UserError, require_between
 from distill.data.shapes import Scene, follows, random_scene, shares
 from distill.models.resolution import Resolution
@@ -30,7 +31,7 @@ MOST_PICTURES = 900_000
 
 
 def check_pictures(count: int, steps: int, resolutions: Sequence[Resolution]) -> None:
-    """Raises UserError for what `judge` cannot share out evenly."""
+    """Raises UserError for a number of pictures that cannot be shared out evenly over the resolutions."""
     sizes = len(resolutions)
     if count < sizes or count % sizes:
         raise UserError(f"{count} pictures are not as many of each of the {sizes} sizes: give a multiple of {sizes}")

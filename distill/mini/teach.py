@@ -12,7 +12,9 @@ import diffusers
 import torch
 
 from distill.checkpoints.assemble import tokenizers_and_scheduler
-from distill.checkpoints.sources import load_component, network_folders, resolve
+from distill.checkpoints.folder import network_folders
+from distill.checkpoints.load import load_component
+from distill.checkpoints.sources import resolve
 from distill.common.errors import UserError, require_above, require_least
 from distill.common.files import write_json
 from distill.common.ownership import require_our_folder

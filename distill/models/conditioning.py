@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Config = Mapping[str, Any]
 TEXT_INPUTS = ("encoder_hidden_states", "text_embeds")
 """Those inputs of a UNet that stand for the prompt: what caption dropout and guidance exchange."""
+SIZES = "time_ids"
+"""The input of a UNet that stands for a picture's sizes: whole numbers, up to the largest side."""
 TOKENS = {"text_encoder": "input_ids", "text_encoder_2": "input_ids_2"}
 """By its text encoder, what a caption is called as tokens (n, tokens)."""
 
@@ -43,7 +45,8 @@ class Conditioning:
     checkpoint to its library and class, as model_index.json states them; `encoders` are the text encoders' folders in
     order, `pad_tokens` what their tokenizers pad with; `hidden_state` says which of their hidden states the UNet reads,
     counted as transformers counts `hidden_states` (-2: before the last layer), or None for the last one after the final
-    norm; `pooled_from` is the encoder whose pooled output goes in too, with the size numbers. `options` are the entries
+    norm; `pooled_from` is the encoder whose pooled output goes in too, with the size numbers. `vae_overflows` says that its
+    own VAE does in fp16, and so its pipeline obeys a VAE's `force_upcast`, which others ignore. `options` are the entries
     of model_index.json beside the parts, for checkpoints made here; `load_options` are further arguments of
     `from_pretrained`.
     """
@@ -55,6 +58,7 @@ class Conditioning:
     pad_tokens: tuple[str, ...]
     hidden_state: int | None
     pooled_from: str | None
+    vae_overflows: bool
     options: dict[str, Any]
     load_options: dict[str, Any]
 
@@ -136,7 +140,7 @@ class Conditioning:
             return {}
         rows = zip(original_sizes, crops_top_left, resolutions, strict=True)
         numbers = [(*original, *crop, target.height, target.width) for original, crop, target in rows]
-        return {"time_ids": torch.tensor(numbers, dtype=torch.int32)}
+        return {SIZES: torch.tensor(numbers, dtype=torch.int32)}
 
 
 _UNET_AND_VAE = {"unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", "AutoencoderKL")}
@@ -152,6 +156,7 @@ SDXL = Conditioning(
     pad_tokens=("<|endoftext|>", "!"),
     hidden_state=-2,
     pooled_from="text_encoder_2",
+    vae_overflows=True,
     options={"force_zeros_for_empty_prompt": True},
     load_options={"add_watermarker": False},
 )
@@ -163,6 +168,7 @@ SD = Conditioning(
     pad_tokens=("<|endoftext|>",),
     hidden_state=None,
     pooled_from=None,
+    vae_overflows=False,
     options={"safety_checker": (None, None), "feature_extractor": (None, None), "requires_safety_checker": False},
     load_options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
 )
@@ -171,7 +177,8 @@ KINDS = (SDXL, SD)
 
 
 def conditioning_of(config: Config, model: object = "the model") -> Conditioning:
-    """Of a UNet's config. Raises UserError for a UNet that is conditioned otherwise; `model` is what it is called."""
+    """How the UNet of a config is conditioned; `model` is its name in messages. Raises UserError for a kind that is not
+    known here."""
     kind = config.get("addition_embed_type")
     others = [
         name
@@ -192,7 +199,8 @@ def conditioning_of(config: Config, model: object = "the model") -> Conditioning
 
 
 def conditioning_named(pipeline: str) -> Conditioning:
-    """By the class in model_index.json, whatever the pipeline's task. Raises UserError for another kind of pipeline."""
+    """The conditioning of a pipeline class, as model_index.json names it, whatever its task. Raises UserError for another
+    kind of pipeline."""
     for kind in KINDS:
         stem = kind.pipeline.removesuffix("Pipeline")
         if re.fullmatch(rf"{stem}(Img2Img|Inpaint|Adapter|ControlNet\w*)?Pipeline", pipeline):
@@ -214,7 +222,7 @@ def unet_multiple(config: Config) -> int:
 
 
 def context_width(config: Config) -> int:
-    """Of the hidden states that a UNet reads; a config may state it once, or for each level."""
+    """The width of the hidden states that a UNet reads; a config may state it once, or for each level."""
     width = config["cross_attention_dim"]
     return width if isinstance(width, int) else width[0]
 
@@ -236,7 +244,7 @@ def unet_inputs(
         # float32 in every precision: diffusers concatenates them with a float32 sinusoidal embedding before it casts
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         specs.append(TensorSpec("text_embeds", "float32", (batch, pooled), ("batch", None)))
-        specs.append(TensorSpec("time_ids", "float32", (batch, 6), ("batch", None)))
+        specs.append(TensorSpec(SIZES, "float32", (batch, 6), ("batch", None)))
     if config.get("time_cond_proj_dim"):
         specs.append(TensorSpec("timestep_cond", dtype, (batch, config["time_cond_proj_dim"]), ("batch", None)))
     return specs
@@ -252,7 +260,7 @@ def unet_input_names(config: Config) -> tuple[str, ...]:
 def call_unet(unet: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
     """The noise_pred (batch, channels, height, width) of diffusers' UNet for `unet_inputs` by name; what else `inputs`
     holds is left alone."""
-    added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs}
+    added = {name: inputs[name] for name in ("text_embeds", SIZES) if name in inputs}
     return unet(
         inputs["sample"],
         inputs["timestep"],

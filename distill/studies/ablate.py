@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 
-from distill.checkpoints.sources import (
+from distill.checkpoints.folder import (
+    alphas_cumprod_of,
     checkpoint_hash,
     find_architecture_of,
     find_family,
-    load_component,
     prediction_type_of,
 )
+from distill.checkpoints.load import load_component
 from distill.common.errors import quiet_libraries, require_least, unknown
 from distill.common.files import read_json, replacing, write_json
 from distill.common.ownership import require_our_files, require_our_folder
@@ -44,14 +45,14 @@ from distill.training.objectives.taps import Level
 from distill.training.options import TrainOptions
 from distill.training.recipes import Recipe, Stage, shortened
 from distill.training.schedule import Schedule
-from distill.training.step import add_noise, alphas_cumprod_of, predict
+from distill.training.step import add_noise, predict
 from distill.training.student import Pruned
 from distill.training.trainer import train
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What one row of the table differs in."""
+    """One row of the table: what is taught, and how the student begins."""
 
     objective: Distill
     from_scratch: bool = False

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.checkpoints.folder import checkpoint_hash, find_architecture_of, find_family
 from distill.checkpoints.sampling import sampling_of
-from distill.checkpoints.sources import checkpoint_hash, find_architecture_of, find_family, resolve
+from distill.checkpoints.sources import resolve
 from distill.common.errors import UserError, require_between
 from distill.common.files import read_object, replacing, write_json
 from distill.common.ownership import require_our_files

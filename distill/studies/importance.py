@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill.checkpoints.sources import find_architecture_of, load_component
+from distill.checkpoints.folder import alphas_cumprod_of, find_architecture_of
+from distill.checkpoints.load import load_component
 from distill.common.errors import require_least
 from distill.common.files import replacing, write_json
 from distill.common.ownership import require_our_folder
@@ -25,7 +26,6 @@ from distill.models.architectures import find_architecture
 from distill.models.conditioning import call_unet
 from distill.models.depth import Depth
 from distill.models.module_map import ModuleMap, make_module_map
-from distill.training.step import alphas_cumprod_of
 from distill.training.text import TextEncoders
 
 

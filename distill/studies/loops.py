@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from distill.checkpoints.folder import alphas_cumprod_of, find_architecture_of
+from distill.checkpoints.load import load_component, load_pipeline
 from distill.checkpoints.random_weights import random_pipeline
-from distill.checkpoints.sources import find_architecture_of, load_component, load_pipeline, resolve
+from distill.checkpoints.sources import resolve
 from distill.checkpoints.surgery import make_student_unet
 from distill.common.files import write_json
 from distill.data.cache import KEY_FILE, UNCONDITIONAL, LatentCache, shard_name
@@ -30,7 +32,7 @@ from distill.training.objectives import Distill
 from distill.training.objectives.taps import Level
 from distill.training.options import BenchOptions, TrainOptions
 from distill.training.recipes import Recipe
-from distill.training.step import Pair, alphas_cumprod_of
+from distill.training.step import Pair
 from distill.training.text import TextEncoders
 
 LEARNING_RATE = 1e-5

@@ -109,7 +109,7 @@ def check_fsdp(processes: int, mixed_precision: str, optimizer: str, *, adapters
         )
     if processes < 2:
         raise UserError(
-            "--fsdp shares a model over processes, and there is one; start it with torchrun (plan: --processes)"
+            "--fsdp shares a model over processes, and there is one; start it with torchrun (memory: --processes)"
         )
     if mixed_precision == "fp16":
         raise UserError(

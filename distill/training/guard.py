@@ -1,4 +1,4 @@
-"""When a run has left the road: a loss that is not finite, or one that stays far above what it was."""
+"""When a run is to be stopped: a loss that is not finite, or one that stays far above what it was."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class DivergenceGuard:
         return median(self.good) if len(self.good) >= self.patience else math.inf
 
     def diverged(self, loss: float) -> bool:
-        """Takes in the loss of one more step."""
+        """Whether the run has diverged, now that one more step had this loss."""
         if loss > self.factor * self.median:
             self.bad_steps += 1
         else:

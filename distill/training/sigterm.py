@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def noting_sigterm() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM ends nothing; what is yielded says whether it came. Python lets the main thread alone take
-    signals: in another they do what they did."""
+    """Inside the block SIGTERM only sets a flag; yields a function that tells whether it is set. In a thread other than the
+    main one, where Python lets nobody handle signals, nothing is changed."""
     came = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield came.is_set

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +16,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from torch.distributed.tensor import DTensor
 
-from distill.common.errors import UserError
-from distill.common.files import read_json, seed_of
+from distill.common.files import seed_of
 from distill.models.conditioning import call_unet
 from distill.models.module_map import ModuleMap
 from distill.training.accelerator import make_optimizer, shard
@@ -31,21 +29,6 @@ from distill.training.text import TextEncoders, with_text
 
 Terms = dict[str, float]
 """Every loss term by name, their `total`, and the `gradient_norm` before clipping."""
-
-
-def alphas_cumprod_of(checkpoint: Path) -> torch.Tensor:
-    """Signal variance per timestep, from a checkpoint's own scheduler config. Raises UserError where it states none."""
-    from diffusers import DDPMScheduler
-
-    config = read_json(checkpoint / "scheduler" / "scheduler_config.json")
-    betas = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-    if not {"beta_schedule", "trained_betas"} & config.keys():
-        raise UserError(
-            f"teacher {checkpoint}: its scheduler ({config.get('_class_name')}) states no noise levels (beta_schedule), "
-            "and so it cannot be distilled"
-        )
-    names = ("num_train_timesteps", *betas)
-    return DDPMScheduler(**{name: config[name] for name in names if name in config}).alphas_cumprod.float()
 
 
 def add_noise(

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from distill.checkpoints.sources import find_family, load_component
+from distill.checkpoints.folder import find_family
+from distill.checkpoints.load import load_component
 from distill.models.conditioning import TOKENS, Conditioning
 
 
@@ -22,7 +23,7 @@ class TextEncoders:
 
     @classmethod
     def load(cls, checkpoint: Path, half: torch.dtype, device: torch.device) -> TextEncoders:
-        """Those of a pipeline folder, in fp32 where `half` is, else in fp16, as caches hold text: bf16 is coarser."""
+        """Loads them from a pipeline folder, in fp32 where `half` is, else in fp16 as caches hold text (bf16 is coarser)."""
         dtype = half if half == torch.float32 else torch.float16
         conditioning = find_family(checkpoint).conditioning
         networks = {name: load_component(checkpoint, name, dtype) for name in conditioning.encoders}
@@ -30,7 +31,7 @@ class TextEncoders:
 
     @torch.no_grad()
     def encoded(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A batch with text in float32 in place of its tokens."""
+        """The batch with its tokens replaced by the text inputs that they encode to, in float32."""
         text = self.conditioning.encode_tokens(self.networks, batch)
         left = {name: value for name, value in batch.items() if name not in TOKENS.values()}
         return left | {name: value.float() for name, value in text.items()}

@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import shutil
 from contextlib import nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distill.checkpoints.sources import checkpoint_hash, find_architecture_of, read_config, resolve
+from distill.checkpoints.folder import checkpoint_hash, find_architecture_of
 from distill.checkpoints.surgery import files_but_unet
 from distill.common.errors import UserError, explaining_full_memory
 from distill.common.files import (
@@ -25,18 +24,15 @@ from distill.common.files import (
 )
 from distill.common.ownership import require_our_folder
 from distill.common.progress import say
-from distill.data.cache import LatentCache
-from distill.models.conditioning import conditioning_of
-from distill.models.module_map import ModuleMap
-from distill.training.accelerator import COMPUTE_DTYPE, check_fsdp, decided_by_first, make_accelerator, require_alike
+from distill.training.accelerator import COMPUTE_DTYPE, check_fsdp, decided_by_first, make_accelerator
 from distill.training.memory import MemoryUse, count_recipe_memory, describe_memory, device_memory
 from distill.training.options import TrainOptions
 from distill.training.output.card import write_card
 from distill.training.output.state import STATE_FORMAT
-from distill.training.output.student_folder import stage_folder, student_dtype
-from distill.training.recipes import PREVIOUS, Recipe, stage_modules
+from distill.training.output.student_folder import student_dtype
+from distill.training.prepare import PreparedStage, prepare_stages
+from distill.training.recipes import PREVIOUS, Recipe
 from distill.training.stage import StageRun
-from distill.training.teachers import check_objectives, check_successor, find_pipelines
 
 
 def train(
@@ -69,33 +65,10 @@ def train(
         raise UserError(
             "--validate-every draws the recipe's validation_prompts, and it has none: add some, or leave it out"
         )
-    teachers = {stage.teacher: resolve(stage.teacher, workdir) for stage in recipe.stages if stage.teacher != PREVIOUS}
-    first = next(iter(teachers.values()))
-    for teacher in teachers.values():  # the first too: what it predicts is checked
-        check_successor(first, teacher)
-    check_objectives(recipe, teachers)
-    modules = stage_modules(recipe, find_architecture_of(first), ModuleMap.of_student(start) if start else None)
-    places = [stage.cache or str(cache) for stage in recipe.stages]
-    caches = {place: LatentCache(place, batch_size=recipe.batch_size, seed=recipe.seed) for place in set(places)}
-    latents = [caches[place] for place in places]
-    versions = {package: version(package) for package in ("slimxl", "torch", "diffusers")}
-    require_alike(versions | {f"the cache {place}": cached.digest[:12] for place, cached in caches.items()})
-    pipelines = decided_by_first(lambda: find_pipelines(recipe, teachers, latents, start))
-    run = decided_by_first(lambda: _describe_run(recipe, teachers, latents, start, options))
+    prepared = prepare_stages(recipe, str(cache), start, out, workdir)
+    run = decided_by_first(lambda: _describe_run(recipe, prepared, options))
     stages = [
-        StageRun(
-            accelerator=accelerator,
-            recipe=recipe,
-            number=number,
-            teacher=teachers.get(stage.teacher) or stage_folder(recipe, number - 1, out),
-            pipeline=pipelines[number],
-            modules=modules[number],
-            latents=latents[number],
-            out=out,
-            options=options,
-            start=start,
-        )
-        for number, stage in enumerate(recipe.stages)
+        StageRun(accelerator=accelerator, recipe=recipe, prepared=one, out=out, options=options) for one in prepared
     ]
 
     def refuse(_waiting: str) -> None:
@@ -111,15 +84,15 @@ def train(
     accelerator.end_training()
 
 
-def _describe_run(
-    recipe: Recipe, teachers: dict[str, Path], latents: list[LatentCache], start: Path | None, options: TrainOptions
-) -> dict[str, Any]:
-    """All that the student depends on, and a `key` over it. How the data were called is no part of it, their hash is."""
+def _describe_run(recipe: Recipe, stages: list[PreparedStage], options: TrainOptions) -> dict[str, Any]:
+    """All that the student depends on, and a `key` over it. A cache counts by its hash, not by the name of its data."""
+    teachers = {one.stage.teacher: one.teacher for one in stages if one.stage.teacher != PREVIOUS}
+    start = stages[0].previous
     run = {
         "recipe": recipe.as_dict(),
         "teachers": {name: checkpoint_hash(folder) for name, folder in teachers.items()},
         "start": checkpoint_hash(start) if start else None,
-        "caches": [{name: value for name, value in cache.key.items() if name != "data"} for cache in latents],
+        "caches": [{name: value for name, value in one.latents.key.items() if name != "data"} for one in stages],
         "mixed_precision": options.mixed_precision,
         "optimizer": options.optimizer,
     }
@@ -154,10 +127,10 @@ def _is_finished(out: Path, key: str) -> bool:
 
 
 def _train_stages(stages: list[StageRun], run: dict[str, Any]) -> None:
-    """The stages that `out` does not hold yet; `run` is what it belongs to."""
+    """Runs the stages that `out` does not hold yet; `run` says which run it is of."""
     first = stages[0]
     accelerator, recipe, out, options = first.accelerator, first.recipe, first.out, first.options
-    done = decided_by_first(lambda: _stages_done(recipe, out))
+    done = decided_by_first(lambda: _stages_done(stages, out))
     if done is None:
         return
     uses: dict[str, MemoryUse] = {}
@@ -175,45 +148,44 @@ def _train_stages(stages: list[StageRun], run: dict[str, Any]) -> None:
             {"wandb": {"dir": str(out / "trackers"), "name": out.name}},
         )
     accelerator.wait_for_everyone()
-    previous = stage_folder(recipe, done - 1, out) if done else first.start
     micro_batch = recipe.micro_batch(accelerator.num_processes, options.accumulation)
     with explaining_full_memory(_memory_advice(options, accelerator.num_processes, micro_batch, uses, out)):
-        for stage in stages[done:]:
-            if stage.number and accelerator.is_main_process:
-                stages[stage.number - 1].draw_finished(stage_folder(recipe, stage.number - 1, out))
-            previous = stage.run(previous)
+        for number in range(done, len(stages)):
+            if number and accelerator.is_main_process:
+                stages[number - 1].draw_finished()
+            stages[number].run()
             gc.collect()  # accelerate's wrappers hold the student in a cycle
             torch.cuda.empty_cache()
     if accelerator.is_main_process:
         _finish(stages, run)
 
 
-def _stages_done(recipe: Recipe, out: Path) -> int | None:
-    """The last one done says that all before it were: each takes the place of the one before. None where another run
-    has finished `out` since it was looked at."""
+def _stages_done(stages: list[StageRun], out: Path) -> int | None:
+    """How many stages `out` holds. The last one is enough to tell: a finished stage removes the folders of those before.
+    None where another run has finished `out` since it was looked at."""
     if (out / "slimxl.json").exists():
         return None
-    numbers = range(len(recipe.stages), 0, -1)
-    return next((n for n in numbers if (stage_folder(recipe, n - 1, out) / "slimxl.json").exists()), 0)
+    done = [one.prepared.number + 1 for one in stages if (one.prepared.folder / "slimxl.json").exists()]
+    return max(done, default=0)
 
 
 def _look_ahead(stage: StageRun) -> dict[str, MemoryUse]:
-    """Tells the memory needed by the run that `stage` is the first of before anything is loaded, and returns it.
+    """Prints the memory that the run needs, before anything is loaded, and returns it; `stage` is its first.
 
     Raises UserError where the disk cannot hold the run: its checkpoints and one more while that is written, the student
     that a stage begins with, and whole pipelines of the stage before and of this (of a LoRA its two files).
     """
-    options, processes, out = stage.options, stage.accelerator.num_processes, stage.out
+    options, processes, out, prepared = stage.options, stage.accelerator.num_processes, stage.out, stage.prepared
     title, uses = count_recipe_memory(
         stage.recipe,
-        find_architecture_of(stage.teacher),
+        find_architecture_of(prepared.teacher),
         half=COMPUTE_DTYPE[options.mixed_precision],
         optimizer=options.optimizer,
         processes=processes,
         accumulation=options.accumulation,
         fsdp=options.fsdp,
-        text="cached" if stage.latents.holds_text else "online",
-        started=stage.start is not None,
+        text="cached" if prepared.latents.holds_text else "online",
+        started=prepared.previous is not None,
     )
     for line in describe_memory(uses, title, *device_memory()):
         say(line)
@@ -227,8 +199,8 @@ def _look_ahead(stage: StageRun) -> dict[str, MemoryUse]:
     shards = processes if options.fsdp else 1
     state_bytes = (use.student + use.ema + use.optimizer) * shards
     initial_bytes = use.student * shards
-    unet_bytes = initial_bytes * student_dtype(stage.teacher).itemsize // 4
-    others = {} if stage.recipe.stages[-1].student.adapter else files_but_unet(stage.pipeline)
+    unet_bytes = initial_bytes * student_dtype(prepared.teacher).itemsize // 4
+    others = {} if stage.recipe.stages[-1].student.adapter else files_but_unet(prepared.pipeline)
     pipeline_bytes = unet_bytes + sum(path.stat().st_size for path in others.values())
     needed = (options.keep_checkpoints + 1) * state_bytes + initial_bytes + 2 * pipeline_bytes
     kept_bytes = sum(
@@ -241,8 +213,8 @@ def _look_ahead(stage: StageRun) -> dict[str, MemoryUse]:
 def _memory_advice(
     options: TrainOptions, processes: int, micro_batch: int, uses: dict[str, MemoryUse], out: Path
 ) -> str:
-    """What was planned, and what of all that saves memory is left to try."""
-    planned = ", ".join(f"{size_text(use.total)} {name}" for name, use in uses.items())
+    """What was expected, and what of all that saves memory is left to try."""
+    expected = ", ".join(f"{size_text(use.total)} {name}" for name, use in uses.items())
     left = []
     if not options.gradient_checkpointing:
         left.append("--gradient-checkpointing")
@@ -252,30 +224,21 @@ def _memory_advice(
         left.append("--fsdp" if processes > 1 else "--fsdp on several GPUs")
     anew = "" if options.fsdp or options.optimizer != "adamw" else "; or start anew with --optimizer adamw-8bit"
     return (
-        f"{f'planned were {planned}; ' if planned else ''}go on from the last checkpoint in {out / 'state'} with the same "
-        f"command and {' or '.join(left) or 'more GPUs'}{anew}"
+        f"{f'expected were {expected}; ' if expected else ''}go on from the last checkpoint in {out / 'state'} with the "
+        f"same command and {' or '.join(left) or 'more GPUs'}{anew}"
     )
 
 
 def _finish(stages: list[StageRun], run: dict[str, Any]) -> None:
     """Moves the last stage's pipeline up to `out`; slimxl.json comes last and says that all is there."""
     last = stages[-1]
-    folder, out = stage_folder(last.recipe, last.number, last.out), last.out
+    folder, out = last.prepared.folder, last.out
     about = read_json(folder / "slimxl.json")
     for item in folder.iterdir():
         if item.name != "slimxl.json":
             item.rename(out / item.name)
-    last.draw_finished(out, folder)
-    stage = last.recipe.stages[-1]
-    write_card(
-        out,
-        last.recipe,
-        about,
-        run,
-        data={str(one.latents.key.get("data", "")) for one in stages},
-        pipeline=conditioning_of(read_config(last.pipeline, "unet")).pipeline,
-        base=str(last.start or stage.teacher) if stage.student.adapter else None,
-    )
+    last.draw_finished(out)
+    write_card(out, last.recipe, [one.prepared for one in stages], about, run)
     write_json(out / "slimxl.json", about | run)
     for left in ("stages", "state"):
         shutil.rmtree(out / left, ignore_errors=True)

@@ -44,7 +44,7 @@ class BuildProgress:
 
     @property
     def _done(self) -> float:
-        """Of the expected seconds of all jobs."""
+        """How many of the expected seconds of all jobs are done."""
         return sum(self._costs[: self._job]) + self._costs[self._job] * self._fraction
 
     @property

@@ -15,7 +15,8 @@ from export.components import TEXT_ENCODERS
 
 
 def _wanted(engine: Engine, gpus: list[str], flavors: list[str], resolutions: list[str]) -> bool:
-    """An empty list wants everything; an engine for any GPU, or of a component without sizes, is always wanted."""
+    """Whether all three lists name what the engine is for; an empty list names everything. An engine for any GPU, or of a
+    component without sizes, is always named."""
     by_gpu = not gpus or any(engine.serves(GPUS[name].compute_capability) for name in gpus)
     by_flavor = not flavors or engine.flavor in flavors
     by_size = not resolutions or engine.component in TEXT_ENCODERS or bool(set(resolutions) & set(engine.resolutions))
@@ -23,7 +24,7 @@ def _wanted(engine: Engine, gpus: list[str], flavors: list[str], resolutions: li
 
 
 def _newest(engines: list[Engine]) -> list[Engine]:
-    """Of engines that serve the same, the one that the newest version built; of several by that version the last."""
+    """Of engines that serve the same, keeps the one built by the newest version, of several by that version the last."""
     same = {"component", "flavor", "layout", "compute_capabilities", "precision", "profiles", "options"}
     by_version = sorted(
         engines, key=lambda engine: version_tuple(engine.flavor_version)

@@ -79,8 +79,8 @@ def require_runs_here(manifest: Manifest, place: Placement) -> None:
         select_engines(manifest, find_flavor(place.flavor), device)
 
 
-def served(manifest: Manifest, place: Placement) -> tuple[list[str], int]:
-    """The sizes, and the largest number of pictures at once, that every instance of the model can draw.
+def served_sizes(manifest: Manifest, place: Placement) -> tuple[list[str], int]:
+    """The image sizes, and the most pictures at once, that every instance of the model can draw.
 
     They are those of the UNets that `engines.load` selects on each device. Where no GPU here runs them, the server may be
     on another machine: then all UNets of the flavor are taken. Raises UserError where there is none, or the CPU runs none.

@@ -14,7 +14,7 @@ from distill.common.files import replacing, sha256_file
 from engines.bundle import MANIFEST, Manifest, read_manifest
 from engines.integrity import verify_bundle
 from engines.serving.options import Serving
-from engines.serving.placement import Placement, choose_placement, parse_devices, served
+from engines.serving.placement import Placement, choose_placement, parse_devices, served_sizes
 
 MODEL_SOURCE = Path(__file__).with_name("model.py")
 MODEL = "slimxl"
@@ -92,7 +92,7 @@ def model_config(bundle: Path, manifest: Manifest, place: Placement, serving: Se
 
     Triton's batcher hands over the requests that wait, without waiting for more; the model draws together what is alike.
     """
-    sizes, max_images = served(manifest, place)
+    sizes, max_images = served_sizes(manifest, place)
     lines = [SIGNATURE, f"name: {quote(MODEL)}", 'backend: "python"', f"max_batch_size: {max_images}"]
     for name, kind, optional in INPUTS:
         tail = " optional: true" if optional else ""

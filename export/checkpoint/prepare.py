@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distill.checkpoints.sources import file_hashes, load_pipeline, make_checkpoint, network_folders, read_config
+from distill.checkpoints.folder import file_hashes, network_folders, read_config
+from distill.checkpoints.load import load_pipeline
+from distill.checkpoints.sources import make_checkpoint
 from distill.checkpoints.tensors import component_tensors, component_weights
 from distill.common.errors import UserError
 from distill.common.files import read_json, read_object, require_free_disk, sha256_file, sha256_json

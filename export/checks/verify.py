@@ -7,7 +7,9 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from distill.checkpoints.sources import WORKDIR, file_hashes, load_component
+from distill.checkpoints.folder import file_hashes
+from distill.checkpoints.load import load_component
+from distill.checkpoints.sources import WORKDIR
 from distill.common.errors import UserError, require_least, unknown
 from distill.common.files import read_object, sha256_file, sha256_json
 from distill.models.resolution import Resolution

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
-from distill.checkpoints.sources import component_tensors, explaining_library, read_config
-from distill.checkpoints.tensors import TensorRecord
+from distill.checkpoints.folder import read_config
+from distill.checkpoints.load import explaining_library
+from distill.checkpoints.tensors import TensorRecord, component_tensors
 from distill.common.errors import UserError
 from distill.models.networks import make_network
 

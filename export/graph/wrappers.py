@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.models.conditioning import Config, TensorSpec, call_unet, unet_input_names
+from distill.models.conditioning import SIZES, Config, TensorSpec, call_unet, unet_input_names
 from export.components import FLOAT_DTYPES, TEXT_ENCODERS
 
 TORCH_DTYPES = {name: getattr(torch, dtype) for name, dtype in FLOAT_DTYPES.items()}
@@ -78,7 +78,7 @@ def example(spec: TensorSpec, config: Config, generator: torch.Generator) -> Ten
     dtype = getattr(torch, spec.dtype)
     if spec.name == "timestep":
         return torch.rand(spec.shape, generator=generator, dtype=dtype) * 999
-    if spec.name == "time_ids":
+    if spec.name == SIZES:
         return torch.randint(0, 2049, spec.shape, generator=generator).to(dtype)
     if spec.name == "input_ids":
         vocabulary, end = config.get("vocab_size", 49408), config.get("eos_token_id", 49407)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill.checkpoints.sources import load_pipeline
+from distill.checkpoints.load import load_pipeline
 from distill.common.errors import UserError, require_least
 from distill.common.files import exclusive, replacing, sha256_json
 from distill.common.progress import say, track

@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from distill.checkpoints.sources import load_component
+from distill.checkpoints.load import load_component
 from distill.checkpoints.tensors import component_tensors
 from distill.common.errors import UserError, require_between, unknown
 from distill.common.files import (

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.checkpoints.sources import find_family, load_pipeline
+from distill.checkpoints.folder import find_family
+from distill.checkpoints.load import load_pipeline
 from distill.common.errors import UserError, require_least
 from distill.common.files import replacing, sha256_json
 from distill.common.progress import say, track

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from distill.checkpoints.sources import load_pipeline
+from distill.checkpoints.load import load_pipeline
 from distill.common.errors import UserError, require_above
 from distill.common.files import read_object, replacing, sha256_json, write_json
 from distill.common.progress import track

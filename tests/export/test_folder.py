@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 import export.folder
 import export.write
-from distill.checkpoints.sources import file_hashes, load_component
+from distill.checkpoints.folder import file_hashes
+from distill.checkpoints.load import load_component
 from distill.common.errors import UserError
 from distill.common.files import exclusive, read_json, sha256_file
 from distill.models.catalogue import count_parameters

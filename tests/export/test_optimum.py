@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import LCMScheduler, UNet2DConditionModel
 
-from distill.checkpoints.sources import load_pipeline
+from distill.checkpoints.load import load_pipeline
 from distill.models.architectures import ARCHITECTURES
 from export.folder import export_checkpoint
 from export.job import ExportOptions

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from distill.checkpoints.assemble import assemble, random_tensors
-from distill.checkpoints.sources import check_checkpoint, find_architecture_of, load_pipeline
+from distill.checkpoints.folder import check_checkpoint, find_architecture_of
+from distill.checkpoints.load import load_pipeline
 from distill.checkpoints.surgery import make_student, student_modules
 from distill.common.files import read_json
 from distill.models.architectures import VEGA_DEPTH, Architecture, find_architecture

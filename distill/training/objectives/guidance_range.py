@@ -31,7 +31,7 @@ class GuidanceRange:
     embedding: Annotated[int, Field(ge=4, multiple_of=2)] | None = 256
 
     def __post_init__(self) -> None:
-        """Raises ValueError, which pydantic tells with its place, for a range from above to below."""
+        """Raises ValueError, which pydantic tells with its place, for a range whose `low` is above its `high`."""
         if self.low > self.high:
             raise ValueError(f"the range of w is reversed: low {self.low:g} is above high {self.high:g}")
 
@@ -49,7 +49,7 @@ class GuidanceRange:
         return {"guidance": self.low + (self.high - self.low) * torch.rand(size, generator=generator)}
 
     def told(self, batch: Batch) -> Batch:
-        """The batch as the student takes it."""
+        """The batch with w as the student takes it."""
         return _told(batch, self.embedding) if self.embedding else batch
 
 

@@ -60,7 +60,7 @@ class Nets:
     target: Any = None
 
     def unprompted(self, batch: Batch) -> Batch:
-        """The batch, of whatever size, with no prompt in place of its own."""
+        """The batch with its text inputs replaced by those of no prompt."""
         size = len(batch["sample"])
         return {**batch, **{name: value.expand(size, *value.shape) for name, value in self.unconditional.items()}}
 
@@ -88,7 +88,7 @@ class Defaults:
         return {}
 
     def sampling(self, teacher: Sampling | None) -> Sampling | None:
-        """As its teacher is; None: as any checkpoint."""
+        """How the student is to be drawn: as its teacher is. None: by any checkpoint's own settings."""
         return teacher
 
     def check(self, prediction_type: str, timesteps: int) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from distill.checkpoints.folder import read_config
 from distill.checkpoints.sampling import Sampling
 from distill.common.files import replacing
-from distill.training.output.student_folder import stage_title
+from distill.models.conditioning import conditioning_of
+from distill.training.prepare import PreparedStage
 from distill.training.recipes import Recipe
 from distill.training.student.lora import KOHYA_FILE, LORA_FILE
 
@@ -21,19 +23,14 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def write_card(
-    out: Path,
-    recipe: Recipe,
-    about: Mapping[str, Any],
-    run: Mapping[str, Any],
-    *,
-    data: Collection[str],
-    pipeline: str,
-    base: str | None,
+    out: Path, recipe: Recipe, stages: Sequence[PreparedStage], about: Mapping[str, Any], run: Mapping[str, Any]
 ) -> None:
-    """Writes `out`/README.md. `about` is what the student's slimxl.json says of it, `run` what it was trained on, `data`
-    what its caches were made of, `pipeline` the class that draws with it, `base` the checkpoint that it is put on where it
-    is a LoRA. Local files are called by their last name: a card says nothing of the machine it was
-    written on."""
+    """Writes `out`/README.md. `about` is what the student's slimxl.json says of it, `run` what it was trained on. Local
+    files are called by their last name: a card says nothing of the machine it was written on."""
+    last = stages[-1]
+    base = str(last.previous or last.stage.teacher) if last.stage.student.adapter else None
+    pipeline = conditioning_of(read_config(last.pipeline, "unet")).pipeline
+    data = {str(one.latents.key.get("data", "")) for one in stages}
     teachers = list(run["teachers"])
     metadata = ModelCardData(
         base_model=[name for name in ([base] if base else teachers) if _is_on_hub(name)] or None,
@@ -65,7 +62,7 @@ def write_card(
         f"{run['mixed_precision']}. The whole recipe is in slimxl.json: `python -m distill recipe slimxl.json` prints it.",
         "## Losses",
         _losses(out / "losses.jsonl"),
-        *_pictures(out, recipe),
+        *_pictures(out, recipe, stages),
     ]
     with replacing(out / "README.md") as temporary:
         ModelCard("\n\n".join(sections) + "\n").save(temporary)
@@ -141,9 +138,9 @@ def _losses(log: Path) -> str:
     return _table(("stage", "step", "loss", "terms, times their λ"), rows)
 
 
-def _pictures(out: Path, recipe: Recipe) -> list[str]:
+def _pictures(out: Path, recipe: Recipe, stages: Sequence[PreparedStage]) -> list[str]:
     """The last picture of each stage that was drawn."""
-    names = [f"{stage_title(recipe, number)}.png" for number in range(len(recipe.stages))]
+    names = [f"{prepared.title}.png" for prepared in stages]
     drawn = [name for name in names if (out / "samples" / name).exists()]
     if not drawn:
         return []

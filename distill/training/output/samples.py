@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
+from distill.checkpoints.load import load_pipeline
 from distill.checkpoints.sampling import Sampling
-from distill.checkpoints.sources import load_pipeline
 from distill.common.files import replacing
 from distill.common.progress import say
 

@@ -8,25 +8,15 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
+from distill.checkpoints.folder import find_family
 from distill.checkpoints.sampling import Sampling
-from distill.checkpoints.sources import find_family
 from distill.common.files import read_json, replacing, write_json
-from distill.models.module_map import ModuleMap
 from distill.training.accelerator import trained_parameters
+from distill.training.prepare import PreparedStage
 from distill.training.recipes import Recipe
 
 LOCAL_PATHS = {"_name_or_path", "name_or_path"}
 """Under which diffusers and transformers note the folder that a network was loaded from."""
-
-
-def stage_folder(recipe: Recipe, number: int, out: Path) -> Path:
-    """Where the student of stage `number`, from 0, is kept until the next stage has ended."""
-    return out / "stages" / stage_title(recipe, number)
-
-
-def stage_title(recipe: Recipe, number: int) -> str:
-    """As folders and pictures are called."""
-    return f"{number + 1:02d}-{recipe.stages[number].name}"
 
 
 def student_dtype(teacher_folder: Path) -> torch.dtype:
@@ -35,21 +25,15 @@ def student_dtype(teacher_folder: Path) -> torch.dtype:
 
 
 def save_student(
-    student: UNet2DConditionModel,
-    pipeline: Path,
-    folder: Path,
-    modules: ModuleMap,
-    recipe: Recipe,
-    number: int,
-    sampling: Sampling | None = None,
+    student: UNet2DConditionModel, prepared: PreparedStage, recipe: Recipe, sampling: Sampling | None = None
 ) -> None:
-    """Writes what the stage leaves, whole or not at all: a pipeline folder with the VAE and text encoders of the folder
-    `pipeline` and the scheduler that `sampling` names, or adapters alone. It depends on nothing but these: no config says
-    where it was made."""
-    with replacing(folder) as temporary:
+    """Writes what the stage leaves in its folder, whole or not at all: a pipeline folder with the VAE and text encoders of
+    its `pipeline` and the scheduler that `sampling` names, or adapters alone. It depends on nothing but these: no config
+    says where it was made."""
+    with replacing(prepared.folder) as temporary:
         temporary.mkdir()
-        trained = recipe.stages[number].student
-        trained.save(student, pipeline, temporary, student_dtype(pipeline))
+        trained = prepared.stage.student
+        trained.save(student, prepared.pipeline, temporary, student_dtype(prepared.pipeline))
         if sampling and not trained.adapter:
             sampling.write_scheduler(temporary)
         for path in temporary.rglob("*.json"):
@@ -60,8 +44,8 @@ def save_student(
             temporary / "slimxl.json",
             {
                 "student": trained.title,
-                "module_map": modules.as_dict(),
-                "stages_done": number + 1,
+                "module_map": prepared.modules.as_dict(),
+                "stages_done": prepared.number + 1,
                 "parameters": sum(p.numel() for p in trained_parameters(student)),
                 "recipe": recipe.as_dict(),
             }

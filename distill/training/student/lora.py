@@ -21,7 +21,7 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from pydantic import Field, PositiveFloat, PositiveInt
 from safetensors.torch import load_file, save_file
 
-from distill.checkpoints.sources import load_component
+from distill.checkpoints.load import load_component
 from distill.common.errors import unknown
 from distill.common.validation import STRICT
 from distill.models.architectures import Architecture
@@ -54,11 +54,11 @@ class Lora:
         return f"LoRA of rank {self.rank}"
 
     def check(self) -> None:
-        """Nothing is wrong with it whatever the teacher."""
+        """Does nothing: an adapter fits every teacher, but for its `targets`, which `modules` checks."""
 
     @property
     def family(self) -> Family:
-        """Of a base that says nothing of itself, as one on the hub."""
+        """The family that a base is taken for while nothing of it is at hand, as one on the hub."""
         return SDXL_FAMILY
 
     def architecture_of(self, teacher: Architecture) -> Architecture:
@@ -97,7 +97,7 @@ class Lora:
         return source
 
     def dtype(self, half: torch.dtype) -> torch.dtype:
-        """Of the frozen base; `half` is what the step computes in."""
+        """The dtype of the frozen base: what the step computes in (`half`)."""
         return half
 
     def prepare(self, unet: UNet2DConditionModel, *, seed: int = 0) -> None:

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from diffusers import UNet2DConditionModel
 
-from distill.checkpoints.sources import find_family, load_component
+from distill.checkpoints.folder import find_family
+from distill.checkpoints.load import load_component
 from distill.checkpoints.surgery import (
     copy_all_but_unet,
     extend_unet,
@@ -100,7 +101,7 @@ class Pruned:
         return folder
 
     def dtype(self, half: torch.dtype) -> torch.dtype:
-        """Of the weights while they are trained; `half` is what the step computes in."""
+        """The dtype of the weights while they are trained: fp32, whatever the step computes in (`half`)."""
         return torch.float32
 
     def prepare(self, unet: UNet2DConditionModel, *, seed: int = 0) -> None:

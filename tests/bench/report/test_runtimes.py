@@ -12,7 +12,7 @@ from bench.measure.clock import Sample
 from bench.measure.stats import Estimate
 from bench.report.elements.formatting import by_size
 from bench.report.report import write_report
-from bench.report.runtimes import layout_table, limits, quotient, runtime_figures
+from bench.report.runtimes import layout_table, model_gains, quotient, runtime_figures
 from bench.results import Results, read_results
 from bench.workload import Workload
 from distill.models.architectures import ARCHITECTURES
@@ -139,10 +139,10 @@ def test_the_quotient_of_two_speedups_has_the_widest_interval():
 
 
 def test_the_limit_is_the_ratio_of_arithmetic_and_the_claim_the_makers(suite_results):
-    table = [one for one in limits(suite_results) if one.runtime.startswith("diffusers eager")]
+    table = [one for one in model_gains(suite_results) if one.runtime.startswith("diffusers eager")]
     main = {one.title: one for one in table if one.cell.startswith(SIZES[0])}
-    assert main["SSD-1B"].limit == pytest.approx(1.58, abs=0.005)
-    assert main["Vega"].limit == pytest.approx(2.31, abs=0.005)
+    assert main["SSD-1B"].by_flops == pytest.approx(1.58, abs=0.005)
+    assert main["Vega"].by_flops == pytest.approx(2.31, abs=0.005)
     assert (main["SSD-1B"].claim, main["Vega"].claim) == (1.6, 2.0)
     assert main["Vega"].speedup.value == pytest.approx(2.0)
     wide = next(one for one in table if one.title == "Vega" and one.cell.startswith(SIZES[1]))
@@ -154,13 +154,13 @@ def test_the_limit_is_the_ratio_of_arithmetic_and_the_claim_the_makers(suite_res
         )
         for model in ("sdxl", "vega")
     ]
-    assert wide.limit == pytest.approx(flops[0] / flops[1])
+    assert wide.by_flops == pytest.approx(flops[0] / flops[1])
 
 
 def test_a_failed_guard_is_told_beside_the_limit(suite_results):
     eager = suite_results[0].model_copy(deep=True)
     eager.contestant("sdxl").quality["passed"] = False
-    table = limits([eager])
+    table = model_gains([eager])
     assert all(one.base_failed and not one.failed for one in table) and table
 
 
@@ -171,8 +171,8 @@ def test_a_claim_is_against_the_largest_model(results_path, suite_results):
         for name, one in (("ssd-1b", 1800.0), ("vega", 1200.0))
     }
     smaller = gpu_results(results_path, two)
-    assert [(one.base, one.claim) for one in limits([smaller])] == [("SSD-1B", None)]
-    found = [one for one in limits([smaller, suite_results[0]]) if one.cell.startswith(SIZES[0])]
+    assert [(one.base, one.claim) for one in model_gains([smaller])] == [("SSD-1B", None)]
+    found = [one for one in model_gains([smaller, suite_results[0]]) if one.cell.startswith(SIZES[0])]
     assert {(one.title, one.base, one.claim) for one in found} == {
         ("SSD-1B", "SDXL", 1.6),
         ("Vega", "SDXL", 2.0),

@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
 
 from distill.checkpoints.assemble import component_shapes, meta_components
+from distill.checkpoints.folder import find_architecture_of, network_folders, read_config
+from distill.checkpoints.load import load_pipeline
 from distill.checkpoints.single_file import _unet_name
-from distill.checkpoints.sources import find_architecture_of, load_pipeline, network_folders, read_config, resolve
+from distill.checkpoints.sources import resolve
 from distill.checkpoints.tensors import component_tensors, component_weights
 from distill.common.errors import UserError
 from distill.data.make_cache import make_cache

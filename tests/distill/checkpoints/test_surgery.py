@@ -9,9 +9,10 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 from distill.__main__ import main
-from distill.checkpoints.sources import component_tensors, find_architecture_of, load_component, load_pipeline
+from distill.checkpoints.folder import find_architecture_of
+from distill.checkpoints.load import load_component, load_pipeline
 from distill.checkpoints.surgery import make_student, make_student_unet, plan_surgery, student_modules, unet_shapes
-from distill.checkpoints.tensors import component_weights
+from distill.checkpoints.tensors import component_tensors, component_weights
 from distill.common.errors import UserError
 from distill.models.architectures import ARCHITECTURES, SDXL_DEPTH, SSD_1B_DEPTH, VEGA_DEPTH, Architecture
 from distill.models.module_map import ModuleMap, make_module_map, read_layer_map

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distill.checkpoints.sources import check_checkpoint, file_hashes, load_component
+from distill.checkpoints.folder import check_checkpoint, file_hashes
+from distill.checkpoints.load import load_component
 from distill.checkpoints.tensors import component_tensors, component_weights, read_safetensors_header
 from distill.common.errors import UserError
 

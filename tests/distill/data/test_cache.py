@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from distill.checkpoints.sources import load_component
+from distill.checkpoints.load import load_component
 from distill.common.errors import UserError
 from distill.data.cache import UNCONDITIONAL, LatentCache, checksum
 from distill.data.cache_index import INDEX, write_index

@@ -10,7 +10,8 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
 
-from distill.checkpoints.sources import MINI_TEACHERS, load_component
+from distill.checkpoints.load import load_component
+from distill.checkpoints.sources import MINI_TEACHERS
 from distill.common.errors import UserError
 from distill.data.shapes import ATTRIBUTES, Scene, render
 from distill.mini import teach, teach_unet, teach_vae

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from distill.checkpoints.load import load_component, load_pipeline
 from distill.checkpoints.random_weights import random_pipeline
-from distill.checkpoints.sources import load_component, load_pipeline
 from distill.common.errors import UserError
 from distill.models.conditioning import SD, SDXL, Conditioning, call_unet, conditioning_of, unet_input_names
 from distill.models.families import MINI_FAMILY, SDXL_FAMILY, family_of

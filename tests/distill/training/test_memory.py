@@ -110,7 +110,7 @@ def test_a_batch_that_cannot_be_shared_is_not_planned(processes: int, accumulati
 
 
 def test_full_size_is_planned_without_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    arguments = ["plan", "--recipe", "ssd-1b", "--processes", "8", "--accumulation", "4", "--memory-gb", "80"]
+    arguments = ["memory", "--recipe", "ssd-1b", "--processes", "8", "--accumulation", "4", "--memory-gb", "80"]
     arguments += ["--text", "online"]
     monkeypatch.setattr("sys.argv", ["distill", *arguments])
     assert main() == 0

@@ -24,7 +24,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from distill.checkpoints.sources import check_checkpoint, checkpoint_hash
+from distill.checkpoints.folder import check_checkpoint, checkpoint_hash
 from distill.common.errors import UserError, exit_on_user_error
 from distill.common.files import exclusive
 from distill.training.guard import DivergenceGuard
@@ -355,7 +355,7 @@ def test_a_full_gpu_is_one_line_and_the_same_command_goes_on(
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB" in told
     assert "with the same command and --gradient-checkpointing or --accumulation above 1 or --fsdp on several" in told
-    assert re.search(r"planned were [\d.]+ [kMG]B plain, [\d.]+ [kMG]B gradient checkpointing; go on", told), told
+    assert re.search(r"expected were [\d.]+ [kMG]B plain, [\d.]+ [kMG]B gradient checkpointing; go on", told), told
     assert "start anew with --optimizer adamw-8bit" in told
     assert [path.name for path in sorted((tmp_path / "state").iterdir())] == ["01-0000001", "01-0000002"]
     run(gradient_checkpointing=True, accumulation=2)

@@ -16,8 +16,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distill.checkpoints.sources import component_tensors, file_hashes, read_config, resolve
+from distill.checkpoints.folder import file_hashes, read_config
+from distill.checkpoints.sources import resolve
 from distill.checkpoints.surgery import make_student
+from distill.checkpoints.tensors import component_tensors
 from distill.common.errors import UserError
 from distill.data.make_cache import make_cache
 from distill.models.architectures import find_architecture
@@ -29,9 +31,9 @@ from distill.training.objectives import Distill
 from distill.training.objectives.taps import Level
 from distill.training.options import TrainOptions
 from distill.training.output.state import TrainingState, gather_student
+from distill.training.prepare import check_successor
 from distill.training.recipes import Recipe, Stage
 from distill.training.step import Pair
-from distill.training.teachers import check_successor
 from distill.training.trainer import train
 from tests.distill.small_runs import HALF, curve, short_recipe, small_recipe
 

@@ -14,7 +14,7 @@ from distill.common.errors import UserError
 from engines.bundle import Manifest, read_manifest
 from engines.serving.environment import Environment
 from engines.serving.options import Serving
-from engines.serving.placement import Placement, choose_placement, parse_devices, served
+from engines.serving.placement import Placement, choose_placement, parse_devices, served_sizes
 from engines.serving.repository import quote, write_repository
 from tests.engines.serving.triton_here import ROOT, repository_config
 
@@ -104,16 +104,16 @@ def test_only_what_is_loaded_is_promised(toy_manifest: Manifest) -> None:
     unet = next(e for e in toy_manifest.engines if e.flavor == "onnxruntime" and e.component == "unet")
     other = unet.model_copy(update={"layout": "per-resolution", "resolutions": ["640x384"], "batches": [8]})
     manifest = toy_manifest.model_copy(update={"engines": [*toy_manifest.engines, other]})
-    assert served(manifest, Placement("onnxruntime", ())) == (unet.resolutions, 1)
+    assert served_sizes(manifest, Placement("onnxruntime", ())) == (unet.resolutions, 1)
 
 
 def test_a_repository_may_be_for_another_machine(toy_manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though the GPU of that number here runs none of the plans, or has no TensorRT."""
     monkeypatch.setattr("engines.flavors.tensorrt.gpu_of_device", lambda device: ("NVIDIA RTX 5090", "12.0"))
     unet = next(e for e in toy_manifest.engines if e.flavor == "tensorrt-rtx" and e.component == "unet")
-    assert served(toy_manifest, Placement("tensorrt-rtx", (0,))) == (unet.resolutions, 1)
+    assert served_sizes(toy_manifest, Placement("tensorrt-rtx", (0,))) == (unet.resolutions, 1)
     with pytest.raises(UserError, match="has no tensorrt engine for unet"):
-        served(toy_manifest, Placement("tensorrt", (0,)))
+        served_sizes(toy_manifest, Placement("tensorrt", (0,)))
 
 
 def test_what_cannot_be_replaced_is_refused(toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

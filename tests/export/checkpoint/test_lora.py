@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from distill.checkpoints.sources import load_component
+from distill.checkpoints.load import load_component
 from distill.common.errors import UserError
 from export.checkpoint.lora import check_lora
 from export.checkpoint.prepare import with_loras

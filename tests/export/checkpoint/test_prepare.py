@@ -15,9 +15,13 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from distill.checkpoints.sources import component_weights, file_hashes, load_component, read_config, resolve
+from distill.checkpoints.folder import file_hashes, read_config
+from distill.checkpoints.load import load_component
+from distill.checkpoints.sources import resolve
+from distill.checkpoints.tensors import component_weights
 from distill.common.errors import UserError
 from distill.common.files import read_json
+from distill.models.conditioning import SD, SDXL, Conditioning
 from distill.models.resolution import Resolution
 from export.checkpoint.prepare import prepare, with_loras, with_vae
 from export.checks.verify import verify_folder
@@ -229,11 +233,23 @@ def test_a_named_vae_is_fetched_from_its_repository(
     kind = {"fp16-fix": "AutoencoderKL", "tiny": "AutoencoderTiny"}[vae]
     assert type(load_component(checkpoint, "vae", torch.float16)).__name__ == kind
     assert read_json(checkpoint / "model_index.json")["vae"] == ["diffusers", kind]
-    options = ExportOptions(precision="fp16", vae=vae)
-    assert (
-        component_precision("vae_decoder", options, read_config(checkpoint, "vae") | {"force_upcast": False}) == "fp16"
-    )
+    config = read_config(checkpoint, "vae") | {"force_upcast": False}
+    assert component_precision("vae_decoder", ExportOptions(vae=vae), SDXL, config) == "fp16"
     assert with_vae(mini_vega, vae, tmp_path) == checkpoint  # the second time it is there
+
+
+@pytest.mark.parametrize(
+    ("kind", "vae", "upcast", "precision"),
+    [
+        (SDXL, "stock", False, "fp32"),
+        (SDXL, "own", True, "fp32"),
+        (SD, "stock", True, "fp16"),
+        (SD, "own", True, "fp16"),
+    ],
+)  # diffusers' AutoencoderKL says force_upcast wherever its config does not; the pipelines of SD 1.x and 2.x do not read it
+def test_only_a_vae_that_overflows_stays_in_fp32(kind: Conditioning, vae: str, upcast: bool, precision: str) -> None:
+    config = {"force_upcast": upcast}
+    assert component_precision("vae_decoder", ExportOptions(vae=vae), kind, config) == precision
 
 
 @pytest.mark.parametrize("vae", ["fp16-fix", "tiny"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import export.graph.trace as tracing
-from distill.checkpoints.sources import load_component
+from distill.checkpoints.load import load_component
 from distill.models.resolution import Resolution
 from export.checks.parity import compare
 from export.components import COMPONENTS

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch._subclasses import FakeTensor
 
-from distill.checkpoints.sources import component_weights, load_component
+from distill.checkpoints.load import load_component
+from distill.checkpoints.tensors import component_weights
 from distill.common.errors import UserError
 from export.folder import export_checkpoint
 from export.graph.weights import load_shapes

@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 import torch
 
-from distill.checkpoints.sources import load_component
+from distill.checkpoints.load import load_component
 from distill.common.errors import UserError
 from distill.common.files import read_json
 from distill.models.resolution import Resolution

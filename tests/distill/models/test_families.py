@@ -12,14 +12,15 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from distill.__main__ import main
-from distill.checkpoints.sources import load_pipeline, resolve
+from distill.checkpoints.load import load_pipeline
+from distill.checkpoints.sources import resolve
 from distill.checkpoints.surgery import make_student
 from distill.common.errors import UserError
 from distill.data.cache import LatentCache
 from distill.data.make_cache import make_cache
 from distill.models.architectures import find_architecture
+from distill.training.prepare import check_successor
 from distill.training.recipes import find_recipe
-from distill.training.teachers import check_successor
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_two_families_in_one_command_are_told_before_anything_is_loaded(
         "sd_student_of_sd": recipe_of("tiny-sd", "mini-tiny-sd", sd, tmp_path / "3.json"),
     }
     monkeypatch.setattr("sys.argv", ["distill", *command.format(**places).split()])
-    monkeypatch.setattr("distill.checkpoints.sources.load_component", None)
+    monkeypatch.setattr("distill.checkpoints.load.load_component", None)
     assert main() == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and told in said[0], said

@@ -19,7 +19,8 @@ from safetensors import safe_open
 from torch.profiler import ProfilerActivity, profile
 
 from distill.__main__ import main
-from distill.checkpoints.sources import checkpoint_hash, load_component
+from distill.checkpoints.folder import checkpoint_hash
+from distill.checkpoints.load import load_component
 from distill.common.errors import UserError
 from distill.models.architectures import ARCHITECTURES
 from distill.models.module_map import make_module_map
@@ -169,7 +170,7 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(
     with pytest.raises(UserError, match="a LoRA's are fp32 beside a base in half precision; leave --fsdp out"):
         check_fsdp(2, "bf16", "adamw", adapters=True)
     (tmp_path / "mine.json").write_text(json.dumps(lora_recipe(str(mini_vega)).as_dict()))
-    monkeypatch.setattr("sys.argv", ["distill", "plan", "--recipe", str(tmp_path / "mine.json"), "--fsdp"])
+    monkeypatch.setattr("sys.argv", ["distill", "memory", "--recipe", str(tmp_path / "mine.json"), "--fsdp"])
     assert main() == 2
     assert "leave --fsdp out" in capsys.readouterr().err
 

@@ -1,20 +1,90 @@
-"""Whether the teachers of a recipe fit each other, the objectives of their stages and the caches of these."""
+"""The stages of a recipe made ready: each with the folders, layers and cache that it is trained by, all checked."""
 
 from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from distill.checkpoints.sources import prediction_type_of, read_config
+from distill.checkpoints.folder import (
+    alphas_cumprod_of,
+    find_architecture_of,
+    prediction_type_of,
+    read_config,
+)
+from distill.checkpoints.sources import resolve
 from distill.common.errors import UserError
 from distill.common.files import read_object
 from distill.data.cache import LatentCache
 from distill.models.conditioning import conditioning_of
 from distill.models.depth import Depth
-from distill.training.recipes import Recipe
-from distill.training.step import alphas_cumprod_of
+from distill.models.module_map import ModuleMap
+from distill.training.accelerator import decided_by_first, require_alike
+from distill.training.recipes import PREVIOUS, Recipe, Stage, stage_modules
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedStage:
+    """A `stage` of a recipe, its `number` from 0, and all that it is trained by.
+
+    `teacher` is the folder of its teacher, `previous` that of the student that it begins with (None: its teacher), `folder`
+    where its own student will be; `pipeline` is the folder of the VAE and text encoders that `latents` was made with, which
+    the student is drawn and shipped with; `modules` says what the student is made from; `first_step` counts the steps of
+    all stages before."""
+
+    number: int
+    stage: Stage
+    teacher: Path
+    previous: Path | None
+    folder: Path
+    pipeline: Path
+    modules: ModuleMap
+    latents: LatentCache
+    first_step: int
+
+    @property
+    def title(self) -> str:
+        """As its folder and pictures are called."""
+        return self.folder.name
+
+
+def prepare_stages(recipe: Recipe, cache: str, start: Path | None, out: Path, workdir: Path) -> list[PreparedStage]:
+    """The recipe's stages in order, as `train` in `trainer.py` runs them; every process must call this.
+
+    Raises UserError for layer maps that are not nested, a teacher that cannot succeed the one before or serve its stage's
+    objective, a cache that a teacher does not fit, and for processes that have other caches or packages than the first.
+    """
+    teachers = {stage.teacher: resolve(stage.teacher, workdir) for stage in recipe.stages if stage.teacher != PREVIOUS}
+    first = next(iter(teachers.values()))
+    for teacher in teachers.values():  # the first too: what it predicts is checked
+        check_successor(first, teacher)
+    _check_objectives(recipe, teachers)
+    modules = stage_modules(recipe, find_architecture_of(first), ModuleMap.of_student(start) if start else None)
+    places = [stage.cache or cache for stage in recipe.stages]
+    caches = {place: LatentCache(place, batch_size=recipe.batch_size, seed=recipe.seed) for place in set(places)}
+    latents = [caches[place] for place in places]
+    versions = {package: version(package) for package in ("slimxl", "torch", "diffusers")}
+    require_alike(versions | {f"the cache {place}": cached.digest[:12] for place, cached in caches.items()})
+    pipelines = decided_by_first(lambda: _find_pipelines(recipe, teachers, latents, start))
+    stages: list[PreparedStage] = []
+    for number, stage in enumerate(recipe.stages):
+        before = stages[-1] if stages else None
+        prepared = PreparedStage(
+            number=number,
+            stage=stage,
+            teacher=before.folder if before and stage.teacher == PREVIOUS else teachers[stage.teacher],
+            previous=before.folder if before else start,
+            folder=out / "stages" / f"{number + 1:02d}-{stage.name}",
+            pipeline=pipelines[number],
+            modules=modules[number],
+            latents=latents[number],
+            first_step=before.first_step + before.stage.steps if before else 0,
+        )
+        stages.append(prepared)
+    return stages
 
 
 def check_successor(first: Path, teacher: Path) -> None:
@@ -61,7 +131,7 @@ def _network_of(folder: Path) -> dict[str, Any]:
     return meant
 
 
-def check_objectives(recipe: Recipe, teachers: dict[str, Path]) -> None:
+def _check_objectives(recipe: Recipe, teachers: dict[str, Path]) -> None:
     """Raises UserError for a stage whose objective its teacher cannot serve; a student predicts what its teacher did."""
     teacher = next(iter(teachers.values()))
     for stage in recipe.stages:
@@ -72,7 +142,7 @@ def check_objectives(recipe: Recipe, teachers: dict[str, Path]) -> None:
             raise UserError(f"stage {stage.name}: {error}") from None
 
 
-def find_pipelines(
+def _find_pipelines(
     recipe: Recipe, teachers: dict[str, Path], latents: list[LatentCache], start: Path | None
 ) -> list[Path]:
     """For each stage the folder whose VAE and text encoders its cache was made with: its teacher's as a rule. The student of

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 
-from distill.checkpoints.sources import load_component
+from distill.checkpoints.load import load_component
 from distill.common.errors import UserError
 from distill.models.architectures import ARCHITECTURES
 from distill.training.output.samples import draw_samples

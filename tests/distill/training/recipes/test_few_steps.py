@@ -11,9 +11,10 @@ import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline
 
+from distill.checkpoints.folder import read_config
 from distill.checkpoints.sampling import sampling_of
-from distill.checkpoints.sources import component_tensors, read_config
 from distill.checkpoints.surgery import extend_unet
+from distill.checkpoints.tensors import component_tensors
 from distill.common.errors import UserError
 from distill.common.validation import from_json
 from distill.training.objectives import Consistency, Guidance, GuidanceRange, Halving
