@@ -93,7 +93,7 @@ def find_shares(known: list[Known]) -> Shares:
         if runtimes | generations == before:
             break
     found = Shares(runtimes | {one.runtime: 0.0 for one in eight}, generations)
-    rest = {name: [] for name in found.runtimes.keys() - runtimes.keys()}
+    rest: dict[str, list[float]] = {name: [] for name in found.runtimes.keys() - runtimes.keys()}
     for one in eight:
         rest[one.runtime].append(log(one.efficiency / found.share(one.gpu, one.runtime)))
     return Shares(runtimes | {name: median(values) for name, values in rest.items()}, generations)
