@@ -189,8 +189,8 @@ def _kept(path: Path, draw: Callable[[], tuple[list[Scene], list[np.ndarray]]]) 
             return [Scene.parse(str(one)) for one in captions], [arrays[f"{place}"] for place in range(len(captions))]
     scenes, pictures = draw()
     with replacing(path) as temporary, temporary.open("wb") as file:
-        arrays: dict[str, Any] = {f"{place}": picture for place, picture in enumerate(pictures)}
-        np.savez_compressed(file, **arrays, captions=[scene.caption for scene in scenes])
+        named: dict[str, Any] = {f"{place}": picture for place, picture in enumerate(pictures)}
+        np.savez_compressed(file, **named, captions=[scene.caption for scene in scenes])
     return scenes, pictures
 
 
