@@ -21,7 +21,7 @@ MEASURED = "measured by slimxl"
 MODELS = ("sdxl", "ssd-1b", "vega")
 """Those of which figures are published; only they are predicted."""
 
-Row = tuple[str, str]
+Board = tuple[str, str]
 """A key of PEAKS, and the precision of the UNet."""
 
 
@@ -66,7 +66,7 @@ def runtime_class(record: ContestantRecord) -> str:
     return f"{name}, {record.precision}" if record.precision in ("bf16", "fp32", *EIGHT_BITS) else name
 
 
-def all_predictions(known: list[Known]) -> dict[Row, list[Prediction]]:
+def all_predictions(known: list[Known]) -> dict[Board, list[Prediction]]:
     """Of every GPU of the list in fp16, and in 8 bits where the board has them and is told as one; one for each model."""
     found = {(gpu, "fp16"): [predict(gpu, model, STEPS, RUNTIME, known) for model in MODELS] for gpu in PEAKS}
     for gpu, peak in PEAKS.items():
@@ -86,15 +86,15 @@ def about(predicted_ms: float) -> str:
     return f"≈ {long_seconds(predicted_ms)}"
 
 
-def prediction_table(predictions: dict[Row, list[Prediction]]) -> Table:
-    def gpu(key: Row) -> Cell:
+def prediction_table(predictions: dict[Board, list[Prediction]]) -> Table:
+    def gpu(key: Board) -> Cell:
         peak, precision = PEAKS[key[0]], key[1]
         rate = f"{peak.tflops_in(precision):.0f} {'TOP/s' if precision == 'int8' else 'TFLOP/s'}"
         name = f"{peak.name}, {precision}" if precision in EIGHT_BITS else peak.name
         return Cell(name, small=(f"{rate}, {peak.terabytes_per_s:.2f} TB/s",))
 
-    def column(index: int, model: str) -> Column[Row]:
-        def write(key: Row) -> Cell:
+    def column(index: int, model: str) -> Column[Board]:
+        def write(key: Board) -> Cell:
             one = predictions[key][index]
             floor = f"floor {long_seconds(one.floor_ms)}"
             if one.total_ms is None:

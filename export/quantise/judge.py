@@ -74,8 +74,8 @@ class OnnxUNet:
 @dataclass(frozen=True)
 class Judged:
     """One folder. `step_errors` are those of noise_pred, relative in the 2-norm, on the inputs that the first folder's UNet
-    had at each step; `psnr_db` is the least and the median of its pictures against the first's, None where all are equal;
-    `cpu_ms` of one call of two rows on a small picture, one thread."""
+    had at each step; `psnr_db` is the least and the median of its pictures that differ from the first's, None where none
+    does; `cpu_ms` of one call of two rows on a small picture, one thread."""
 
     name: str
     precision: str
@@ -129,6 +129,7 @@ def judge_folders(
         first = first or pictures
         followed = share_followed(scenes, pictures)
         ratios = [psnr_db(one, other) for one, other in zip(pictures, first, strict=True)]
+        unlike = [ratio for ratio in ratios if math.isfinite(ratio)]
         rows.append(
             Judged(
                 name=folder.name,
@@ -137,7 +138,7 @@ def judge_folders(
                 followed=followed,
                 interval=wilson(followed["all"], count),
                 step_errors=errors[folder],
-                psnr_db=None if math.isinf(median(ratios)) else (min(ratios), median(ratios)),
+                psnr_db=(min(unlike), median(unlike)) if unlike else None,
                 cpu_ms=median(cpu_ms[folder.name]),
             )
         )
