@@ -1,4 +1,4 @@
-"""`python -m bench run|report|compare|gpu|study`"""
+"""`python -m bench run|report|compare|search|gpu|study`"""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from bench.options import RunOptions
+from bench.search.options import SearchOptions
 from bench.study.commands import study
 from bench.suite import SuiteOptions
 from distill.common.errors import exit_on_user_error
@@ -61,6 +62,14 @@ def compare(before: tyro.conf.Positional[Path], after: tyro.conf.Positional[Path
     return compare_files(before, after, tolerance)
 
 
+def search(options: Annotated[SearchOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]) -> int:
+    """Find what to leave out of a teacher for a latency: a front of students, each proposal with a recipe to train it by."""
+    from bench.search.search import run_search
+
+    run_search(options)
+    return 0
+
+
 def gpu(options: Annotated[SuiteOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]) -> int:
     """Everything a GPU can be measured for, job by job, as JSON and a report."""
     from bench.suite import run_suite
@@ -73,6 +82,7 @@ def main() -> int:
         "run": run,
         "report": report,
         "compare": compare,
+        "search": search,
         "gpu": gpu,
         "study": study,
     }

@@ -47,6 +47,11 @@ class ModuleMap:
         count = self.student.transformers[transformer]
         return tuple(_index(self.paths[f"{transformer}.transformer_blocks.{i}"]) for i in range(count))
 
+    @property
+    def dropped(self) -> frozenset[str]:
+        """The teacher's modules that nothing of the student is made from."""
+        return frozenset(_modules(self.teacher) - set(self.paths.values()))
+
     def relative_to(self, base: ModuleMap | None) -> ModuleMap:
         """The same modules as they are called in an earlier student, whose own map is `base` (None: in the teacher).
 
