@@ -46,7 +46,8 @@ def read_weight(value: ir.Value) -> np.ndarray:
 def _scale(largest: np.ndarray | float, precision: Precision, dtype: np.dtype) -> np.ndarray:
     """The least number of `dtype` that brings `largest` onto the grid: rounded up, so that nothing is cut off."""
     wanted = np.maximum(np.asarray(largest, np.float64) / precision.largest, SMALLEST)
-    scale = wanted.astype(dtype)
+    with np.errstate(over="ignore"):  # infinity is told by the layer's name
+        scale = wanted.astype(dtype)
     return np.where(scale.astype(np.float64) < wanted, np.nextafter(scale, dtype.type(np.inf)), scale).astype(dtype)
 
 
