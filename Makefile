@@ -9,7 +9,7 @@ MODEL ?=
 BUNDLE ?=
 FLAVOR ?= tensorrt-rtx
 PRECISION ?= fp16
-ifeq ($(FLAVOR),tensorrt)  # builds on the GPU at hand only
+ifneq ($(filter tensorrt onnxruntime,$(FLAVOR)),)  # builds on the GPU at hand only; runs anywhere
 GPUS ?= auto
 endif
 ifeq ($(PRECISION),fp8)  # which an A100 has not

@@ -1,64 +1,173 @@
-"""What changed between two results files beyond noise; a regression is exit code 1."""
+"""What changed between two runs beyond noise; a regression is exit code 1.
+
+Times of two runs differ by what the machine did meanwhile, so contestants are compared by their ratio to the baseline of
+the same rounds: what shifts all of them is the machine's. Of several launches the ratios' spread from launch to launch
+says what noise is (Welch's interval); of a single one the rounds' interval must do, and only where nothing speaks
+against the rows.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean, median, variance
 
+from bench.launches import join
+from bench.measure.faults import are_doubts
+from bench.measure.stats import Estimate, by_launch, median_interval, round_ratios, t_975
 from bench.report.elements.formatting import milliseconds
-from bench.results import Results, Row, read_results
+from bench.results import CellRecord, Results, Row, read_results
 from distill.common.errors import UserError
+
+UNKNOWN = 3  # exit code where nothing got worse for certain, and something cannot be told
 
 
 @dataclass(frozen=True)
 class Change:
-    """`ratio` is after over before; `verdict` is slower, faster, same, unknown, gone, new, broken, or mended."""
+    """`ratio` is after over before, of the time over the baseline's where `relative`; `verdict` is slower, faster, same,
+    machine (moved as all did), unknown, gone, new, broken, or mended; `why` it is unknown."""
 
     workload: str
     contestant: str
     before_ms: float | None
     after_ms: float | None
-    ratio: float | None
+    ratio: Estimate | None
     verdict: str
+    relative: bool = False
+    why: str = ""
 
     @property
     def is_regression(self) -> bool:
         return self.verdict in ("slower", "gone", "broken")
 
 
-def verdict_on(before: Row, after: Row, tolerance: float) -> str:
-    """`broken` or `mended` where one was refused and the other not; else `slower` or `faster` only where the intervals do
-    not touch and the medians differ by more than `tolerance`; `unknown` where they differ so, and one has too few runs
-    for an interval."""
-    if before.refused != after.refused:
-        return "broken" if after.refused else "mended"
-    ratio = after.total_ms.value / before.total_ms.value
-    if abs(ratio - 1) <= tolerance:
+def change_of(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) -> Estimate:
+    """How many times as long `after` takes, from values of each round, launch by launch: with several launches on both
+    sides the ratio of their geometric means and Welch's 95 % interval (Welch 1947) of the logarithm; else from one end of
+    the medians' intervals to the other, none where there are fewer than six rounds."""
+    if len(before) > 1 and len(after) > 1:
+        logs = [[math.log(median(launch)) for launch in side] for side in (before, after)]
+        difference = fmean(logs[1]) - fmean(logs[0])
+        parts = [variance(side) / len(side) for side in logs]
+        if not sum(parts):
+            return Estimate(value=math.exp(difference), low=math.exp(difference), high=math.exp(difference))
+        degrees = sum(parts) ** 2 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, logs, strict=True))
+        half = t_975(degrees) * math.sqrt(sum(parts))
+        return Estimate(value=math.exp(difference), low=math.exp(difference - half), high=math.exp(difference + half))
+    old, new = (median_interval([value for launch in side for value in launch]) for side in (before, after))
+    if old.low is None or old.high is None or new.low is None or new.high is None:
+        return Estimate(value=new.value / old.value)
+    return Estimate(value=new.value / old.value, low=new.low / old.high, high=new.high / old.low)
+
+
+def beyond(change: Estimate, tolerance: float) -> str:
+    """slower or faster, where the whole interval says so and the value by more than `tolerance`; else same, or unknown
+    where there is no interval."""
+    if abs(change.value - 1) <= tolerance:
         return "same"
-    if before.total_ms.low is None or after.total_ms.low is None:
+    if change.low is None or change.high is None:
         return "unknown"
-    if before.total_ms.overlaps(after.total_ms):
+    if change.low <= 1 <= change.high:
         return "same"
-    return "slower" if ratio > 1 else "faster"
+    return "slower" if change.value > 1 else "faster"
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One contestant's rows of both runs, and the baseline's where it can be held against that."""
+
+    name: str
+    rows: tuple[Row, Row]
+    bases: tuple[Row, Row] | None
+
+    @property
+    def several_launches(self) -> bool:
+        return all(row.launches > 1 for row in self.rows)
+
+    @property
+    def doubts(self) -> list[str]:
+        """What speaks against any of the rows, kind by kind."""
+        found = [fault for row in (*self.rows, *(self.bases or ())) for fault in row.diagnosis if are_doubts([fault])]
+        return list(dict.fromkeys(fault.partition(":")[0] for fault in found))
+
+    @property
+    def absolute(self) -> Estimate:
+        sides = [[[one.total_ms for one in launch] for launch in by_launch(row.samples).values()] for row in self.rows]
+        return change_of(*sides)
+
+    def judged(self, tolerance: float) -> tuple[Estimate, str, str]:
+        """(ratio, verdict, why it is unknown)"""
+        change = self.absolute
+        if self.bases is not None:
+            sides = [round_ratios(row.samples, base.samples) for row, base in zip(self.rows, self.bases, strict=True)]
+            change = change_of(*sides)
+        verdict = beyond(change, tolerance)
+        if verdict == "unknown":
+            return change, verdict, "fewer than six runs"
+        trusted = self.several_launches and self.bases is not None  # their spread holds what the machine did
+        if self.doubts and not trusted and abs(change.value - 1) > tolerance:
+            return change, "unknown", ", ".join(self.doubts)
+        return change, verdict, ""
+
+
+def _compare_cell(before: CellRecord, after: CellRecord, baseline: str, tolerance: float, paired: bool) -> list[Change]:
+    """One Change for each contestant that both cells have."""
+    names = [row.contestant for row in before.rows if after.row(row.contestant)]
+    pairs = {name: _Pair(name, (_row(before, name), _row(after, name)), None) for name in names}
+    base = pairs.get(baseline)
+    usable = paired and base is not None and not any(row.refused for row in base.rows)
+    changes: dict[str, Change] = {}
+    for name, pair in pairs.items():
+        old, new = pair.rows
+        times = old.total_ms.value, new.total_ms.value
+        if old.refused != new.refused:
+            changes[name] = Change(before.name, name, *times, None, "broken" if new.refused else "mended")
+            continue
+        relative = usable and name != baseline
+        if relative and base is not None:
+            pair = _Pair(name, pair.rows, base.rows)
+            relative = all(
+                round_ratios(row.samples, one.samples) for row, one in zip(pair.rows, base.rows, strict=True)
+            )
+        one = pair if relative else pairs[name]
+        ratio, verdict, why = one.judged(tolerance)
+        changes[name] = Change(before.name, name, *times, ratio, verdict, relative, why)
+    others = [change.verdict for name, change in changes.items() if name != baseline]
+    ours = changes.get(baseline)
+    moved = usable and ours is not None and ours.verdict not in ("same", "broken", "mended")
+    if moved and others and all(verdict == "same" for verdict in others):
+        changes[baseline] = replace(changes[baseline], verdict="machine", why="")
+    return list(changes.values())
+
+
+def _row(cell: CellRecord, name: str) -> Row:
+    row = cell.row(name)
+    assert row is not None
+    return row
 
 
 def compare_results(before: Results, after: Results, tolerance: float = 0.02) -> list[Change]:
-    """One Change per workload and contestant of either file; one that raised, be it after some rounds, is broken."""
-    old, new = (
-        {(cell.name, row.contestant): row for cell in one.cells for row in cell.rows} for one in (before, after)
-    )
-    failed = [{(cell.name, name) for cell in one.cells for name in cell.failures} for one in (before, after)]
+    """One Change per workload and contestant of either; one that raised, be it after some rounds, is broken."""
+    baseline = before.baseline if before.baseline == after.baseline else ""
+    paired = before.in_turns is None and after.in_turns is None
     changes = []
-    for key in dict.fromkeys([*old, *new]):
-        old_row, new_row = old.get(key), new.get(key)
-        if old_row is None or new_row is None:
-            verdict, ratio = ("new", None) if old_row is None else ("gone", None)
-        else:
-            verdict, ratio = verdict_on(old_row, new_row, tolerance), new_row.total_ms.value / old_row.total_ms.value
-        if old_row is not None and key in failed[1] - failed[0]:
-            verdict = "broken"
-        before_ms, after_ms = (row.total_ms.value if row else None for row in (old_row, new_row))
-        changes.append(Change(*key, before_ms, after_ms, ratio, verdict))
+    for name in dict.fromkeys(cell.name for one in (before, after) for cell in one.cells):
+        old, new = (next((cell for cell in one.cells if cell.name == name), None) for one in (before, after))
+        both = (
+            {one.contestant: one for one in _compare_cell(old, new, baseline, tolerance, paired)} if old and new else {}
+        )
+        rows = [{row.contestant: row.total_ms.value for row in cell.rows} if cell else {} for cell in (old, new)]
+        failed = set(new.failures if new else ()) - set(old.failures if old else ())
+        for contestant in dict.fromkeys([*rows[0], *rows[1]]):
+            times = rows[0].get(contestant), rows[1].get(contestant)
+            found = both.get(contestant) or Change(
+                name, contestant, *times, None, "new" if times[0] is None else "gone"
+            )
+            if times[0] is not None and contestant in failed:
+                found = Change(name, contestant, *times, found.ratio, "broken")
+            changes.append(found)
     for record in after.contestants:
         earlier = next((other for other in before.contestants if other.name == record.name), None)
         if earlier is not None and earlier.quality.get("passed") and not record.quality.get("passed"):
@@ -67,37 +176,57 @@ def compare_results(before: Results, after: Results, tolerance: float = 0.02) ->
     return changes
 
 
+def read_side(path: Path) -> Results:
+    """A results file, or a folder of those of several launches of one command. Raises UserError."""
+    if not path.is_dir():
+        return read_results(path)
+    files = sorted(file for file in path.glob("*.json") if not file.stem.endswith(".unfinished"))
+    if not files:
+        raise UserError(f"{path} holds no results file (*.json); give a file, or a folder of those of one command")
+    return join([read_results(file) for file in files])
+
+
 def compare_files(before: Path, after: Path, tolerance: float) -> int:
-    """Prints every change; 1 where one is a regression, or may be one for all that is known. Raises UserError for a
-    tolerance outside of [0, 1), and where the files do not compare."""
+    """Prints every change; 1 where one is a regression, UNKNOWN where none is for certain. Raises UserError for a tolerance
+    outside of [0, 1), and where the files do not compare."""
     if not 0 <= tolerance < 1:
         raise UserError(f"--tolerance {tolerance:g} is a share: at least 0 and below 1, e.g. 0.02 for 2 %")
-    old, new = read_results(before), read_results(after)
+    old, new = read_side(before), read_side(after)
     changes = compare_results(old, new, tolerance)
     if all(change.verdict in ("new", "gone") for change in changes):
         raise UserError(f"{before} and {after} share no workload and contestant; compare two runs of the same command")
-    if old.environment["cpu"]["model"] != new.environment["cpu"]["model"] or (
-        old.gpu["identity"]["name"] != new.gpu["identity"]["name"]
-    ):
-        print("note: the two files come from different machines, so a difference need not be the software's")
+    if old.host != new.host:
+        print("note: the two come from different machines, so a difference need not be the software's")
+    if old.baseline != new.baseline:
+        print(
+            f"note: other baselines ({old.baseline}, then {new.baseline}), so times are compared and not their ratios"
+        )
     for record in new.contestants:
         earlier = next((other for other in old.contestants if other.name == record.name), record)
-        for what in ("spec", "precision", "runtime"):
+        for what in ("spec", "precision", "runtime", "vae_dtype", "weights_sha256"):
             if getattr(earlier, what) != getattr(record, what):
                 print(f"note: {record.name} has another {what}: {getattr(earlier, what)}, then {getattr(record, what)}")
     width = max(len(change.workload) for change in changes)
     for change in changes:
-        ratio = f"{change.ratio - 1:+.1%}" if change.ratio is not None else ""
-        times = f"{milliseconds(change.before_ms)} -> {milliseconds(change.after_ms)}"
-        print(f"{change.workload:<{width}}  {change.contestant:<12} {times:>24} {ratio:>8}  {change.verdict}")
+        print(f"{change.workload:<{width}}  {change.contestant:<12} {_told(change)}")
     regressions = sum(change.is_regression for change in changes)
     unknown = sum(change.verdict == "unknown" for change in changes)
-    if unknown:
-        print(
-            f"{unknown} of {len(changes)} differ by fewer than six runs, which say nothing: measure with --min-rounds 6"
-        )
-    elif not regressions:
-        print("no regression beyond noise")
     if regressions:
         print(f"{regressions} regression(s) in {len(changes)} comparisons")
-    return 1 if regressions or unknown else 0
+    elif not unknown:
+        print("no regression beyond noise")
+    if unknown:
+        print(f"{unknown} of {len(changes)} cannot be told: measure both with --launches 5, and beside a baseline")
+    return 1 if regressions else UNKNOWN if unknown else 0
+
+
+def _told(change: Change) -> str:
+    times = f"{milliseconds(change.before_ms)} -> {milliseconds(change.after_ms)}"
+    ratio = ""
+    if change.ratio is not None:
+        ratio = f"{change.ratio.value - 1:+.1%}"
+        if change.ratio.low is not None and change.ratio.high is not None:
+            ratio += f" ({change.ratio.low - 1:+.1%} to {change.ratio.high - 1:+.1%})"
+        ratio += " against the baseline" if change.relative else ""
+    why = f": {change.why}" if change.why else ""
+    return f"{times:>24}  {ratio:<44}  {change.verdict}{why}"

@@ -39,7 +39,8 @@ class RunOptions:
     baseline: str | None = None
     """The contestant that speed-ups are told against; the first one if not given."""
     resolutions: str = "first"
-    """`all` or `first` of the model family's, or WIDTHxHEIGHT,...; the first is the main one."""
+    """`all` or `first` of the model family's, or of those that all bundles have; or WIDTHxHEIGHT,...; the first is the main
+    one."""
     steps: str | None = None
     """Denoising steps of a picture, comma-separated; the first is the main one. None: what all were taught, else 30."""
     batches: str = "1"
@@ -65,6 +66,15 @@ class RunOptions:
     """Denoising steps of those pictures. None: what all were taught, else 20."""
     energy_seconds: float = 10.0
     """Seconds each contestant draws while the GPU's energy counter is read; 0 reads none."""
+    sustained_seconds: float = 0.0
+    """Seconds each contestant draws without a pause, every picture's time, clocks, power and temperature kept: 180 or more
+    show what a warm board does. The energy is then of this time. 0 for none."""
+    launches: int = 1
+    """Processes that measure one after the other and share --seconds and --min-rounds: 3 or more give the intervals that
+    `bench compare` needs on a machine that is not quiet."""
+    in_turns: bool = False
+    """Load and measure one contestant at a time. It is done so anyway where they do not fit into memory together; their
+    ratios are then not of the same rounds."""
     kernels: bool = False
     """Say by kind of kernel where the denoise loop's time goes, by torch's profiler, after the timed rounds."""
     reference: bool = True
@@ -78,7 +88,10 @@ class RunOptions:
 
 def check_options(options: RunOptions, specs: list[Spec]) -> str:
     """Raises UserError for what can be known to be wrong before anything is loaded; returns the baseline's name."""
+    for path in (options.out, unfinished(options.out)):
+        require_writable_file(path, ("schema_version", "contestants", "cells"))
     require_least(1, min_rounds=options.min_rounds, max_warmup=options.max_warmup)
+    require_between(1, 100, launches=options.launches)
     if options.picture_steps is not None:
         require_between(1, 1000, picture_steps=options.picture_steps)
     require_least(
@@ -87,6 +100,7 @@ def check_options(options: RunOptions, specs: list[Spec]) -> str:
         seconds=options.seconds,
         pictures=options.pictures,
         energy_seconds=options.energy_seconds,
+        sustained_seconds=options.sustained_seconds,
     )
     if options.max_rounds < options.min_rounds:
         raise UserError(f"--max-rounds {options.max_rounds} is below --min-rounds {options.min_rounds}")
@@ -96,8 +110,6 @@ def check_options(options: RunOptions, specs: list[Spec]) -> str:
     if options.device is not None:
         check_device(options.device)
     check_references(options.fidelity)
-    for path in (options.out, unfinished(options.out)):
-        require_writable_file(path, ("schema_version", "contestants", "cells"))
     names = [spec.name for spec in specs]
     baseline = options.baseline or names[0]
     if baseline not in names:

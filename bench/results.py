@@ -7,12 +7,23 @@ ignores them and works them out again, so a file cannot disagree with its own sa
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic.functional_serializers import SerializerFunctionWrapHandler
 
 from bench.floor.peaks import Peak
@@ -20,7 +31,7 @@ from bench.floor.roofline import Costs, total_floor_ms, total_flops
 from bench.measure.clock import Sample
 from bench.measure.faults import eight_bit_faults, is_refused, machine_faults, picture_faults, sample_faults
 from bench.measure.rounds import Cell
-from bench.measure.stats import Estimate, median_interval, speedup, spread, stage_medians
+from bench.measure.stats import Estimate, by_launch, estimate_total, speedup, spread, stage_medians
 from distill.common.errors import UserError
 from distill.common.files import read_json, write_json
 from distill.common.validation import first_fault
@@ -55,13 +66,27 @@ class Row(Record):
     observed: list[str]
     _batch: int = PrivateAttr(1)
     _baseline: list[Sample] = PrivateAttr(default_factory=list)
-    _peak: Peak | None = PrivateAttr(None)
+    _paired: bool = PrivateAttr(True)
+    _peak_tflops: float | None = PrivateAttr(None)
     _precision: str = PrivateAttr("")
     _in_half: list[Sample] = PrivateAttr(default_factory=list)
 
+    @field_validator("samples")
+    @classmethod
+    def _took_time(cls, samples: list[Sample]) -> list[Sample]:
+        for position, sample in enumerate(samples):
+            if not sample.steps_ms or min(sample.total_ms, *sample.steps_ms) <= 0:
+                raise ValueError(f"sample {position}: a call and its steps take more than 0 ms, and it has a step")
+        return samples
+
     @property
     def total_ms(self) -> Estimate:
-        return median_interval([sample.total_ms for sample in self.samples])
+        """With the interval between launches, where there are several."""
+        return estimate_total(self.samples)
+
+    @property
+    def launches(self) -> int:
+        return len(by_launch(self.samples))
 
     @property
     def stages_ms(self) -> dict[str, float]:
@@ -85,11 +110,16 @@ class Row(Record):
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs utilisation: the arithmetic done per second as a share of the peak, in 8 bits of that peak."""
-        tflops = self._peak.tflops_in(self._precision) if self._peak else None
-        if self.flops is None or tflops is None:
+        """Model FLOPs utilisation: the arithmetic done per second as a share of `peak_tflops`."""
+        if self.flops is None or self._peak_tflops is None:
             return None
-        return self.flops / (self.total_ms.value / 1e3) / (tflops * 1e12)
+        return self.flops / (self.total_ms.value / 1e3) / (self._peak_tflops * 1e12)
+
+    @property
+    def peak_tflops(self) -> float | None:
+        """The machine's dense rate: of int8 or fp8 for a UNet in it, else of half precision in the accumulation that the
+        contestant computes with."""
+        return self._peak_tflops
 
     @property
     def diagnosis(self) -> list[str]:
@@ -98,7 +128,7 @@ class Row(Record):
         return self.observed + found + self.eight_bit_faults()
 
     def eight_bit_faults(self) -> list[str]:
-        gain = speedup(self._in_half, self.samples) if self._in_half else None
+        gain = speedup(self._in_half, self.samples, paired=self._paired) if self._in_half else None
         return eight_bit_faults(self._precision, gain)
 
     @property
@@ -108,7 +138,9 @@ class Row(Record):
     @property
     def speedup(self) -> Estimate | None:
         """How many times faster than the baseline; None where either was refused."""
-        return None if self.refused or not self._baseline else speedup(self._baseline, self.samples)
+        if self.refused or not self._baseline:
+            return None
+        return speedup(self._baseline, self.samples, paired=self._paired)
 
     @model_serializer(mode="wrap")
     def _with_figures(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -120,7 +152,7 @@ FIGURES = tuple(name for name, value in vars(Row).items() if isinstance(value, p
 
 class CellRecord(Record):
     """One workload; `failures` maps a contestant to the error that kept it from finishing, `device` a reading of the
-    GPU to its [least, median, most] between the timed calls."""
+    GPU to its [least, median, most] while it was timed."""
 
     workload: dict[str, Any]
     name: str
@@ -128,13 +160,40 @@ class CellRecord(Record):
     failures: dict[str, str]
     device: dict[str, list[float] | None] = {}
 
+    @field_validator("workload")
+    @classmethod
+    def _is_whole(cls, workload: dict[str, Any]) -> dict[str, Any]:
+        """What tables and curves read of it."""
+        counts = [workload.get(name) for name in ("batch", "steps")]
+        if not all(type(count) is int and count >= 1 for count in counts):
+            raise ValueError("batch and steps are whole numbers above 0")
+        if not isinstance(workload.get("guidance_scale"), int | float) or not isinstance(
+            workload.get("scheduler"), str
+        ):
+            raise ValueError("it needs a guidance_scale and a scheduler")
+        if not re.fullmatch(r"[1-9][0-9]*x[1-9][0-9]*", str(workload.get("resolution"))):
+            raise ValueError("resolution is WIDTHxHEIGHT")
+        return workload
+
     def row(self, contestant: str) -> Row | None:
         return next((row for row in self.rows if row.contestant == contestant), None)
 
 
+class Trace(Record):
+    """What `sustained.draw_sustained` saw: the begin and the time of each call, and the GPU's readings by name beside the
+    moments of them (empty without a GPU)."""
+
+    seconds: float
+    images: int
+    at_s: list[float]
+    total_ms: list[float]
+    gpu: dict[str, list[float | None]] = {}
+
+
 class ContestantRecord(Record):
     """`costs` maps a component to {calls, parameters, flops, bytes}; `cold` to load_ms and first_image_ms; `kernels` is
-    what `kernels.profile_denoise` found; `engines` holds the sha256 of each engine of a bundle that was loaded."""
+    what `kernels.profile_denoise` found; `engines` holds the sha256 of each engine of a bundle that was loaded.
+    `weights_of` says what `weights_sha256` was taken over, or why there is none."""
 
     name: str
     spec: str
@@ -153,6 +212,19 @@ class ContestantRecord(Record):
     artifacts: list[dict[str, Any]]
     configs: dict[str, str] | None = None
     engines: list[str] | None = None
+    accumulates_fp32: bool = False
+    vae_dtype: str | None = None
+    weights_sha256: str | None = None
+    weights_of: str = ""
+    random_weights: bool = False
+    sustained: Trace | None = None
+
+    @property
+    def sustained_change(self) -> float | None:
+        """By which share of itself the last tenth of the sustained run's calls is slower than the first (medians)."""
+        totals = self.sustained.total_ms if self.sustained else []
+        tenth = len(totals) // 10
+        return median(totals[-tenth:]) / median(totals[:tenth]) - 1 if tenth else None
 
     @property
     def is_in_8_bits(self) -> bool:
@@ -205,6 +277,30 @@ class Results(Record):
     cells: list[CellRecord]
     pictures: list[PictureRecord]
     notes: list[str] = []
+    in_turns: str | None = None
+    """Why contestants were loaded and measured one after the other, not in the same rounds."""
+
+    @field_validator("environment", "gpu")
+    @classmethod
+    def _says_which_machine(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        part, name = ("cpu", "model") if info.field_name == "environment" else ("identity", "name")
+        if not isinstance(value.get(part), dict) or name not in value[part]:
+            raise ValueError(f"it has no {part}.{name}")
+        return value
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Results:
+        names = [record.name for record in self.contestants]
+        rows = [(cell, [row.contestant for row in cell.rows]) for cell in self.cells]
+        used = {name for cell, told in rows for name in (*told, *cell.failures)} | {
+            one.contestant for one in self.pictures
+        }
+        if strange := sorted(used - set(names)):
+            raise ValueError(f"{strange[0]!r} is no contestant of this file")
+        for told in (names, [cell.name for cell in self.cells], *(told for _, told in rows)):
+            if len(set(told)) < len(told):
+                raise ValueError(f"one of {', '.join(told)} stands there twice")
+        return self
 
     @model_validator(mode="after")
     def _set_baselines(self) -> Results:
@@ -212,13 +308,28 @@ class Results(Record):
         for cell in self.cells:
             base = cell.row(self.baseline)
             for row in cell.rows:
-                row._batch, row._peak = cell.workload["batch"], self.peak
+                row._batch, row._paired = cell.workload["batch"], self.in_turns is None
                 row._baseline = base.samples if base is not None and not base.refused else []
                 if record := records.get(row.contestant):
                     half = (cell.row(one.name) for one in self.contestants if one.is_in_half(record))
                     row._precision = record.precision
+                    row._peak_tflops = self._tflops_of(record)
                     row._in_half = next((other.samples for other in half if other is not None), [])
         return self
+
+    def _tflops_of(self, record: ContestantRecord) -> float | None:
+        if self.peak is None:
+            return None
+        if record.is_in_8_bits:
+            return self.peak.tflops_in(record.precision)
+        return self.peak.tflops_for(record.accumulates_fp32)
+
+    @property
+    def host(self) -> tuple[str, str]:
+        """What tells this machine from others: its GPU's UUID or, without one, its id, else names."""
+        gpu, environment = self.gpu["identity"], self.environment
+        machine = environment.get("machine_id") or environment["cpu"]["model"]
+        return str(gpu.get("uuid") or gpu["name"]), str(machine)
 
     def contestant(self, name: str) -> ContestantRecord:
         return next(one for one in self.contestants if one.name == name)

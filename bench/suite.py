@@ -28,8 +28,8 @@ ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_H
 
 @dataclass(kw_only=True)
 class SuiteOptions:
-    """The models of one family with random weights, on every runtime that is there; latency does not depend on the
-    weights."""
+    """The models of one family with random weights, on every runtime that is there. The arithmetic is the same with any
+    weights; power, and clocks where power is the limit, are not."""
 
     out: Path = Path("out/bench-gpu")
     """Folder for the JSON files, the report, logs and engines; copy what is to stay to bench/results."""

@@ -6,7 +6,7 @@ and the prompts are part of it too, so that two contestants can be asked for the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from distill.common.errors import UserError, unknown
@@ -89,9 +89,27 @@ def family_prompts(family: Family, count: int) -> list[str]:
     return [random_scene(rng).caption for _ in range(count)]
 
 
-def family_resolutions(text: str, family: Family) -> tuple[Resolution, ...]:
-    """`all` or `first` of the family's, or WIDTHxHEIGHT,... of any size that it draws. Raises UserError."""
-    resolutions, multiple = parse_resolutions(text, family.resolutions), family.size_multiple
+def common_sizes(family: Family, sizes: Mapping[str, Sequence[Resolution] | None]) -> tuple[Resolution, ...]:
+    """The family's resolutions, or those that all have whose `sizes` by name are not None. Raises UserError where these have
+    none in common."""
+    limited = {name: ours for name, ours in sizes.items() if ours is not None}
+    if not limited:
+        return family.resolutions
+    first, *others = limited.values()
+    common = tuple(size for size in first if all(size in ours for ours in others))
+    if not common:
+        told = "; ".join(f"{name} has {', '.join(map(str, ours))}" for name, ours in limited.items())
+        raise UserError(f"the bundles have no size in common: {told}; build one more into one of them")
+    return common
+
+
+def family_resolutions(
+    text: str, family: Family, sizes: Mapping[str, Sequence[Resolution] | None] | None = None
+) -> tuple[Resolution, ...]:
+    """`all` or `first` of the family's, or WIDTHxHEIGHT,... of any size that it draws, and that everyone has whose `sizes`
+    are given. Raises UserError."""
+    sizes = sizes or {}
+    resolutions, multiple = parse_resolutions(text, common_sizes(family, sizes)), family.size_multiple
     for one in resolutions:
         if any(side == 0 or side % multiple for side in (one.width, one.height)):
             near = Resolution(*(max(multiple, round(side / multiple) * multiple) for side in (one.width, one.height)))
@@ -99,6 +117,9 @@ def family_resolutions(text: str, family: Family) -> tuple[Resolution, ...]:
                 f"resolution {one}: both sides must be multiples of {multiple} in the {family.name} family; "
                 f"the nearest is {near}"
             )
+        for name, ours in sizes.items():
+            if ours is not None and one not in ours:
+                raise UserError(f"{name} has no engine for {one}; it has {', '.join(map(str, ours))}")
     return resolutions
 
 

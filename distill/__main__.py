@@ -65,7 +65,7 @@ def fetch(*, model: str, workdir: Workdir = WORKDIR) -> None:
     """Print the local diffusers folder of a model, making, converting or downloading it first.
 
     Args:
-        model: A Hugging Face id, a diffusers folder, a .safetensors file, random:NAME or mini:sdxl.
+        model: A Hugging Face id, a diffusers folder, a .safetensors file, random:NAME, mini:sdxl or mini:sd.
     """
     from distill.checkpoints.sources import resolve
 
@@ -111,7 +111,8 @@ def cache(
     """Precompute VAE latents and text embeddings of a data set. Under torchrun the processes share the shards.
 
     Args:
-        data: shapes:N, a folder of captioned pictures, shards or parquet, WebDataset SHARDS.tar, or hf:ORG/NAME.
+        data: shapes:N, a folder of captioned pictures, shards or parquet, WebDataset SHARDS.tar, or hf:ORG/NAME. Shards may
+            be URLs (https://, s3://, gs://, hf://datasets/ORG/NAME/…), with braces and wildcards: they are streamed.
         model: The checkpoint whose VAE and text encoders are used, as `fetch` takes it.
         out: The cache folder; an unfinished one there is continued.
         seed: Of crops, flips, the draws of the VAE, and the pictures of shapes:N.
@@ -366,7 +367,7 @@ def few_steps(
 def importance(
     *,
     model: str,
-    cache: Path,
+    cache: str,
     student: str,
     out: Path,
     samples: int = 8,
@@ -377,7 +378,7 @@ def importance(
 
     Args:
         model: The teacher, as `fetch` takes it.
-        cache: A latent cache of its VAE and text encoders.
+        cache: A latent cache of its VAE and text encoders, a folder or its URL.
         student: The wanted architecture or depth pattern.
         out: A folder for importance.json and importance.svg.
         samples: Pictures to average over.
@@ -437,7 +438,7 @@ def teach(
 
 @app.command
 def judge(
-    *, model: str, count: int = 90, steps: int | None = None, held_out: Path | None = None, workdir: Workdir = WORKDIR
+    *, model: str, count: int = 90, steps: int | None = None, held_out: str | None = None, workdir: Workdir = WORKDIR
 ) -> None:
     """How often a mini model's pictures of unseen captions show what they say, read exactly from the pixels (JSON).
 
@@ -445,7 +446,8 @@ def judge(
         model: A mini checkpoint, as `fetch` takes it.
         count: Pictures in all, as many of each resolution of its family.
         steps: Denoising steps. None: those that a few-step model was taught, else 25.
-        held_out: A latent cache that it was not trained on: the mean square error of its noise_pred over that too.
+        held_out: A latent cache that it was not trained on, a folder or its URL: the mean square error of its noise_pred
+            over that too.
     """
     from distill.checkpoints.sources import resolve
     from distill.mini.judge import judge_checkpoint

@@ -110,9 +110,14 @@ def resolve_targets(names: list[str], flavor: str, supported: frozenset[str] | N
     """What is built for `names`: one plan that serves them all where the flavor can (TensorRT-RTX), else one each.
 
     `supported` holds the compute capabilities that the flavor can target, None for a flavor that runs anywhere.
-    Raises UserError for an unknown GPU, one the flavor cannot target, and `auto` where there is none.
+    Raises UserError for an unknown GPU, one the flavor cannot target, any for a flavor that has no targets, and `auto` where
+    there is none.
     """
     if supported is None:
+        if set(names) - {"auto"}:
+            raise UserError(
+                f"{flavor} engines run on any machine: leave out --gpus {','.join(names)}, or choose TensorRT"
+            )
         return [Target(gpus=(), compute_capabilities=())]
     if not names:
         raise UserError(f"no GPU named: pass --gpus with some of {', '.join(sorted(GPUS))}, auto, rtx")

@@ -40,7 +40,7 @@ def onnx(
     """Export a checkpoint. What is up to date is kept.
 
     Args:
-        model: A Hugging Face id, a diffusers folder, a .safetensors file, random:NAME or mini:sdxl.
+        model: A Hugging Face id, a diffusers folder, a .safetensors file, random:NAME, mini:sdxl or mini:sd.
         out: The ONNX folder to write.
         precision: Of everything but SDXL's stock VAE, which stays in fp32.
         opset: 23 keeps Attention and GroupNormalization whole; 18 to 22 spell them out for older runtimes.

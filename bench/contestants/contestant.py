@@ -15,6 +15,7 @@ from distill.checkpoints.sampling import Sampling
 from distill.checkpoints.sources import WORKDIR
 from distill.models.architectures import find_architecture
 from distill.models.families import SDXL_FAMILY, Family
+from distill.models.resolution import Resolution
 
 STAGES = ("prepare", "tokenise", "text_encoders", "denoise", "vae_decode", "post_process")
 Mark = Callable[[str], None]
@@ -24,14 +25,16 @@ Mark = Callable[[str], None]
 @dataclass
 class Contestant:
     """The base of every kind, which brings its own `load` and `draw`. `device` is `cpu` or `cuda`; `runtime` and `precision`
-    are text for the report; `spec` is the contestant as the command line named it; `workdir` takes what is fetched or made.
-    `artifacts` maps the model's checkpoint, ONNX and bundle folders to their descriptions by `inventory.describe`."""
+    are text for the report; `accumulates_fp32`: its half-precision products are summed in fp32 (torch's are); `spec` is
+    the contestant as the command line named it; `workdir` takes what is fetched or made. `artifacts` maps the model's
+    checkpoint, ONNX and bundle folders to their descriptions by `inventory.describe`."""
 
     name: str
     _: KW_ONLY
     device: str = "cpu"
     precision: str = "none"
     runtime: str = ""
+    accumulates_fp32: bool = False
     spec: str = ""
     workdir: Path = WORKDIR
     artifacts: dict[Path, dict[str, Any]] = field(default_factory=dict)
@@ -42,8 +45,35 @@ class Contestant:
     def load(self) -> None:
         """Is timed as the cold start, and called once."""
 
+    def unload(self) -> None:
+        """Frees what `load` took; `load` may follow."""
+
     def draw(self, workload: Workload, mark: Mark) -> Pictures:
         raise NotImplementedError
+
+    def draw_watched(self, workload: Workload) -> Pictures:
+        """Not timed; with the noise_pred of each step, where the contestant has one."""
+        return self.draw(workload, lambda _: None)
+
+    @property
+    def sizes(self) -> tuple[Resolution, ...] | None:
+        """The only sizes that it draws, the first the main one; None where any of its family will do. Read without
+        loading."""
+        return None
+
+    @property
+    def vae_dtype(self) -> str | None:
+        """The type that the VAE decodes in, once it is loaded; None where it cannot be seen."""
+        return None
+
+    @property
+    def random_weights(self) -> bool:
+        """Whether its weights are made, not taught."""
+        return str(self.checkpoint).startswith("random:")
+
+    def weights_hash(self) -> tuple[str | None, str]:
+        """(sha256 of its weights, what it was taken over, or why there is none), once it is loaded."""
+        return None, "it has no weights"
 
     @property
     def engines(self) -> list[str] | None:

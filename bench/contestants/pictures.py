@@ -11,10 +11,12 @@ import numpy as np
 @dataclass
 class Pictures:
     """`images` uint8 (batch, height, width, 3); `latents`, an array or a tensor on any device, (batch, 4, height / 8,
-    width / 8), or None."""
+    width / 8), or None; `noise_preds` what the sampler was given at each step, guidance applied, float32 (steps, batch, 4,
+    height / 8, width / 8), or None where nobody watched."""
 
     images: np.ndarray
     latents: Any = None
+    noise_preds: np.ndarray | None = None
 
     def latents_array(self) -> np.ndarray | None:
         """The latents in float32 on the host; they are copied now, not in the time of the call that drew them."""

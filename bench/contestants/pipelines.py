@@ -1,28 +1,23 @@
-"""Contestants that are diffusers pipelines: eager, compiled, ONNX Runtime by optimum, and a bundle of any flavor.
-
-The pipeline's own sampler runs unchanged; the stages are seen from outside, at places diffusers makes public: the
-tokenizers, `encode_prompt`, the progress bar, the end of each step, and the image processor.
-"""
+"""Contestants that are diffusers pipelines, and those that torch runs: eager and compiled."""
 
 from __future__ import annotations
 
+import gc
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.contestants.contestant import Contestant, Mark
+from bench.contestants.hooks import StageHooks, unet_hash
 from bench.contestants.pictures import Pictures
 from bench.workload import SCHEDULERS, Workload
 from distill.checkpoints.sampling import Sampling, sampling_of
-from distill.common.errors import UserError
 from distill.models.architectures import find_architecture
-from engines.choices import EIGHT_BITS
 
 if TYPE_CHECKING:
     import torch
 
-    from engines.choices import Layout, Precision
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -31,44 +26,6 @@ def _dtype(precision: str) -> torch.dtype:
     import torch
 
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-class StageHooks:
-    """Puts marks around the stages of a diffusers pipeline. `mark` is set anew for every call."""
-
-    def __init__(self, pipe: Any) -> None:
-        self.mark: Mark = lambda _: None
-        for name, part in pipe.components.items():
-            if name.startswith("tokenizer") and part is not None:
-                self._watch_tokenizer(part)
-        self._after(pipe, "encode_prompt", "prepare", "text_encoders")
-        self._after(pipe, "progress_bar", "prepare", None)
-        self._after(pipe.image_processor, "postprocess", "vae_decode", None)
-
-    def _watch_tokenizer(self, tokenizer: Any) -> None:
-        hooks, kind = self, type(tokenizer)
-
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            hooks.mark("text_encoders")
-            result = kind.__call__(self, *args, **kwargs)
-            hooks.mark("tokenise")
-            return result
-
-        # special methods are looked up on the class, so the instance gets a subclass of its own
-        tokenizer.__class__ = type(kind.__name__, (kind,), {"__call__": call})
-
-    def _after(self, owner: Any, method: str, before: str, after: str | None) -> None:
-        """Marks `before` when `owner.method` is entered, and `after` when it returns."""
-        original = getattr(owner, method)
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            self.mark(before)
-            result = original(*args, **kwargs)
-            if after is not None:
-                self.mark(after)
-            return result
-
-        setattr(owner, method, watched)
 
 
 @dataclass
@@ -86,10 +43,51 @@ class PipelineContestant(Contestant):
         pipe.set_progress_bar_config(disable=True)
         self._hooks = StageHooks(pipe)
         self._schedulers = {"default": pipe.scheduler}
+        self._hooks.watch_noise(pipe.scheduler)
         return pipe
 
     def load(self) -> None:
         _ = self.pipe
+
+    def unload(self) -> None:
+        import torch
+
+        for name in ("pipe", "_hooks", "_schedulers"):
+            self.__dict__.pop(name, None)
+        torch._dynamo.reset()  # what was compiled holds its weights and its CUDA graphs
+        gc.collect()
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+    def draw_watched(self, workload: Workload) -> Pictures:
+        import torch
+
+        _ = self.pipe
+        self._hooks.noise_preds = []
+        try:
+            pictures = self.draw(workload, lambda _: None)
+            if self._hooks.noise_preds:
+                pictures.noise_preds = torch.stack(self._hooks.noise_preds).numpy()
+        finally:
+            self._hooks.noise_preds = None
+        return pictures
+
+    @property
+    def vae_dtype(self) -> str | None:
+        vae = self.pipe.vae
+        dtype = str(getattr(vae, "dtype", "")).removeprefix("torch.")
+        if dtype == "float16" and getattr(vae.config, "force_upcast", False):
+            return "float32"  # diffusers decodes so what its config calls unsafe
+        return dtype or None
+
+    def weights_hash(self) -> tuple[str | None, str]:
+        from distill.checkpoints.folder import checkpoint_hash
+
+        if self.checkpoint is None:
+            return None, "no checkpoint is known"
+        if not self.random_weights:
+            return checkpoint_hash(self.checkpoint_folder()), "the checkpoint's configs and weights"
+        return unet_hash(self.pipe.unet), f"the UNet in {self.precision}, made here"
 
     def _scheduler(self, name: str) -> Any:
         if name not in self._schedulers:
@@ -97,6 +95,7 @@ class PipelineContestant(Contestant):
 
             kind = getattr(diffusers, str(SCHEDULERS.get(name, name)))
             self._schedulers[name] = kind.from_config(self._schedulers["default"].config)
+            self._hooks.watch_noise(self._schedulers[name])
         return self._schedulers[name]
 
     def draw(self, workload: Workload, mark: Mark) -> Pictures:
@@ -137,6 +136,7 @@ class EagerContestant(PipelineContestant):
     _: KW_ONLY
     precision: str = "fp32"
     runtime: str = "diffusers eager"
+    accumulates_fp32: bool = True
 
     @cached_property
     def folder(self) -> Path:
@@ -198,88 +198,3 @@ class CompiledContestant(EagerContestant):
         pipe.unet = torch.compile(pipe.unet, backend=self.backend, mode=graphs, dynamic=False)
         pipe.vae.decode = torch.compile(pipe.vae.decode, backend=self.backend, dynamic=False)
         return pipe
-
-
-@dataclass
-class OptimumContestant(PipelineContestant):
-    """optimum's ONNX Runtime pipeline over an ONNX folder."""
-
-    _: KW_ONLY
-    precision: str = "as exported"
-    runtime: str = "optimum ONNX Runtime"
-
-    @property
-    def sampling(self) -> Sampling | None:
-        return sampling_of(Path(self.source))
-
-    def check(self) -> None:
-        if not (Path(self.source) / "unet" / "model.onnx").is_file():
-            raise UserError(
-                f"{self.source} is no ONNX folder (no unet/model.onnx): make one with python -m export onnx"
-            )
-        try:
-            import optimum.onnxruntime  # noqa: F401
-        except ImportError as error:
-            raise UserError(
-                f"contestant {self.name!r} needs the optional package optimum-onnx ({error}); "
-                "install it with: pip install optimum-onnx 'transformers<4.58'"
-            ) from None
-
-    def make_pipeline(self) -> Any:
-        import optimum.onnxruntime
-
-        from engines.onnx_folder import read_conditioning
-
-        kind = getattr(optimum.onnxruntime, read_conditioning(Path(self.source)).onnx_pipeline)
-        provider = "CUDAExecutionProvider" if self.device.startswith("cuda") else "CPUExecutionProvider"
-        return kind.from_pretrained(self.source, provider=provider)
-
-
-@dataclass
-class BundleContestant(PipelineContestant):
-    """A slimxl bundle: the sampler is diffusers' own, the networks are engines of one flavor and, where the bundle has
-    several, of one layout and the UNet in one precision."""
-
-    _: KW_ONLY
-    precision: str = "as built"
-    runtime: str = "slimxl bundle"
-    flavor: str | None = None
-    layout: Layout | None = None
-    unet_precision: Precision | None = None
-    cuda_graphs: bool = True
-
-    @property
-    def sampling(self) -> Sampling | None:
-        from engines.bundle import read_manifest
-
-        return read_manifest(Path(self.source)).source.sampling
-
-    def check(self) -> None:
-        from engines.bundle import read_manifest
-        from engines.selection import choose_flavor, select_engines
-
-        manifest = read_manifest(Path(self.source))
-        backend = choose_flavor(manifest, self.flavor, self.device)
-        select_engines(manifest, backend, self.device, self.layout, precision=self.unet_precision)
-
-    def make_pipeline(self) -> Any:
-        import engines
-
-        pipe = engines.load(
-            self.source,
-            self.flavor,
-            device=self.device,
-            layout=self.layout,
-            precision=self.unet_precision,
-            cuda_graphs=self.cuda_graphs,
-        )
-        unet = pipe.unet.component.engines[0][0]
-        self.runtime = self.runtime.replace("default flavor", unet.flavor)
-        self.precision = unet.precision if unet.precision in EIGHT_BITS else self.precision
-        return pipe
-
-    @property
-    def engines(self) -> list[str]:
-        """sha256 of every engine that was loaded."""
-        modules = [part for part in self.pipe.components.values() if hasattr(part, "component")]
-        return [engine.files[0].sha256 for module in modules for engine, _ in module.component.engines]

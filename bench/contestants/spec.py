@@ -84,7 +84,7 @@ def check_device(device: str) -> None:
 def make_contestant(spec: Spec, device: str, **about: Any) -> Contestant:
     """Nothing is loaded yet; `about` is what else a Contestant is told. Raises UserError for an option that the kind does
     not have."""
-    from bench.contestants import pipelines
+    from bench.contestants import exported, pipelines
     from bench.contestants.fake import FakeContestant
 
     about |= {"spec": str(spec)}
@@ -98,8 +98,8 @@ def make_contestant(spec: Spec, device: str, **about: Any) -> Contestant:
         kind = pipelines.EagerContestant if spec.kind == "eager" else pipelines.CompiledContestant
         return kind(spec.name, spec.source, precision=precision, **about)
     if spec.kind == "optimum":
-        return pipelines.OptimumContestant(spec.name, spec.source, **about)
-    return pipelines.BundleContestant(spec.name, spec.source, **_bundle_options(spec.option or ""), **about)
+        return exported.OptimumContestant(spec.name, spec.source, **about)
+    return exported.BundleContestant(spec.name, spec.source, **_bundle_options(spec.option or ""), **about)
 
 
 def _bundle_options(option: str) -> dict[str, Any]:

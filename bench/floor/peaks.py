@@ -16,7 +16,8 @@ from engines.choices import EIGHT_BITS
 class Peak:
     """`tflops` dense fp16; `eight_bits` the dense rates of int8 and fp8, where the board has them, in the same unit;
     `terabytes_per_s` device memory; `nvml_names` the names NVML gives the board, without their "NVIDIA". `floor_only`:
-    figures of this board are compared with its other peak, so nothing is predicted from this one."""
+    figures of this board are compared with its other peak, so nothing is predicted from this one.
+    `fp32_accumulation_tflops`: the rate with fp32 accumulation, where that is lower."""
 
     name: str
     tflops: float
@@ -25,6 +26,11 @@ class Peak:
     nvml_names: tuple[str, ...] = ()
     floor_only: bool = False
     eight_bits: Mapping[str, float] = field(default_factory=dict)
+    fp32_accumulation_tflops: float | None = None
+
+    def tflops_for(self, accumulates_fp32: bool) -> float:
+        """The dense fp16 rate, of products that are summed in fp32 where a board is slower at that: torch's are."""
+        return self.fp32_accumulation_tflops or self.tflops if accumulates_fp32 else self.tflops
 
     def tflops_in(self, precision: str) -> float | None:
         """The rate of a precision; None where the board has none of it."""
@@ -46,6 +52,7 @@ PEAKS = {
         "8.9",
         ("GeForce RTX 4090",),
         eight_bits={"int8": 660.6, "fp8": 660.6},
+        fp32_accumulation_tflops=165.2,
     ),
     "l40s": Peak("L40S", 362.0, 0.864, "8.9", ("L40S",), eight_bits={"int8": 733.0, "fp8": 733.0}),
     "h100-sxm": Peak("H100 SXM", 989.4, 3.35, "9.0", ("H100 80GB HBM3",), eight_bits={"int8": 1978.9, "fp8": 1978.9}),
@@ -73,21 +80,34 @@ class Published:
     source: str
     precision: str = "fp16"
 
+    @property
+    def url(self) -> str:
+        return SOURCES[self.source]
 
-_TENSORRT = "NVIDIA TensorRT 9.x diffusion demo, A100/H100 80 GB table"
-_DIFFUSERS = "Hugging Face, accelerating SDXL, A100 80 GB; SSD-1B by the same script"
-_SAI = "Stability AI and NVIDIA, SDXL TensorRT, A100 80 GB SXM"
+
+_TENSORRT = "Stability AI and NVIDIA, model card of SDXL 1.0 TensorRT, A100 and H100"
+_DIFFUSERS = "Hugging Face, diffusion-fast, A100 80 GB; SSD-1B by the same script"
+_FAL = "fal.ai, Stable Diffusion benchmarks, A100 80 GB SXM"
 _ONEDIFF = "OneDiff benchmark, RTX 4090"
 _ADA = "NVIDIA TensorRT 8-bit quantisation post, RTX 4090 (fp16 derived from the stated speed-up)"
+
+SOURCES = {
+    _TENSORRT: "https://huggingface.co/stabilityai/stable-diffusion-xl-1.0-tensorrt",
+    _DIFFUSERS: "https://github.com/huggingface/diffusion-fast",
+    _FAL: "https://github.com/fal-ai/stable-diffusion-benchmarks",
+    _ONEDIFF: "https://github.com/siliconflow/onediff",
+    _ADA: "https://developer.nvidia.com/blog/"
+    "tensorrt-accelerates-stable-diffusion-nearly-2x-faster-with-8-bit-post-training-quantization/",
+}
 
 PUBLISHED = (
     Published("a100-sxm", "sdxl", 30, "TensorRT", 2742.0, _TENSORRT),
     Published("a100-sxm", "sdxl", 30, "framework", 3704.0, _TENSORRT),
     Published("h100-sxm", "sdxl", 30, "TensorRT", 1471.0, _TENSORRT),
     Published("h100-sxm", "sdxl", 30, "framework", 2496.0, _TENSORRT),
-    Published("a100-sxm", "sdxl", 50, "TensorRT", 4102.0, _SAI),
-    Published("a100-sxm", "sdxl", 50, "diffusers", 5932.0, _SAI),
-    Published("a100-sxm", "sdxl", 50, "compiled", 5217.0, _SAI),
+    Published("a100-sxm", "sdxl", 50, "TensorRT", 4102.0, _FAL),
+    Published("a100-sxm", "sdxl", 50, "diffusers", 5932.0, _FAL),
+    Published("a100-sxm", "sdxl", 50, "compiled", 5217.0, _FAL),
     Published("a100-sxm", "sdxl", 30, "diffusers", 3315.0, _DIFFUSERS),
     Published("a100-sxm", "sdxl", 30, "compiled", 2523.0, _DIFFUSERS),
     Published("a100-sxm", "ssd-1b", 30, "diffusers", 2245.0, _DIFFUSERS),

@@ -1,14 +1,16 @@
 """What a GPU that is not at hand would take: its floor over the share of it that software reaches there.
 
-That share (the efficiency, floor over measured time) depends on the runtime, and on the generation of GPU: Hopper's peak
-grew more than anything else in it. Each is one factor, found from all known figures by median polish [Tukey 1977] of
-log efficiency = runtime + generation. How wrong that is can be said only where a figure exists: each known figure is
-predicted from the others, once with what other runtimes do on its generation, once as if nothing were known of it.
-In 8 bits a runtime has a factor of its own, and generations have those of fp16: hardly anything is published.
+That share (the efficiency, floor over measured time) depends on the runtime, on the generation of GPU (Hopper's peak grew
+more than anything else in it), and on the model (a smaller one keeps a GPU less busy). Each is one factor, found from all
+known figures by median polish [Tukey 1977] of log efficiency = runtime + generation + model. How wrong that is can be said
+only where a figure exists: each known figure is predicted from the others, once with what other runtimes do on its
+generation, once as if nothing were known of it.
+In 8 bits a runtime has a factor of its own, generations and models have those of fp16: hardly anything is published.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from math import exp, log
 from statistics import median
@@ -65,23 +67,33 @@ def published_known() -> list[Known]:
 
 @dataclass(frozen=True)
 class Shares:
-    """Log efficiencies: of each runtime, and what each generation (a compute capability) adds to it."""
+    """Log efficiencies: of each runtime, and what each generation (a compute capability) and each model add to it."""
 
     runtimes: dict[str, float]
     generations: dict[str, float]
+    models: dict[str, float]
 
-    def share(self, gpu: str, runtime: str) -> float:
-        """Floor over time. A generation without any known figure gets the median of the known ones' factors."""
-        usual = median(self.generations.values())
-        return exp(self.runtimes[runtime] + self.generations.get(PEAKS[gpu].compute_capability, usual))
+    def share(self, gpu: str, runtime: str, model: str = "") -> float:
+        """Floor over time. A generation or model without any known figure gets the median of the known ones' factors."""
+        generation = self.generations.get(PEAKS[gpu].compute_capability, median(self.generations.values()))
+        return exp(self.runtimes[runtime] + generation + self.models.get(model, median(self.models.values())))
 
 
 def find_shares(known: list[Known]) -> Shares:
-    """Medians of rows and columns in turn, until they stay; runtimes in 8 bits after that, by the generations then found."""
+    """Runtimes and generations from the figures of the model that most are known of, and from others where it has none, by
+    medians of rows and columns in turn until they stay; then each model's median of what they leave over. Runtimes in 8
+    bits come last, by the generations and models then found."""
     eight = [one for one in known if one.precision in EIGHT_BITS]
-    points = [
-        (one.runtime, PEAKS[one.gpu].compute_capability, log(one.efficiency)) for one in known if one not in eight
+    known = [one for one in known if one.precision not in EIGHT_BITS]
+    usual = Counter(one.model for one in known).most_common(1)[0][0]
+    ours = [one for one in known if one.model == usual]
+    covered = {one.runtime for one in ours}, {PEAKS[one.gpu].compute_capability for one in ours}
+    others = [
+        one
+        for one in known
+        if one.model != usual and not (one.runtime in covered[0] and PEAKS[one.gpu].compute_capability in covered[1])
     ]
+    points = [(one.runtime, PEAKS[one.gpu].compute_capability, log(one.efficiency)) for one in ours + others]
     runtimes = dict.fromkeys((runtime for runtime, _, _ in points), 0.0)
     generations = dict.fromkeys((generation for _, generation, _ in points), 0.0)
     for _ in range(100):
@@ -92,16 +104,22 @@ def find_shares(known: list[Known]) -> Shares:
             generations[name] = median(value - runtimes[what] for what, where, value in points if where == name)
         if runtimes | generations == before:
             break
-    found = Shares(runtimes | {one.runtime: 0.0 for one in eight}, generations)
-    rest: dict[str, list[float]] = {name: [] for name in found.runtimes.keys() - runtimes.keys()}
+    rests: dict[str, list[float]] = {}
+    for one in known:
+        told = runtimes[one.runtime] + generations[PEAKS[one.gpu].compute_capability]
+        rests.setdefault(one.model, []).append(log(one.efficiency) - told)
+    models = {model: median(values) for model, values in rests.items()}
+    found = Shares(runtimes | {one.runtime: 0.0 for one in eight}, generations, models)
+    gains: dict[str, list[float]] = {}
     for one in eight:
-        rest[one.runtime].append(log(one.efficiency / found.share(one.gpu, one.runtime)))
-    return Shares(runtimes | {name: median(values) for name, values in rest.items()}, generations)
+        gains.setdefault(one.runtime, []).append(log(one.efficiency / found.share(one.gpu, one.runtime, one.model)))
+    return Shares(runtimes | {name: median(values) for name, values in gains.items()}, generations, models)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """`low` and `high` hold every error that the method made on a known figure."""
+    """`low_ms` and `high_ms` span every error that the method made on a known figure: the range of its past errors, and no
+    interval of any confidence."""
 
     gpu: str
     model: str
@@ -124,7 +142,7 @@ def predict(gpu: str, model: str, steps: int, runtime: str, known: list[Known], 
     tflop = total_flops(component_costs(architecture_configs(model), Workload(resolution=SQUARE, steps=steps))) / 1e12
     if PEAKS[gpu].floor_only or runtime not in {one.runtime for one in known}:
         return Prediction(gpu, model, steps, runtime, floor, None, None, None, 0, tflop, precision)
-    total = floor / find_shares(known).share(gpu, runtime)
+    total = floor / find_shares(known).share(gpu, runtime, model)
     errors = [check.error for check in check_predictions(known)]
     low, high = (total / (1 + max(errors)), total / (1 + min(errors))) if errors else (None, None)
     return Prediction(gpu, model, steps, runtime, floor, total, low, high, len(known), tflop, precision)
@@ -148,7 +166,7 @@ class Check:
 def _predicted_ms(one: Known, others: list[Known]) -> float | None:
     if one.runtime not in {other.runtime for other in others}:
         return None
-    return one.floor_ms / find_shares(others).share(one.gpu, one.runtime)
+    return one.floor_ms / find_shares(others).share(one.gpu, one.runtime, one.model)
 
 
 def check_predictions(known: list[Known]) -> list[Check]:

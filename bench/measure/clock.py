@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import gc
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from bench.contestants.contestant import STAGES, Contestant
@@ -21,21 +22,27 @@ from bench.workload import Workload
 class Sample:
     """One timed call. All times in milliseconds; `steps_ms` are the denoise stage's parts, in order.
 
-    `queue_ms` is how far, at most, the device was behind the host during denoising: near 0 on a GPU means that the
-    device waited for the host. None on a CPU.
+    `enqueue_bound` is the share of the denoise stage in which the device waited for the host, None on a CPU; `throttled`
+    says why the GPU ran slower than it could during this call; `launch` counts processes from 0, `round` rounds within
+    one.
     """
 
     total_ms: float
     stages_ms: dict[str, float]
     steps_ms: list[float]
-    queue_ms: float | None = None
+    enqueue_bound: float | None = None
     started_s: float = 0.0
     round: int = 0
+    launch: int = 0
+    throttled: list[str] = field(default_factory=list)
 
     @property
     def unaccounted(self) -> float:
         """Share of the total that the stages do not explain."""
         return abs(sum(self.stages_ms.values()) - self.total_ms) / self.total_ms
+
+
+BEHIND_SHARE = 0.05  # of a step: a device that is less behind the host at its end has waited for it
 
 
 class CpuClock:
@@ -52,7 +59,7 @@ class CpuClock:
         self._marks.append((stage, time.perf_counter_ns()))
 
     def finish(self) -> tuple[list[tuple[str, float]], float | None]:
-        """((stage, milliseconds) in order, None)."""
+        """((stage, milliseconds) in order, share of denoising that the device waited for the host: None)."""
         spans, last = [], self._start
         for stage, at in self._marks:
             spans.append((stage, (at - last) / 1e6))
@@ -89,13 +96,20 @@ class CudaClock:
 
     def finish(self) -> tuple[list[tuple[str, float]], float | None]:
         self._torch.cuda.synchronize()
-        spans, last, queue_ms = [], self._start, 0.0
+        spans, last, behind_ms = [], self._start, []
         for stage, event, host_ns in self._marks:
             spans.append((stage, last.elapsed_time(event)))
             last = event
-            if stage == "denoise":
-                queue_ms = max(queue_ms, self._start.elapsed_time(event) - (host_ns - self._start_ns) / 1e6)
-        return spans, queue_ms
+            behind_ms.append(self._start.elapsed_time(event) - (host_ns - self._start_ns) / 1e6)
+        return spans, enqueue_bound(spans, behind_ms)
+
+
+def enqueue_bound(spans: Sequence[tuple[str, float]], behind_ms: Sequence[float]) -> float:
+    """Share of the denoise stage spent in steps at whose end the device was hardly behind the host: it had done all that
+    was launched, so the host set the pace. `behind_ms` is the device's time less the host's at the end of each span."""
+    steps = [(taken, behind) for (stage, taken), behind in zip(spans, behind_ms, strict=True) if stage == "denoise"]
+    waited = sum(taken for taken, behind in steps if behind < BEHIND_SHARE * taken)
+    return waited / max(sum(taken for taken, _ in steps), 1e-9)
 
 
 Clock = CpuClock | CudaClock
@@ -113,7 +127,7 @@ def timed_draw(contestant: Contestant, workload: Workload, clock: Clock) -> tupl
         clock.start()
         begin = time.perf_counter_ns()
         pictures = contestant.draw(workload, clock.mark)
-        spans, queue_ms = clock.finish()
+        spans, waited = clock.finish()
         total_ms = (time.perf_counter_ns() - begin) / 1e6
     finally:
         if gc_was_on:
@@ -122,4 +136,4 @@ def timed_draw(contestant: Contestant, workload: Workload, clock: Clock) -> tupl
     for stage, milliseconds in spans:
         stages_ms[stage] = stages_ms.get(stage, 0.0) + milliseconds
     steps_ms = [milliseconds for stage, milliseconds in spans if stage == "denoise"]
-    return Sample(total_ms, stages_ms, steps_ms, queue_ms), pictures
+    return Sample(total_ms, stages_ms, steps_ms, waited), pictures

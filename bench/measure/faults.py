@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 
@@ -12,7 +13,7 @@ from bench.measure.stats import SUM_WITHIN, Estimate, drift, spread
 NOISY_CV = 0.05
 DRIFT_SHARE = 0.05
 DRIFT_P = 0.01
-QUEUE_SHARE = 0.05
+ENQUEUE_SHARE = 0.5
 OTHERS_CPU_PERCENT = 20
 
 
@@ -24,8 +25,7 @@ def sample_faults(samples: Sequence[Sample], *, floor_ms: float | None, unsettle
     """
     totals_ms = [sample.total_ms for sample in samples]
     total_ms = median(totals_ms)
-    queues = [sample.queue_ms for sample in samples if sample.queue_ms is not None]
-    step_ms = median(median(sample.steps_ms) for sample in samples)
+    waits = [sample.enqueue_bound for sample in samples if sample.enqueue_bound is not None]
     unaccounted = max(sample.unaccounted for sample in samples)
     faults = []
     if floor_ms is not None and total_ms < floor_ms:
@@ -41,21 +41,22 @@ def sample_faults(samples: Sequence[Sample], *, floor_ms: float | None, unsettle
     share, p_value = drift(totals_ms)
     if abs(share) > DRIFT_SHARE and p_value < DRIFT_P:
         faults.append(f"drifting: {'slower' if share > 0 else 'faster'} by {abs(share):.0%} from first to last round")
-    if queues and median(queues) < QUEUE_SHARE * step_ms:
-        faults.append("enqueue-bound: the device waits for the host to launch its work")
+    if waits and (share := median(waits)) > ENQUEUE_SHARE:
+        faults.append(
+            f"enqueue-bound: for {share:.0%} of the denoising the device waited for the host to launch its work"
+        )
+    for reason, count in Counter(reason for sample in samples for reason in sample.throttled).items():
+        faults.append(f"throttled: {reason} in {count} of {len(samples)} calls")
     return faults
 
 
 def machine_faults(
     *,
     others_cpu_percent: float | None = None,
-    throttle_reasons: Sequence[str] = (),
     other_gpu_processes: int = 0,
 ) -> list[str]:
     """What the machine showed while the samples were taken; `others_cpu_percent` is of one core."""
     faults = []
-    if throttle_reasons:
-        faults.append(f"throttled: {', '.join(throttle_reasons)}")
     if other_gpu_processes:
         faults.append(f"not alone: {other_gpu_processes} other process(es) on the GPU")
     if others_cpu_percent is not None and others_cpu_percent > OTHERS_CPU_PERCENT:
@@ -74,6 +75,11 @@ def eight_bit_faults(precision: str, gain: Estimate | None) -> list[str]:
 def picture_faults(found: Sequence[str]) -> list[str]:
     """What is visibly wrong with the pictures refuses the row."""
     return [f"refused: {fault}; this is no result" for fault in found]
+
+
+def are_doubts(faults: Sequence[str]) -> bool:
+    """Whether any of them makes the figure doubtful. That a contestant is enqueue-bound is its own nature."""
+    return any(not fault.startswith("enqueue-bound") for fault in faults)
 
 
 def is_refused(faults: Sequence[str]) -> bool:

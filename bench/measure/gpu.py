@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 THROTTLED_NS = {  # NVML's counters of time spent slower than it could be, since the driver was loaded
@@ -138,25 +137,6 @@ class Gpu:
     def energy_j(self) -> float | None:
         """The board's energy counter since the driver was loaded, in joules (NVML counts millijoules)."""
         return self.read("energy_j", lambda n, h: n.nvmlDeviceGetTotalEnergyConsumption(h) / 1e3)
-
-
-def throttled_meanwhile(before: dict[str, int] | None, after: dict[str, int] | None, seconds: float) -> set[str]:
-    """The reasons that took more than a hundredth of `seconds` between two readings of `throttled_ns`."""
-    if before is None or after is None:
-        return set()
-    return {word for word, count in after.items() if count - before.get(word, count) > 0.01e9 * seconds}
-
-
-RANGED = ("sm_clock_mhz", "memory_clock_mhz", "temperature_c", "power_w", "memory_used_bytes")
-
-
-def device_ranges(states: list[dict[str, Any]]) -> dict[str, list[float] | None]:
-    """[least, median, most] of each reading over the states seen between timed calls; None where there was none."""
-    ranges: dict[str, list[float] | None] = {}
-    for key in RANGED:
-        values = [state[key] for state in states if state[key] is not None]
-        ranges[key] = [min(values), median(values), max(values)] if values else None
-    return ranges
 
 
 def energy_per_image(gpu: Gpu, draw: Callable[[], int], seconds: float = 10.0) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +14,15 @@ from bench.workload import Workload
 from distill.common.errors import describe_error
 
 STABLE_WITHIN = 0.05  # two calls of the warm-up
+
+
+class DoNotFitError(Exception):
+    """One ran out of memory while others were loaded beside it."""
+
+
+def out_of_memory_beside(error: Exception, contestants: Sequence[Contestant]) -> bool:
+    """Whether it is an error of too little memory, whoever reports it, that others may have caused."""
+    return len(contestants) > 1 and (isinstance(error, MemoryError) or "out of memory" in str(error).lower())
 
 
 @dataclass
@@ -64,13 +73,13 @@ def measure_rounds(
     rounds: Rounds,
     budget_s: float,
     *,
-    on_round: Callable[[], None] = lambda: None,
+    on_round: Callable[[Cell], None] = lambda _: None,
 ) -> None:
     """Adds interleaved rounds A B C, C B A, B C A, A C B, ... to `cell`: a drift of the machine meets all contestants
     alike, and so does what the one before leaves behind.
 
     Warm-up counts towards `budget_s`. A contestant that raises is recorded with its error and left out from then on;
-    the others go on.
+    the others go on. Raises DoNotFitError where it ran out of memory beside others.
     """
     begin, running = time.monotonic(), []
     for contestant in contestants:
@@ -80,11 +89,14 @@ def measure_rounds(
         try:
             warm_up(contestant, cell, clock, rounds.max_warmup)
         except Exception as error:
+            if out_of_memory_beside(error, contestants):
+                raise DoNotFitError(f"{contestant.name} ran out of memory at {cell.workload.name}") from error
             cell.failures[contestant.name] = describe_error(error)
             continue
         running.append((contestant, clock))
         cell.samples.setdefault(contestant.name, [])
-    first = 1 + max((sample.round for samples in cell.samples.values() for sample in samples), default=-1)
+    seen = (sample.round for one, _ in running for sample in cell.samples[one.name])
+    first = 1 + max(seen, default=-1)
     for index in range(first, first + rounds.max_rounds):
         if index >= first + rounds.min_rounds and time.monotonic() - begin > budget_s:
             break
@@ -95,12 +107,14 @@ def measure_rounds(
             try:
                 sample, _ = timed_draw(contestant, cell.workload, clock)
             except Exception as error:
+                if out_of_memory_beside(error, contestants):
+                    raise DoNotFitError(f"{contestant.name} ran out of memory at {cell.workload.name}") from error
                 cell.failures[contestant.name] = describe_error(error)
                 continue
             sample.started_s, sample.round = started_s, index
             cell.samples[contestant.name].append(sample)
         running = [entry for entry in running if entry[0].name not in cell.failures]
-        on_round()
+        on_round(cell)
 
 
 @contextmanager
@@ -121,15 +135,17 @@ def measure_cells(
     rounds: Rounds,
     seconds: float,
     *,
-    on_round: Callable[[], None] = lambda: None,
+    on_round: Callable[[Cell], None] = lambda _: None,
+    cells: Sequence[Cell] = (),
 ) -> Iterator[tuple[Cell, bool]]:
     """Every workload twice, there and back again, so that a drift of the machine does not look like an effect of size
-    or steps. Yields (cell, whether it is done) after each visit.
+    or steps. Yields (cell, whether it is done) after each visit. `cells` of other contestants take the samples, where
+    given.
 
     `rounds.min_rounds` and `max_rounds` count both visits together; the first workload gets a triple share of the time.
     After 1.5 times `seconds` each remaining visit is a single round, except those to the first workload.
     """
-    cells = [Cell(workload) for workload in workloads]
+    cells = list(cells) or [Cell(workload) for workload in workloads]
     twice = rounds.max_rounds > 1
     visits = [*cells, *reversed(cells)] if twice else cells
     if twice:

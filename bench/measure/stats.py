@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import median
+from statistics import fmean, median, stdev
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -15,6 +15,11 @@ from bench.measure.clock import Sample
 MIN_FOR_INTERVAL = (
     6  # of five samples the smallest and the largest enclose the median only 94 times in 100: 1 - 2 / 2**5
 )
+T_975 = (
+    12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110,
+    2.101, 2.093, 2.086,
+)  # fmt: skip
+"""Student's t at 97.5 % for 1 to 20 degrees of freedom; more are taken for 20."""
 UNEXPLAINED = "unexplained"
 """Stands beside the stages where they leave more than 1 % of the total to it."""
 SUM_WITHIN = 0.01
@@ -64,42 +69,76 @@ def median_interval(samples: Sequence[float]) -> Estimate:
     return Estimate(value=value, low=float(ordered[outside]), high=float(ordered[-1 - outside]))
 
 
-def ratio_interval(baseline: Sequence[float], other: Sequence[float]) -> Estimate:
-    """How many times faster `other` is: the median of the per-round ratios baseline / other.
+def by_launch(samples: Sequence[Sample]) -> dict[int, list[Sample]]:
+    """The samples of each process launch."""
+    launches: dict[int, list[Sample]] = {}
+    for sample in samples:
+        launches.setdefault(sample.launch, []).append(sample)
+    return launches
 
-    Element i of both comes from the same round, so what slows a whole round cancels. Raises ValueError where the
-    lengths differ.
+
+def launch_interval(medians: Sequence[float]) -> Estimate:
+    """The geometric mean of the launches' medians with Student's 95 % interval of their logarithms.
+
+    Launches of one command differ by more than the rounds within one do (memory layout, neighbours, clocks), so with
+    several of them the interval is between launches.
     """
-    if len(baseline) != len(other) or len(baseline) == 0:
-        raise ValueError(f"{len(baseline)} and {len(other)} samples do not pair up")
-    ratios = np.asarray(baseline, float) / np.asarray(other, float)
-    return median_interval(list(ratios))
+    logs = [math.log(value) for value in medians]
+    half = t_975(len(logs) - 1) * stdev(logs) / math.sqrt(len(logs))
+    return Estimate(value=math.exp(fmean(logs)), low=math.exp(fmean(logs) - half), high=math.exp(fmean(logs) + half))
 
 
-def speedup(baseline: Sequence[Sample], other: Sequence[Sample]) -> Estimate | None:
-    """How many times faster `other` is, over the rounds that both finished; None where there is no such round."""
-    before, after = ({sample.round: sample.total_ms for sample in samples} for samples in (baseline, other))
-    rounds = [number for number in after if number in before]
-    if not rounds:
+def t_975(degrees: float) -> float:
+    """Student's t at 97.5 %, never too small. Raises IndexError below one degree of freedom."""
+    return T_975[min(int(degrees), len(T_975)) - 1]
+
+
+def estimate_total(samples: Sequence[Sample]) -> Estimate:
+    """Milliseconds of a call: between launches where there are several, else the median of one launch's rounds."""
+    launches = [[sample.total_ms for sample in launch] for launch in by_launch(samples).values()]
+    if len(launches) > 1:
+        return launch_interval([median(launch) for launch in launches])
+    return median_interval(launches[0])
+
+
+def round_ratios(baseline: Sequence[Sample], other: Sequence[Sample]) -> list[list[float]]:
+    """baseline / other of each round that both finished, launch by launch; launches without such a round are left out."""
+    before = {(sample.launch, sample.round): sample.total_ms for sample in baseline}
+    launches = [
+        [
+            before[sample.launch, sample.round] / sample.total_ms
+            for sample in launch
+            if (sample.launch, sample.round) in before
+        ]
+        for launch in by_launch(other).values()
+    ]
+    return [launch for launch in launches if launch]
+
+
+def speedup(baseline: Sequence[Sample], other: Sequence[Sample], *, paired: bool = True) -> Estimate | None:
+    """How many times faster `other` is, over the rounds that both finished; None where there is no such round. Not
+    `paired`, where the two were not measured in the same rounds: the ratio of the two medians, from one end of their
+    intervals to the other."""
+    if not paired:
+        before, after = estimate_total(baseline), estimate_total(other)
+        if before.low is None or before.high is None or after.low is None or after.high is None:
+            return Estimate(value=before.value / after.value)
+        return Estimate(value=before.value / after.value, low=before.low / after.high, high=before.high / after.low)
+    launches = round_ratios(baseline, other)
+    if not launches:
         return None
-    return ratio_interval([before[one] for one in rounds], [after[one] for one in rounds])
+    return launch_interval([median(one) for one in launches]) if len(launches) > 1 else median_interval(launches[0])
 
 
 def stage_medians(samples: Sequence[Sample]) -> dict[str, float]:
-    """Milliseconds of each stage in the median call; they sum to the median total.
-
-    Each stage's share of its own call is taken, the median of the shares over all calls, scaled to the median total:
-    medians of single stages would not sum to it. The share that no stage explains counts as a stage of its own, and
-    is shown where it is above the 1 % allowed.
-    """
-    total = median(sample.total_ms for sample in samples)
+    """The median of each stage over all calls, in milliseconds; medians need not sum to the median total. What no stage
+    explains counts as a stage of its own where its median is above the 1 % allowed."""
     names = list(dict.fromkeys([*STAGES, *(name for sample in samples for name in sample.stages_ms)]))
-    shares = {name: median(sample.stages_ms.get(name, 0.0) / sample.total_ms for sample in samples) for name in names}
-    shares[UNEXPLAINED] = median(1 - sum(sample.stages_ms.values()) / sample.total_ms for sample in samples)
-    whole = sum(shares.values())
-    if abs(shares[UNEXPLAINED]) <= SUM_WITHIN * whole:
-        del shares[UNEXPLAINED]
-    return {name: total * share / whole for name, share in shares.items()}
+    medians = {name: median(sample.stages_ms.get(name, 0.0) for sample in samples) for name in names}
+    unexplained = median(sample.total_ms - sum(sample.stages_ms.values()) for sample in samples)
+    if abs(unexplained) > SUM_WITHIN * median(sample.total_ms for sample in samples):
+        medians[UNEXPLAINED] = unexplained
+    return medians
 
 
 def spread(samples: Sequence[float]) -> float:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -18,19 +17,82 @@ from bench.contestants.pipelines import EagerContestant
 from bench.measure.clock import make_clock, timed_draw
 from bench.measure.host import cpu_identity
 from bench.quality.fidelity import FidelityOptions, measure_fidelity
-from bench.quality.guard import Quality, guard
+from bench.quality.guard import Quality, guard, with_control
 from bench.workload import Workload
 from distill.common.errors import UserError, describe_error
 from distill.common.files import replacing
 from distill.common.progress import say
+from engines.choices import EIGHT_BITS
+
+CONTROL = "that is not told its prompt"
+"""What the deliberately wrong UNet, the guard's control, lacks."""
 
 
-def _references(contestants: list[Contestant], workload: Workload, device: str) -> dict[str, Pictures | str]:
-    """For each contestant its fp32 picture, or why there is none. One checkpoint is loaded at a time, then dropped;
-    contestants with the same weights share a picture, and so do runs on the same device."""
+@dataclass
+class Drawn:
+    """One contestant's picture of the main workload, or `failure`; `scores` are FID and CLIP score, where asked for."""
+
+    pictures: Pictures | None
+    scores: dict[str, Any] | None = None
+    failure: str = ""
+
+
+def draw_for_guard(contestant: Contestant, workload: Workload, fidelity: FidelityOptions) -> Drawn:
+    """Raises UserError for captions and references that cannot be used."""
+    try:
+        pictures = contestant.draw_watched(workload)
+        pictures.latents = pictures.latents_array()  # the contestant is freed before it is judged
+        return Drawn(pictures, _fidelity(contestant, workload, fidelity))
+    except UserError:
+        raise
+    except Exception as error:
+        return Drawn(None, failure=describe_error(error))
+
+
+def judge(
+    drawn: dict[str, Drawn], contestants: list[Contestant], workload: Workload, reference: bool, device: str
+) -> dict[str, dict[str, Any]]:
+    """For each contestant that was drawn the guard's verdict. The contestants are not needed in memory: the fp32 references
+    come one by one."""
+    judged = [contestant for contestant in contestants if contestant.name in drawn]
+    references = _references(judged, workload, device) if reference else {}
+    verdicts = {}
+    for contestant in judged:
+        one = drawn[contestant.name]
+        quality = _verdict(one, references.get(contestant.name, "the reference was switched off"), contestant.precision)
+        if one.scores is not None and one.scores["words"]:
+            quality.passed = False
+            quality.words += one.scores["words"]
+        verdicts[contestant.name] = asdict(quality) | {"fidelity": one.scores}
+        verdict = {True: "passed", False: "FAILED", None: "not checked"}[quality.passed]
+        psnr = "identical" if quality.identical else f"{quality.psnr_db:.0f} dB" if quality.psnr_db else ""
+        say(f"  {contestant.name}: {verdict} {psnr} {'; '.join(quality.words)}".rstrip())
+    return verdicts
+
+
+def _verdict(one: Drawn, expected: Reference | str, precision: str) -> Quality:
+    if one.pictures is None:
+        return Quality(False, [one.failure])
+    if isinstance(expected, str):
+        return guard(one.pictures, None, expected)
+    quality = guard(one.pictures, expected.right, eight_bits=precision in EIGHT_BITS)
+    return with_control(quality, guard(expected.wrong, expected.right, eight_bits=precision in EIGHT_BITS), CONTROL)
+
+
+@dataclass
+class Reference:
+    """The fp32 pictures of a model, and those of the control: the same with a wrong UNet."""
+
+    right: Pictures
+    wrong: Pictures
+
+
+def _references(contestants: list[Contestant], workload: Workload, device: str) -> dict[str, Reference | str]:
+    """For each contestant its fp32 reference, or why there is none. One checkpoint is loaded at a time, then dropped;
+    contestants with the same weights share a reference, and so do runs on the same device."""
     import torch
 
-    drawn: dict[str | None, Pictures | str] = {None: "no fp32 reference: no checkpoint among its artifacts"}
+    drawn: dict[str | None, Reference | str] = {None: "no fp32 reference: no checkpoint among its artifacts"}
     threads = torch.get_num_threads()
     for contestant in contestants:
         source = contestant.checkpoint
@@ -40,33 +102,48 @@ def _references(contestants: list[Contestant], workload: Workload, device: str) 
         # not timed; a narrow net gains nothing from threads, and loses much where the cores are shared
         torch.set_num_threads(1 if contestant.configs and contestant.configs.is_narrow else threads)
         try:
-            drawn[source] = _reference_pictures(reference, workload)
+            drawn[source] = _draw_reference(reference, workload)
         except torch.OutOfMemoryError:
-            drawn[source] = "no fp32 reference: the device has too little memory left for it"
+            drawn[source] = "no fp32 reference: the device has too little memory for it"
         except Exception as error:
             drawn[source] = f"no fp32 reference: {describe_error(error)}"
         torch.set_num_threads(threads)
-        del reference
-        gc.collect()
+        reference.unload()
     return {contestant.name: drawn[contestant.checkpoint] for contestant in contestants}
 
 
-def _reference_pictures(reference: EagerContestant, workload: Workload) -> Pictures:
-    """Drawn without TF32, or as an earlier run drew them."""
+def _draw_reference(reference: EagerContestant, workload: Workload) -> Reference:
+    """Drawn without TF32, or as an earlier run drew it."""
     import torch
 
     kept = _kept_reference(reference, workload)
     with suppress(OSError, ValueError, KeyError, EOFError, BadZipFile), np.load(kept) as file:
-        return Pictures(file["images"], file["latents"])
+        right, wrong = (Pictures(*(file[f"{which}_{part}"] for part in PARTS)) for which in ("right", "wrong"))
+        return Reference(right, wrong)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        pictures = timed_draw(reference, workload, make_clock(reference.device))[1]
+        right = reference.draw_watched(workload)
+        hook = reference.pipe.unet.register_forward_pre_hook(_forget_prompt, with_kwargs=True)
+        wrong = reference.draw_watched(workload)
+        hook.remove()
+    for one in (right, wrong):
+        one.latents = one.latents_array()
+    arrays = {
+        f"{which}_{part}": getattr(one, part) for which, one in (("right", right), ("wrong", wrong)) for part in PARTS
+    }
     with (
         suppress(OSError),
         replacing(kept) as temporary,
         temporary.open("wb") as file,
     ):  # drawn again where it is not kept
-        np.savez(file, images=pictures.images, latents=np.asarray(pictures.latents_array()))
-    return pictures
+        np.savez(file, **arrays)
+    return Reference(right, wrong)
+
+
+PARTS = ("images", "latents", "noise_preds")
+
+
+def _forget_prompt(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, kwargs | {"encoder_hidden_states": 0 * kwargs["encoder_hidden_states"]}
 
 
 def _kept_reference(reference: EagerContestant, workload: Workload) -> Path:
@@ -79,37 +156,9 @@ def _kept_reference(reference: EagerContestant, workload: Workload) -> Path:
     if not reference.source.startswith("random:"):
         paths = sorted(path for path in reference.folder.rglob("*") if path.is_file())
         files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    key = [reference.source, workload, device, torch.__version__, diffusers.__version__, files]
+    key = [CONTROL, reference.source, workload, device, torch.__version__, diffusers.__version__, files]
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:20]
     return reference.workdir / "references" / f"{name}.npz"
-
-
-def judge(
-    contestants: list[Contestant], workload: Workload, fidelity: FidelityOptions, reference: bool, device: str
-) -> dict[str, dict[str, Any]]:
-    """For each contestant the guard's verdict on its picture of `workload`, with FID and CLIP score where captions were
-    given."""
-    references = _references(contestants, workload, device) if reference else {}
-    verdicts = {}
-    for contestant in contestants:
-        expected = references.get(contestant.name, "the reference was switched off")
-        scores = None
-        try:
-            pictures = timed_draw(contestant, workload, make_clock(contestant.device))[1]
-            quality = guard(pictures, None, expected) if isinstance(expected, str) else guard(pictures, expected)
-            scores = _fidelity(contestant, workload, fidelity)
-        except UserError:
-            raise
-        except Exception as error:
-            quality = Quality(False, [describe_error(error)])
-        if scores is not None and scores["words"]:
-            quality.passed = False
-            quality.words += scores["words"]
-        verdicts[contestant.name] = asdict(quality) | {"fidelity": scores}
-        verdict = {True: "passed", False: "FAILED", None: "not checked"}[quality.passed]
-        psnr = "identical" if quality.identical else f"{quality.psnr_db:.0f} dB" if quality.psnr_db else ""
-        say(f"  {contestant.name}: {verdict} {psnr} {'; '.join(quality.words)}".rstrip())
-    return verdicts
 
 
 def _fidelity(contestant: Contestant, workload: Workload, options: FidelityOptions) -> dict[str, Any] | None:

@@ -97,8 +97,7 @@ def runtime_figures(all_results: list[Results]) -> list[RuntimeFigures]:
             base = eager.get(record.parameters)
             over_eager = _gain(base, row) if base is not None and base is not row else None
             flops = record.costs["unet"]["flops"] if record.costs else None
-            tflops = results.peak.tflops_in(record.precision) if results.peak else None
-            denoise_mfu = flops / row.step_ms / (tflops * 1e9) if flops and tflops else None
+            denoise_mfu = flops / row.step_ms / (row.peak_tflops * 1e9) if flops and row.peak_tflops else None
             one = RuntimeFigures(record=record, row=row, over_eager=over_eager, denoise_mfu=denoise_mfu)
             entries.setdefault((record.parameters, record.runtime, record.precision), one)
     compiled = {one.record.parameters: one.over_eager for one in entries.values() if _kind(one.record) == "compiled"}

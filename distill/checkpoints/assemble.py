@@ -20,11 +20,10 @@ from distill.models.networks import NETWORKS, make_network
 if TYPE_CHECKING:
     import torch
 
-SCHEDULER = {  # of SDXL, SD 1.x and 2.x alike
+SCHEDULER = {  # of SDXL, SD 1.x and 2.x alike, beside what they predict
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
     "timestep_spacing": "leading",
     "steps_offset": 1,
 }
@@ -92,7 +91,8 @@ def tokenizers_and_scheduler(family: Family, **scheduler: Any) -> dict[str, Any]
         )
         for tokenizer, encoder, pad_token in zip(kind.tokenizers, kind.encoders, kind.pad_tokens, strict=True)
     }
-    return parts | {"scheduler": EulerDiscreteScheduler(**SCHEDULER | scheduler)}
+    settings = SCHEDULER | {"prediction_type": family.prediction_type} | scheduler
+    return parts | {"scheduler": EulerDiscreteScheduler(**settings)}
 
 
 def random_tensors(architecture: Architecture) -> dict[str, dict[str, MadeTensor]]:

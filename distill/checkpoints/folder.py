@@ -20,7 +20,7 @@ from distill.models.networks import stated_config
 if TYPE_CHECKING:
     import torch
 
-FORMS = "a Hugging Face id, a diffusers folder, a single .safetensors file, random:NAME or mini:sdxl"
+FORMS = "a Hugging Face id, a diffusers folder, a single .safetensors file, random:NAME, mini:sdxl or mini:sd"
 """Of a model, as every command takes it."""
 
 

@@ -1,7 +1,8 @@
 """A pipeline of true size with random weights, made on the device that will run it: no download, no disk.
 
-Latency does not depend on the weights. They are drawn in fp32 with torch's own initial scale and then rounded, so that
-the same name and seed on the same device give one model in every precision.
+The arithmetic does not depend on the weights; a GPU's power, and its clocks at the power limit, do. They are drawn in fp32
+with torch's own initial scale and then rounded, so that the same name and seed on the same device give one model in every
+precision.
 """
 
 from __future__ import annotations

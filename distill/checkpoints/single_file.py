@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from distill.checkpoints.assemble import assemble, component_shapes, meta_components
 from distill.checkpoints.tensors import (
     MadeTensor,
@@ -30,6 +32,7 @@ from distill.checkpoints.tensors import (
     transposed,
 )
 from distill.common.errors import UserError
+from distill.common.progress import say
 from distill.models.architectures import Architecture, architecture_at
 from distill.models.conditioning import SD, SDXL, Conditioning, context_width
 from distill.models.depth import Depth
@@ -179,6 +182,7 @@ def find_single_file_architecture(records: Mapping[str, TensorRecord], path: Pat
     """The catalogue's architecture of a file, or a custom depth. Raises UserError, with the difference named, for a
     file that is no whole checkpoint of a known family."""
     layout = find_layout(records, path)
+    predicted = _scheduler_of(records, path).get("prediction_type", "epsilon")
 
     def number(place: str, axis: int) -> int | None:
         record = records.get(f"{UNET}{place}.weight")
@@ -192,15 +196,12 @@ def find_single_file_architecture(records: Mapping[str, TensorRecord], path: Pat
     reads = next((key for key in records if key.startswith(UNET) and key.endswith(".attn2.to_k.weight")), "")
     text = number(reads.removeprefix(UNET).removesuffix(".weight"), 1)
     known = [family for family in FAMILIES.values() if family.conditioning is layout.conditioning]
-    family = next(
-        (
-            family
-            for family in known
-            if [*family.unet["block_out_channels"]][:levels] == widths and context_width(family.unet) == text
-        ),
-        None,
-    )
-    if family is None:
+    fitting = [
+        family
+        for family in known
+        if [*family.unet["block_out_channels"]][:levels] == widths and context_width(family.unet) == text
+    ]
+    if not fitting:
         names = "; ".join(f"{f.name}'s {list(f.unet['block_out_channels'])}, {context_width(f.unet)}" for f in known)
         raise UserError(
             f"{path}: its UNet's widths are {widths} and its text's {text}, {names}; a single file does not say how many "
@@ -217,6 +218,7 @@ def find_single_file_architecture(records: Mapping[str, TensorRecord], path: Pat
         up=tuple(tuple(depth(f"output_blocks.{layers * i + j}") for j in range(layers)) for i in range(levels)),
     )
     found.check()
+    family = next((family for family in fitting if family.prediction_type == predicted), fitting[0])
     return architecture_at(family, found)
 
 
@@ -230,19 +232,39 @@ def _open_clip_tensor(key: str, take: Callable[[str], TensorRecord]) -> TensorRe
 
 def _scheduler_of(records: Mapping[str, TensorRecord], path: Path) -> dict[str, Any]:
     """In what the scheduler differs from SDXL's: as empty tensors say by their names (v_pred, ztsnr; ComfyUI's), or the
-    file's metadata by the ModelSpec standard.
+    file's metadata by the ModelSpec standard, or, in a file of SD 2.x that says nothing, as `_seems_768_v`.
 
     Zero terminal SNR needs `trailing` timesteps, or the last is never asked for (arXiv 2305.08891, section 3.3).
     Raises UserError for the names of EDM's noise levels (Playground v2.5, CosXL).
     """
     if edm := [key for key in records if key.startswith("edm_")]:
         raise UserError(f"{path} was trained on EDM's noise levels (it holds {edm[0]}), not on SDXL's: it is not read")
-    about = read_metadata(path)
-    said = [about.get(key, "").lower() for key in PREDICTION_KEYS]
-    if "v_pred" not in records and not any(word in ("v", "v_prediction", "v-prediction") for word in said):
+    said = _stated_prediction(path)
+    predicts_v = said in ("v", "v_prediction", "v-prediction") if said else _seems_768_v(records, path)
+    if "v_pred" not in records and not predicts_v:
         return {}
     zero_snr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in records else {}
     return {"prediction_type": "v_prediction"} | zero_snr
+
+
+def _stated_prediction(path: Path) -> str:
+    """What the file's metadata say that it predicts; empty where they say nothing."""
+    about = read_metadata(path)
+    return next((about[key].lower() for key in PREDICTION_KEYS if key in about), "")
+
+
+def _seems_768_v(records: Mapping[str, TensorRecord], path: Path) -> bool:
+    """Whether a file is of SD 2.x and was taught to predict v, as its 768-pixel models were. Their tensors are called and
+    shaped as those of the 512-pixel ones, which predict the noise; ComfyUI's `SD20.model_type` tells them by how far the
+    biases of the last transformer's first norm are spread, and so does this."""
+    if find_layout(records, path).name != "SD 2.x":
+        return False
+    biases = [key for key in records if re.fullmatch(rf"{UNET}output_blocks\.\d+\.1\..*\.0\.norm1\.bias", key)]
+    last = max(biases, key=lambda key: int(key.removeprefix(UNET).split(".")[1]), default=None)
+    if last is None:
+        return False
+    with safe_open(path, "pt") as file:
+        return bool(file.get_tensor(last).float().std(correction=0) > 0.09)
 
 
 def read_single_file(
@@ -256,6 +278,12 @@ def read_single_file(
     records = read_safetensors_header(path)
     scheduler = _scheduler_of(records, path)
     architecture, layout = find_single_file_architecture(records, path), find_layout(records, path)
+    if layout.name == "SD 2.x" and not _stated_prediction(path) and "v_pred" not in records:
+        meant = "v, as SD 2's 768 pixel models" if scheduler else "the noise, as SD 2's base models"
+        say(
+            f"{path} does not say what it predicts: by its weights it predicts {meant} do; if that is wrong, write "
+            f"prediction_type epsilon or v into its metadata"
+        )
     levels, prefixes = len(architecture.family.vae["block_out_channels"]), layout.prefixes
     names: dict[str, Callable[[str], str]] = {
         "unet": lambda key: _unet_name(key, architecture.depth),

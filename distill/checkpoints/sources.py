@@ -4,7 +4,7 @@ org/name              a Hugging Face model id
 path/to/folder        a diffusers pipeline folder
 path/to/file.safetensors   a single-file checkpoint (as ZavyChromaXL and JuggernautXL ship)
 random:NAME           an architecture of the catalogue at its true size with random weights (nothing to download)
-mini:sdxl             the mini teacher that ships with the package
+mini:sdxl, mini:sd    the mini teachers that ship with the package
 """
 
 from __future__ import annotations
@@ -31,12 +31,24 @@ from distill.models.architectures import Architecture, find_architecture, whole
 from distill.models.families import Family
 from distill.models.networks import stated_config
 
-MINI_TEACHERS = {"sdxl": Path(__file__).parents[1] / "mini" / "teacher"}
+MINI_TEACHERS = {
+    "sdxl": Path(__file__).parents[1] / "mini" / "teacher",
+    "sd": Path(__file__).parents[1] / "mini" / "teacher_sd",
+}
 WORKDIR = Path("out/models")
 """The folder in which all rooms keep the checkpoints that `resolve` makes, unless another is given."""
-CONVERSION = 1
+CONVERSION = 2
 """Raised whenever a random, converted or fused checkpoint comes out otherwise than before: older ones are made again."""
-ON_HUB = {"segmind/SSD-1B": "ssd-1b", "segmind/Segmind-Vega": "vega"}
+ON_HUB = {
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "stablediffusionapi/zavychromaxl-v80": "sdxl",
+    "RunDiffusion/Juggernaut-XL-v9": "sdxl",
+    "segmind/SSD-1B": "ssd-1b",
+    "segmind/Segmind-Vega": "vega",
+    "SG161222/Realistic_Vision_V4.0": "sd-1.5",
+    "CompVis/stable-diffusion-v1-4": "sd-1.5",
+    "stabilityai/stable-diffusion-2-1-base": "sd-2.1-base",
+}
 """The architecture of checkpoints that recipes name, so that these are checked and counted before anything is fetched."""
 
 
@@ -60,6 +72,12 @@ def peek_architecture(source: str, family: Family) -> Architecture:
         return find_architecture(ON_HUB[source])
     fetched = _already_fetched(source)
     return find_architecture_of(fetched) if fetched else whole(family)
+
+
+def is_known(source: str) -> bool:
+    """Whether `peek_architecture` finds the architecture of `source` itself, and takes it for no other's."""
+    at_hand = source.startswith(("random:", "mini:")) or Path(source).exists()
+    return at_hand or source in ON_HUB or _already_fetched(source) is not None
 
 
 def _already_fetched(repo_id: str) -> Path | None:

@@ -24,12 +24,23 @@ def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Generator[Made
             yield next_one.result()
 
 
-class Awaited(Generic[Made]):
-    """An iterator that keeps count of the `seconds` spent waiting for its items."""
+SLOW = 0.2
+"""A share of the time spent waiting that is worth doing something about."""
 
-    def __init__(self, items: Iterable[Made]) -> None:
-        self.seconds = 0.0
+
+class Awaited(Generic[Made]):
+    """An iterator that keeps count of the `seconds` spent waiting for its items, which come from `place`."""
+
+    def __init__(self, items: Iterable[Made], place: str) -> None:
+        self.seconds, self.place = 0.0, place
         self._items = iter(items)
+        self._began = time.monotonic()
+
+    def describe(self) -> str:
+        """The share of the time since it began, and the place where that is much."""
+        share = self.seconds / max(time.monotonic() - self._began, self.seconds, 1e-9)
+        slow = f": {self.place} is slower than the steps" if share > SLOW else ""
+        return f"{share:.0%} waiting for data{slow}"
 
     def __iter__(self) -> Iterator[Made]:
         return self

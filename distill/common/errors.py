@@ -74,7 +74,7 @@ def parse_counts(option: str, text: str, most: int = 1024) -> list[int]:
     return numbers
 
 
-def describe_error(error: Exception) -> str:
+def describe_error(error: BaseException) -> str:
     """An exception of someone else's code, for a note or a record."""
     return f"{type(error).__name__}: {error}"
 

@@ -18,6 +18,9 @@ from distill.common.files import read_json
 LEFTOVERS = re.compile(r"\.lock|\.partial|\..+\.(lock|partial|old)|lost\+found|\.DS_Store")
 """Names that say nothing of whose folder it is: locks and what a killed run left, and what systems put into new folders."""
 
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""How one begins that was made a path."""
+
 
 def read_marker(path: Path, keys: Collection[str]) -> dict[str, Any] | None:
     """The JSON object of a file that we wrote: one that has all `keys`. None for any other file."""
@@ -93,6 +96,10 @@ def require_writable_file(path: Path, keys: Collection[str], option: str = "--ou
 
 
 def _require_place(path: Path, option: str) -> None:
+    if URL.match(str(path)):
+        raise UserError(
+            f"{option} {path} is an URL; it takes a place on this machine, from where what is made is copied"
+        )
     place = next(parent for parent in path.absolute().parents if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"{option} {path} cannot be made: {place} is no folder that may be written")

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from distill.checkpoints.folder import find_family, network_folders, read_config
@@ -28,7 +29,9 @@ from distill.data.cache_index import DTYPES, INDEX, Bucket, read_index
 from distill.data.order import BatchOrder
 from distill.data.places import open_place
 from distill.models.conditioning import TEXT_INPUTS, TOKENS, conditioning_of
+from distill.models.families import Family
 
+Held = TypeVar("Held")
 KEY_FILE = "cache.json"
 UNCONDITIONAL = "unconditional.safetensors"
 TOKENIZER_WORDS = ("vocab.json", "merges.txt", "tokenizer.json")
@@ -76,8 +79,11 @@ class LatentCache:
         sizes = self._files.sizes()
         if sizes is not None and KEY_FILE not in sizes:
             raise UserError(f"{place} is no latent cache: it has no {KEY_FILE}; make one with: python -m distill cache")
-        self.key = read_object(self._files.local(KEY_FILE))
-        wanted = [shard_name(number) for number in range(self.key.get("shards", 0))]
+        self.key = self._read(KEY_FILE, read_object)
+        count = self.key.get("shards")
+        if not isinstance(count, int):
+            raise UserError(f"{place}/{KEY_FILE} is no latent cache's: it does not count its shards")
+        wanted = [shard_name(number) for number in range(count)]
         if sizes is not None:
             found = sum(name in sizes for name in wanted)
             lacking = [f"{found} of {len(wanted)} shards"] if found < len(wanted) else []
@@ -86,7 +92,7 @@ class LatentCache:
                 raise UserError(
                     f"{place} is not finished: it has {lacking[0]}; run the same `distill cache` command again"
                 )
-        index = read_index(self._files.local(INDEX))
+        index = self._read(INDEX, read_index)
         if len(index.shard_bytes) != len(wanted):
             raise UserError(
                 f"{INDEX} of {place} is of {len(index.shard_bytes)} shards, the cache has {len(wanted)}: run the same "
@@ -98,13 +104,23 @@ class LatentCache:
                     f"{place}/{name} is damaged (it has {sizes[name]} bytes, {INDEX} says {size}): run the same `distill "
                     "cache` command again, which makes it anew"
                 )
-        self.unconditional = {
-            name: value.float() for name, value in load_file(self._files.local(UNCONDITIONAL)).items()
-        }
+        self.unconditional = {name: value.float() for name, value in self._read(UNCONDITIONAL, load_file).items()}
         self._buckets = index.buckets
         if not self._buckets:
             raise UserError(f"{place} holds no cached sample; make it with: python -m distill cache")
         self._order = BatchOrder([*map(len, self._buckets)], batch_size, seed)
+
+    def _read(self, name: str, read: Callable[[Path], Held]) -> Held:
+        """What a whole file holds; what is wrong with it is told of its place, not of where it was fetched to."""
+        path = self._files.local(name)
+        try:
+            return read(path)
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), f"{self.place}/{name}")) from None
+        except SafetensorError as error:
+            raise UserError(
+                f"{self.place}/{name} is damaged ({error}): remove it and run the same `distill cache` command again"
+            ) from None
 
     def __len__(self) -> int:
         return sum(map(len, self._buckets))
@@ -119,12 +135,9 @@ class LatentCache:
         """Whether it holds what the UNet reads of captions, or their tokens alone (`distill cache --text online`)."""
         return not {field.name for field in self._buckets[0].fields}.isdisjoint(TEXT_INPUTS)
 
-    def check_teacher(self, teacher: Path) -> list[str]:
-        """Those of the teacher's VAE and text encoders that are other files than the ones the cache was made with.
-
-        Raises UserError where its UNet takes embeddings of other widths.
-        """
-        family = find_family(teacher)
+    def check_family(self, family: Family, teacher: object) -> None:
+        """Raises UserError where the UNets of a family take embeddings of other widths; `teacher` is one as a user calls
+        it."""
         found = {name: tuple(value.shape) for name, value in self.unconditional.items()}
         wanted = family.text_shapes
         if found != wanted:
@@ -132,6 +145,13 @@ class LatentCache:
                 f"the cache holds text of the shapes {found}, the UNet of {teacher} takes {wanted}; make one with this "
                 f"teacher: python -m distill cache --model {teacher}"
             )
+
+    def check_teacher(self, teacher: Path) -> list[str]:
+        """Those of the teacher's VAE and text encoders that are other files than the ones the cache was made with.
+
+        Raises UserError as `check_family` does.
+        """
+        self.check_family(find_family(teacher), teacher)
         hashes = frozen_hashes(teacher)
         return [component for component, digest in hashes.items() if self.key.get(component) != digest]
 

@@ -36,7 +36,7 @@ from distill.common.ownership import require_our_folder
 from distill.common.progress import say, track
 from distill.data.cache import KEY_FILE, UNCONDITIONAL, checksum, frozen_hashes, shard_name
 from distill.data.cache_index import CHECKSUM, INDEX, read_index, write_index
-from distill.data.pictures import Source, open_source
+from distill.data.parts import Part, open_parts, without_secrets
 from distill.data.samples import BadSample, Fitting, Sample, Text
 from distill.models.conditioning import TEXT_INPUTS, Conditioning
 from distill.models.families import Family
@@ -74,9 +74,9 @@ def make_cache(
         )
     require_our_folder(out, "a latent cache", [KEY_FILE], ("seed", "shards"))
     family = find_family(checkpoint)
-    source = open_source(data, family, seed, fitting)
-    ranges = [range(i, min(i + SAMPLES_PER_SHARD, len(source))) for i in range(0, len(source), SAMPLES_PER_SHARD)]
-    key = cache_key(checkpoint, data, source.identity, seed, text) | {"shards": len(ranges)}
+    parts = open_parts(data, family, seed, fitting, SAMPLES_PER_SHARD)
+    data = without_secrets(data)
+    key = cache_key(checkpoint, data, parts.identity, seed, text) | {"shards": parts.count}
     key_file = out / KEY_FILE
     found = read_json(key_file) if key_file.exists() else key
     if not isinstance(found, dict) or found | {"data": data} != key:  # the same data may be spelled otherwise
@@ -84,9 +84,9 @@ def make_cache(
             f"{out} is a cache of other data (or of the same before it was changed), another seed, other "
             "options, or another VAE or text encoder; choose another --out or remove it"
         )
-    shards = [out / shard_name(number) for number in range(len(ranges))]
+    shards = [out / shard_name(number) for number in range(parts.count)]
     missing = [number for number, shard in enumerate(shards) if not _is_whole(shard)]
-    todo = [number for number in missing if number % processes == rank]
+    todo = [number for number in missing if parts.share(number) % processes == rank]
     for path in filter(Path.exists, (shards[number] for number in todo)):
         say(f"{path} is damaged and is made again")
     unconditional = out / UNCONDITIONAL
@@ -95,11 +95,11 @@ def make_cache(
         if not missing and rank == 0:
             say(f"{out} is finished, nothing is to do")
         return
-    for note in source.notes if rank == 0 else ():
+    for note in parts.notes if rank == 0 else ():
         say(note)
-    samples = sum(len(ranges[i]) for i in missing)
-    needed = samples * sample_bytes(family, text)
-    require_free_disk(out, needed, f"the cache of {samples} samples")
+    samples = parts.samples(missing)
+    if samples is not None:
+        require_free_disk(out, samples * sample_bytes(family, text), f"the cache of {samples} samples")
     out.mkdir(parents=True, exist_ok=True)
     write_json(key_file, key)
     if missing:
@@ -113,23 +113,24 @@ def make_cache(
     if rank == 0 and not unconditional.is_file():
         write_unconditional(pipe, family.conditioning, unconditional)
     if rank == 0:
-        left_out = needed - samples * sample_bytes(family, "online")
-        hint = f"; --text online would leave out {size_text(left_out)} of it" if text == "cached" else ""
-        say(
-            f"{samples:,} samples will take about {size_text(needed)}, {size_text(sample_bytes(family, text))} each{hint}"
-        )
-    reader = _Reader(source)
+        say(_expectation(family, text, samples, parts.count))
+    reader = _Reader(min(50, parts.samples(range(parts.count)) or 50))
     too_long = 0
     began = time.monotonic()
-    progress = track(todo, f"caching {samples} samples", unit="shard")
-    with closing(ahead(lambda number: reader.read(ranges[number]), todo)) as decoded, reader:
+    progress = track(todo, f"caching {'samples' if samples is None else f'{samples} samples'}", unit="shard")
+    with closing(ahead(reader.read, parts.opened(todo))) as decoded, reader:
         for number, (buckets, skipped) in zip(progress, decoded, strict=True):
             remove_leftovers(out, shards[number].name)
             with explaining_full_memory(advice):
                 write_shard(pipe, family.conditioning, buckets, skipped, shards[number], seed, batch, text)
             too_long += count_too_long(pipe.tokenizer, buckets)
             if rank == 0 and number == todo[0] and len(todo) > 1:
-                say(_forecast(shards[number], len(ranges[number]), time.monotonic() - began, len(missing), processes))
+                held = sum(map(len, buckets.values())) + len(skipped)
+                say(_forecast(shards[number], held, time.monotonic() - began, len(missing), processes))
+                if samples is None:
+                    left = max(len(missing) - processes, 0)
+                    needed = left * shards[number].stat().st_size
+                    require_free_disk(out, needed, f"what {left} more shards will take, if as large as the first,")
     _write_index(out, shards)
     if too_long:
         say(
@@ -152,8 +153,9 @@ class _Reader:
     """Decodes samples on all cores, keeps count of the bad ones, and gives up where they are too many. Left as a
     context manager, it decodes none that has not begun."""
 
-    def __init__(self, source: Source) -> None:
-        self.source, self.seen = source, 0
+    def __init__(self, least: int) -> None:
+        """The first `least` samples may be bad as if all of them were seen."""
+        self.least, self.seen = least, 0
         self.bad: list[str] = []
         self.pool = ThreadPoolExecutor()  # decoders let go of the interpreter
 
@@ -163,25 +165,27 @@ class _Reader:
     def __exit__(self, *_error: object) -> None:
         self.pool.shutdown(cancel_futures=True)
 
-    def read(self, indices: range) -> tuple[dict[Resolution, list[Sample]], list[str]]:
+    def read(self, part: Part) -> tuple[dict[Resolution, list[Sample]], list[str]]:
         """Samples by resolution, in order, and what was skipped and why. Raises UserError for too many bad ones."""
+        source, indices = part
         buckets: dict[Resolution, list[Sample]] = defaultdict(list)
         before = len(self.bad)
-        for sample in self.pool.map(self._read_one, indices):
+
+        def read_one(index: int) -> Sample | BadSample:
+            try:
+                return source.read(index)
+            except BadSample as error:
+                return error
+
+        for sample in self.pool.map(read_one, indices):
             self.seen += 1
             if isinstance(sample, Sample):
                 buckets[sample.resolution].append(sample)
             else:
                 self.bad.append(str(sample))
-            if len(self.bad) > MOST_BAD_SAMPLES * max(self.seen, min(50, len(self.source))):
+            if len(self.bad) > MOST_BAD_SAMPLES * max(self.seen, self.least):
                 raise UserError(f"{len(self.bad)} of the first {self.seen} samples are bad: {'; '.join(self.bad[:3])}")
         return buckets, self.bad[before:]
-
-    def _read_one(self, index: int) -> Sample | BadSample:
-        try:
-            return self.source.read(index)
-        except BadSample as error:
-            return error
 
 
 def sample_bytes(family: Family, text: Text = "cached") -> int:
@@ -251,6 +255,16 @@ def count_too_long(tokenizer: Any, buckets: Mapping[Resolution, list[Sample]]) -
     """How many captions have more tokens than the text encoder reads."""
     captions = [sample.caption for samples in buckets.values() for sample in samples]
     return sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(captions).input_ids) if captions else 0
+
+
+def _expectation(family: Family, text: Text, samples: int | None, shards: int) -> str:
+    """What is known of the bytes before anything is encoded."""
+    each = sample_bytes(family, text)
+    if samples is None:
+        return f"{shards:,} shards, {size_text(each)} a sample; what all will take is told after the first"
+    left_out = samples * (each - sample_bytes(family, "online"))
+    hint = f"; --text online would leave out {size_text(left_out)} of it" if text == "cached" else ""
+    return f"{samples:,} samples will take about {size_text(samples * each)}, {size_text(each)} each{hint}"
 
 
 def _forecast(first: Path, samples: int, seconds: float, shards: int, processes: int) -> str:

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from distill.common.errors import require_least
+from distill.common.errors import require_between
 from distill.models.families import Family
 from distill.models.resolution import Resolution
 
@@ -43,8 +43,8 @@ class Fitting:
     variants: int = 1
 
     def __post_init__(self) -> None:
-        """Raises UserError for fewer than one sample a picture."""
-        require_least(1, variants=self.variants)
+        """Raises UserError for fewer than one sample a picture, or more than a thousand."""
+        require_between(1, 1000, variants=self.variants)
 
     def for_family(self, family: Family) -> Fitting:
         """The same with `small_pictures` decided. A UNet that is told a picture's original size learns that enlarged ones

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -44,8 +45,8 @@ def is_pattern_of_shards(spec: str) -> bool:
 MOST_SHARDS = 1_000_000
 
 
-def find_shards(pattern: str) -> list[Path]:
-    """The files that braces ({000..099}) and wildcards name. Raises UserError where one of them is not there."""
+def expand_braces(pattern: str) -> list[str]:
+    """The names that braces ({000..099}) stand for. Raises UserError for braces that do not close and for too many names."""
     from braceexpand import braceexpand
 
     wanted = 1
@@ -54,11 +55,16 @@ def find_shards(pattern: str) -> list[Path]:
     if wanted > MOST_SHARDS:  # all names are listed before one is looked for
         raise UserError(f"data {pattern[:200]!r} names more than {MOST_SHARDS} shards")
     try:
-        names = list(braceexpand(pattern))
+        return list(braceexpand(pattern))
     except ValueError:
         raise UserError(
             f"data {pattern!r}: its braces do not close; a pattern is, e.g., 'data-{{000..099}}.tar'"
         ) from None
+
+
+def find_shards(pattern: str) -> list[Path]:
+    """The files that braces and wildcards name. Raises UserError where one of them is not there."""
+    names = expand_braces(pattern)
     shards: list[Path] = []
     missing = []
     for name in names:
@@ -76,29 +82,35 @@ def find_shards(pattern: str) -> list[Path]:
     return list(dict.fromkeys(shards))
 
 
+class Shard(NamedTuple):
+    """A tar file, its `name` in the keys of its samples, and the `place` by which users know it."""
+
+    path: Path
+    name: str
+    place: str
+
+
 class ShardRows:
     """Samples by index; some 120 bytes of memory each."""
 
-    def __init__(self, shards: Sequence[Path]) -> None:
+    def __init__(self, shards: Sequence[Shard]) -> None:
         """Reads the headers of `shards`. Raises UserError for one that is no whole, uncompressed tar file."""
         self.shards = shards
-        folder = os.path.commonpath([shard.absolute().parent for shard in shards])
-        self.names = [printable(shard.absolute().relative_to(folder).as_posix()) for shard in shards]
         self.keys: list[str] = []
         self.suffixes: Counter[str] = Counter()
         self.repeated: list[str] = []
         places = [np.empty((0, 6), np.int64)]
         seen: set[str] = set()
         for number, shard in enumerate(shards):
-            samples = self._samples_of(shard, self.names[number])
-            self.repeated += [f"{self.names[number]}/{key}" for key in samples if key in seen]
+            samples = self._samples_of(shard)
+            self.repeated += [f"{shard.name}/{key}" for key in samples if key in seen]
             seen.update(samples)
             self.keys += samples
             rows = [(number, *_place_of_picture(parts), *_place_of_caption(parts)) for parts in samples.values()]
             places.append(np.array(rows, np.int64).reshape(-1, 6))
         self.places = np.concatenate(places)
 
-    def _samples_of(self, shard: Path, name_of_shard: str) -> dict[str, dict[str, tuple[int, int]]]:
+    def _samples_of(self, shard: Shard) -> dict[str, dict[str, tuple[int, int]]]:
         """key -> suffix -> (start, size). A file of the same name once more begins another sample, `KEY (2)`."""
         samples: dict[str, dict[str, tuple[int, int]]] = {}
         for name, start, size in _members(shard):
@@ -112,7 +124,7 @@ class ShardRows:
                 count += 1
                 label = f"{key} ({count})"
             if count > 1 and not samples[label]:
-                self.repeated.append(f"{name_of_shard}/{key}")
+                self.repeated.append(f"{shard.name}/{key}")
             samples[label][suffix] = (start, size)
         return samples
 
@@ -121,7 +133,7 @@ class ShardRows:
 
     def __getitem__(self, index: int) -> Row:
         number, start, size, text_start, text_size, kind = map(int, self.places[index])
-        shard, key = self.shards[number], f"{self.names[number]}/{self.keys[index]}"
+        shard, key = self.shards[number].path, f"{self.shards[number].name}/{self.keys[index]}"
 
         def image() -> Image.Image:
             if size < 0:
@@ -136,7 +148,9 @@ class ShardRows:
 
 def open_shards(shards: Sequence[Path], place: str) -> Found:
     """The samples of `shards`, in order. Raises UserError where there are none, or none has a picture or a caption."""
-    rows = ShardRows(shards)
+    folder = os.path.commonpath([shard.absolute().parent for shard in shards])
+    names = [printable(shard.absolute().relative_to(folder).as_posix()) for shard in shards]
+    rows = ShardRows([Shard(path, name, str(path)) for path, name in zip(shards, names, strict=True)])
     if not len(rows):
         raise UserError(f"{place} holds no samples")
     if (rows.places[:, 2] < 0).all():
@@ -149,27 +163,30 @@ def open_shards(shards: Sequence[Path], place: str) -> Found:
             f"warning: {len(rows.repeated)} keys stand more than once in the shards ({', '.join(rows.repeated[:3])}); "
             "each is taken as a sample of its own"
         )
-    return Found(rows, ["shards", [(name, stamp(s)) for name, s in zip(rows.names, shards, strict=True)]], notes)
+    return Found(rows, ["shards", [(shard.name, stamp(shard.path)) for shard in rows.shards]], notes)
 
 
-def _members(shard: Path) -> Iterator[tuple[str, int, int]]:
+def _members(shard: Shard) -> Iterator[tuple[str, int, int]]:
     """(name, start, size) of each visible file. Raises UserError for what is no whole, uncompressed tar file."""
     try:
-        with shard.open("rb") as file:
+        with shard.path.open("rb") as file:
             compressed = file.read(6).startswith(COMPRESSED)
         if compressed:
             raise UserError(
-                f"{shard} is compressed, and nothing in it can be reached without unpacking all before it: "
+                f"{shard.place} is compressed, and nothing in it can be reached without unpacking all before it: "
                 "uncompress it first (the pictures in it are compressed anyway)"
             )
-        if shard.stat().st_size % tarfile.BLOCKSIZE:  # Python takes a header that is cut for the archive's end
+        if shard.path.stat().st_size % tarfile.BLOCKSIZE:  # Python takes a header that is cut for the archive's end
             raise tarfile.ReadError("unexpected end of data")
-        with tarfile.open(shard, "r:") as tar:
+        with shard.path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 if member.isfile() and not is_hidden(name := str(PurePosixPath(member.name))):
                     yield printable(name), member.offset_data, member.size
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # nor does it tell a damaged header from the end
+                raise tarfile.ReadError(f"bad header at byte {tar.offset}")
     except (OSError, tarfile.TarError) as error:
-        raise UserError(f"{shard} is no whole, uncompressed tar file that can be read here ({error})") from None
+        raise UserError(f"{shard.place} is no whole, uncompressed tar file that can be read here ({error})") from None
 
 
 def _place_of_picture(parts: dict[str, tuple[int, int]]) -> tuple[int, int]:

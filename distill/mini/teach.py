@@ -5,6 +5,7 @@ All of it happens once, on the machine of whoever makes a new teacher; the disti
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,9 @@ def teach_mini(
     decoder_steps: int,
     seed: int,
 ) -> dict[str, float]:
-    """The whole making of a mini teacher, stored in fp16. Networks of `start` that the architecture has too are taught
-    further; a VAE already under `out` is kept. Returns what `judge` says of it. Raises UserError for an architecture of
-    another world than the shapes', for a `start` that has nothing of it, and for a number out of range."""
+    """The whole making of a mini teacher, stored in fp16. What `start` has of its networks is taught further; a VAE
+    already under `out` is kept. Returns what `judge` says of it. Raises UserError for an architecture of another world
+    than the shapes', for a `start` that has nothing of it, and for a number out of range."""
     require_least(0, vae_steps=vae_steps, vae_whole_steps=vae_whole_steps, minutes=minutes, decoder_steps=decoder_steps)
     require_least(0, seed=seed)
     require_least(1, batch=batch)
@@ -79,25 +80,49 @@ def find_mini_architecture(name: str) -> Architecture:
 
 
 def networks_in_common(folder: Path, architecture: Architecture) -> dict[str, Any]:
-    """The networks of a checkpoint whose weights have the names and shapes of the architecture's, by folder. Raises
-    UserError where there are none."""
-    found = {}
+    """The networks that a checkpoint gives an architecture, by folder: those whose weights have the names and shapes of
+    its own, and a UNet `begun_from` the checkpoint's where the two differ. Raises UserError where there are none."""
+    found, taken = {}, []
     for name in network_folders(folder):
         if name in architecture.configs:
-            network, wanted = (
-                load_component(folder, name, torch.float32),
-                make_network(name, architecture.configs[name]),
-            )
+            network = load_component(folder, name, torch.float32)
+            wanted = make_network(name, architecture.configs[name])
             if _shapes(network) == _shapes(wanted):
                 found[name] = network
+                taken.append(name)
+            elif name == "unet" and (count := begun_from(network, wanted)):
+                found[name] = wanted
+                taken.append(f"{count} of the {len(_shapes(wanted))} tensors of its unet")
     if not found:
         raise UserError(f"{folder} has no network of {architecture.name} to start from")
-    say(f"begun from {folder}: {', '.join(found)}")
+    say(f"begun from {folder}: {', '.join(taken)}")
     return found
 
 
 def _shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
     return {name: weights.shape for name, weights in network.state_dict().items()}
+
+
+@torch.no_grad()
+def begun_from(source: Any, unet: Any) -> int:
+    """Copies into `unet` what fits of a UNet of another family, and returns how many tensors that is.
+
+    Levels of the same resolution meet: up_blocks are counted from the last. A tensor with as many rows takes the first
+    of the source's columns, so cross-attention takes those of the first text encoder, and a linear projection fits a
+    1x1 convolution. Branches that find nothing end in zeros, so that they change nothing yet.
+    """
+    theirs = source.state_dict()
+    shift = len(source.up_blocks) - len(unet.up_blocks)
+    count = 0
+    for name, weights in unet.state_dict().items():
+        rows = weights.view(len(weights), -1)
+        found = theirs.get(re.sub(r"(?<=^up_blocks\.)\d+", lambda level: str(int(level[0]) + shift), name))
+        if found is not None and len(found) == len(rows) and found[0].numel() >= rows.shape[1]:
+            rows.copy_(found.view(len(found), -1)[:, : rows.shape[1]])
+            count += 1
+        elif ".proj_out." in name or ".conv2." in name:
+            rows.zero_()
+    return count
 
 
 def make_mini_pipeline(architecture: Architecture, networks: dict[str, Any]) -> Any:

@@ -12,7 +12,15 @@ from typing import Any
 
 from distill.common.errors import unknown
 from distill.models.depth import Depth
-from distill.models.families import MINI_FAMILY, MINI_SD_FAMILY, SD_1_FAMILY, SD_2_FAMILY, SDXL_FAMILY, Family
+from distill.models.families import (
+    MINI_FAMILY,
+    MINI_SD_FAMILY,
+    SD_1_FAMILY,
+    SD_2_768_FAMILY,
+    SD_2_FAMILY,
+    SDXL_FAMILY,
+    Family,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +67,7 @@ _TABLE: tuple[tuple[str, str, Family, Depth, tuple[int, int, int, int] | None], 
     ("bk-sdm-small", "BK-SDM-Small", SD_1_FAMILY, BK_SMALL_DEPTH, (482_346_884, 130_388_160, 0, 349_884_160)),
     ("tiny-sd", "Tiny-SD", SD_1_FAMILY, BK_TINY_DEPTH, (323_384_964, 84_502_720, 0, 236_807_680)),
     ("sd-2.1-base", "SD 2.1 base", SD_2_FAMILY, SD_DEPTH, (865_910_724, 251_906_240, 97_693_440, 514_236_480)),
+    ("sd-2.1", "SD 2.1", SD_2_768_FAMILY, SD_DEPTH, (865_910_724, 251_906_240, 97_693_440, 514_236_480)),
     (
         "bk-sdm-v2-base",
         "BK-SDM-v2-Base",

@@ -1,14 +1,14 @@
 """Families: everything about a model but its depth, as data.
 
 A family has one kind of conditioning, a config for each of its networks, and the sizes it draws. `sdxl`, `sd-1`,
-`sd-2` and the narrow twins `mini` and `mini-sd` of the first two are entries of `FAMILIES`. A checkpoint of other widths
-is a family of its own, made from its configs.
+`sd-2`, `sd-2-768` and the narrow twins `mini` and `mini-sd` of the first two are entries of `FAMILIES`. A checkpoint
+of other widths is a family of its own, made from its configs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -33,7 +33,8 @@ Config = Mapping[str, Any]
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """`networks` maps a checkpoint's folder to the config of the network in it, the UNet's at the full depth;
-    `vocabulary` are the words of its tokenizers, None for CLIP's own; `dtype` is how its weights are stored."""
+    `vocabulary` are the words of its tokenizers, None for CLIP's own; `dtype` is how its weights are stored,
+    `prediction_type` what its scheduler says that its whole model predicts."""
 
     name: str
     conditioning: Conditioning
@@ -41,6 +42,7 @@ class Family:
     resolutions: tuple[Resolution, ...]
     vocabulary: tuple[str, ...] | None = None
     dtype: str = "float16"
+    prediction_type: str = "epsilon"
 
     def fits(self, unet: Config) -> bool:
         """Whether a UNet of any depth is of this family: the same conditioning, the same width of its text, and the same
@@ -232,6 +234,15 @@ SD_2_FAMILY = Family(
     resolutions=SD_1_FAMILY.resolutions,
 )
 
+# The same networks taught on at 768 pixels, to predict v (arXiv 2202.00512, section 4), with attention in fp32.
+SD_2_768_FAMILY = replace(
+    SD_2_FAMILY,
+    name="sd-2-768",
+    networks={**SD_2_FAMILY.networks, "unet": SD_2_FAMILY.unet | {"sample_size": 96, "upcast_attention": True}},
+    resolutions=scaled_resolutions(768, 64),
+    prediction_type="v_prediction",
+)
+
 MINI_SD_FAMILY = Family(
     name="mini-sd",
     conditioning=SD,
@@ -253,7 +264,10 @@ MINI_SD_FAMILY = Family(
     dtype="float32",
 )
 
-FAMILIES = {family.name: family for family in (SDXL_FAMILY, MINI_FAMILY, SD_1_FAMILY, SD_2_FAMILY, MINI_SD_FAMILY)}
+FAMILIES = {
+    family.name: family
+    for family in (SDXL_FAMILY, MINI_FAMILY, SD_1_FAMILY, SD_2_FAMILY, SD_2_768_FAMILY, MINI_SD_FAMILY)
+}
 
 
 def check_fit(networks: Mapping[str, Config], model: object = "the model") -> None:
@@ -297,16 +311,15 @@ def check_fit(networks: Mapping[str, Config], model: object = "the model") -> No
 
 
 def family_of(networks: Mapping[str, dict[str, Any]], model: object = "the model") -> Family:
-    """The family of a checkpoint by its networks' configs: the entry that its UNet `fits`, else one of its own, whose
-    sizes are SDXL's at its `sample_size`.
+    """The family of a checkpoint by its networks' configs: the entry that its UNet `fits`, of two the one of its
+    `sample_size`; else one of its own, whose sizes are SDXL's at its `sample_size`.
 
     Raises UserError for a UNet that is conditioned otherwise than any family's.
     """
     unet = networks["unet"]
     conditioning = conditioning_of(unet, model)
-    for family in FAMILIES.values():
-        if family.fits(unet):
-            return family
+    if fitting := [family for family in FAMILIES.values() if family.fits(unet)]:
+        return next((one for one in fitting if one.unet["sample_size"] == unet.get("sample_size")), fitting[0])
     widths = unet["block_out_channels"]
     scale = vae_scale_factor(networks["vae"])
     size = unet.get("sample_size") or 128

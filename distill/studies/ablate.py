@@ -106,7 +106,7 @@ def make_recipe(name: str, variant: Variant, *, teacher: str, student: str, step
 
 
 @torch.no_grad()
-def held_out_loss(checkpoint: Path, cache: Path) -> float:
+def held_out_loss(checkpoint: Path, cache: str | Path) -> float:
     """Mean square error of a UNet's prediction over a cache, HELD_OUT_BATCH samples of one resolution at a time; noise and
     timesteps are always the same."""
     latents = LatentCache(cache, batch_size=HELD_OUT_BATCH, seed=0)

@@ -104,7 +104,9 @@ def propose_layer_map(scores: Sequence[BlockScore], modules: ModuleMap) -> dict[
     return proposed
 
 
-def report_importance(checkpoint: Path, cache: Path, student: str, out: Path, *, samples: int, timesteps: int) -> None:
+def report_importance(
+    checkpoint: Path, cache: str | Path, student: str, out: Path, *, samples: int, timesteps: int
+) -> None:
     """Measures a checkpoint's UNet and writes `importance.json` (scores, proposed layer map) and `importance.svg`.
 
     Raises UserError for an unknown student, one deeper than the checkpoint, a number out of range, an empty cache, or an

@@ -15,12 +15,13 @@ from distill.checkpoints.folder import (
     prediction_type_of,
     read_config,
 )
-from distill.checkpoints.sources import resolve
+from distill.checkpoints.sources import is_known, peek_architecture, resolve
 from distill.common.errors import UserError
 from distill.common.files import read_object
 from distill.data.cache import LatentCache
 from distill.models.conditioning import conditioning_of
 from distill.models.depth import Depth
+from distill.models.families import SDXL_FAMILY
 from distill.models.module_map import ModuleMap
 from distill.training.accelerator import decided_by_first, require_alike
 from distill.training.recipes import PREVIOUS, Recipe, Stage, stage_modules
@@ -57,15 +58,16 @@ def prepare_stages(recipe: Recipe, cache: str, start: Path | None, out: Path, wo
     Raises UserError for layer maps that are not nested, a teacher that cannot succeed the one before or serve its stage's
     objective, a cache that a teacher does not fit, and for processes that have other caches or packages than the first.
     """
+    places = [stage.cache or cache for stage in recipe.stages]
+    caches = {place: LatentCache(place, batch_size=recipe.batch_size, seed=recipe.seed) for place in set(places)}
+    latents = [caches[place] for place in places]
+    _check_families(recipe, latents)
     teachers = {stage.teacher: resolve(stage.teacher, workdir) for stage in recipe.stages if stage.teacher != PREVIOUS}
     first = next(iter(teachers.values()))
     for teacher in teachers.values():  # the first too: what it predicts is checked
         check_successor(first, teacher)
     _check_objectives(recipe, teachers)
     modules = stage_modules(recipe, find_architecture_of(first), ModuleMap.of_student(start) if start else None)
-    places = [stage.cache or cache for stage in recipe.stages]
-    caches = {place: LatentCache(place, batch_size=recipe.batch_size, seed=recipe.seed) for place in set(places)}
-    latents = [caches[place] for place in places]
     versions = {package: version(package) for package in ("slimxl", "torch", "diffusers")}
     require_alike(versions | {f"the cache {place}": cached.digest[:12] for place, cached in caches.items()})
     pipelines = decided_by_first(lambda: _find_pipelines(recipe, teachers, latents, start))
@@ -140,6 +142,15 @@ def _check_objectives(recipe: Recipe, teachers: dict[str, Path]) -> None:
             stage.objective.check(prediction_type_of(teacher), len(alphas_cumprod_of(teacher)))
         except UserError as error:
             raise UserError(f"stage {stage.name}: {error}") from None
+
+
+def _check_families(recipe: Recipe, latents: list[LatentCache]) -> None:
+    """Raises UserError, before a teacher is fetched or made, for a stage with a cache of another family."""
+    for stage, cache in zip(recipe.stages, latents, strict=True):
+        family = stage.student.family
+        if stage.teacher != PREVIOUS and (family or is_known(stage.teacher)):
+            teacher = peek_architecture(stage.teacher, family or SDXL_FAMILY)
+            cache.check_family(teacher.family, stage.teacher)
 
 
 def _find_pipelines(

@@ -128,11 +128,12 @@ class StageRun:
         guard = DivergenceGuard(progress.good_losses)
         title = f"{self.recipe.name} {number + 1}/{len(self.recipe.stages)} {stage.name}"
         steps = range(progress.step, stage.steps)
-        shown = track(steps, title, done=progress.step) if accelerator.is_main_process else steps
+        batches = Awaited(self._batches(pair, steps), str(self.prepared.latents.place))
+        waiting = batches.describe
+        shown = track(steps, title, done=progress.step, note=waiting) if accelerator.is_main_process else steps
         started = saved = time.monotonic()
         due = False
         with noting_sigterm() as sigterm_came:
-            batches = Awaited(self._batches(pair, steps))
             for step, batch in zip(shown, batches, strict=True):
                 rate = stage.learning_rate_at(step)
                 terms = take_step(batch, step, learning_rate=rate)

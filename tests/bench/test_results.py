@@ -45,6 +45,17 @@ def edited(results_path, path, change):
         (lambda value, row: value["gpu"].update(reason=float("inf")), "NaN or infinity"),
         (lambda value, row: value.update(peak={"name": "GPU"}), "peak.tflops: field required"),
         (lambda value, row: value.update(more=1), "more: extra inputs"),
+        (
+            lambda value, row: row["samples"][0].update(total_ms=0.0),
+            "sample 0: a call and its steps take more than 0 ms",
+        ),
+        (lambda value, row: row["samples"][1].update(steps_ms=[]), "sample 1: a call"),
+        (lambda value, row: row.update(contestant="teacher"), "teacher, teacher stands there twice"),
+        (lambda value, row: row.update(contestant="nobody"), "'nobody' is no contestant of this file"),
+        (lambda value, row: value["cells"][0]["workload"].pop("batch"), "batch and steps are whole numbers"),
+        (lambda value, row: value["cells"][0]["workload"].update(resolution="large"), "resolution is WIDTHxHEIGHT"),
+        (lambda value, row: value["environment"].pop("cpu"), "environment: .*it has no cpu.model"),
+        (lambda value, row: value["gpu"].update(identity=None), "gpu: .*it has no identity.name"),
         (lambda value, row: [cell["rows"].clear() for cell in value["cells"]], "no finished run"),
     ],
 )

@@ -64,7 +64,7 @@ def test_what_was_timed_is_kept_where_the_rest_is_cut_short(tmp_path, monkeypatc
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bench.run.judge", killed)
+    monkeypatch.setattr("bench.session.judge", killed)
     with pytest.raises(KeyboardInterrupt):
         run_bench(fake_options(tmp_path / "r.json"))
     results = read_results(tmp_path / "r.unfinished.json")
@@ -83,9 +83,9 @@ def test_a_finished_file_outlives_a_run_that_is_stopped(tmp_path, monkeypatch, v
     assert main() == 0 and [path.name for path in tmp_path.iterdir()] == ["r.json"]
     finished = (tmp_path / "r.json").read_bytes()
     capsys.readouterr()
-    for what, kept in (("load_all", False), ("judge", True), ("load_all", False)):
+    for what, kept in (("measure_cold_start", False), ("judge", True), ("measure_cold_start", False)):
         with monkeypatch.context() as patch:
-            patch.setattr(f"bench.run.{what}", stopped)
+            patch.setattr(f"bench.session.{what}", stopped)
             assert main() == 130
         told = capsys.readouterr().err
         assert "stopped; the same command begins anew" in told and ("r.unfinished.json" in told) is kept
@@ -109,7 +109,7 @@ def test_one_that_raises_after_the_timed_rounds_costs_only_its_own(tmp_path, mon
         raise RuntimeError("the board is gone")
 
     monkeypatch.setattr(FakeContestant, "draw", draw)
-    monkeypatch.setattr("bench.run.energy_per_image", energy)
+    monkeypatch.setattr("bench.measure.sustained.energy_per_image", energy)
     results = run_bench(fake_options(tmp_path / "r.json", pictures=2))
     assert [one.contestant for one in results.pictures] == ["vega", "vega"]
     assert "the board is gone" in results.contestants[0].energy["why"]
@@ -123,7 +123,7 @@ def test_a_reference_that_cannot_be_drawn_is_told(tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("no kernel")
 
-    monkeypatch.setattr(reference, "_reference_pictures", fail)
+    monkeypatch.setattr(reference, "_draw_reference", fail)
     about = {"configs": SimpleNamespace(is_narrow=False), "workdir": tmp_path}
     contestant = SimpleNamespace(name="vega", checkpoint="here", **about)
     found = reference._references([contestant], Workload(resolution=Resolution(64, 64), steps=1), "cpu")
@@ -145,15 +145,15 @@ def test_a_kept_reference_is_of_the_same_files(tmp_path):
 
 
 def test_a_run_killed_between_two_workloads_keeps_the_first(tmp_path, monkeypatch, virtual_time):
-    from bench import run
+    from bench import session
 
-    real = run.measure_cells
+    real = session.measure_cells
 
     def killed(*arguments, **more):
         yield next(real(*arguments, **more))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "measure_cells", killed)
+    monkeypatch.setattr(session, "measure_cells", killed)
     with pytest.raises(KeyboardInterrupt):
         run_bench(fake_options(tmp_path / "r.json"))
     (cell,) = read_results(tmp_path / "r.unfinished.json").cells
@@ -168,15 +168,23 @@ def test_the_gpus_state_is_kept_for_every_cell(tmp_path, monkeypatch, virtual_ti
     state = {"memory_clock_mhz": 3, "temperature_c": 50, "power_w": None, "memory_used_bytes": 1, "other_processes": 0}
 
     class Board(Gpu):
+        present = True
+
         def state(self):
             return state | {"sm_clock_mhz": next(clocks), "throttle_reasons": ["power cap"]}
 
+        def throttled_ns(self):
+            return None
+
+    monkeypatch.setattr("bench.measure.watch.EVERY_S", 0.001)
     monkeypatch.setattr(run, "Gpu", lambda _device: Board())
     results = run_bench(fake_options(tmp_path / "r.json"))
     least, middle, most = results.cells[0].device["sm_clock_mhz"]
     assert 1000 < least < middle < most
     assert results.cells[0].device["temperature_c"] == [50, 50, 50] and results.cells[0].device["power_w"] is None
-    assert "throttled: power cap" in results.cells[0].rows[0].diagnosis
+    samples = results.cells[0].rows[0].samples
+    marked = [sample.throttled for sample in samples]
+    assert set(map(tuple, marked)) <= {(), ("power cap",)}, "those during which a reading said so"
 
 
 def test_fid_and_clip_outside_their_bands_fail_the_guard(tmp_path, clip_folder, virtual_time):
@@ -211,8 +219,107 @@ def test_fid_and_clip_outside_their_bands_fail_the_guard(tmp_path, clip_folder, 
     assert f"CLIP score {clip:.2f} is below the band" in judged["words"][1]
 
 
+@pytest.mark.parametrize("breaks_at", ["load", "draw"])
+def test_what_does_not_fit_together_is_measured_in_turns_and_said(tmp_path, monkeypatch, virtual_time, breaks_at):
+    from bench.contestants.fake import FakeContestant
+
+    held, draw = set(), FakeContestant.draw
+
+    def require_room():
+        if len(held) > 1:
+            raise MemoryError("out of memory")
+
+    def load(self):
+        held.add(self.name)
+        if breaks_at == "load":
+            require_room()
+
+    def crowded(self, workload, mark):
+        if breaks_at == "draw" and workload.steps == 6:
+            require_room()
+        return draw(self, workload, mark)
+
+    monkeypatch.setattr(FakeContestant, "load", load)
+    monkeypatch.setattr(FakeContestant, "unload", lambda self: held.discard(self.name))
+    monkeypatch.setattr(FakeContestant, "draw", crowded)
+    results = run_bench(fake_options(tmp_path / "r.json", pictures=2))
+    assert "vega ran out of memory" in results.in_turns and not held
+    teacher, vega = results.cells[0].rows
+    assert (len(teacher.samples), len(vega.samples), len(results.pictures)) == (8, 8, 4)
+    assert vega.speedup.value == pytest.approx(14 / 8, rel=1e-3), "of the medians"
+    assert results.notes == [] and not any(cell.failures for cell in results.cells)
+
+
+def test_launches_are_one_run_and_a_stopped_one_keeps_what_it_has(tmp_path, monkeypatch, virtual_time):
+    """In this process; what a true one does beyond is Python's."""
+    import pickle
+
+    from bench import launches
+
+    begun = []
+
+    def child(_command, input, check):
+        options = pickle.loads(input)
+        begun.append(options)
+        if len(begun) == 5:
+            raise KeyboardInterrupt
+        run_bench(options)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(launches.subprocess, "run", child)
+    results = run_bench(fake_options(tmp_path / "r.json", launches=3, pictures=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"] and read_results(tmp_path / "r.json") == results
+    row = results.cells[0].rows[1]
+    assert row.launches == 3 and [one.launch for one in row.samples] == [0, 0, 1, 1, 2, 2]
+    assert row.speedup.low == pytest.approx(14 / 8, rel=1e-3) and len(results.pictures) == 2
+    assert [one.pictures for one in begun] == [1, 0, 0]
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(fake_options(tmp_path / "s.json", launches=3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "s.unfinished.json"]
+    assert read_results(tmp_path / "s.unfinished.json").notes == ["1 of 3 launches"]
+
+
+def test_a_workload_that_is_stopped_keeps_its_rounds(tmp_path, monkeypatch, virtual_time):
+    from bench.contestants.fake import FakeContestant
+
+    real, drawn = FakeContestant.draw, []
+
+    def draw(self, workload, mark):
+        drawn.append(self.name)
+        if len(drawn) == 11:  # two cold starts, two warm-ups each, two rounds
+            raise KeyboardInterrupt
+        return real(self, workload, mark)
+
+    monkeypatch.setattr(FakeContestant, "draw", draw)
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(fake_options(tmp_path / "r.json"))
+    assert [len(row.samples) for row in read_results(tmp_path / "r.unfinished.json").cells[0].rows] == [2, 2]
+
+
+def test_a_sustained_run_keeps_the_time_of_every_call(tmp_path):
+    options = fake_options(tmp_path / "r.json", contestants=["a=fake:denoise=1"], sustained_seconds=0.2, seconds=0.0)
+    record = run_bench(options).contestants[0]
+    trace = read_results(tmp_path / "r.json").contestants[0].sustained
+    assert trace == record.sustained and trace.seconds >= 0.2 and trace.gpu == {}
+    assert len(trace.at_s) == len(trace.total_ms) == trace.images and sorted(trace.at_s) == trace.at_s
+    assert record.energy["j_per_image"] is None, "nothing is made up"
+
+
+def test_sizes_are_those_that_every_bundle_has():
+    sizes = {
+        "a": None,
+        "b": (Resolution(64, 64), Resolution(128, 128)),
+        "c": (Resolution(128, 128), Resolution(64, 96)),
+    }
+    assert family_resolutions("first", MINI_FAMILY, sizes) == (Resolution(128, 128),)
+    with pytest.raises(UserError, match="c has no engine for 64x64; it has 128x128, 64x96"):
+        family_resolutions("64x64", MINI_FAMILY, sizes)
+    with pytest.raises(UserError, match="no size in common"):
+        family_resolutions("all", MINI_FAMILY, sizes | {"d": (Resolution(32, 32),)})
+
+
 def test_damaged_artifacts_are_told_before_anything_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.delattr("bench.run.load_all")
+    monkeypatch.delattr("bench.run.Session")
     folder = tmp_path / "folder"
     folder.mkdir()
     with pytest.raises(UserError, match="neither a checkpoint"):
@@ -237,6 +344,9 @@ def test_damaged_artifacts_are_told_before_anything_is_loaded(tmp_path, monkeypa
         ({"max_rounds": 0, "min_rounds": 0}, "--min-rounds is 0"),
         ({"max_rounds": 3}, "--max-rounds 3 is below --min-rounds 6"),
         ({"seconds": -1.0}, "--seconds is -1.0; the least is 0"),
+        ({"launches": 0}, "--launches is 0"),
+        ({"sustained_seconds": -1.0}, "--sustained-seconds is -1.0"),
+        ({"out": Path(), "scheduler": "eulr"}, "is a folder"),
         ({"energy_seconds": float("nan")}, "--energy-seconds is nan"),
         ({"picture_steps": 0}, "--picture-steps is 0"),
         ({"steps": "0"}, "from 1 to 1000"),
@@ -255,7 +365,7 @@ def test_damaged_artifacts_are_told_before_anything_is_loaded(tmp_path, monkeypa
     ],
 )
 def test_bad_input_is_said_before_anything_is_loaded(tmp_path, monkeypatch, changes, word):
-    monkeypatch.delattr("bench.run.load_all")
+    monkeypatch.delattr("bench.run.Session")
     with pytest.raises(UserError, match=word):
         run_bench(fake_options(**({"out": tmp_path / "r.json"} | changes)))
 

@@ -1,15 +1,24 @@
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from export.__main__ import main
 
-def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "export", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """A command's exit code, and what it printed to stdout and to stderr."""
+
+    def run_command(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["export", *map(str, words), "--workdir", str(tmp_path)])
+        return (main(), *capsys.readouterr())
+
+    return run_command
 
 
 @pytest.mark.parametrize(
@@ -22,28 +31,21 @@ def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
         (["--lora-scale", "1.0"], "1 values of --lora-scale for 0 of --lora"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(mini_vega: Path, tmp_path: Path, words: list[str], message: str) -> None:
-    done = run("onnx", "--model", mini_vega, "--out", tmp_path / "out", "--workdir", tmp_path, *words)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr and done.stderr.strip().count("\n") == 0
+def test_bad_input_is_one_line_and_exit_code_2(
+    run: Run, mini_vega: Path, tmp_path: Path, words: list[str], message: str
+) -> None:
+    code, _, told = run("onnx", "--model", mini_vega, "--out", tmp_path / "out", *words)
+    assert code == 2 and message in told and told.count("\n") == 1, told
     assert not (tmp_path / "out").exists()
 
 
-def test_export_then_verify(mini_vega: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    done = run("onnx", "--model", mini_vega, "--out", out, "--components", "text_encoder_2", "--workdir", tmp_path)
-    assert done.returncode == 0, done.stderr
-    verified = run("verify", out, "--workdir", tmp_path)
-    assert verified.returncode == 0, verified.stderr
-    assert "text_embeds" in verified.stdout and "FAILED" not in verified.stdout
-
-
-def test_one_static_size_is_exported_and_no_other_is_verified(mini_vega: Path, tmp_path: Path) -> None:
-    out, component = tmp_path / "out", ["--components", "vae_decoder,text_encoder"]
+def test_one_static_size_is_exported_and_no_other_is_verified(run: Run, mini_vega: Path, tmp_path: Path) -> None:
+    out, components = tmp_path / "out", ["--components", "vae_decoder,text_encoder_2"]
     size = ["--resolutions", "160x96", "--batch", "1"]
-    done = run("onnx", "--model", mini_vega, "--out", out, *component, *size, "--workdir", tmp_path)
-    assert done.returncode == 0, done.stderr
+    code, _, told = run("onnx", "--model", mini_vega, "--out", out, *components, *size)
+    assert code == 0, told
     assert sorted(path.name for path in (out / "vae_decoder").glob("*.onnx")) == ["model.onnx"]
-    assert run("verify", out, "--workdir", tmp_path).returncode == 0
-    refused = run("verify", out, "--resolutions", "128x128", "--workdir", tmp_path)
-    assert refused.returncode == 2 and "static graphs '128x128': known are 160x96" in refused.stderr
+    code, said, told = run("verify", out)
+    assert code == 0 and "text_embeds" in said and "FAILED" not in said, told
+    code, _, told = run("verify", out, "--resolutions", "128x128")
+    assert code == 2 and "static graphs '128x128': known are 160x96" in told

@@ -14,6 +14,7 @@ from distill.common.files import read_json
 from distill.common.validation import STRICT, from_json
 from distill.models.architectures import Architecture
 from distill.models.depth import Depth
+from distill.models.families import SDXL_FAMILY
 from distill.models.module_map import LayerMap, ModuleMap
 from distill.training.objectives import Distill, Objective
 from distill.training.schedule import Schedule
@@ -117,10 +118,10 @@ def shortened(
 
 
 def peek_teacher(recipe: Recipe) -> Architecture:
-    """The first teacher by what is at hand; one on the hub counts as the whole model of its student's family. Raises
-    UserError for an unknown student or `random:` name."""
+    """The first teacher by what is at hand; one on the hub that no recipe names counts as the whole model of its student's
+    family, else as SDXL. Raises UserError for an unknown student or `random:` name."""
     stage = recipe.stages[0]
-    return peek_architecture(stage.teacher, stage.student.family)
+    return peek_architecture(stage.teacher, stage.student.family or SDXL_FAMILY)
 
 
 def stage_modules(recipe: Recipe, teacher: Architecture, start: ModuleMap | None = None) -> list[ModuleMap]:
@@ -132,7 +133,7 @@ def stage_modules(recipe: Recipe, teacher: Architecture, start: ModuleMap | None
     """
     for stage in recipe.stages:
         student = stage.student.architecture_of(teacher)
-        if student.family != teacher.family:
+        if not student.family.fits(teacher.unet_config):
             raise UserError(
                 f"stage {stage.name}: {student.name} is of the family {student.family.name}, its teacher of "
                 f"{teacher.family.name}"

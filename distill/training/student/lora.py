@@ -25,7 +25,7 @@ from distill.checkpoints.load import load_component
 from distill.common.errors import unknown
 from distill.common.validation import STRICT
 from distill.models.architectures import Architecture
-from distill.models.families import SDXL_FAMILY, Family
+from distill.models.families import Family
 from distill.models.module_map import ModuleMap, make_module_map
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -57,9 +57,9 @@ class Lora:
         """Does nothing: an adapter fits every teacher, but for its `targets`, which `modules` checks."""
 
     @property
-    def family(self) -> Family:
-        """The family that a base is taken for while nothing of it is at hand, as one on the hub."""
-        return SDXL_FAMILY
+    def family(self) -> Family | None:
+        """None: it is put on a base of any."""
+        return None
 
     def architecture_of(self, teacher: Architecture) -> Architecture:
         return teacher

@@ -50,8 +50,9 @@ class Pruned:
         find_architecture(self.architecture)
 
     @property
-    def family(self) -> Family:
-        return find_architecture(self.architecture).family
+    def family(self) -> Family | None:
+        """None for a depth pattern, which is of its teacher's."""
+        return None if ":" in self.architecture else find_architecture(self.architecture).family
 
     def architecture_of(self, teacher: Architecture) -> Architecture:
         return find_architecture(self.architecture, teacher.family)

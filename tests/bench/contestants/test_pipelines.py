@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from bench.contestants.exported import OptimumContestant
 from bench.contestants.fake import FakeContestant
-from bench.contestants.pipelines import CompiledContestant, EagerContestant, OptimumContestant
+from bench.contestants.pipelines import CompiledContestant, EagerContestant
 from bench.contestants.spec import Spec, make_contestant
 from bench.measure.clock import CpuClock, timed_draw
 from bench.workload import Workload

@@ -144,15 +144,25 @@ def test_a_prediction_leaves_its_own_gpu_model_and_runtime_out():
     assert other.blind_error == pytest.approx(alone.blind_error), "and blind, it does not"
 
 
-def test_shares_are_a_factor_of_the_runtime_times_one_of_the_generation():
-    def known(gpu, runtime, share):
-        return Known(gpu, "sdxl", 30, runtime, 100.0 / share, 100.0, "x")
+def test_shares_are_a_factor_of_the_runtime_times_one_of_the_generation_and_one_of_the_model():
+    def known(gpu, runtime, share, model="sdxl"):
+        return Known(gpu, model, 30, runtime, 100.0 / share, 100.0, "x")
 
     figures = [known("a100-sxm", "a", 0.5), known("a100-sxm", "b", 0.25), known("h100-sxm", "a", 0.3)]
     shares = find_shares(figures)
     assert shares.share("h100-sxm", "b") == pytest.approx(0.15)
     assert shares.share("h200", "b") == pytest.approx(0.15), "the same generation"
     assert 0.15 < shares.share("l40s", "b") < 0.25, "one that nothing is known of lies between"
+    shares = find_shares([*figures, known("a100-sxm", "a", 0.4, "vega"), known("l40s", "c", 0.3, "vega")])
+    assert shares.share("h100-sxm", "b", "sdxl") == pytest.approx(0.15)
+    assert shares.share("l40s", "c", "vega") == pytest.approx(0.3, rel=0.15), "nobody else ran that"
+
+
+def test_torch_is_held_against_the_rate_of_its_accumulation():
+    ours = find_peak("NVIDIA GeForce RTX 4090")
+    assert (ours.tflops_for(accumulates_fp32=True), ours.tflops_for(accumulates_fp32=False)) == (165.2, 330.3)
+    assert find_peak("NVIDIA L40S").tflops_for(accumulates_fp32=True) == 362.0
+    assert all(one.url.startswith("https://") for one in PUBLISHED)
 
 
 def test_8_bits_are_predicted_by_a_factor_of_their_own_and_calibrate_nothing_else():

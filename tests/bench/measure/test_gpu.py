@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench.measure.gpu import Gpu, energy_per_image, throttled_meanwhile
+from bench.measure.gpu import Gpu, energy_per_image
 from bench.measure.host import OtherLoad, cpu_identity, package_versions
+from bench.measure.watch import Reading, throttled_within
 
 
 def fake_gpu(**functions):
@@ -55,8 +56,12 @@ def test_what_throttled_within_the_calls_is_told_by_counters():
         "software thermal slowdown",
     }
     after = before | {"power cap": before["power cap"] + 200_000_000, "sync boost": before["sync boost"] + 1_000_000}
-    assert throttled_meanwhile(before, after, 10.0) == {"power cap"}
-    assert throttled_meanwhile(None, after, 10.0) == set()
+    quiet, said = {"throttle_reasons": []}, {"throttle_reasons": ["power cap"]}
+    readings = [Reading(0.0, quiet, before), Reading(10.0, said, before), Reading(20.0, quiet, after)]
+    assert throttled_within(readings, 10.5, 19.5) == ["power cap"]
+    assert throttled_within(readings, 0.5, 9.5) == [], "the counters know better than a glance"
+    assert throttled_within([Reading(at_s, said, None) for at_s in (1.0, 5.0)], 2.0, 6.0) == ["power cap"]
+    assert throttled_within([Reading(1.0, said, None)], 2.0, 6.0) == []
 
 
 def test_energy_comes_from_the_counter_over_the_whole_time():

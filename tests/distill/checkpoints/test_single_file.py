@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
 
 from distill.checkpoints.assemble import component_shapes, meta_components
-from distill.checkpoints.folder import find_architecture_of, network_folders, read_config
+from distill.checkpoints.folder import find_architecture_of, network_folders, prediction_type_of, read_config
 from distill.checkpoints.load import load_pipeline
 from distill.checkpoints.single_file import _unet_name
 from distill.checkpoints.sources import resolve
@@ -177,14 +177,20 @@ def test_an_sd_file_with_averaged_weights_beside_its_own_becomes_what_diffusers_
     assert find_architecture_of(folder).name == "mini-sd-1.5"
 
 
-def test_the_layers_after_what_sd_2_reads_are_left_out(workdir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("spread", "predicted"), [(0.05, "epsilon"), (0.15, "v_prediction")])
+def test_of_an_sd_2_file_unread_layers_are_left_out_and_what_it_predicts_is_said(
+    spread: float, predicted: str, workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A file of SD 2.x with the mini text encoder's three layers as OpenCLIP's 0, 1 and 2; it has a last one, 23."""
     teacher = resolve("random:mini-sd-1.5", workdir)
     tensors = {key: value for key, value in ldm_tensors(teacher).items() if not key.startswith("cond_stage_model.")}
     clip = open_clip(load_file(component_weights(teacher / "text_encoder")[0]), "cond_stage_model.model.")
     last = {key.replace("blocks.2.", "blocks.23."): value.clone() for key, value in clip.items() if "blocks.2." in key}
-    save_file(tensors | clip | last, tmp_path / "sd2.safetensors")
+    biases = {f"{UNET}.output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([-spread, spread] * 16)}
+    save_file(tensors | clip | last | biases, tmp_path / "sd2.safetensors")
     folder = resolve(str(tmp_path / "sd2.safetensors"), tmp_path)
+    assert prediction_type_of(folder) == predicted
+    assert "does not say what it predicts" in capsys.readouterr().out
     original, written = (load_file(component_weights(p / "text_encoder")[0]) for p in (teacher, folder))
     assert original.keys() == written.keys() and all(torch.equal(written[key], original[key]) for key in original)
 

@@ -20,7 +20,9 @@ from distill.common.files import write_json
 from distill.models.families import SD_1_FAMILY, SDXL_FAMILY
 
 
-@pytest.mark.parametrize(("name", "architecture", "size_bytes"), [("sdxl", "mini-sdxl", 20_000_000)])
+@pytest.mark.parametrize(
+    ("name", "architecture", "size_bytes"), [("sdxl", "mini-sdxl", 20_000_000), ("sd", "mini-sd-1.5", 10_000_000)]
+)
 def test_a_shipped_teacher_is_whole_small_and_what_it_says(name: str, architecture: str, size_bytes: int) -> None:
     folder = resolve(f"mini:{name}", Path("unused"))
     assert find_architecture_of(folder).name == architecture

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
-from distill.common.ahead import ahead
+from distill.common.ahead import Awaited, ahead
 
 
 def test_the_next_is_made_while_this_one_is_used() -> None:
@@ -32,3 +33,23 @@ def test_an_error_comes_after_what_was_made_before_it() -> None:
     assert [next(values), next(values)] == [3, 6]
     with pytest.raises(ZeroDivisionError):
         next(values)
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [(3, "75% waiting for data: s3://b/cache is slower than the steps"), (0.1, "9% waiting for data")],
+)
+def test_a_place_that_is_slow_is_named(data: float, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each item takes `data` seconds, and each step one."""
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("distill.common.ahead.time", clock)
+
+    def items() -> Iterator[None]:
+        for _ in range(5):
+            clock.now += data
+            yield
+
+    waited = Awaited(items(), "s3://b/cache")
+    for _ in waited:
+        clock.now += 1
+    assert waited.describe() == told

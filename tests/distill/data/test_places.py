@@ -2,64 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
-from aiohttp import web
 
 from distill.common.errors import UserError
 from distill.data.cache import LatentCache
 from distill.data.make_cache import make_cache
 from distill.data.places import open_place
-
-
-class Server:
-    """Serves a folder, ranges of bytes too. It answers the next `faults` of its requests for shards with a fault: a status,
-    or 0 for a connection that breaks."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.faults: list[int] = []
-        self.sent: list[tuple[str, str]] = []
-        self.loop = asyncio.new_event_loop()
-        started = threading.Event()
-        self.thread = threading.Thread(target=self._run, args=(started,), daemon=True)
-        self.thread.start()
-        assert started.wait(10)
-
-    async def _answer(self, request: web.Request) -> web.StreamResponse:
-        name = request.match_info["name"]
-        if name.startswith("shard") and request.method == "GET":
-            self.sent.append((name, request.headers.get("Range", "")))
-            if self.faults:
-                status = self.faults.pop(0)
-                if status:
-                    return web.Response(status=status)
-                assert request.transport is not None
-                request.transport.abort()
-        path = self.folder / name
-        return web.FileResponse(path) if path.is_file() else web.Response(status=404)
-
-    def _run(self, started: threading.Event) -> None:
-        asyncio.set_event_loop(self.loop)
-        application = web.Application()
-        application.router.add_route("GET", "/cache/{name}", self._answer)
-        runner = web.AppRunner(application)
-        self.loop.run_until_complete(runner.setup())
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        self.loop.run_until_complete(site.start())
-        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}/cache"
-        started.set()
-        self.loop.run_forever()
-        self.loop.run_until_complete(runner.cleanup())
-
-    def stop(self) -> None:
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(10)
+from tests.distill.data.server import Server
 
 
 @pytest.fixture
@@ -82,6 +36,11 @@ def test_a_cache_on_a_server_gives_the_batches_of_the_folder(server: Server, cap
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert capsys.readouterr().out.count("trying again in") >= 2
     assert all(asked.startswith("bytes=") for _, asked in server.sent), "the samples' own bytes, no whole shard"
+    fsspec.filesystem("memory").put(str(server.folder), "/cache", recursive=True)
+    in_memory = LatentCache(
+        "memory://cache", batch_size=4, seed=0
+    )  # which fetches one thing at a time, as the hub's does
+    assert all(torch.equal(part, theirs[name]) for name, part in in_memory.batch(2, slice(1, 4)).items())
 
 
 @pytest.mark.parametrize(
@@ -99,6 +58,20 @@ def test_a_shard_that_stays_away_or_has_changed_is_one_line(server: Server, harm
     with pytest.raises(UserError, match=told) as refusal:
         there.batch(0)
     assert server.url in str(refusal.value) and "shard-" in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_file_that_is_damaged_is_told_of_its_place(server: Server) -> None:
+    """A page of a login, say, in the place of each."""
+    for name in ("cache.json", "index.safetensors", "unconditional.safetensors"):
+        path = server.folder / name
+        whole = path.read_bytes()
+        for content in (b"<html>", b"", b'{"shards": "9"}'):
+            path.write_bytes(content)
+            for place in (server.folder, server.url):
+                with pytest.raises(UserError, match=f"^{place}/{name}") as refusal:
+                    LatentCache(place, batch_size=1, seed=0)
+                assert "\n" not in str(refusal.value)
+        path.write_bytes(whole)
 
 
 @pytest.mark.parametrize(

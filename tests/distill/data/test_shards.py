@@ -98,6 +98,7 @@ def test_a_bad_sample_of_a_shard_is_named(tmp_path: Path) -> None:
     [
         (lambda path: path.write_bytes(path.read_bytes()[:1000]), "no whole, uncompressed tar file"),
         (lambda path: path.write_bytes(path.read_bytes()[:1100]), "no whole, uncompressed tar file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:1024] + b"x" * 512 + bytes(9216)), "bad header at byte 1024"),
         (lambda path: path.write_bytes(b""), "no whole, uncompressed tar file"),
         (lambda path: path.unlink(), "no such file"),
         (lambda path: save_tar(path, []), "holds no samples"),

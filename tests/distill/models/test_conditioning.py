@@ -9,7 +9,7 @@ from distill.checkpoints.load import load_component, load_pipeline
 from distill.checkpoints.random_weights import random_pipeline
 from distill.common.errors import UserError
 from distill.models.conditioning import SD, SDXL, Conditioning, call_unet, conditioning_of, unet_input_names
-from distill.models.families import MINI_FAMILY, SDXL_FAMILY, family_of
+from distill.models.families import MINI_FAMILY, SD_2_FAMILY, SDXL_FAMILY, family_of
 from distill.models.resolution import NINE, Resolution, scaled_resolutions
 
 PLAIN = {"block_out_channels": (32, 64), "in_channels": 4, "cross_attention_dim": [128, 128]}
@@ -71,6 +71,12 @@ def test_sizes_go_to_the_unet_as_height_before_width() -> None:
 def test_a_unet_conditioned_otherwise_is_refused(changes: dict, told: str) -> None:
     with pytest.raises(UserError, match=told):
         conditioning_of(PLAIN | changes, "it")
+
+
+@pytest.mark.parametrize(("sample_size", "name"), [(64, "sd-2"), (96, "sd-2-768"), (None, "sd-2")])
+def test_of_two_families_of_the_same_widths_its_sample_size_tells(sample_size: int | None, name: str) -> None:
+    networks = {**SD_2_FAMILY.networks, "unet": SD_2_FAMILY.unet | {"sample_size": sample_size}}
+    assert family_of(networks).name == name
 
 
 def test_other_widths_are_a_family_of_their_own() -> None:

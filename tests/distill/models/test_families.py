@@ -46,9 +46,9 @@ def test_sds_cache_holds_one_encoders_text_and_the_encoding_of_no_words(sd: Path
 
 
 def recipe_of(name: str, student: str, teacher: Path | str, file: Path) -> str:
-    recipe = json.loads(json.dumps(find_recipe(name, student=student).as_dict()))
+    recipe = json.loads(json.dumps(find_recipe(name).as_dict()))
     for stage in recipe["stages"]:
-        stage["teacher"] = str(teacher)
+        stage["teacher"], stage["student"]["architecture"] = str(teacher), student
     file.write_text(json.dumps(recipe))
     return str(file)
 
@@ -62,6 +62,7 @@ def recipe_of(name: str, student: str, teacher: Path | str, file: Path) -> str:
         ("train --recipe {sdxl_student_of_sd} --cache {sd_cache} --out {out}", "its teacher of mini-sd"),
         ("train --recipe mini-vega --cache {sd_cache} --out {out}", "the cache holds text of the shapes"),
         ("train --recipe {sd_student_of_sd} --cache {cache} --out {out}", "the cache holds text of the shapes"),
+        ("train --recipe small-sd --cache {cache} --out {out}", "the UNet of SG161222/Realistic_Vision_V4.0 takes"),
     ],
 )
 def test_two_families_in_one_command_are_told_before_anything_is_loaded(

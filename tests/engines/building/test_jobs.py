@@ -23,7 +23,8 @@ RTX = frozenset({"7.5", "8.0", "8.6", "8.9", "12.0", "12.1"})
 
 
 def jobs_of(folder: Path, **change: object) -> list[Job]:
-    settings = {"gpus": ["rtx4090"], "flavor": "tensorrt-rtx"} | change
+    gpus = [] if change.get("flavor") == "onnxruntime" else ["rtx4090"]
+    settings = {"gpus": gpus, "flavor": "tensorrt-rtx"} | change
     return list_jobs(read_onnx_folder(folder), **settings)  # type: ignore[arg-type]
 
 
@@ -35,7 +36,9 @@ def test_targets() -> None:
     assert [target.label for target in each] == ["sm80", "sm89"]
     (portable,) = resolve_targets(["rtx"], "tensorrt-rtx", RTX)
     assert portable.compute_capabilities == ("8.6", "8.9", "12.0")
-    assert resolve_targets(["anything"], "onnxruntime", None)[0].label == "any"
+    assert resolve_targets(["auto"], "onnxruntime", None)[0].label == "any"
+    with pytest.raises(UserError, match="run on any machine: leave out --gpus a100"):
+        resolve_targets(["a100"], "onnxruntime", None)
 
 
 @pytest.mark.parametrize("name", ["h100", "h200"])
