@@ -18,10 +18,12 @@ from statistics import median
 from bench.floor.peaks import PEAKS, PUBLISHED, Published
 from bench.floor.roofline import architecture_configs, component_costs, total_floor_ms, total_flops
 from bench.workload import Workload
+from distill.models.architectures import find_architecture
 from distill.models.resolution import Resolution
 from engines.choices import EIGHT_BITS
 
 SQUARE = Resolution(1024, 1024)
+"""The size of every published figure."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,18 @@ class Known:
         return self.floor_ms / self.total_ms
 
 
+def base_size(model: str) -> Resolution:
+    """The first size of an architecture's family: 1024x1024 of SDXL, 512x512 of SD 1.x."""
+    return find_architecture(model).family.resolutions[0]
+
+
 def floor_ms(
-    gpu: str, model: str, steps: int, resolution: Resolution = SQUARE, batch: int = 1, precision: str = "fp16"
+    gpu: str, model: str, steps: int, resolution: Resolution | None = None, batch: int = 1, precision: str = "fp16"
 ) -> float:
-    """The floor of one guided call of an architecture of the catalogue, VAE and text encoders included. `precision` is the
-    UNet's, one that the board has."""
-    costs = component_costs(architecture_configs(model), Workload(resolution=resolution, steps=steps, batch=batch))
+    """The floor of one guided call of an architecture of the catalogue, VAE and text encoders included, at `base_size` if no
+    resolution is given. `precision` is the UNet's, one that the board has."""
+    load = Workload(resolution=resolution or base_size(model), steps=steps, batch=batch)
+    costs = component_costs(architecture_configs(model), load)
     floor = total_floor_ms(costs, PEAKS[gpu], precision)
     assert floor is not None
     return floor
@@ -135,11 +143,12 @@ class Prediction:
 
 
 def predict(gpu: str, model: str, steps: int, runtime: str, known: list[Known], precision: str = "fp16") -> Prediction:
-    """One guided picture at 1024x1024. `total_ms` is None where no known figure is of that runtime, or where the peak is
+    """One guided picture at `base_size`. `total_ms` is None where no known figure is of that runtime, or where the peak is
     `floor_only`."""
     floor = floor_ms(gpu, model, steps, precision=precision)
     known = [one for one in known if one.precision in ("fp16", precision)]
-    tflop = total_flops(component_costs(architecture_configs(model), Workload(resolution=SQUARE, steps=steps))) / 1e12
+    load = Workload(resolution=base_size(model), steps=steps)
+    tflop = total_flops(component_costs(architecture_configs(model), load)) / 1e12
     if PEAKS[gpu].floor_only or runtime not in {one.runtime for one in known}:
         return Prediction(gpu, model, steps, runtime, floor, None, None, None, 0, tflop, precision)
     total = floor / find_shares(known).share(gpu, runtime, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -12,6 +13,8 @@ from bench.report.elements.formatting import by_size, long_seconds, percent, sig
 from bench.report.elements.tables import Cell, Column, Table, make_table, measured
 from bench.report.runtimes import model_of
 from bench.results import ContestantRecord, Results
+from distill.models.conditioning import SD
+from distill.models.families import FAMILIES
 from engines.choices import EIGHT_BITS
 
 STEPS = 30
@@ -19,7 +22,15 @@ RUNTIME = "TensorRT"
 MEASURED = "measured by slimxl"
 
 MODELS = ("sdxl", "ssd-1b", "vega")
-"""Those of which figures are published; only they are predicted."""
+"""Those of which figures are published, which the prediction of every model is made from."""
+SD_MODELS = ("sd-1.5", "small-sd", "tiny-sd")
+
+
+def predicted_models(results: Results) -> tuple[str, ...]:
+    """The full-size models to predict beside a run: those of its own kind, SDXL's or SD 1.x's."""
+    family = FAMILIES.get(results.family)
+    return SD_MODELS if family and family.conditioning is SD else MODELS
+
 
 Board = tuple[str, str]
 """A key of PEAKS, and the precision of the UNet."""
@@ -45,7 +56,7 @@ def measured_latencies(all_results: list[Results]) -> list[Known]:
                 sound = not (row.refused or record.failed_guard)
                 if row.floor_ms is None or not sound or load["guidance_scale"] <= 1:
                     continue
-                if model is None or model.name not in MODELS:
+                if model is None or model.name not in (*MODELS, *SD_MODELS):
                     continue
                 one = Known(gpu, model.name, load["steps"], runtime, row.total_ms.value, row.floor_ms, MEASURED)
                 precision = record.precision if record.is_in_8_bits else "fp16"
@@ -66,13 +77,13 @@ def runtime_class(record: ContestantRecord) -> str:
     return f"{name}, {record.precision}" if record.precision in ("bf16", "fp32", *EIGHT_BITS) else name
 
 
-def all_predictions(known: list[Known]) -> dict[Board, list[Prediction]]:
+def all_predictions(known: list[Known], models: Sequence[str] = MODELS) -> dict[Board, list[Prediction]]:
     """Of every GPU of the list in fp16, and in 8 bits where the board has them and is told as one; one for each model."""
-    found = {(gpu, "fp16"): [predict(gpu, model, STEPS, RUNTIME, known) for model in MODELS] for gpu in PEAKS}
+    found = {(gpu, "fp16"): [predict(gpu, model, STEPS, RUNTIME, known) for model in models] for gpu in PEAKS}
     for gpu, peak in PEAKS.items():
         for name in () if peak.floor_only else peak.eight_bits:
             runtime = f"{RUNTIME}, {name}"
-            found[gpu, name] = [predict(gpu, model, STEPS, runtime, known, name) for model in MODELS]
+            found[gpu, name] = [predict(gpu, model, STEPS, runtime, known, name) for model in models]
     return found
 
 
@@ -86,7 +97,7 @@ def about(predicted_ms: float) -> str:
     return f"≈ {long_seconds(predicted_ms)}"
 
 
-def prediction_table(predictions: dict[Board, list[Prediction]]) -> Table:
+def prediction_table(predictions: dict[Board, list[Prediction]], models: Sequence[str]) -> Table:
     def gpu(key: Board) -> Cell:
         peak, precision = PEAKS[key[0]], key[1]
         rate = f"{peak.tflops_in(precision):.0f} {'TOP/s' if precision == 'int8' else 'TFLOP/s'}"
@@ -104,7 +115,7 @@ def prediction_table(predictions: dict[Board, list[Prediction]]) -> Table:
 
         return Column(title_of(model), write)
 
-    return make_table(predictions, Column("GPU", gpu), *(column(*pair) for pair in enumerate(MODELS)))
+    return make_table(predictions, Column("GPU", gpu), *(column(*pair) for pair in enumerate(models)))
 
 
 def published_table(checks: list[Check], sources: list[str]) -> Table:
