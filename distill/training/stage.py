@@ -128,7 +128,7 @@ class StageRun:
         guard = DivergenceGuard(progress.good_losses)
         title = f"{self.recipe.name} {number + 1}/{len(self.recipe.stages)} {stage.name}"
         steps = range(progress.step, stage.steps)
-        batches = Awaited(self._batches(pair, steps), str(self.latents.place))
+        batches = Awaited(self._batches(pair, steps), str(self.prepared.latents.place))
         waiting = batches.describe
         shown = track(steps, title, done=progress.step, note=waiting) if accelerator.is_main_process else steps
         started = saved = time.monotonic()
