@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from distill.checkpoints.sources import WORKDIR
-from distill.common.errors import UserError, exit_on_user_error, require_above
+from distill.common.errors import UserError, exit_on_user_error, parse_counts, require_above
 from distill.common.options import parse_names
 from distill.models.resolution import Resolution, parse_resolutions
 from distill.training.options import Workdir
@@ -29,6 +29,7 @@ def onnx(
     resolutions: str = "dynamic",
     batch: int = 1,
     guidance: Literal["always", "never"] = "always",
+    tokens: str = "",
     vae: str = "stock",
     vae_precision: Literal["auto", "fp16", "fp32"] = "auto",
     lora: Paths = (),
@@ -48,6 +49,8 @@ def onnx(
         resolutions: dynamic (one graph for all sizes), all (one static graph for each of the family's), or WxH,...
         batch: Images at once, of static graphs: rows of the VAE and the text encoders.
         guidance: Of static graphs: always gives the UNet two rows for each image, never gives it one.
+        tokens: Lengths of prompts that the UNet takes, in tokens, e.g. 77,154,231: for long and weighted prompts. Empty: its
+            own length only.
         vae: stock, fp16-fix, tiny, or a folder with a VAE.
         vae_precision: auto is fp32 for SDXL's stock VAE and one for it that says force_upcast, else as the rest.
         lora: LoRA files to fuse, in order.
@@ -74,6 +77,7 @@ def onnx(
         resolutions=sizes,
         batch=batch,
         guidance=guidance,
+        tokens=tuple(parse_counts("--tokens", tokens)) if tokens else (),
         vae=vae,
         vae_precision=vae_precision,
         loras=tuple(zip(lora, [*lora_scale, *[1.0] * (len(lora) - len(lora_scale))], strict=True)),
