@@ -29,15 +29,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MINI := mini-sdxl mini-ssd-1b mini-vega
+FEW := mini-lcm-vega
 EIGHT_BITS = $(filter int8 fp8,$(PRECISION))
-BASE = $(if $(EIGHT_BITS),$(if $(filter onnxruntime,$(FLAVOR)),fp32,fp16),$(PRECISION))
+BASE = $(if $(EIGHT_BITS),$(if $(filter onnxruntime-int8,$(FLAVOR)-$(PRECISION)),fp32,fp16),$(PRECISION))
 NAME = $(subst /,--,$(subst :,-,$(patsubst %.safetensors,%,$(MODEL))))
 FOLDER = $(NAME)$(patsubst %,-%,$(filter-out fp16,$(PRECISION)))
 BASE_FOLDER = $(NAME)$(patsubst %,-%,$(filter-out fp16,$(BASE)))
 
 NEED_MODEL = test -n "$(MODEL)" || { echo "error: MODEL is not set; e.g. MODEL=random:vega, a Hugging Face id, a folder, a .safetensors file" >&2; exit 2; }
 
-.PHONY: help setup report students onnx engines bench-distill bench-export bench-engines bench-gpu serve load-test test test-gpu clean
+.PHONY: help setup report students onnx targets engines bench-distill bench-export bench-engines bench-gpu serve load-test test test-gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -57,8 +58,8 @@ setup: $(READY)  ## install everything into .venv
 
 report: $(READY)  ## the main job: students, ONNX, engines, and the latency report, in OUT/report
 	$(MAKE) --no-print-directory students
-	$(MAKE) --no-print-directory --jobs 2 $(addprefix bundle-,$(MINI))
-	$(BIN)/python -m bench run --contestants $(foreach m,$(MINI),$(m)=bundle@onnxruntime:$(OUT)/bundles/$(m)) --artifacts $(foreach m,$(MINI),$(m)=$(call CHECKPOINT,$(m)) $(m)=$(OUT)/onnx/$(m)-fp16 $(m)=$(OUT)/bundles/$(m)) --baseline mini-sdxl --resolutions all --steps 8,4,16 --seconds 40 --pictures 9 --picture-steps 20 --out $(OUT)/results.json
+	$(MAKE) --no-print-directory --jobs 2 $(addprefix bundle-,$(MINI) $(FEW))
+	$(BIN)/python -m bench run --contestants $(foreach m,$(MINI),$(m)=bundle@onnxruntime:$(OUT)/bundles/$(m)) $(FEW)=bundle@onnxruntime+taught:$(OUT)/bundles/$(FEW) --artifacts $(foreach m,$(MINI) $(FEW),$(m)=$(call CHECKPOINT,$(m)) $(m)=$(OUT)/onnx/$(m)-fp16 $(m)=$(OUT)/bundles/$(m)) --baseline mini-sdxl --resolutions all --steps 8,4,16 --seconds 40 --pictures 27 --out $(OUT)/results.json
 	$(BIN)/python -m bench report --results $(OUT)/results.json --out $(OUT)/report
 	@echo "open $(OUT)/report/index.html"
 
@@ -66,6 +67,7 @@ students: $(READY)  ## the mini students, distilled from the mini teacher
 	$(BIN)/python -m distill cache --data shapes:1200 --model mini:sdxl --out $(OUT)/cache
 	$(BIN)/python -m distill train --recipe mini-ssd-1b --cache $(OUT)/cache --out $(OUT)/students/mini-ssd-1b
 	$(BIN)/python -m distill train --recipe mini-vega --start $(OUT)/students/mini-ssd-1b --cache $(OUT)/cache --out $(OUT)/students/mini-vega
+	$(BIN)/python -m distill train --recipe mini-lcm --start $(OUT)/students/mini-vega --cache $(OUT)/cache --out $(OUT)/students/$(FEW)
 
 # One mini model: fp16 graphs for TensorRT-RTX, fp32 ones for ONNX Runtime on the CPU, both in one bundle.
 CHECKPOINT = $(if $(filter mini-sdxl,$(1)),distill/mini/teacher,$(OUT)/students/$(1))
@@ -80,8 +82,11 @@ onnx: $(READY)  ## the ONNX folder of MODEL (PRECISION, PROMPTS to calibrate on)
 	$(BIN)/python -m export onnx --model $(MODEL) --precision $(BASE) --out $(OUT)/onnx/$(BASE_FOLDER)
 	$(if $(EIGHT_BITS),$(BIN)/python -m export quantise --onnx $(OUT)/onnx/$(BASE_FOLDER) --model $(MODEL) --precision $(PRECISION) $(if $(PROMPTS),--prompts $(PROMPTS)) --out $(OUT)/onnx/$(FOLDER))
 
-engines: $(READY)  ## engines of MODEL for GPUS (FLAVOR, LAYOUT, RESOLUTIONS, BATCHES, PRECISION)
+targets: $(READY)
 	@$(NEED_MODEL)
+	@$(BIN)/python -m engines targets --gpus $(GPUS) --flavor $(FLAVOR) --precision $(PRECISION)
+
+engines: targets  ## engines of MODEL for GPUS (FLAVOR, LAYOUT, RESOLUTIONS, BATCHES, PRECISION)
 	$(MAKE) --no-print-directory onnx
 	$(BIN)/python -m engines build --onnx $(OUT)/onnx/$(FOLDER) --out $(OUT)/bundles/$(FOLDER) --gpus $(GPUS) --flavor $(FLAVOR) $(if $(LAYOUT),--layout $(LAYOUT)) --resolutions $(RESOLUTIONS) --batches $(BATCHES) --replace
 
@@ -93,8 +98,7 @@ bench-export: $(READY)  ## the exporter beside optimum's, in turn, on MODEL: tim
 	@$(NEED_MODEL)
 	$(BIN)/python -m export bench --model $(MODEL) --out $(OUT)/bench-export/$(NAME).json
 
-bench-engines: $(READY)  ## LAYOUTS compared (time, memory, disk) on the ONNX folder of MODEL
-	@$(NEED_MODEL)
+bench-engines: targets  ## LAYOUTS compared (time, memory, disk) on the ONNX folder of MODEL
 	$(MAKE) --no-print-directory onnx
 	for layout in $(LAYOUTS); do \
 	  $(BIN)/python -m engines build --onnx $(OUT)/onnx/$(FOLDER) --out $(OUT)/bench-engines/$(FOLDER)/$$layout --layout $$layout --components unet,vae_decoder --gpus $(GPUS) --flavor $(FLAVOR) --resolutions $(RESOLUTIONS) --replace; \

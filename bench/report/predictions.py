@@ -15,6 +15,7 @@ from bench.report.runtimes import model_of
 from bench.results import ContestantRecord, Results
 from distill.models.conditioning import SD
 from distill.models.families import FAMILIES
+from engines.choices import EIGHT_BITS
 
 STEPS = 30
 RUNTIME = "TensorRT"
@@ -29,6 +30,10 @@ def predicted_models(results: Results) -> tuple[str, ...]:
     """The full-size models to predict beside a run: those of its own kind, SDXL's or SD 1.x's."""
     family = FAMILIES.get(results.family)
     return SD_MODELS if family and family.conditioning is SD else MODELS
+
+
+Board = tuple[str, str]
+"""A key of PEAKS, and the precision of the UNet."""
 
 
 def measured_latencies(all_results: list[Results]) -> list[Known]:
@@ -49,12 +54,13 @@ def measured_latencies(all_results: list[Results]) -> list[Known]:
                 record = results.contestant(row.contestant)
                 model, runtime = model_of(record), runtime_class(record)
                 sound = not (row.refused or record.failed_guard)
-                if row.floor_ms is None or not sound or load["guidance_scale"] <= 1:
+                if row.floor_ms is None or not sound or load["guidance_scale"] <= 1 or record.taught:
                     continue
                 if model is None or model.name not in (*MODELS, *SD_MODELS):
                     continue
                 one = Known(gpu, model.name, load["steps"], runtime, row.total_ms.value, row.floor_ms, MEASURED)
-                one = replace(one, resolution=load["resolution"], batch=load["batch"])
+                precision = record.precision if record.is_in_8_bits else "fp16"
+                one = replace(one, resolution=load["resolution"], batch=load["batch"], precision=precision)
                 known.setdefault((gpu, model.name, runtime, one.steps, one.resolution, one.batch), one)
     return list(known.values())
 
@@ -68,12 +74,17 @@ def runtime_class(record: ContestantRecord) -> str:
     """The published figures' name for a runtime of ours; they are of fp16, so another precision is told with it."""
     classes = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT", "compile": "compiled", "eager": "diffusers"}
     name = next((title for part, title in classes.items() if part in record.runtime), record.runtime)
-    return f"{name}, {record.precision}" if record.precision in ("bf16", "fp32") else name
+    return f"{name}, {record.precision}" if record.precision in ("bf16", "fp32", *EIGHT_BITS) else name
 
 
-def all_predictions(known: list[Known], models: Sequence[str] = MODELS) -> dict[str, list[Prediction]]:
-    """Of every GPU of the list, one for each model."""
-    return {gpu: [predict(gpu, model, STEPS, RUNTIME, known) for model in models] for gpu in PEAKS}
+def all_predictions(known: list[Known], models: Sequence[str] = MODELS) -> dict[Board, list[Prediction]]:
+    """Of every GPU of the list in fp16, and in 8 bits where the board has them and is told as one; one for each model."""
+    found = {(gpu, "fp16"): [predict(gpu, model, STEPS, RUNTIME, known) for model in models] for gpu in PEAKS}
+    for gpu, peak in PEAKS.items():
+        for name in () if peak.floor_only else peak.eight_bits:
+            runtime = f"{RUNTIME}, {name}"
+            found[gpu, name] = [predict(gpu, model, STEPS, runtime, known, name) for model in models]
+    return found
 
 
 def calibration(known: list[Known]) -> str:
@@ -86,13 +97,15 @@ def about(predicted_ms: float) -> str:
     return f"≈ {long_seconds(predicted_ms)}"
 
 
-def prediction_table(predictions: dict[str, list[Prediction]], models: Sequence[str]) -> Table:
-    def gpu(key: str) -> Cell:
-        peak = PEAKS[key]
-        return Cell(peak.name, small=(f"{peak.tflops:.0f} TFLOP/s, {peak.terabytes_per_s:.2f} TB/s",))
+def prediction_table(predictions: dict[Board, list[Prediction]], models: Sequence[str]) -> Table:
+    def gpu(key: Board) -> Cell:
+        peak, precision = PEAKS[key[0]], key[1]
+        rate = f"{peak.tflops_in(precision):.0f} {'TOP/s' if precision == 'int8' else 'TFLOP/s'}"
+        name = f"{peak.name}, {precision}" if precision in EIGHT_BITS else peak.name
+        return Cell(name, small=(f"{rate}, {peak.terabytes_per_s:.2f} TB/s",))
 
-    def column(index: int, model: str) -> Column[str]:
-        def write(key: str) -> Cell:
+    def column(index: int, model: str) -> Column[Board]:
+        def write(key: Board) -> Cell:
             one = predictions[key][index]
             floor = f"floor {long_seconds(one.floor_ms)}"
             if one.total_ms is None:
@@ -112,6 +125,10 @@ def published_table(checks: list[Check], sources: list[str]) -> Table:
         known = one.known
         return Cell(PEAKS[known.gpu].name, small=(f"{title_of(known.model)}, {known.runtime}, {known.steps} steps",))
 
+    def published(one: Check) -> Cell:
+        source = f"source {sources.index(one.known.origin) + 1}"
+        return Cell(long_seconds(one.known.total_ms), "published", (source,))
+
     def error(one: Check) -> Cell:
         blind = "" if one.blind_error is None else f"blind {signed_percent(one.blind_error)}"
         return Cell(signed_percent(one.error), "predicted", (blind,))
@@ -119,8 +136,7 @@ def published_table(checks: list[Check], sources: list[str]) -> Table:
     return make_table(
         checks,
         Column("GPU, model, runtime", what),
-        Column("published", lambda one: Cell(long_seconds(one.known.total_ms), "published")),
-        Column("source", lambda one: str(sources.index(one.known.origin) + 1)),
+        Column("published", published),
         Column("share of the floor", lambda one: percent(one.known.efficiency)),
         Column("predicted", lambda one: Cell(about(one.predicted_ms), "predicted")),
         Column("error", error),
@@ -128,12 +144,14 @@ def published_table(checks: list[Check], sources: list[str]) -> Table:
 
 
 def measured_table(checks: list[Check]) -> Table:
+    def what(one: Check) -> Cell:
+        known = one.known
+        workload = f"{by_size(known.resolution)}, batch {known.batch}, {known.steps} steps"
+        return Cell(f"{title_of(known.model)}, {known.runtime}", small=(workload,))
+
     return make_table(
         checks,
-        Column("model, runtime", lambda one: f"{title_of(one.known.model)}, {one.known.runtime}"),
-        Column("size", lambda one: by_size(one.known.resolution)),
-        Column("batch", lambda one: str(one.known.batch)),
-        Column("steps", lambda one: str(one.known.steps)),
+        Column("model, runtime", what),
         Column("measured", lambda one: measured(long_seconds(one.known.total_ms))),
         Column("predicted", lambda one: Cell(about(one.predicted_ms), "predicted")),
         Column("error", lambda one: Cell(signed_percent(one.error), "predicted")),

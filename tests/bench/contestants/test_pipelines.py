@@ -104,7 +104,7 @@ def test_every_shape_is_compiled(monkeypatch):
             pipe.unet(torch.zeros(1, 4, 20, 20))
 
 
-def test_seed_scheduler_and_guidance_reach_the_pipeline(eager):
+def test_seed_scheduler_guidance_and_negative_prompt_reach_the_pipeline(eager):
     from dataclasses import replace
 
     def draw(**changes):
@@ -117,6 +117,7 @@ def test_seed_scheduler_and_guidance_reach_the_pipeline(eager):
         {"scheduler": "ddim"},
         {"scheduler": "HeunDiscreteScheduler"},
         {"guidance_scale": 1.0},
+        {"negative_prompt": "a large red circle"},
     ):
         assert (draw(**changes) != base).any(), changes
     assert (draw() == base).all()  # and nothing of it stays
@@ -145,3 +146,11 @@ def test_a_bundle_says_which_flavor_and_engines_it_loaded(monkeypatch):
     bundle = make_contestant(Spec.parse("a=bundle:some/where"), "cpu")
     bundle.pipe = bundle.make_pipeline()
     assert bundle.runtime == "slimxl bundle, onnxruntime" and bundle.engines == list(parts)
+
+
+def test_a_bundle_is_named_with_flavor_layout_and_precision():
+    contestant = make_contestant(Spec.parse("a=bundle@tensorrt+int8+shared:somewhere"), "cuda")
+    assert (contestant.flavor, contestant.layout, contestant.unet_precision) == ("tensorrt", "shared", "int8")
+    assert contestant.runtime == "slimxl bundle, tensorrt, shared", "beside the same in fp16 only the precision differs"
+    with pytest.raises(UserError, match="int9"):
+        make_contestant(Spec.parse("a=bundle@tensorrt+int9:somewhere"), "cuda")
