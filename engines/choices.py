@@ -11,3 +11,6 @@ Guidance = Literal["always", "never", "any"]
 Precision = Literal["fp16", "fp32", "bf16", "int8", "fp8"]
 EIGHT_BITS = ("int8", "fp8")
 """Precisions of a UNet whose other components stay as they are."""
+Task = Literal["text-to-image", "image-to-image", "inpaint"]
+TASKS = {"text-to-image": "", "image-to-image": "Img2Img", "inpaint": "Inpaint"}
+"""What diffusers puts before `Pipeline` in the name of a class that draws from text, from a picture, into a picture."""

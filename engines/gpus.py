@@ -126,9 +126,12 @@ def resolve_targets(names: list[str], flavor: str, supported: frozenset[str] | N
         for gpu, capability in _expand(name):
             if capability not in supported:
                 able = ", ".join(sorted(supported, key=version_tuple))
+                other = (
+                    "" if flavor == "tensorrt" else f"build {gpu} with --flavor tensorrt on a machine that has one, or "
+                )
                 raise UserError(
-                    f"{flavor} cannot target {gpu} (compute capability {capability}): it targets {able}; "
-                    f"build {gpu} with --flavor tensorrt on a machine that has one, or use --flavor onnxruntime"
+                    f"{flavor} cannot target {gpu} (compute capability {capability}): it targets {able}; {other}use "
+                    "--flavor onnxruntime"
                 )
             wanted.setdefault(capability, []).append(gpu)
     capabilities = sorted(wanted, key=version_tuple)
@@ -144,12 +147,16 @@ def require_arithmetic(precision: str, targets: list[Target]) -> None:
     for target in targets:
         for capability in target.compute_capabilities:
             if version_tuple(capability) < version_tuple(least):
-                others = (
-                    "; for this GPU take int8: python -m export quantise --precision int8" if precision == "fp8" else ""
+                known = {gpu: GPUS[gpu].compute_capability for gpu in target.gpus if gpu in GPUS}
+                named = [gpu for gpu in target.gpus if known.get(gpu, capability) == capability]
+                instead = (
+                    "take int8 there (make engines PRECISION=int8, or python -m export quantise --precision int8)"
+                    if precision == "fp8"
+                    else "leave it out"
                 )
                 raise UserError(
-                    f"{precision} needs compute capability {least} or later, {', '.join(target.gpus)} includes one of "
-                    f"{capability}: leave that GPU out{others}"
+                    f"{precision} needs compute capability {least} or later, {', '.join(named)} has "
+                    f"{capability}: {instead}"
                 )
 
 

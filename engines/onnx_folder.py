@@ -6,6 +6,7 @@ all its graphs share one file of weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -79,9 +80,14 @@ class OnnxComponent:
     def outputs(self) -> list[TensorInfo]:
         return [_tensor(value) for value in self._graph.output]
 
-    def input_specs(self, resolution: Resolution, rows: int) -> list[TensorSpec]:
-        """Names, dtypes and shapes of the inputs. Raises UserError for a size the model cannot take."""
-        return COMPONENTS[self.name].inputs(self.config, resolution, rows, self.precision)
+    def input_specs(
+        self, resolution: Resolution, rows: int, pick: Callable[[list[int]], int] = min
+    ) -> list[TensorSpec]:
+        """Names, dtypes and shapes of the inputs; `pick` says which of the lengths of a prompt, where there are several.
+        Raises UserError for a size the model cannot take."""
+        lengths = self.config.get("text_lengths")
+        config = self.config | {"text_length": pick(lengths)} if lengths else self.config
+        return COMPONENTS[self.name].inputs(config, resolution, rows, self.precision)
 
     @property
     def fixed_rows(self) -> int | None:

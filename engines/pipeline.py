@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from distill.checkpoints.sampling import Sampling
-from distill.common.errors import UserError, quiet_imports
+from distill.common.errors import UserError, quiet_imports, unknown
 from distill.common.files import read_json
 from distill.models.conditioning import conditioning_named
 from engines.bundle import Engine, read_manifest, rebuild_command
-from engines.choices import Layout, Precision
+from engines.choices import TASKS, Layout, Precision, Task
 from engines.flavors import LoadOptions
 from engines.integrity import checked_path, unnamed_files
 from engines.onnx_folder import OnnxComponent, weights_for
@@ -26,6 +24,7 @@ def load(
     bundle: str | Path,
     flavor: str | None = None,
     *,
+    task: Task = "text-to-image",
     device: str | None = None,
     layout: Layout | None = None,
     precision: Precision | None = None,
@@ -37,6 +36,7 @@ def load(
     """A diffusers pipeline of the bundle's kind (StableDiffusionXLPipeline for SDXL) whose networks are its engines; that
     of a few-step model has its own steps and guidance scale as defaults.
 
+    task: what it draws from: "text-to-image", "image-to-image" or "inpaint", by diffusers' class for it.
     device: "cpu" or "cuda[:n]"; None is the flavor's own.
     layout: which to load where the bundle has several.
     precision: of the UNet where the bundle has several: by default fp16, not int8 or fp8.
@@ -53,7 +53,10 @@ def load(
     from transformers import CLIPTokenizer
 
     from engines.component import EngineComponent
-    from engines.modules import EngineTextEncoder, EngineUNet, EngineVAE
+    from engines.modules.pipelines import bundle_class, drawing_as
+    from engines.modules.text_encoder import EngineTextEncoder
+    from engines.modules.unet import EngineUNet
+    from engines.modules.vae import EngineVAE, missing_encoder
 
     bundle = Path(bundle)
     if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
@@ -65,6 +68,10 @@ def load(
     chosen = [engine for engines in selected.values() for engine in engines]
     if chosen_device == "cuda":  # the current GPU, which was checked; another thread may have another
         chosen_device = f"cuda:{torch.cuda.current_device()}"
+    if task not in TASKS:
+        raise unknown("task", task, TASKS)
+    if task != "text-to-image" and "vae_encoder" not in selected:
+        raise missing_encoder(backend.name)
     new_weights = _weights_by_key(chosen, Path(weights)) if weights else {}
     rebuild = f"rebuild it with: {rebuild_command(bundle, selected['unet'][0])}"
     for record in manifest.files:
@@ -84,38 +91,21 @@ def load(
         engines = [(engine, backend.load(bundle, engine, shared)) for engine in selected[name]]
         return EngineComponent(engines, chosen_device)
 
-    vae = EngineVAE(component("vae_decoder"), read_json(bundle / "vae_decoder/config.json"))
+    encoder = component("vae_encoder") if "vae_encoder" in selected else None
+    vae = EngineVAE(component("vae_decoder"), read_json(bundle / "vae_decoder/config.json"), encoder)
     unet = EngineUNet(component("unet"), read_json(bundle / "unet/config.json"), vae.image_scale)
     kind = conditioning_named(manifest.source.pipeline)
     encoders = {
-        name: EngineTextEncoder(component(name), read_json(bundle / name / "config.json"), kind.hidden_state)
-        for name in kind.encoders
+        name: EngineTextEncoder(component(name), read_json(bundle / name / "config.json")) for name in kind.encoders
     }
     tokenizers = {name: CLIPTokenizer.from_pretrained(bundle / name) for name in kind.tokenizers}
     index = read_json(bundle / "model_index.json")
     scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(bundle / "scheduler")
     stated = {name: index[name] for name in kind.options if not isinstance(index.get(name, []), list)}
     settings = stated | kind.load_options
-    pipeline = drawing_as(getattr(diffusers, kind.pipeline), manifest.source.sampling)
+    name = f"{kind.pipeline.removesuffix('Pipeline')}{TASKS[task]}Pipeline"
+    pipeline = drawing_as(bundle_class(getattr(diffusers, name), bundle), manifest.source.sampling)
     return pipeline(vae=vae, unet=unet, scheduler=scheduler, **encoders, **tokenizers, **settings)
-
-
-def drawing_as(kind: type, sampling: Sampling | None) -> type:
-    """A class of pipelines that takes steps and guidance scale from `sampling` where a call does not state them, and refuses
-    more steps than that has by UserError."""
-    if sampling is None:
-        return kind
-    known = sampling
-
-    class FewSteps(kind):
-        def __call__(self, *arguments: Any, **named: Any) -> Any:
-            stated = signature(kind.__call__).bind_partial(self, *arguments, **named).arguments
-            named |= {name: value for name, value in known.call_arguments.items() if name not in stated}
-            known.check(stated.get("num_inference_steps") or known.steps or 1)
-            return super().__call__(*arguments, **named)
-
-    FewSteps.__name__ = kind.__name__  # what diffusers writes into a config
-    return FewSteps
 
 
 def refit(pipeline: DiffusionPipeline, onnx: str | Path) -> list[str]:
@@ -125,8 +115,10 @@ def refit(pipeline: DiffusionPipeline, onnx: str | Path) -> list[str]:
     Raises UserError where the folder does not fit, and, before anything is changed, where a plan cannot take other weights.
     """
     parts: Any = pipeline
+    if getattr(parts, "loras", None):
+        raise UserError(f"the LoRAs {', '.join(parts.loras)} are added to the weights: unload_lora_weights() first")
     modules = [part for part in parts.components.values() if hasattr(part, "component")]
-    engines = [pair for module in modules for pair in module.component.engines]
+    engines = [pair for module in modules for pair in module.engines]
     weights = _weights_by_key([engine for engine, _ in engines], Path(onnx))
     refittable = [
         (engine, loaded) for engine, loaded in engines if engine.options.get("refit") and engine.key in weights

@@ -1,13 +1,14 @@
 """What goes into and comes out of each component: names, dtypes and shapes, as functions of resolution and batch.
 
 The UNet's inputs stand in `distill.models.conditioning`; the rest is known here alone. `config` is always the config.json
-of the exported component, which is the source's own plus, for the UNet, two sizes that only the whole pipeline knows:
-`text_length` and `vae_scale_factor`. Names are optimum's, so that its ONNX Runtime pipelines read the folder.
+of the exported component, which is the source's own plus, for the UNet, sizes that only the whole pipeline knows:
+`text_length`, `vae_scale_factor` and, where it takes longer prompts, all its `text_lengths`. Names are optimum's, so that
+its ONNX Runtime pipelines read the folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +53,24 @@ def _dtype(precision: str) -> str:
     return FLOAT_DTYPES[precision]
 
 
-def unet_config(config: Config, *, vae_config: Config, text_config: Config) -> dict[str, Any]:
-    """The UNet's config.json with the two sizes of the pipeline around it."""
-    sizes = {"text_length": text_config["max_position_embeddings"], "vae_scale_factor": vae_scale_factor(vae_config)}
-    return {**config, **sizes}
+PIPELINE_SIZES = ("text_length", "vae_scale_factor", "text_lengths")
+"""What `unet_config` adds to a UNet's own config."""
+
+
+def unet_config(
+    config: Config, *, vae_config: Config, text_config: Config, tokens: Sequence[int] = ()
+) -> dict[str, Any]:
+    """The UNet's config.json with the sizes of the pipeline around it. `tokens` are the lengths of prompts that it is to
+    take, its own among them. Raises UserError for a length that is no multiple of its own."""
+    length = text_config["max_position_embeddings"]
+    if odd := next((number for number in tokens if number % length), None):
+        raise UserError(
+            f"--tokens {odd}: a longer prompt is read in parts of {length} tokens; give multiples of {length}, e.g. "
+            f"--tokens {length},{2 * length}"
+        )
+    sizes = {"text_length": length, "vae_scale_factor": vae_scale_factor(vae_config)}
+    lengths = sorted({length, *tokens})
+    return {**config, **sizes, **({"text_lengths": lengths} if len(lengths) > 1 else {})}
 
 
 def _unet_inputs(config: Config, resolution: Resolution, batch: int, dtype: str) -> list[TensorSpec]:

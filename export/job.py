@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +34,8 @@ CHECK_BELOW_BYTES = 500_000_000
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
     """How a checkpoint is exported. `components` None means all that it has. `resolutions` empty means one graph with
-    open dimensions, for any batch; `batch`, in images, and `guidance` are of static graphs."""
+    open dimensions, for any batch; `batch`, in images, and `guidance` are of static graphs. `tokens` are the lengths of
+    prompts that the UNet takes, beside its own."""
 
     precision: str = "fp16"
     opset: int = OPSETS[0]
@@ -42,6 +43,7 @@ class ExportOptions:
     resolutions: tuple[Resolution, ...] = ()
     batch: int = 1
     guidance: str = "always"
+    tokens: tuple[int, ...] = ()
     vae: str = "stock"
     vae_precision: str = "auto"
     loras: tuple[tuple[Path, float], ...] = ()
@@ -65,6 +67,8 @@ class ExportOptions:
             raise UserError(
                 "--batch and --guidance are of static graphs, an open one takes any: give --resolutions too"
             )
+        if self.resolutions and self.tokens:
+            raise UserError("--tokens opens a dimension, static graphs have none: leave --resolutions out")
         for folder in self.reuse:
             if not folder.is_dir():
                 raise UserError(f"--reuse {folder} is no folder")
@@ -124,13 +128,13 @@ def chosen_components(checkpoint: Path, options: ExportOptions) -> tuple[str, ..
     return options.components or present
 
 
-def make_config(checkpoint: Path, name: str) -> dict[str, Any]:
-    """config.json of an exported component."""
+def make_config(checkpoint: Path, name: str, tokens: Sequence[int] = ()) -> dict[str, Any]:
+    """config.json of an exported component; `tokens` as `unet_config` takes them."""
     config = read_config(checkpoint, COMPONENTS[name].source)
     if name != "unet":
         return config
     vae, text = (read_config(checkpoint, part) for part in ("vae", conditioning_of(config).encoders[0]))
-    return unet_config(config, vae_config=vae, text_config=text)
+    return unet_config(config, vae_config=vae, text_config=text, tokens=tokens)
 
 
 def weights_hashes(checkpoint: Path, component: str, hashes: Mapping[str, str], precision: str) -> dict[str, str]:
@@ -141,7 +145,7 @@ def weights_hashes(checkpoint: Path, component: str, hashes: Mapping[str, str], 
 
 def make_job(checkpoint: Path, name: str, options: ExportOptions, hashes: Mapping[str, str]) -> Job:
     """`hashes` as `distill.checkpoints.folder.file_hashes` tells them: a checkpoint's gigabytes are read for them once."""
-    config = make_config(checkpoint, name)
+    config = make_config(checkpoint, name, options.tokens)
     family = find_family(checkpoint)
     precision = component_precision(name, options, family.conditioning, read_config(checkpoint, "vae"))
     rows = options.rows(name)

@@ -75,11 +75,14 @@ def require_valid(file: Path, name: str) -> None:
 
 
 def _compare_with_torch(job: Job, model: Path) -> list[Parity]:
-    """Of an open graph, on one small picture. Raises UserError where one of them disagrees."""
+    """Of an open graph, on one small picture, with the longest prompt too. Raises UserError where one of them disagrees."""
     network = load_component(job.checkpoint, COMPONENTS[job.name].source, TORCH_DTYPES[job.precision])
     resolution = trace_resolution(job.name, job.config)
     module = wrap(job.name, network)
     results = list(compare(job.name, model, module, job.config, [resolution], (1, 3), job.precision))
+    if lengths := job.config.get("text_lengths"):
+        longest = job.config | {"text_length": lengths[-1]}
+        results += compare(job.name, model, module, longest, [resolution], (2,), job.precision)
     for result in results:
         if not result.passed:
             raise UserError(
@@ -107,8 +110,8 @@ def write_component(job: Job, folder: Path, progress: Callable[[str], None]) -> 
         write_json(temporary / "config.json", job.config)
         saved = time.monotonic()
         require_valid(temporary / "model.onnx", name)
-        if name == "vae_decoder":
-            require_finite(temporary / "model.onnx", job.config, small, job.precision)
+        if component.source == "vae":
+            require_finite(name, temporary / "model.onnx", job.config, small, job.precision)
         checked: list[Parity] = []
         if options.check and sum(file_sizes(temporary).values()) < CHECK_BELOW_BYTES:
             checked = _compare_with_torch(job, temporary / "model.onnx")

@@ -31,8 +31,8 @@ from distill.training.objectives import Consistency, Distill, Guidance, Guidance
 from engines.building import build
 from engines.building.contents import starting_manifest
 from engines.bundle import read_manifest, write_manifest
+from engines.modules.pipelines import drawing_as
 from engines.onnx_folder import read_onnx_folder
-from engines.pipeline import drawing_as
 from engines.serving.request import DEFAULTS, read_values
 from export import ExportOptions, export_checkpoint
 

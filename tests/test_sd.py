@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -15,9 +16,12 @@ from distill.checkpoints.folder import find_architecture_of
 from distill.checkpoints.load import load_pipeline
 from distill.checkpoints.sources import resolve
 from distill.checkpoints.surgery import make_student
+from distill.common.errors import UserError
 from distill.models.architectures import find_architecture
 from engines.building.build import build_bundle
 from export import ExportOptions, export_checkpoint
+from tests.engines import drawing
+from tests.engines.drawing import MASK, PICTURE, psnr_db, quiet
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +41,11 @@ def onnx(student: Path) -> Path:
     return out
 
 
-def draw(pipe: Any) -> np.ndarray:
-    pipe.set_progress_bar_config(disable=True)
-    asked = {"width": 192, "height": 128, "num_inference_steps": 3, "output_type": "np"}
-    generator = torch.Generator().manual_seed(0)
-    return pipe("a red circle", negative_prompt="a ring", generator=generator, **asked).images
+SIZE = {"width": 192, "height": 128}
 
 
-def psnr_db(one: np.ndarray, other: np.ndarray) -> float:
-    return float(10 * np.log10(1 / np.mean((one - other) ** 2)))
+def draw(pipe: Any, **arguments: Any) -> np.ndarray:
+    return drawing.draw(quiet(pipe), negative_prompt="a ring", **(SIZE | arguments))
 
 
 def test_a_student_is_a_pipeline_of_its_family(student: Path) -> None:
@@ -57,10 +57,21 @@ def test_a_student_is_a_pipeline_of_its_family(student: Path) -> None:
 def test_engines_and_optimum_draw_what_diffusers_draws(student: Path, onnx: Path) -> None:
     from optimum.onnxruntime import ORTStableDiffusionPipeline
 
-    build_bundle(onnx, onnx.parent / "bundle", gpus=[], flavor="onnxruntime")
+    components = ["unet", "vae_decoder", "vae_encoder", "text_encoder"]
+    build_bundle(onnx, onnx.parent / "bundle", gpus=[], flavor="onnxruntime", components=components)
     pipe = engines.load(onnx.parent / "bundle", device="cpu")
     assert isinstance(pipe, StableDiffusionPipeline)
-    wanted = draw(load_pipeline(student, torch.float32))
-    assert wanted.std() > 0.01
+    theirs = load_pipeline(student, torch.float32)
+    wanted = draw(theirs)
     for other in (pipe, ORTStableDiffusionPipeline.from_pretrained(onnx, provider="CPUExecutionProvider")):
         assert psnr_db(draw(other), wanted) > 80
+    with pytest.raises(UserError, match="without hidden state -2, it has last_hidden_state"):
+        draw(pipe, clip_skip=1)
+    asked: dict[str, Any] = {"image": PICTURE.resize((192, 128)), "strength": 0.7, "num_inference_steps": 3}
+    for task, kind, more in (
+        ("image-to-image", diffusers.StableDiffusionImg2ImgPipeline, {"width": None, "height": None}),
+        ("inpaint", diffusers.StableDiffusionInpaintPipeline, {"mask_image": MASK}),
+    ):
+        ours = engines.load(onnx.parent / "bundle", device="cpu", task=task)  # type: ignore[arg-type]
+        assert isinstance(ours, kind)
+        assert psnr_db(draw(ours, **asked, **more), draw(kind.from_pipe(theirs), **asked, **more)) > 40

@@ -14,7 +14,7 @@ from pydantic_core import to_jsonable_python
 
 from bench.contestants.contestant import STAGES
 from bench.floor.peaks import SOURCES
-from bench.floor.predict import check_on_measured, check_predictions
+from bench.floor.predict import base_size, check_on_measured, check_predictions
 from bench.quality.guard import MIN_LATENT_COSINE, MIN_PSNR_DB
 from bench.report import (
     cards,
@@ -35,6 +35,7 @@ from bench.results import Results
 from distill.common.errors import UserError
 from distill.common.files import replacing, write_json
 from distill.common.ownership import require_our_folder
+from engines.choices import EIGHT_BITS
 
 REPORT, SAMPLES = "report.json", "samples.csv"
 NAMES = {"index.html": "report.html.j2", "report.md": "report.md.j2"}
@@ -109,12 +110,15 @@ def _predictions(all_results: list[Results]) -> dict[str, Any]:
     published = [check for check in check_predictions(known) if check.known.origin != predictions.MEASURED]
     sources = list(dict.fromkeys(check.known.origin for check in published))
     checked = check_on_measured(measured)
-    predicted = predictions.all_predictions(known)
+    models = predictions.predicted_models(all_results[0])
+    predicted = predictions.all_predictions(known, models)
     return {
         "prediction_steps": predictions.STEPS,
+        "prediction_size": base_size(models[0]),
         "predicted": predicted,
-        "predictions": predictions.prediction_table(predicted),
-        "known": known,
+        "predictions": predictions.prediction_table(predicted, models),
+        "known_in_8_bits": sum(one.precision in EIGHT_BITS for one in known),
+        "known_in_half": sum(one.precision not in EIGHT_BITS for one in known),
         "measured_known": sum(one.origin == predictions.MEASURED for one in known),
         "calibration": predictions.calibration(known),
         "published": published,

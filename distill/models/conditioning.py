@@ -230,15 +230,17 @@ def context_width(config: Config) -> int:
 def unet_inputs(
     config: Config, resolution: Resolution, batch: int, dtype: str = "float32", *, tokens: int, vae_scale_factor: int
 ) -> list[TensorSpec]:
-    """The inputs of a UNet in the order of its graph; `batch` is its own: twice the number of images under guidance.
+    """The inputs of a UNet in the order of its graph; `batch` is its own: twice the number of images under guidance. The
+    number of tokens is open where the config states several `text_lengths`.
 
     Raises UserError for a resolution that the model cannot take.
     """
     height, width = latent_size(resolution, vae_scale_factor, unet_multiple(config))
+    of_text = "tokens" if config.get("text_lengths") else None
     specs = [
         TensorSpec("sample", dtype, (batch, config["in_channels"], height, width), ("batch", None, "height", "width")),
         TensorSpec("timestep", "float32", (1,), (None,)),  # no scalar: Triton's TensorRT backend takes none
-        TensorSpec("encoder_hidden_states", dtype, (batch, tokens, context_width(config)), ("batch", None, None)),
+        TensorSpec("encoder_hidden_states", dtype, (batch, tokens, context_width(config)), ("batch", of_text, None)),
     ]
     if config.get("addition_embed_type") == "text_time":
         # float32 in every precision: diffusers concatenates them with a float32 sinusoidal embedding before it casts

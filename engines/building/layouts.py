@@ -12,9 +12,14 @@ Guidance: for b images the UNet gets 2b latents with guidance, b without. A rang
 takes one of them, by default 2b: nine profiles that are exact in the batch too build in two thirds of the time and take less
 disk. A call without guidance is then padded. Build models that need none (LCM, Turbo) with guidance `never`; `any` makes
 the batch a range.
+
+Where the UNet takes prompts of several lengths (`export onnx --tokens`), every profile is a range over them, tuned for the
+shortest.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from distill.common.errors import UserError
 from distill.models.resolution import Resolution
@@ -44,9 +49,12 @@ def _least_rows(component: OnnxComponent, batch: int, guidance: Guidance, exact:
     return 1
 
 
-def _shapes(component: OnnxComponent, resolution: Resolution, rows: int) -> dict[str, list[int]]:
-    """The shape of every input. Raises UserError where the graph was exported for another size only."""
-    shapes = {spec.name: list(spec.shape) for spec in component.input_specs(resolution, rows)}
+def _shapes(
+    component: OnnxComponent, resolution: Resolution, rows: int, pick: Callable[[list[int]], int] = min
+) -> dict[str, list[int]]:
+    """The shape of every input; `pick` as `OnnxComponent.input_specs` has it. Raises UserError where the graph
+    was exported for another size only."""
+    shapes = {spec.name: list(spec.shape) for spec in component.input_specs(resolution, rows, pick)}
     for tensor in component.inputs:
         wanted = shapes.get(tensor.name)
         if (
@@ -75,7 +83,7 @@ def _profile(
     tuned_batch, batch = batches
     lower = _shapes(component, lowest, _least_rows(component, batch, guidance, exact))
     tuned = _shapes(component, resolutions[0], _rows(component, tuned_batch, guidance))
-    upper = _shapes(component, highest, _rows(component, batch, guidance))
+    upper = _shapes(component, highest, _rows(component, batch, guidance), max)
     shapes = {name: ShapeRange(min=lower[name], opt=tuned[name], max=upper[name]) for name in upper if upper[name]}
     return Profile(index=index, resolutions=[str(r) for r in resolutions], batch=batch, shapes=shapes)
 

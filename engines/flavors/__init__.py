@@ -21,6 +21,7 @@ from engines.bundle import Engine, Options, Profile, TensorInfo
 if TYPE_CHECKING:
     import torch
 
+    from engines.flavors.weights import Added
     from engines.onnx_folder import OnnxComponent
 
 Report = Callable[[str, float], None]
@@ -52,6 +53,9 @@ class LoadOptions:
     specialization: str | None = None
     """TensorRT-RTX only: `eager` compiles for a new shape before its first run, `lazy` beside it, `none` not at all."""
     runtime_cache: Path | None = None
+    most_shapes: int = 20
+    """Shapes that a plan of TensorRT stays ready for; each keeps inputs, outputs and a CUDA graph in the GPU's memory. Nine
+    sizes with and without guidance are 18."""
     weights: Mapping[str, OnnxComponent] = field(default_factory=dict)
     """By the key of a plan (built with --refit or --strip): the component whose weights it takes."""
 
@@ -61,6 +65,12 @@ class LoadedEngine(Protocol):
 
     def run(self, inputs: dict[str, torch.Tensor], profile: Profile) -> dict[str, torch.Tensor]:
         """Enqueues one call on the device's current stream; the result may not be computed yet."""
+
+    def require_exchangeable(self) -> None:
+        """Raises UserError where its weights cannot be changed."""
+
+    def add_to_weights(self, added: Added) -> None:
+        """Takes the weights it was built from, with this added and nothing that was added before."""
 
 
 class Flavor(Protocol):

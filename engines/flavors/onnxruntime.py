@@ -16,7 +16,10 @@ from engines.gpus import gpu_of_device
 from engines.integrity import checked_path
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+
+    from engines.flavors.weights import Added
 
 FULL_GPU = re.compile("out of memory|Failed to allocate memory")
 """Messages of CUDA and of ONNX Runtime's allocator; ONNX Runtime has no exception type for it."""
@@ -35,23 +38,41 @@ class OnnxRuntimeEngine:
     """An inference session. On the CPU its inputs and outputs share memory with the torch tensors."""
 
     def __init__(self, model: Path, outputs: list[str], options: LoadOptions) -> None:
+        self._model, self._outputs, self._device = model, outputs, options.device
+        self._index = int(options.device.partition(":")[2] or 0)
+        self._changed: dict[str, np.ndarray] = {}  # the session reads them as long as it lives
+        self.session = self._open({})
+
+    def _open(self, changed: dict[str, np.ndarray]) -> Any:
         import onnxruntime
 
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 3
         # else its threads keep spinning after a call, on cores that torch and the other components need
         settings.add_session_config_entry("session.force_spinning_stop", "1")
-        self._device = options.device
-        self._outputs = outputs
-        self._index = int(options.device.partition(":")[2] or 0)
-        on_cuda = options.device.startswith("cuda")
+        if changed:
+            values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in changed.values()]
+            settings.add_external_initializers(list(changed), values)
+        on_cuda = self._device.startswith("cuda")
         provider = "CUDAExecutionProvider" if on_cuda else "CPUExecutionProvider"
         chosen: Any = (provider, {"device_id": self._index}) if on_cuda else provider
-        self.session = onnxruntime.InferenceSession(str(model), settings, providers=[chosen])
-        if provider not in self.session.get_providers():
-            raise RuntimeError(
-                f"{provider} did not start, and {', '.join(self.session.get_providers())} took its place"
-            )
+        session = onnxruntime.InferenceSession(str(self._model), settings, providers=[chosen])
+        if provider not in session.get_providers():
+            raise RuntimeError(f"{provider} did not start, and {', '.join(session.get_providers())} took its place")
+        return session
+
+    def require_exchangeable(self) -> None:
+        """Any weight can be: a session is made with others in the place of the file's."""
+
+    def add_to_weights(self, added: Added) -> None:
+        """Opens the session anew."""
+        from engines.flavors.weights import with_added
+
+        if not added and not self._changed:
+            return
+        changed = with_added(self._model, added)
+        self.session = self._open(changed)
+        self._changed = changed
 
     def run(self, inputs: dict[str, torch.Tensor], profile: Profile) -> dict[str, torch.Tensor]:
         import torch

@@ -12,6 +12,7 @@ from distill.common.files import size_text
 from engines.bundle import Engine
 from engines.flavors.cuda import CudaDevice
 from engines.flavors.shared_runtime import SharedRuntime
+from engines.flavors.weights import Added, with_added
 from engines.onnx_folder import OnnxComponent
 
 
@@ -96,6 +97,34 @@ def refit_plan(shared: SharedRuntime, plan: Any, engine: Engine, weights: OnnxCo
             reasons = [parser.get_error(index).desc() for index in range(parser.num_errors)]
             reasons += [f"without {', '.join(missing[:3])}"] * bool(missing)
             raise UserError(f"{onnx} does not fit {path} ({'; '.join(reasons[:2])}): export the same architecture")
-        if not refitter.refit_cuda_engine_async(device.stream_handle):
-            raise UserError(f"{engine.flavor} could not refit {path} from {onnx}")
-        device.synchronize()  # the copies read memory that the refitter frees
+        _refit(shared, refitter, engine, onnx)
+
+
+def refit_weights(shared: SharedRuntime, plan: Any, engine: Engine, source: OnnxComponent, added: Added) -> None:
+    """Replaces the named weights of a plan by those of its ONNX file with something added. What TensorRT has fused with
+    them is given again. Raises UserError where a weight is not there or cannot be replaced."""
+    device, onnx = shared.device, source.model
+    with device.current(), device.ordered():
+        refitter = shared.trt.Refitter(plan, shared.logger)
+        arrays = _give(shared, refitter, engine, with_added(onnx, added))
+        arrays |= _give(shared, refitter, engine, with_added(onnx, dict.fromkeys(refitter.get_missing_weights())))
+        if missing := list(refitter.get_missing_weights()):
+            raise UserError(f"{engine.files[0].path} wants {', '.join(missing[:3])} too: build it anew with --refit")
+        _refit(shared, refitter, engine, onnx)
+
+
+def _give(shared: SharedRuntime, refitter: Any, engine: Engine, arrays: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arrays, which must live until the refit is done."""
+    for name, array in arrays.items():
+        if not refitter.set_named_weights(name, shared.trt.Weights(array)):
+            raise UserError(
+                f"{engine.flavor} cannot replace {name} in {engine.files[0].path}: fuse the LoRA before the build "
+                "(python -m export onnx --lora FILE)"
+            )
+    return arrays
+
+
+def _refit(shared: SharedRuntime, refitter: Any, engine: Engine, onnx: Any) -> None:
+    if not refitter.refit_cuda_engine_async(shared.device.stream_handle):
+        raise UserError(f"{engine.flavor} could not refit {engine.files[0].path} from {onnx}")
+    shared.device.synchronize()  # the copies read memory that the refitter frees

@@ -1,7 +1,8 @@
-"""Does a decoder survive the latents it will meet? SDXL's stock VAE, run in fp16, overflows and draws black pictures.
+"""Does a VAE survive what it will meet? SDXL's stock VAE, run in fp16, overflows and draws black pictures.
 
 What reaches the decoder is latents / scaling_factor: standard deviation 7.7 for SDXL. A sampler's latents stray to
-several standard deviations, so decoding is tried at up to `LARGEST` of them.
+several standard deviations, so decoding is tried at up to `LARGEST` of them. What reaches the encoder are pixels in
+[-1, 1]: encoding is tried on noise over that range, and on the strongest contrasts.
 """
 
 from __future__ import annotations
@@ -18,23 +19,28 @@ from export.components import COMPONENTS, Config
 LARGEST = 6.0
 
 
-def overflowing_share(model: Path, config: Config, resolution: Resolution, precision: str) -> float:
-    """The share of non-finite values in pictures decoded from latents of 1 to `LARGEST` standard deviations."""
+def overflowing_share(name: str, model: Path, config: Config, resolution: Resolution, precision: str) -> float:
+    """The share of non-finite values that `vae_decoder` or `vae_encoder` makes of the hardest inputs it may get."""
     session = cpu_session(model)
-    [spec] = COMPONENTS["vae_decoder"].inputs(config, resolution, 2, precision)
+    [spec] = COMPONENTS[name].inputs(config, resolution, 2, precision)
     rng = np.random.default_rng(0)
+    noise = rng.standard_normal(spec.shape)
+    deviation = 1 / config.get("scaling_factor", 1.0)
+    hardest = (noise * deviation, noise * LARGEST * deviation)
+    if name == "vae_encoder":
+        hardest = (noise.clip(-3, 3) / 3, np.sign(noise))
     shares = []
-    for deviations in (1.0, LARGEST):
-        latents = rng.standard_normal(spec.shape) * deviations / config.get("scaling_factor", 1.0)
-        [picture] = session.run(None, {spec.name: latents.astype(spec.dtype)})
-        shares.append(float(1 - np.isfinite(picture).mean()))
+    for values in hardest:
+        [result] = session.run(None, {spec.name: values.astype(spec.dtype)})
+        shares.append(float(1 - np.isfinite(result).mean()))
     return max(shares)
 
 
-def require_finite(model: Path, config: Config, resolution: Resolution, precision: str) -> None:
-    """Raises UserError where decoding overflows."""
-    if share := overflowing_share(model, config, resolution, precision):
+def require_finite(name: str, model: Path, config: Config, resolution: Resolution, precision: str) -> None:
+    """Raises UserError where decoding or encoding overflows."""
+    if share := overflowing_share(name, model, config, resolution, precision):
+        what = "a picture" if name == "vae_decoder" else "a picture's latents"
         raise UserError(
-            f"this VAE overflows in {precision}: {share:.0%} of a picture is NaN or infinite; export it with "
+            f"this VAE overflows in {precision}: {share:.0%} of {what} is NaN or infinite; export it with "
             "--vae-precision fp32, or take an fp16-safe one with --vae fp16-fix or --vae tiny"
         )

@@ -1,12 +1,13 @@
 """Opens the dimensions of a graph that was traced with fixed sizes, which is several times quicker than symbols.
 
-The trick is to trace with sizes that cannot be mistaken: batch, height and width are made of three primes that divide
-no dimension of any weight. Every size in these networks is a product (no sums), so in the traced graph a number shows
-by its factors which axes it is made of: 137 · 2 · 131 is columns times twice the rows. Such numbers may stand in two
-kinds of places only, the target of a Reshape or an Expand. There a size is kept by reference (0: as the input has it,
--1: what is left), or computed once from the input's shape. A constant of such a size was folded from an Expand, and
-repeats itself, or from an arange, and counts: it becomes that operator again. A number anywhere else means that the
-network does something with sizes that this cannot express: `CannotOpen`, and the caller traces with symbols.
+The trick is to trace with sizes that cannot be mistaken: batch, height, width and, where they are open, the tokens of a
+prompt are made of primes that divide no dimension of any weight. Every size in these networks is a product (no sums),
+so in the traced graph a number shows by its factors which axes it is made of: 137 · 2 · 131 is columns times twice the
+rows. Such numbers may stand in two kinds of places only, the target of a Reshape or an Expand. There a size is kept by
+reference (0: as the input has it, -1: what is left), or computed once from the input's shape. A constant of such a size
+was folded from an Expand, and repeats itself, or from an arange, and counts: it becomes that operator again. A number
+anywhere else means that the network does something with sizes that this cannot express: `CannotOpen`, and the caller
+traces with symbols.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ class Axis:
 
 
 def choose_axes(names: Iterable[str], multiple: int, fixed_sizes: Iterable[int]) -> list[Axis]:
-    """An axis for each name, with primes that divide none of `fixed_sizes`; a batch may be any number, the others must
-    be multiples of `multiple`."""
+    """An axis for each name, with primes that divide none of `fixed_sizes`; height and width must be multiples of
+    `multiple`, the others may be any number."""
     fixed = {size for size in fixed_sizes if size}
     primes = iter([prime for prime in _PRIMES if all(size % prime for size in fixed)])
     try:
-        return [Axis(name, next(primes), 1 if name == "batch" else multiple) for name in names]
+        return [Axis(name, next(primes), multiple if name in ("height", "width") else 1) for name in names]
     except StopIteration:
         raise CannotOpen(f"no primes left beside the sizes {sorted(fixed)}") from None
 

@@ -172,6 +172,7 @@ def capture_with_symbols(module: nn.Module, inputs: Sequence[TensorSpec], multip
         "batch": Dim("batch", min=1, max=MAX_BATCH),
         "height": multiple * Dim("rows", min=1, max=4096),
         "width": multiple * Dim("columns", min=1, max=4096),
+        "tokens": Dim("tokens", min=1, max=4096),
     }
     shapes = tuple(
         {index: dims[axis] for index, axis in enumerate(spec.axes) if axis is not None} or None for spec in inputs

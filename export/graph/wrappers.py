@@ -72,6 +72,11 @@ def wrap(component: str, network: nn.Module) -> nn.Module:
     return _WRAPPERS[component](network).eval().requires_grad_(False)
 
 
+def weight_name(component: str, name: str) -> str:
+    """What a weight of the UNet or of a text encoder is called in its graph."""
+    return f"{'unet' if component == 'unet' else 'encoder'}.{name}"
+
+
 def example(spec: TensorSpec, config: Config, generator: torch.Generator) -> Tensor:
     """A random input as a sampler may give it: any timestep, picture sizes up to 2048, an end of text in every row, and
     normal numbers for the rest."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from diffusers import StableDiffusionXLPipeline
 
+import engines
 from engines.building.build import build_bundle
 from engines.bundle import Manifest, read_manifest
 from engines.serving.environment import Environment, make_environment
-from export import ExportOptions, export_checkpoint
+from export import COMPONENTS, ExportOptions, export_checkpoint
+from tests.engines.drawing import quiet
 from tests.engines.serving.triton_here import ROOT
 from tests.engines.toys import make_toy_onnx
 
@@ -41,9 +44,8 @@ def toy_manifest(toy_bundle: Path) -> Manifest:
 @pytest.fixture(scope="session")
 def mini_onnx(tmp_path_factory: pytest.TempPathFactory, mini_vega: Path) -> Path:
     """A true export of the mini family at Vega's depth, in fp32."""
-    options = ExportOptions(precision="fp32", components=("unet", "vae_decoder", "text_encoder", "text_encoder_2"))
     out = tmp_path_factory.mktemp("mini") / "onnx"
-    export_checkpoint(mini_vega, out, options=options)
+    export_checkpoint(mini_vega, out, options=ExportOptions(precision="fp32"))
     return out
 
 
@@ -51,8 +53,19 @@ def mini_onnx(tmp_path_factory: pytest.TempPathFactory, mini_vega: Path) -> Path
 def mini_bundle(tmp_path_factory: pytest.TempPathFactory, mini_onnx: Path) -> Path:
     """ONNX Runtime engines of it, for up to four pictures at once."""
     bundle = tmp_path_factory.mktemp("mini") / "bundle"
-    build_bundle(mini_onnx, bundle, gpus=[], flavor="onnxruntime", batches=[1, 4])
+    build_bundle(mini_onnx, bundle, gpus=[], flavor="onnxruntime", batches=[1, 4], components=list(COMPONENTS))
     return bundle
+
+
+@pytest.fixture(scope="module")
+def reference(mini_vega: Path) -> StableDiffusionXLPipeline:
+    """The checkpoint of `pipeline` as diffusers has it."""
+    return quiet(StableDiffusionXLPipeline.from_pretrained(mini_vega))
+
+
+@pytest.fixture(scope="module")
+def pipeline(mini_bundle: Path) -> StableDiffusionXLPipeline:
+    return quiet(engines.load(mini_bundle))
 
 
 @pytest.fixture(scope="session")

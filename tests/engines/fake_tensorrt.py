@@ -136,6 +136,8 @@ class FakePlan:
         self.lets_go = False  # do not keep the contexts alive
         self.is_full = False  # no memory for another context
         self.configs: list[Any] = []
+        self.refittable, self.fused = {"kernel", "small"}, {"kernel": "small"}
+        self.refits: list[dict[str, np.ndarray]] = []
 
     def create_runtime_config(self) -> FakeConfig:
         self.configs.append(FakeConfig())
@@ -171,12 +173,21 @@ class FakeRefitter:
     def __init__(self, plan: FakePlan, logger: Any) -> None:
         require_current()
         self.plan = plan
+        self.given: dict[str, np.ndarray] = {}
+
+    def set_named_weights(self, name: str, weights: np.ndarray) -> bool:
+        self.given[name] = weights
+        return name in self.plan.refittable
 
     def get_missing_weights(self) -> list[str]:
-        return []
+        """What was fused with a weight that is given."""
+        return [other for name, other in self.plan.fused.items() if name in self.given and other not in self.given]
 
     def refit_cuda_engine_async(self, stream: int) -> bool:
-        self.plan.scale = WEIGHTS["scale"]
+        if self.given:
+            self.plan.refits.append(self.given)
+        else:
+            self.plan.scale = WEIGHTS["scale"]
         return True
 
 
@@ -197,7 +208,7 @@ class FakeTensorRT(FakeModule):
         self.EngineValidity = SimpleNamespace(INVALID="invalid", VALID="valid")
         members = {"VERSION_MISMATCH": 1, "UNSUPPORTED_CC": 2, "OLD_CUDA_DRIVER": 4, "INSUFFICIENT_GPU_MEMORY": 8}
         self.EngineInvalidityDiagnostics = SimpleNamespace(__members__=members)
-        self.Refitter = FakeRefitter
+        self.Refitter, self.Weights = FakeRefitter, np.asarray
         self.header_reasons = header_reasons
 
     def Runtime(self, logger: Any) -> Any:

@@ -7,9 +7,9 @@ import torch
 
 from distill.common.errors import UserError
 from engines import component as component_file
-from engines import modules
 from engines.bundle import Engine, Manifest, Profile, ShapeRange
 from engines.component import EngineComponent
+from engines.modules.vae import EngineVAE
 
 
 class Doubler:
@@ -66,10 +66,28 @@ def test_any_batch_on_any_profile(
     assert doubler.calls == calls * 2
 
 
+def test_a_range_serves_the_sizes_between_those_it_names(toy_manifest: Manifest) -> None:
+    vae, doubler = component(toy_manifest, (1, 2))
+    [(engine, _)] = vae.engines
+    range_ = ShapeRange(min=[1, 4, 2, 2], opt=[1, 4, 4, 4], max=[2, 4, 8, 8])
+    profile = engine.profiles[0].model_copy(update={"shapes": {"latent_sample": range_}})
+    sizes = {"profiles": [profile], "resolutions": ["128x128"]}
+    ranged, shared = (
+        EngineComponent([(engine.model_copy(update=sizes | {"layout": layout}), doubler)], "cpu")
+        for layout in ("ranged", "shared")
+    )
+    between, outside = torch.ones(1, 4, 3, 5), torch.ones(1, 4, 9, 4)
+    assert torch.equal(ranged.run({"latent_sample": between}, "40x24")["sample"], between * 2)
+    with pytest.raises(UserError, match="it has 128x128 and what lies between"):
+        ranged.run({"latent_sample": outside}, "32x72")
+    with pytest.raises(UserError, match="it has 128x128; ask"):
+        shared.run({"latent_sample": between}, "40x24")
+
+
 def test_an_engine_moves_to_no_other_gpu(toy_manifest: Manifest) -> None:
     vae, _ = component(toy_manifest, (1, 2))
     vae.device = torch.device("cuda:0")
-    module = modules.EngineVAE(vae, {"block_out_channels": [1]})
+    module = EngineVAE(vae, {"block_out_channels": [1]})
     for same in ("cuda", "cuda:0", torch.float16, None):
         assert module.to(same) is module
     for other in ("cuda:1", "cpu"):

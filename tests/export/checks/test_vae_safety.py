@@ -20,28 +20,29 @@ def overflowing_vae(mini_vega: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("overflowing")
     vae = AutoencoderKL.from_pretrained(mini_vega / "vae")
     with torch.no_grad():
-        for block in vae.decoder.up_blocks:
+        for block in (*vae.decoder.up_blocks, *vae.encoder.down_blocks):
             for resnet in block.resnets:
                 resnet.conv2.weight.mul_(1e6)
     vae.save_pretrained(folder)
     return folder
 
 
-def export(checkpoint: Path, out: Path, **options: str) -> None:
-    chosen = ExportOptions(components=("vae_decoder",), **options)  # type: ignore[arg-type]
-    export_checkpoint(checkpoint, out, options=chosen, workdir=out.parent)
-
-
+@pytest.mark.parametrize("name", ["vae_decoder", "vae_encoder"])
 def test_a_vae_that_overflows_in_half_precision_is_not_left(
-    mini_vega: Path, overflowing_vae: Path, tmp_path: Path
+    name: str, mini_vega: Path, overflowing_vae: Path, tmp_path: Path
 ) -> None:
+    out = tmp_path / "out"
+
+    def export(**options: str) -> None:
+        chosen = ExportOptions(components=(name,), vae=str(overflowing_vae), **options)  # type: ignore[arg-type]
+        export_checkpoint(mini_vega, out, options=chosen, workdir=tmp_path)
+
     with pytest.raises(UserError, match=r"overflows in fp16.*--vae-precision fp32"):
-        export(mini_vega, tmp_path / "out", vae=str(overflowing_vae))
-    assert not (tmp_path / "out" / "vae_decoder").exists()
-    export(mini_vega, tmp_path / "out", vae=str(overflowing_vae), vae_precision="fp32")
-    folder = tmp_path / "out" / "vae_decoder"
-    config = read_json(folder / "config.json")
-    assert overflowing_share(folder / "model.onnx", config, Resolution(96, 64), "fp32") == 0
+        export()
+    assert not (out / name).exists()
+    export(vae_precision="fp32")
+    config = read_json(out / name / "config.json")
+    assert overflowing_share(name, out / name / "model.onnx", config, Resolution(96, 64), "fp32") == 0
 
 
 def test_the_stock_vae_stays_in_single_precision(onnx_fp16: Path) -> None:

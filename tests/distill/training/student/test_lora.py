@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import signal
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +36,8 @@ from distill.training.student import Lora
 from distill.training.student.lora import KOHYA_FILE, LORA_FILE, adapters_off
 from distill.training.trainer import train
 from export.checkpoint.prepare import with_loras
-from tests.distill.small_runs import TORCHRUN, curve, lora_recipe, run_alone
+from tests.distill.small_runs import curve, lora_recipe, run
+from tests.processes import exit_codes, kill, start, start_ranks, wait_for
 
 VEGA = ARCHITECTURES["mini-vega"]
 
@@ -118,21 +117,13 @@ def test_killed_and_gone_on_with_it_ends_in_the_same_bytes(
     adapter: Path, mini_vega: Path, cache: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
-    process = run_alone(cache, mini_vega, out, recipe="lora_recipe")
-    while process.poll() is None and not any(out.glob("state/*/progress.json")):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = start(run, lora_recipe(str(mini_vega)), cache, out)
+    wait_for("state/*/progress.json", out, [process])
+    kill([process])
     [state] = (out / "state").glob("[0-9]*")
     held = {name for name in dcp.FileSystemReader(state).read_metadata().state_dict_metadata if "student." in name}
     assert held and all(".lora_A." in name or ".lora_B." in name for name in held), "the base is in no checkpoint"
-    train(
-        lora_recipe(str(mini_vega)),
-        cache=cache,
-        out=out,
-        workdir=out,
-        options=TrainOptions(checkpoint_every=2, log_every=1),
-    )
+    run(lora_recipe(str(mini_vega)), cache, out)
     for name in (LORA_FILE, KOHYA_FILE, "samples/01-adapt.png", "README.md"):
         assert (out / name).read_bytes() == (adapter / name).read_bytes(), name
     assert curve(out) == curve(adapter)
@@ -154,7 +145,7 @@ def test_how_it_is_run_changes_no_loss(
 
 def test_two_processes_lose_as_one(adapter: Path, mini_vega: Path, cache: Path, tmp_path: Path) -> None:
     """Under DDP, whose wrapper holds a base without gradients that is the teacher too."""
-    assert run_alone(cache, mini_vega, tmp_path / "two", *TORCHRUN, recipe="lora_recipe").wait() == 0
+    assert exit_codes(start_ranks(run, lora_recipe(str(mini_vega)), cache, tmp_path / "two")) == [0, 0]
     assert curve(tmp_path / "two") == pytest.approx(curve(adapter), rel=1e-3)
     ours, theirs = (load_file(out / LORA_FILE) for out in (tmp_path / "two", adapter))
     for name, value in theirs.items():
