@@ -258,7 +258,7 @@ def test_launches_are_one_run_and_a_stopped_one_keeps_what_it_has(tmp_path, monk
 
     begun = []
 
-    def child(_command, input, check):
+    def child(_command, input, check, **_):
         options = pickle.loads(input)
         begun.append(options)
         if len(begun) == 5:
