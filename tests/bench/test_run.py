@@ -124,7 +124,7 @@ def test_a_reference_that_cannot_be_drawn_is_told(tmp_path, monkeypatch):
         raise RuntimeError("no kernel")
 
     monkeypatch.setattr(reference, "_draw_reference", fail)
-    about = {"configs": SimpleNamespace(is_narrow=False), "workdir": tmp_path}
+    about = {"configs": SimpleNamespace(is_narrow=False), "workdir": tmp_path, "asked": lambda workload: workload}
     contestant = SimpleNamespace(name="vega", checkpoint="here", **about)
     found = reference._references([contestant], Workload(resolution=Resolution(64, 64), steps=1), "cpu")
     assert found == {"vega": "no fp32 reference: RuntimeError: no kernel"}
@@ -258,7 +258,7 @@ def test_launches_are_one_run_and_a_stopped_one_keeps_what_it_has(tmp_path, monk
 
     begun = []
 
-    def child(_command, input, check):
+    def child(_command, input, check, **_):
         options = pickle.loads(input)
         begun.append(options)
         if len(begun) == 5:
