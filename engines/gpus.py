@@ -126,9 +126,12 @@ def resolve_targets(names: list[str], flavor: str, supported: frozenset[str] | N
         for gpu, capability in _expand(name):
             if capability not in supported:
                 able = ", ".join(sorted(supported, key=version_tuple))
+                other = (
+                    "" if flavor == "tensorrt" else f"build {gpu} with --flavor tensorrt on a machine that has one, or "
+                )
                 raise UserError(
-                    f"{flavor} cannot target {gpu} (compute capability {capability}): it targets {able}; "
-                    f"build {gpu} with --flavor tensorrt on a machine that has one, or use --flavor onnxruntime"
+                    f"{flavor} cannot target {gpu} (compute capability {capability}): it targets {able}; {other}use "
+                    "--flavor onnxruntime"
                 )
             wanted.setdefault(capability, []).append(gpu)
     capabilities = sorted(wanted, key=version_tuple)

@@ -17,9 +17,11 @@ from statistics import median
 from bench.floor.peaks import PEAKS, PUBLISHED, Published
 from bench.floor.roofline import architecture_configs, component_costs, total_floor_ms, total_flops
 from bench.workload import Workload
+from distill.models.architectures import find_architecture
 from distill.models.resolution import Resolution
 
 SQUARE = Resolution(1024, 1024)
+"""The size of every published figure."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,16 @@ class Known:
         return self.floor_ms / self.total_ms
 
 
-def floor_ms(gpu: str, model: str, steps: int, resolution: Resolution = SQUARE, batch: int = 1) -> float:
-    """The floor in fp16 of one guided call of an architecture of the catalogue, VAE and text encoders included."""
-    costs = component_costs(architecture_configs(model), Workload(resolution=resolution, steps=steps, batch=batch))
+def base_size(model: str) -> Resolution:
+    """The first size of an architecture's family: 1024x1024 of SDXL, 512x512 of SD 1.x."""
+    return find_architecture(model).family.resolutions[0]
+
+
+def floor_ms(gpu: str, model: str, steps: int, resolution: Resolution | None = None, batch: int = 1) -> float:
+    """The floor in fp16 of one guided call of an architecture of the catalogue, VAE and text encoders included, at
+    `base_size` if no resolution is given."""
+    load = Workload(resolution=resolution or base_size(model), steps=steps, batch=batch)
+    costs = component_costs(architecture_configs(model), load)
     floor = total_floor_ms(costs, PEAKS[gpu])
     assert floor is not None
     return floor
@@ -119,10 +128,11 @@ class Prediction:
 
 
 def predict(gpu: str, model: str, steps: int, runtime: str, known: list[Known]) -> Prediction:
-    """One guided picture at 1024x1024. `total_ms` is None where no known figure is of that runtime, or where the peak is
+    """One guided picture at `base_size`. `total_ms` is None where no known figure is of that runtime, or where the peak is
     `floor_only`."""
     floor = floor_ms(gpu, model, steps)
-    tflop = total_flops(component_costs(architecture_configs(model), Workload(resolution=SQUARE, steps=steps))) / 1e12
+    load = Workload(resolution=base_size(model), steps=steps)
+    tflop = total_flops(component_costs(architecture_configs(model), load)) / 1e12
     if PEAKS[gpu].floor_only or runtime not in {one.runtime for one in known}:
         return Prediction(gpu, model, steps, runtime, floor, None, None, None, 0, tflop)
     total = floor / find_shares(known).share(gpu, runtime, model)

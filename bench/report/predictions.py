@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -12,13 +13,22 @@ from bench.report.elements.formatting import by_size, long_seconds, percent, sig
 from bench.report.elements.tables import Cell, Column, Table, make_table, measured
 from bench.report.runtimes import model_of
 from bench.results import ContestantRecord, Results
+from distill.models.conditioning import SD
+from distill.models.families import FAMILIES
 
 STEPS = 30
 RUNTIME = "TensorRT"
 MEASURED = "measured by slimxl"
 
 MODELS = ("sdxl", "ssd-1b", "vega")
-"""Those of which figures are published; only they are predicted."""
+"""Those of which figures are published, which the prediction of every model is made from."""
+SD_MODELS = ("sd-1.5", "small-sd", "tiny-sd")
+
+
+def predicted_models(results: Results) -> tuple[str, ...]:
+    """The full-size models to predict beside a run: those of its own kind, SDXL's or SD 1.x's."""
+    family = FAMILIES.get(results.family)
+    return SD_MODELS if family and family.conditioning is SD else MODELS
 
 
 def measured_latencies(all_results: list[Results]) -> list[Known]:
@@ -41,7 +51,7 @@ def measured_latencies(all_results: list[Results]) -> list[Known]:
                 sound = not (row.refused or record.failed_guard)
                 if row.floor_ms is None or not sound or load["guidance_scale"] <= 1:
                     continue
-                if model is None or model.name not in MODELS:
+                if model is None or model.name not in (*MODELS, *SD_MODELS):
                     continue
                 one = Known(gpu, model.name, load["steps"], runtime, row.total_ms.value, row.floor_ms, MEASURED)
                 one = replace(one, resolution=load["resolution"], batch=load["batch"])
@@ -61,9 +71,9 @@ def runtime_class(record: ContestantRecord) -> str:
     return f"{name}, {record.precision}" if record.precision in ("bf16", "fp32") else name
 
 
-def all_predictions(known: list[Known]) -> dict[str, list[Prediction]]:
+def all_predictions(known: list[Known], models: Sequence[str] = MODELS) -> dict[str, list[Prediction]]:
     """Of every GPU of the list, one for each model."""
-    return {gpu: [predict(gpu, model, STEPS, RUNTIME, known) for model in MODELS] for gpu in PEAKS}
+    return {gpu: [predict(gpu, model, STEPS, RUNTIME, known) for model in models] for gpu in PEAKS}
 
 
 def calibration(known: list[Known]) -> str:
@@ -76,7 +86,7 @@ def about(predicted_ms: float) -> str:
     return f"≈ {long_seconds(predicted_ms)}"
 
 
-def prediction_table(predictions: dict[str, list[Prediction]]) -> Table:
+def prediction_table(predictions: dict[str, list[Prediction]], models: Sequence[str]) -> Table:
     def gpu(key: str) -> Cell:
         peak = PEAKS[key]
         return Cell(peak.name, small=(f"{peak.tflops:.0f} TFLOP/s, {peak.terabytes_per_s:.2f} TB/s",))
@@ -92,7 +102,7 @@ def prediction_table(predictions: dict[str, list[Prediction]]) -> Table:
 
         return Column(title_of(model), write)
 
-    return make_table(predictions, Column("GPU", gpu), *(column(*pair) for pair in enumerate(MODELS)))
+    return make_table(predictions, Column("GPU", gpu), *(column(*pair) for pair in enumerate(models)))
 
 
 def published_table(checks: list[Check], sources: list[str]) -> Table:

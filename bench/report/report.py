@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from bench.floor.predict import check_on_measured, check_predictions
+from bench.floor.predict import base_size, check_on_measured, check_predictions
 from bench.quality.guard import MIN_LATENT_COSINE, MIN_PSNR_DB
 from bench.report import (
     cards,
@@ -96,11 +96,13 @@ def _predictions(all_results: list[Results]) -> dict[str, Any]:
     published = [check for check in check_predictions(known) if check.known.origin != predictions.MEASURED]
     sources = list(dict.fromkeys(check.known.origin for check in published))
     checked = check_on_measured(measured)
-    predicted = predictions.all_predictions(known)
+    models = predictions.predicted_models(all_results[0])
+    predicted = predictions.all_predictions(known, models)
     return {
         "prediction_steps": predictions.STEPS,
+        "prediction_size": base_size(models[0]),
         "predicted": predicted,
-        "predictions": predictions.prediction_table(predicted),
+        "predictions": predictions.prediction_table(predicted, models),
         "known": known,
         "measured_known": sum(one.origin == predictions.MEASURED for one in known),
         "calibration": predictions.calibration(known),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import glob
 import hashlib
 import json
@@ -159,9 +158,11 @@ def clone_file(source: Path, target: Path) -> None:
     """Copies a file; where the disk can (btrfs, XFS), the copy shares the blocks of `source` until one of them changes."""
     with source.open("rb") as read, target.open("wb") as written:
         try:
+            import fcntl
+
             fcntl.ioctl(written.fileno(), FICLONE, read.fileno())
             return
-        except OSError:  # another disk, or one that has no such copies
+        except (ImportError, OSError):  # not Linux, another disk, or one that has no such copies
             pass
     shutil.copyfile(source, target)
 

@@ -206,9 +206,10 @@ def run_ablation(
                 done[name, seed] = stated
     todo = [pair for pair in wanted if pair not in done]
     started = time.monotonic()
-    spawn = multiprocessing.get_context("spawn")
+    forkserver = multiprocessing.get_context("forkserver")
+    forkserver.set_forkserver_preload([__name__])  # torch and diffusers are imported once, not by each job
     waiting, earlier = iter(todo), len(done)
-    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=quiet_libraries) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=forkserver, initializer=quiet_libraries) as pool:
         running = {pool.submit(_run, *pair, settings) for pair in islice(waiting, jobs)}
         while running:  # no more than run at once: where one has failed, no other begins
             ended, running = wait(running, return_when=FIRST_COMPLETED)

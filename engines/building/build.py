@@ -6,6 +6,7 @@ build that is killed at any point leaves a manifest whose files are all there, a
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from engines.bundle import (
 )
 from engines.choices import Guidance, Layout
 from engines.flavors import BuildRequest
+from engines.gpus import gpu_at_hand
 from engines.integrity import is_intact
 from engines.memory import available_memory_bytes
 from engines.onnx_folder import read_onnx_folder
@@ -117,6 +119,13 @@ def _summary(engine: Engine) -> str:
     )
 
 
+def _timing_name(job: Job) -> str:
+    """By the board, not by its capability: an A10's timings choose wrong kernels for an RTX 3090."""
+    found = gpu_at_hand()
+    board = found[0] if found else job.target.label
+    return f"{re.sub(r'[^A-Za-z0-9]+', '-', board)}_{job.flavor_version}.cache"
+
+
 def _build_one(job: Job, out: Path, budget_bytes: int, progress: BuildProgress) -> Engine:
     target = out / job.path
     partial = out / PARTIAL / target.name
@@ -130,9 +139,7 @@ def _build_one(job: Job, out: Path, budget_bytes: int, progress: BuildProgress) 
         outputs=[tensor.name for tensor in job.component.needed_outputs],
         compute_capabilities=list(job.target.compute_capabilities),
         options=job.options,
-        timing_cache=(out / TIMING_CACHE / f"{job.target.label}_{job.flavor_version}.cache").resolve()
-        if job.flavor == "tensorrt"
-        else None,
+        timing_cache=(out / TIMING_CACHE / _timing_name(job)).resolve() if job.flavor == "tensorrt" else None,
     )
     try:
         result = run_worker(request, budget_bytes, progress)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import sys
 import threading
 import time
 from typing import Any, TextIO
+
+import psutil
 
 from distill.common.errors import UserError
 from engines.flavors import BuildRequest, find_flavor
@@ -29,12 +30,15 @@ def _die_with_parent() -> None:
 
 def cpu_seconds() -> float:
     """User and system time of all threads of this process. Other work on the machine hardly changes it."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+    return time.process_time()
 
 
 def peak_rss_bytes() -> int:
     """The largest resident set of this process so far; Linux counts in KiB, macOS in bytes."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
 

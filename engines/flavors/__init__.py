@@ -53,6 +53,9 @@ class LoadOptions:
     specialization: str | None = None
     """TensorRT-RTX only: `eager` compiles for a new shape before its first run, `lazy` beside it, `none` not at all."""
     runtime_cache: Path | None = None
+    most_shapes: int = 20
+    """Shapes that a plan of TensorRT stays ready for; each keeps inputs, outputs and a CUDA graph in the GPU's memory. Nine
+    sizes with and without guidance are 18."""
     weights: Mapping[str, OnnxComponent] = field(default_factory=dict)
     """By the key of a plan (built with --refit or --strip): the component whose weights it takes."""
 

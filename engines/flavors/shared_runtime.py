@@ -5,6 +5,7 @@ Components run one after another on one stream, so the buffer is as large as the
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -42,13 +43,14 @@ class ActivationMemory:
 
 
 class SharedRuntime:
-    """`trt` is the module of TensorRT or TensorRT-RTX."""
+    """`trt` is the module of TensorRT or TensorRT-RTX; `lock` is held while a call is enqueued, since all share buffers."""
 
     def __init__(self, trt: Any, options: LoadOptions, device: CudaDevice | None = None) -> None:
         self.trt = trt
         self.options = options
         self.device = device or CudaDevice(options.device)
         self.memory = ActivationMemory(self.device)
+        self.lock = threading.RLock()
         self.logger = trt.Logger(trt.Logger.WARNING)
         with self.device.current():
             self.runtime = trt.Runtime(self.logger)

@@ -7,6 +7,7 @@ and leaves the last step of compilation to the GPU that runs the plan.
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from distill.common.errors import UserError
 from engines.bundle import Engine, Options, TensorInfo, rebuild_command
 from engines.flavors import BuildRequest, LoadOptions, Report
-from engines.gpus import driver_at_hand, gpu_at_hand, gpu_of_device, version_tuple
+from engines.gpus import GPUS, driver_at_hand, gpu_at_hand, gpu_of_device, version_tuple
 from engines.integrity import checked_bytes
 
 if TYPE_CHECKING:
@@ -103,6 +104,18 @@ class TensorRTFlavor:
                 f"rebuild with: {rebuild_command(Path('BUNDLE'), engine.model_copy(update=wanted))}"
             )
 
+    def doubt_board(self, engine: Engine, device: str) -> None:
+        """Warns where TensorRT tuned a plan on another board of the same capability: it may run slower, or not at all."""
+        found = gpu_of_device(device)
+        if self.name == "tensorrt" and found and not engine.options.get("hardware_compatible"):
+            boards = [GPUS[name].title if name in GPUS else name for name in engine.gpus]
+            if boards and not any(board in found[0] or found[0] in board for board in boards):
+                warnings.warn(
+                    f"the {engine.component} plan was tuned on {', '.join(boards)}, this GPU is {found[0]}: it may be slow "
+                    "or refused here; rebuild it on this GPU, or with --hardware-compatible same",
+                    stacklevel=2,
+                )
+
     def cuda_major(self) -> int | None:
         """The major version of CUDA that the installed wheels are made for."""
         packages = (f"{self.name}-cu{major}" for major in range(20, 11, -1))
@@ -117,6 +130,7 @@ class TensorRTFlavor:
         from engines.flavors.tensorrt_engine import TensorRTEngine
 
         rebuild = f"rebuild it with: {rebuild_command(bundle, engine)}"
+        self.doubt_board(engine, shared.options.device)
         plan = checked_bytes(bundle, engine.files[0], rebuild)
         return TensorRTEngine(engine, plan, shared, rebuild, shared.options.weights.get(engine.key))
 
@@ -130,5 +144,5 @@ def _is_installed(distribution: str) -> bool:
 
 def make(name: str) -> TensorRTFlavor:
     if name == "tensorrt":
-        return TensorRTFlavor(name, frozenset({"7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"}))
+        return TensorRTFlavor(name, frozenset({"7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1"}))
     return TensorRTFlavor(name, frozenset({"7.5", "8.0", "8.6", "8.9", "12.0", "12.1"}))

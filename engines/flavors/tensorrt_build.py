@@ -42,6 +42,8 @@ def build_plan(trt: Any, request: BuildRequest, report: Report) -> list[TensorIn
         strip_plan=bool(request.options.get("strip")),
         hardware_compatibility_level=_hardware_level(trt, request.options),
     )(builder, network)
+    if feature := getattr(trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10", None):
+        config.set_preview_feature(feature, True)  # a size of a range then takes its own memory, not the range's corner
     if is_rtx:  # TensorRT has neither, and needs neither
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # for one activation buffer, and always capturable
         target_capabilities(trt, config, request.compute_capabilities)

@@ -7,6 +7,7 @@ addresses it was captured with, so inputs and outputs have fixed buffers. An inp
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,14 @@ from engines.bundle import Engine
 from engines.flavors.shared_runtime import SharedRuntime
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def needed_bytes(context: Any, engine: Engine) -> int:
+    """The activation memory of the shapes that are set. A plan built before TensorRT 10.10 says its profile's largest."""
+    count = int(context.update_device_memory_size_for_shapes())
+    if count <= 0:
+        raise RuntimeError(f"{engine.component}: TensorRT does not say how much memory its shapes need")
+    return count
 
 
 class ShapeContext:
@@ -38,8 +47,9 @@ class ShapeContext:
             for tensor in engine.outputs
         }
         for name, tensor in (self._inputs | self._outputs).items():
-            context.set_tensor_address(name, tensor.data_ptr())
-        self._needed_bytes = int(context.update_device_memory_size_for_shapes())
+            if not context.set_tensor_address(name, tensor.data_ptr()):
+                raise RuntimeError(f"{engine.component}: TensorRT takes no address for {name}")
+        self._needed_bytes = needed_bytes(context, engine)
 
     def run(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Enqueues one call. The outputs are copies that the caller owns: a multi-step scheduler keeps several."""
@@ -56,10 +66,6 @@ class ShapeContext:
                 tensor.copy_(self._outputs[name], non_blocking=True)
         return owned
 
-    def forget_graph(self) -> None:
-        """The next run binds the activation memory and captures the graph again."""
-        self._generation = -1
-
     def _launch(self) -> None:
         memory = self._shared.memory
         memory.reserve(self._needed_bytes)
@@ -70,8 +76,20 @@ class ShapeContext:
         self._replay = None
         self._enqueue()  # before any capture: the first run allocates what a plan allocates only once
         if self._captures:
-            self._replay = self._shared.device.capture(self._enqueue)
+            self._replay = self._capture()
         self._generation = memory.generation
+
+    def _capture(self) -> Callable[[], None] | None:
+        """None where CUDA refuses, as while another part of the program makes the host wait for the device."""
+        try:
+            return self._shared.device.capture(self._enqueue)
+        except RuntimeError as error:
+            self._captures = False
+            warnings.warn(
+                f"{self._component} runs without a CUDA graph, so its host needs longer for each step: {error}",
+                stacklevel=2,
+            )
+            return None
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self._shared.device.stream_handle):

@@ -10,14 +10,15 @@ from distill.common.errors import UserError
 from engines.bundle import Engine, Profile
 from engines.flavors.kernel_cache import KernelCache
 from engines.flavors.shared_runtime import SharedRuntime
-from engines.flavors.tensorrt_context import ShapeContext, Shapes
+from engines.flavors.tensorrt_context import ShapeContext, Shapes, needed_bytes
 from engines.flavors.tensorrt_plan import create_context, deserialise_plan, refit_plan, refit_weights
 from engines.flavors.weights import Added
 from engines.onnx_folder import OnnxComponent
 
 
 class TensorRTEngine:
-    """One deserialised plan. Each shape gets an execution context at its first call."""
+    """One deserialised plan. Each shape gets an execution context at its first call; of more than `most_shapes` the one used
+    longest ago goes. Threads take turns: a call is enqueued whole, and the GPU has one stream for all."""
 
     def __init__(
         self, engine: Engine, plan: bytes, shared: SharedRuntime, rebuild: str, weights: OnnxComponent | None = None
@@ -52,9 +53,13 @@ class TensorRTEngine:
         """Enqueues one call and returns tensors that the caller owns."""
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items())
         key = (profile.index, shapes)
-        with self._shared.device.current():
-            if (context := self._contexts.get(key)) is not None:
+        with self._shared.lock, self._shared.device.current():
+            if (context := self._contexts.pop(key, None)) is not None:
+                self._contexts[key] = context  # the last one used stands last
                 return context.run(inputs)
+            if len(self._contexts) >= self._shared.options.most_shapes:
+                self._shared.device.synchronize()  # what is dropped may be at work still
+                del self._contexts[next(iter(self._contexts))]
             context = self._contexts[key] = self._open_context(profile, shapes)
             outputs = context.run(inputs)
         if self._is_rtx:
@@ -62,10 +67,11 @@ class TensorRTEngine:
         return outputs
 
     def refit(self, weights: OnnxComponent) -> None:
-        """See `refit_plan`. Contexts stay; their CUDA graphs are captured again, since a graph may hold the old weights."""
-        refit_plan(self._shared, self._plan, self.record, weights)
-        self._source, self._changed = weights, frozenset()
-        self._forget_graphs()
+        """See `refit_plan`. Contexts are made anew, since a CUDA graph may hold the old weights, TensorRT-RTX's own too."""
+        with self._shared.lock:
+            refit_plan(self._shared, self._plan, self.record, weights)
+            self._source, self._changed = weights, frozenset()
+            self._contexts.clear()
 
     def require_exchangeable(self) -> None:
         """Raises UserError for a plan built without --refit, and where the ONNX file is not named that holds its weights."""
@@ -90,13 +96,10 @@ class TensorRTEngine:
         if not added and not self._changed:
             return
         given: dict[str, Any] = dict.fromkeys(self._changed) | dict(added)
-        refit_weights(self._shared, self._plan, self.record, self._own_weights(), given)
-        self._changed = frozenset(added)
-        self._forget_graphs()
-
-    def _forget_graphs(self) -> None:
-        for context in self._contexts.values():
-            context.forget_graph()
+        with self._shared.lock:
+            refit_weights(self._shared, self._plan, self.record, self._own_weights(), given)
+            self._changed = frozenset(added)
+            self._contexts.clear()
 
     def _make_config(self) -> Any:
         """TensorRT-RTX's settings for execution contexts; kernels are not specialised yet."""
@@ -132,8 +135,9 @@ class TensorRTEngine:
             self._select_profile(context, profile)
             for resolution in profile.resolutions:
                 for name, shape in _largest_shapes(profile, resolution):
-                    context.set_input_shape(name, shape)
-                needed = max(needed, int(context.update_device_memory_size_for_shapes()))
+                    if not context.set_input_shape(name, shape):
+                        raise RuntimeError(f"{self.record.files[0].path}: input {name} cannot be {shape}")
+                needed = max(needed, needed_bytes(context, self.record))
         return needed
 
     def _open_context(self, profile: Profile, shapes: Shapes) -> ShapeContext:

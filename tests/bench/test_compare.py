@@ -36,8 +36,9 @@ def scale(factor, rounds=None):
         for cell in value["cells"]:
             for row in cell["rows"]:
                 row["samples"] = row["samples"][:rounds]
-                for sample in row["samples"]:
-                    sample["total_ms"] *= factor if row["contestant"] == "vega" else 1
+                for sample in row["samples"] if row["contestant"] == "vega" else ():
+                    sample["total_ms"] *= factor
+                    sample["stages_ms"] = {stage: taken * factor for stage, taken in sample["stages_ms"].items()}
 
     return change
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 from distill.training.objectives import Distill
+from distill.training.options import TrainOptions
 from distill.training.recipes import Recipe, Stage
 from distill.training.schedule import Schedule
 from distill.training.student import Lora, Pruned
+from distill.training.trainer import train
 
 HALF = "-/1,1/1,1:0:1,1,1/1,1,1/-"  # half of Vega's last transformers: a student that trains in a moment
 
@@ -53,26 +52,10 @@ def lora_recipe(teacher: str, **changes) -> Recipe:
     return Recipe(name="lora", stages=(replace(stage, **changes),), **options)
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-from tests.distill import small_runs
-from distill.training.options import TrainOptions
-from distill.training.trainer import train
-recipe, cache, teacher, out, *flags = sys.argv[1:]
-train(getattr(small_runs, recipe)(teacher), cache=Path(cache), out=Path(out), workdir=Path(out),
-      options=TrainOptions(checkpoint_every=2, log_every=1, **dict.fromkeys(flags, True)))
-"""
-
-
-def run_alone(
-    cache: Path, teacher: Path, out: Path, *launcher: str, flags: tuple[str, ...] = (), recipe: str = "small_recipe"
-) -> subprocess.Popen:
-    path = out.with_suffix(".py")
-    path.write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(path), recipe, str(cache), str(teacher), str(out), *flags]
-    return subprocess.Popen(command, env=environment)
+def run(recipe: Recipe, cache: Path, out: Path, *flags: str) -> None:
+    """In a process of its own, as a rule."""
+    options = TrainOptions(checkpoint_every=2, log_every=1, **dict.fromkeys(flags, True))
+    train(recipe, cache=cache, out=out, workdir=out, options=options)
 
 
 def curve(run: Path) -> list[float]:

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -432,6 +433,28 @@ def test_a_compatible_plan_is_for_newer_versions_by_number(
     monkeypatch.setattr(tensorrt.TensorRTFlavor, "version", lambda self: "10.8.0")
     with pytest.raises(UserError, match=r"built by tensorrt 10.9.0, installed is 10.8.0"):
         flavor.check_load(plan, "cuda:0")
+
+
+@pytest.mark.parametrize(
+    "board, options, doubted",
+    [
+        ("NVIDIA A10", {}, False),
+        ("NVIDIA GeForce RTX 3090", {}, True),
+        ("NVIDIA GeForce RTX 3090", {"hardware_compatible": "same"}, False),
+    ],
+)
+def test_a_plan_that_was_tuned_on_another_board_is_doubted(
+    toy_manifest: Manifest, monkeypatch: pytest.MonkeyPatch, board: str, options: dict[str, str], doubted: bool
+) -> None:
+    from engines.flavors import tensorrt
+
+    monkeypatch.setattr(tensorrt, "gpu_of_device", lambda device: (board, "8.6"))
+    plan = toy_manifest.engines[-1].model_copy(update={"gpus": ["a10"], "options": options})
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        tensorrt.make("tensorrt").doubt_board(plan, "cuda:0")
+        tensorrt.make("tensorrt-rtx").doubt_board(plan, "cuda:0")
+    assert ["tuned on NVIDIA A10, this GPU is" in str(one.message) for one in told] == [True] * doubted
 
 
 def test_onnx_runtime_with_cuda_and_no_gpu_stays_on_the_cpu(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 
+from distill.checkpoints.folder import find_family
 from distill.checkpoints.load import load_pipeline
 from distill.checkpoints.sampling import Sampling
 from distill.common.files import replacing
@@ -22,16 +24,18 @@ def draw_samples(
     sampling: Sampling | None = None,
     seed: int = 0,
 ) -> None:
-    """Draws each prompt by the pipeline folder `checkpoint` with `student` as its UNet, at the student's base resolution and
+    """Draws each prompt by the pipeline folder `checkpoint` with `student` as its UNet, at the first size of its family and
     as `sampling` says (None: in 20 steps), and writes the pictures side by side to `path`. Writes nothing, and says so,
     where the GPU has no memory left beside the training."""
     from PIL import Image
 
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
     pipe = load_pipeline(checkpoint, dtype, without=("unet",))
-    pipe.unet, pipe.default_sample_size = student, student.config.sample_size
+    pipe.unet = student
     pipe.set_progress_bar_config(disable=True)
-    called = {"num_inference_steps": 20} | (sampling.call_arguments if sampling else {})
+    size = find_family(checkpoint).resolutions[0]
+    called: dict[str, Any] = {"num_inference_steps": 20, "width": size.width, "height": size.height}
+    called |= sampling.call_arguments if sampling else {}
     if sampling and sampling.scheduler:
         pipe.scheduler = sampling.make_scheduler(pipe.scheduler.config)
     try:

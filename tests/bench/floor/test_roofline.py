@@ -5,7 +5,7 @@ from shutil import copytree
 import pytest
 
 from bench.floor.peaks import PEAKS, PUBLISHED, find_peak
-from bench.floor.predict import Known, check_predictions, find_shares, predict, published_known
+from bench.floor.predict import Known, check_predictions, find_shares, floor_ms, predict, published_known
 from bench.floor.roofline import (
     Cost,
     ModelConfigs,
@@ -185,3 +185,9 @@ def test_the_cpus_yardstick_is_of_a_real_machines_size():
     assert fastest.name in ("this CPU (measured, fp32)", "this CPU (measured, bf16)") and 1e-3 < fastest.tflops < 50
     assert 1e-3 < peak.tflops < 50
     assert 1e-4 < peak.terabytes_per_s < 5
+
+
+def test_a_model_is_predicted_at_its_familys_own_size() -> None:
+    sd, tiny = (predict("a100-sxm", model, 30, "TensorRT", published_known()) for model in ("sd-1.5", "tiny-sd"))
+    assert sd.floor_ms == floor_ms("a100-sxm", "sd-1.5", 30, Resolution(512, 512))
+    assert sd.total_ms > sd.floor_ms > tiny.floor_ms

@@ -1,10 +1,6 @@
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +14,7 @@ from distill.checkpoints.sources import peek_architecture, read_safetensors_head
 from distill.common.errors import UserError
 from distill.common.files import write_json
 from distill.models.families import SD_1_FAMILY, SDXL_FAMILY
+from tests.processes import kill, start
 
 
 @pytest.mark.parametrize(
@@ -48,19 +45,15 @@ def test_threads_and_processes_that_want_the_same_checkpoint_take_turns(mini_veg
 
 
 def test_whatever_killed_makers_leave_the_next_one_makes_it_whole(mini_vega: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "distill", "fetch", "--model", "random:mini-vega", "--workdir", str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     seen = 0
     for wait_s in (0.0, 0.05):
         left = set(tmp_path.glob(".random-*.partial/unet"))
-        makers = [subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) for _ in range(2)]
-        while not (begun := set(tmp_path.glob(".random-*.partial/unet")) - left) and None in [m.poll() for m in makers]:
+        makers = [start(resolve, "random:mini-vega", tmp_path) for _ in range(2)]
+        while not (begun := set(tmp_path.glob(".random-*.partial/unet")) - left) and any(m.is_alive() for m in makers):
             time.sleep(0.001)
         time.sleep(wait_s)
         seen += bool(begun)
-        for maker in makers:
-            maker.send_signal(signal.SIGKILL)
-            maker.wait()
+        kill(makers)
         shutil.rmtree(tmp_path / "random-mini-vega", ignore_errors=True)  # had one been quick enough to finish
     assert seen == 2
     assert checkpoint_hash(resolve("random:mini-vega", tmp_path)) == checkpoint_hash(mini_vega)

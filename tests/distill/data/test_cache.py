@@ -4,9 +4,6 @@ import json
 import re
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -30,6 +27,7 @@ from distill.models.architectures import ARCHITECTURES
 from distill.models.families import MINI_FAMILY
 from distill.models.resolution import Resolution
 from tests.distill.pictures import save_picture
+from tests.processes import kill, start, wait_for
 
 
 def test_a_full_gpu_leaves_the_finished_shards_and_the_same_command_goes_on(
@@ -291,13 +289,11 @@ def test_a_disk_that_becomes_full_loses_nothing(mini_vega: Path, tmp_path: Path,
         assert path.read_bytes() == (tmp_path / "cache" / path.name).read_bytes()
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-from distill.data import make_cache as cache
-cache.SAMPLES_PER_SHARD = 4
-cache.make_cache(Path(sys.argv[1]), "shapes:30", Path(sys.argv[2]), rank=int(sys.argv[3]), processes=2)
-"""
+def make_share(checkpoint: Path, out: Path, rank: int) -> None:
+    """Of a cache of eight shards, made by two processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("distill.data.make_cache.SAMPLES_PER_SHARD", 4)
+        make_cache(checkpoint, "shapes:30", out, rank=rank, processes=2)
 
 
 def test_two_processes_killed_at_any_moment_go_on_to_the_same_bytes(
@@ -306,18 +302,14 @@ def test_two_processes_killed_at_any_moment_go_on_to_the_same_bytes(
     monkeypatch.setattr("distill.data.make_cache.SAMPLES_PER_SHARD", 4)
     make_cache(mini_vega, "shapes:30", tmp_path / "whole")
     killed = tmp_path / "killed"
-    command = [sys.executable, "-c", SCRIPT, str(mini_vega), str(killed)]
-    makers = [subprocess.Popen([*command, str(rank)], cwd=Path(__file__).parents[3]) for rank in range(2)]
-    while not list(killed.glob("shard-*")) and None in [maker.poll() for maker in makers]:
-        time.sleep(0.01)
-    for maker in makers:
-        maker.send_signal(signal.SIGKILL)
-        maker.wait()
+    makers = [start(make_share, mini_vega, killed, rank) for rank in range(2)]
+    wait_for("shard-*", killed, makers)
+    kill(makers)
     done = len(list(killed.glob("shard-*")))
     assert 0 < done < 8
     (killed / ".shard-000007.safetensors.left.partial").write_bytes(b"half a shard")
     for rank in range(2):
-        make_cache(mini_vega, "shapes:30", killed, rank=rank, processes=2)
+        make_share(mini_vega, killed, rank)
     files = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert sorted(path.name for path in killed.iterdir()) == files
     assert all((killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in files)

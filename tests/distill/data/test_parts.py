@@ -55,7 +55,7 @@ def test_streamed_shards_go_on_after_a_fault_and_give_the_same_cache_to_any_numb
 
     def counting(files: RemoteFiles, name: str, stamp: tuple[int, str], target: Path) -> None:
         copy(files, name, stamp, target)
-        copied.append((name, len(list(copies.rglob("*.tar")))))
+        copied.append((name.partition("?")[0], len(list(copies.rglob("*.tar")))))
 
     monkeypatch.setattr(RemoteFiles, "copy", counting)
     server.faults = [500, 503]

@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 from distill.__main__ import main
-from distill.checkpoints.load import load_pipeline
+from distill.checkpoints.load import load_component, load_pipeline
 from distill.checkpoints.sources import resolve
 from distill.checkpoints.surgery import make_student
 from distill.common.errors import UserError
 from distill.data.cache import LatentCache
 from distill.data.make_cache import make_cache
 from distill.models.architectures import find_architecture
+from distill.training.output.samples import draw_samples
 from distill.training.prepare import check_successor
 from distill.training.recipes import find_recipe
 
@@ -104,6 +106,11 @@ def test_a_unet_of_another_task_teaches_nothing(change: dict[str, int], told: st
     (other / "unet" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=told):
         check_successor(resolve(str(other), tmp_path), other)
+
+
+def test_a_student_of_sd_draws_at_its_familys_size(sd: Path, tmp_path: Path) -> None:
+    draw_samples(load_component(sd, "unet", torch.float32), sd, ("a small red ring",), tmp_path / "one.png")
+    assert Image.open(tmp_path / "one.png").size == (128, 128)
 
 
 def test_a_safety_checker_is_left_out_and_that_is_said(sd: Path, tmp_path: Path, capsys) -> None:

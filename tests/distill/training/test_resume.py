@@ -11,8 +11,10 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +35,8 @@ from distill.training.options import TrainOptions
 from distill.training.output.state import TrainingState
 from distill.training.recipes import Stage, find_recipe
 from distill.training.trainer import train
-from tests.distill.small_runs import curve, run_alone, short_recipe, small_recipe
+from tests.distill.small_runs import curve, run, short_recipe, small_recipe
+from tests.processes import exit_codes, kill, start, start_ranks, wait_for
 
 
 def _times(folder: Path) -> dict[Path, int]:
@@ -44,26 +47,24 @@ def _times(folder: Path) -> dict[Path, int]:
     return times
 
 
-def _wait_for(mark: str, folder: Path, process: subprocess.Popen, before: dict[Path, int] | None = None) -> None:
-    """And until something in the folder is not as it was `before`."""
-    while process.poll() is None and not (any(folder.glob(mark)) and _times(folder) != before):
-        time.sleep(0.01)
+def _wait_for_more(mark: str, folder: Path, process: BaseProcess, before: dict[Path, int]) -> None:
+    """As `wait_for`, and until something in the folder is not as it was `before`."""
+    while process.is_alive() and not (any(folder.glob(mark)) and _times(folder) != before):
+        time.sleep(0.005)
 
 
 def test_killed_at_random_points_the_run_ends_in_the_same_bytes(cache: Path, mini_vega: Path, tmp_path: Path) -> None:
-    whole = tmp_path / "whole"
-    assert run_alone(cache, mini_vega, whole).wait() == 0
-    killed = tmp_path / "killed"
+    whole, killed, recipe = tmp_path / "whole", tmp_path / "killed", small_recipe(str(mini_vega))
+    assert exit_codes([start(run, recipe, cache, whole)]) == [0]
     rng = random.Random(0)
     stages = ["stages/01-initial", "state/*/progress.json", "stages/01-shorten-up", "stages/02-initial"]
     for mark in [*stages, "stages/02-whole"]:
         before = _times(killed)
-        process = run_alone(cache, mini_vega, killed)
-        _wait_for(mark, killed, process, before)
+        process = start(run, recipe, cache, killed)
+        _wait_for_more(mark, killed, process, before)
         time.sleep(rng.random() if mark in stages else 0)  # the last picture takes a moment only
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert run_alone(cache, mini_vega, killed).wait() == 0
+        kill([process])
+    assert exit_codes([start(run, recipe, cache, killed)]) == [0]
     for name in ("unet/diffusion_pytorch_model.safetensors", "samples/01-shorten-up.png", "samples/02-whole.png"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
     assert checkpoint_hash(killed) == checkpoint_hash(whole), "configs too say nothing of the folder"
@@ -77,7 +78,13 @@ def test_killed_at_random_points_the_run_ends_in_the_same_bytes(cache: Path, min
     assert steps[0] == steps[1]
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
+UNDER_TORCHRUN = """
+import sys
+from pathlib import Path
+from tests.distill.small_runs import run, small_recipe
+teacher, cache, out = sys.argv[1:]
+run(small_recipe(teacher), Path(cache), Path(out))
+"""
 
 
 def _worker(torchrun: subprocess.Popen, rank: str) -> psutil.Process:
@@ -97,18 +104,20 @@ def test_two_processes_give_the_loss_curve_of_one_though_one_of_them_is_stopped(
 ) -> None:
     """SIGTERM comes to the second alone; both end after the same step. When they go on, one is killed, and torchrun starts
     both again."""
-    two = tmp_path / "two"
-    process = run_alone(cache, mini_vega, two, *TORCHRUN)
-    _wait_for("state/02-*/progress.json", two, process)
-    _worker(process, "1").terminate()
-    try:
-        assert process.wait(timeout=120) != 0
-    finally:
-        process.terminate()  # with its workers, should they wait for each other
+    two, script, recipe = tmp_path / "two", tmp_path / "start.py", small_recipe(str(mini_vega))
+    processes = start_ranks(run, recipe, cache, two)
+    wait_for("state/02-*/progress.json", two, processes)
+    processes[1].terminate()
+    assert exit_codes(processes) == [128 + signal.SIGTERM] * 2
     _last_state(two)
     before = _times(two)
-    process = run_alone(cache, mini_vega, two, *TORCHRUN, "--max-restarts=1")
-    _wait_for("state/02-*/progress.json", two, process, before)
+    script.write_text(UNDER_TORCHRUN)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *torchrun, "--max-restarts=1", str(script), str(mini_vega), str(cache), str(two)]
+    process = subprocess.Popen(command, env=environment)
+    while process.poll() is None and _times(two) == before:
+        time.sleep(0.005)
     _worker(process, random.choice("01")).kill()
     assert process.wait() == 0
     assert curve(two) == pytest.approx(curve(finished), rel=2e-4)
@@ -118,13 +127,14 @@ def test_fsdp_gives_the_loss_curve_of_one_killed_or_not(
     cache: Path, mini_vega: Path, finished: Path, tmp_path: Path
 ) -> None:
     """Features at every level, the sharded average, resuming from sharded state, the gathered student."""
-    sharded = tmp_path / "sharded"
-    process = run_alone(cache, mini_vega, sharded, *TORCHRUN, flags=("fsdp",))
-    _wait_for("state/02-*/progress.json", sharded, process)
-    process.terminate()  # torchrun passes it on
-    process.wait()
+    sharded, recipe = tmp_path / "sharded", small_recipe(str(mini_vega))
+    processes = start_ranks(run, recipe, cache, sharded, "fsdp")
+    wait_for("state/02-*/progress.json", sharded, processes)
+    for process in processes:
+        process.terminate()
+    assert exit_codes(processes) == [128 + signal.SIGTERM] * 2
     assert {path.name for path in _last_state(sharded).glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
-    assert run_alone(cache, mini_vega, sharded, *TORCHRUN, flags=("fsdp",)).wait() == 0
+    assert exit_codes(start_ranks(run, recipe, cache, sharded, "fsdp")) == [0, 0]
     assert curve(sharded) == pytest.approx(curve(finished), rel=2e-4)
     ours, whole = (load_file(run / "unet" / "diffusion_pytorch_model.safetensors") for run in (sharded, finished))
     assert ours.keys() == whole.keys()

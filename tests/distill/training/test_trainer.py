@@ -205,7 +205,7 @@ def test_compiled_blocks_are_tapped_as_before(
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
     torch._dynamo.reset()
-    recipe = short_recipe(mini_vega, objective=Distill(level=level, normalize=True))
+    recipe = short_recipe(mini_vega, steps=2, objective=Distill(level=level, normalize=True))
     for name, compile in (("plain", False), ("compiled", True)):
         options = TrainOptions(log_every=1, compile=compile)
         train(recipe, cache=cache, out=tmp_path / name, workdir=tmp_path, options=options)

@@ -21,6 +21,7 @@ from engines.bundle import read_manifest
 from engines.flavors import BuildRequest, find_flavor
 from engines.integrity import verify_bundle
 
+COMPONENTS = ["unet", "text_encoder"]
 OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate", "shutil.copyfile"}
 
 
@@ -53,7 +54,7 @@ def build_and_die(onnx: Path, bundle: Path, before: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
-    build_bundle(onnx, bundle, gpus=[], flavor="onnxruntime")
+    build_bundle(onnx, bundle, gpus=[], components=COMPONENTS, flavor="onnxruntime")
 
 
 def check(bundle: Path, onnx: Path) -> None:
@@ -61,9 +62,9 @@ def check(bundle: Path, onnx: Path) -> None:
     if (bundle / "manifest.json").exists():
         faults = verify_bundle(bundle)
         assert not faults, faults
-    build_bundle(onnx, bundle, gpus=[], flavor="onnxruntime")
+    build_bundle(onnx, bundle, gpus=[], components=COMPONENTS, flavor="onnxruntime")
     manifest = read_manifest(bundle)
-    assert verify_bundle(bundle) == [] and len(manifest.engines) == 4
+    assert verify_bundle(bundle) == [] and len(manifest.engines) == len(COMPONENTS)
     found = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()} - {".lock"}
     left_over = found - {record.path for record in manifest.all_files} - {"manifest.json"}
     assert not left_over, left_over
@@ -73,7 +74,7 @@ def main() -> None:
     workdir, onnx, other, every = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
     room.run_worker = build_here  # type: ignore[assignment]
     full = workdir / "full"
-    assert run(lambda: build_bundle(other, full, gpus=[], flavor="onnxruntime")) == 0  # type: ignore[func-returns-value]
+    assert run(lambda: build_bundle(other, full, gpus=[], components=COMPONENTS, flavor="onnxruntime")) == 0  # type: ignore[func-returns-value]
     kills = 0
     for start in (None, full):
         before = 0

@@ -46,6 +46,8 @@ def test_gpu_that_rtx_cannot_target(name: str) -> None:
     with pytest.raises(UserError, match=rf"cannot target {name} .* use --flavor onnxruntime"):
         resolve_targets([name], "tensorrt-rtx", RTX)
     assert GPUS[name].compute_capability == "9.0"
+    with pytest.raises(UserError, match=rf"cannot target {name} .*: it targets 8\.0; use --flavor onnxruntime"):
+        resolve_targets([name], "tensorrt", frozenset({"8.0"}))  # not advised: what has just refused
 
 
 def test_key_changes_with_everything_an_engine_depends_on(toy_onnx_fp16: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from engines.flavors.shared_runtime import SharedRuntime
 from engines.flavors.tensorrt_engine import TensorRTEngine
 from engines.onnx_folder import weights_for
 from tests.engines import fake_tensorrt
-from tests.engines.fake_tensorrt import FakeCache, FakeDevice, FakeRefitter, FakeTensorRT
+from tests.engines.fake_tensorrt import FakeCache, FakeContext, FakeDevice, FakeRefitter, FakeTensorRT
 from tests.engines.toys import make_toy_onnx
 
 SIZES = ["128x128", "224x96", "96x224"]
@@ -140,16 +142,67 @@ def test_graph_is_captured_anew_when_the_memory_moves(toy_manifest: Manifest, tm
     assert next(context.memory for context in trt.plan.contexts if context.enqueued) != old
 
 
-def test_a_capture_that_failed_is_tried_again(toy_manifest: Manifest, tmp_path: Path) -> None:
+def test_a_shape_whose_graph_cannot_be_captured_runs_without_one_and_says_so_once(
+    toy_manifest: Manifest, tmp_path: Path
+) -> None:
     loaded, _, shared, engine = make(toy_manifest, tmp_path)
     shared.device.fails_to_capture = True  # type: ignore[attr-defined]
-    with pytest.raises(RuntimeError, match="while the stream is capturing"):
-        loaded.run({"sample": sample("128x128")}, engine.profiles[0])
-    shared.device.fails_to_capture = False  # type: ignore[attr-defined]
-    for value in (1, 3):
+    with pytest.warns(UserWarning, match="unet runs without a CUDA graph.*capturing") as told:
+        for value in (1, 3):
+            result = loaded.run({"sample": sample("128x128", value)}, engine.profiles[0])["out_sample"]
+            assert torch.equal(result, sample("128x128", 2 * value))
+    assert len(told) == 1 and shared.device.captures == 1  # type: ignore[attr-defined]
+
+
+def test_threads_get_their_own_pictures(
+    toy_manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inputs lie in buffers that all calls of a shape share; here each call waits between filling and reading them."""
+    loaded, _, _, engine = make(toy_manifest, tmp_path, cuda_graphs=False)
+    enqueue = FakeContext.execute_async_v3
+
+    def slowly(context: FakeContext, stream: int) -> bool:
+        time.sleep(0.005)
+        return enqueue(context, stream)
+
+    monkeypatch.setattr(FakeContext, "execute_async_v3", slowly)
+
+    def draw(value: int) -> bool:
         result = loaded.run({"sample": sample("128x128", value)}, engine.profiles[0])["out_sample"]
-        assert torch.equal(result, sample("128x128", 2 * value))
-    assert shared.device.captures == 2  # type: ignore[attr-defined]
+        return torch.equal(result, sample("128x128", 2 * value))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(draw, range(16)))
+
+
+def test_of_more_shapes_than_are_kept_the_one_used_longest_ago_goes(toy_manifest: Manifest, tmp_path: Path) -> None:
+    loaded, trt, shared, engine = make(toy_manifest, tmp_path, most_shapes=2)
+
+    def run(size: str) -> int:
+        result = loaded.run({"sample": sample(size, 3)}, engine.profiles[0])["out_sample"]
+        assert torch.equal(result, sample(size, 6))
+        return sum(bool(context.enqueued) for context in trt.plan.contexts)
+
+    assert [run(size) for size in ("128x128", "224x96", "128x128", "96x224")] == [1, 2, 2, 3]
+    assert shared.device.synchronized == 1, "what went may have been at work"  # type: ignore[attr-defined]
+    assert [run(size) for size in ("128x128", "224x96")] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    "call, answer, told",
+    [
+        ("set_input_shape", False, "cannot be"),
+        ("set_tensor_address", False, "takes no address"),
+        ("update_device_memory_size_for_shapes", 0, "does not say how much memory"),
+    ],
+)
+def test_what_tensorrt_refuses_is_not_run(
+    toy_manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, answer: Any, told: str
+) -> None:
+    monkeypatch.setattr(FakeContext, call, lambda *_: answer)
+    with pytest.raises(RuntimeError, match=told):
+        loaded, _, _, engine = make(toy_manifest, tmp_path)
+        loaded.run({"sample": sample("128x128")}, engine.profiles[0])
 
 
 @pytest.mark.parametrize(
@@ -253,20 +306,22 @@ def test_a_dropped_bundle_takes_its_kernels_along(tmp_path: Path) -> None:
     assert kernels() is None, "the wish to save at exit must not hold them"
 
 
-def test_refit_exchanges_weights_and_keeps_contexts(
-    toy_manifest: Manifest, tmp_path: Path, other_weights: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("flavor", ["tensorrt", "tensorrt-rtx"])
+def test_refit_exchanges_weights_and_makes_contexts_anew(
+    toy_manifest: Manifest, tmp_path: Path, other_weights: Path, monkeypatch: pytest.MonkeyPatch, flavor: str
 ) -> None:
-    loaded, trt, shared, engine = make(toy_manifest, tmp_path, built_with={"refit": True})
+    """A graph that was captured before may hold the old weights, and TensorRT-RTX captures its graphs itself."""
+    loaded, trt, shared, engine = make(toy_manifest, tmp_path, flavor, built_with={"refit": True})
     loaded.run({"sample": sample("128x128", 1)}, engine.profiles[0])
-    contexts = len(trt.plan.contexts)
-    monkeypatch.setitem(fake_tensorrt.WEIGHTS, "scale", 5.0)
     weights = weights_for(engine, other_weights)
     assert weights is not None and not weights.is_source_of(engine)
-    loaded.refit(weights)
-    result = loaded.run({"sample": sample("128x128", 1)}, engine.profiles[0])["out_sample"]
-    assert torch.equal(result, sample("128x128", 5)) and len(trt.plan.contexts) == contexts
-    assert shared.device.captures == 2, "a graph may hold the old weights"  # type: ignore[attr-defined]
-    assert shared.device.synchronized == 1, "the refitter may go only when its weights have come"  # type: ignore[attr-defined]
+    for number, scale in enumerate((5.0, 2.0, 5.0), 1):
+        contexts = len(trt.plan.contexts)
+        monkeypatch.setitem(fake_tensorrt.WEIGHTS, "scale", scale)
+        loaded.refit(weights)
+        result = loaded.run({"sample": sample("128x128", 1)}, engine.profiles[0])["out_sample"]
+        assert torch.equal(result, sample("128x128", scale)) and len(trt.plan.contexts) == contexts + 1
+        assert shared.device.synchronized == number, "the refitter may go only when its weights have come"  # type: ignore[attr-defined]
     monkeypatch.setattr(FakeRefitter, "get_missing_weights", lambda self: ["conv.weight"])
     with pytest.raises(UserError, match=r"does not fit .*\(without conv\.weight\): export the same architecture"):
         loaded.refit(weights)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import signal
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +35,8 @@ from distill.training.student import Lora
 from distill.training.student.lora import KOHYA_FILE, LORA_FILE, adapters_off
 from distill.training.trainer import train
 from export.checkpoint.prepare import with_loras
-from tests.distill.small_runs import curve, lora_recipe, run_alone
+from tests.distill.small_runs import curve, lora_recipe, run
+from tests.processes import kill, start, wait_for
 
 VEGA = ARCHITECTURES["mini-vega"]
 
@@ -117,21 +116,13 @@ def test_killed_and_gone_on_with_it_ends_in_the_same_bytes(
     adapter: Path, mini_vega: Path, cache: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
-    process = run_alone(cache, mini_vega, out, recipe="lora_recipe")
-    while process.poll() is None and not any(out.glob("state/*/progress.json")):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = start(run, lora_recipe(str(mini_vega)), cache, out)
+    wait_for("state/*/progress.json", out, [process])
+    kill([process])
     [state] = (out / "state").glob("[0-9]*")
     held = {name for name in dcp.FileSystemReader(state).read_metadata().state_dict_metadata if "student." in name}
     assert held and all(".lora_A." in name or ".lora_B." in name for name in held), "the base is in no checkpoint"
-    train(
-        lora_recipe(str(mini_vega)),
-        cache=cache,
-        out=out,
-        workdir=out,
-        options=TrainOptions(checkpoint_every=2, log_every=1),
-    )
+    run(lora_recipe(str(mini_vega)), cache, out)
     for name in (LORA_FILE, KOHYA_FILE, "samples/01-adapt.png", "README.md"):
         assert (out / name).read_bytes() == (adapter / name).read_bytes(), name
     assert curve(out) == curve(adapter)
