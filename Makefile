@@ -29,6 +29,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MINI := mini-sdxl mini-ssd-1b mini-vega
+FEW := mini-lcm-vega
 EIGHT_BITS = $(filter int8 fp8,$(PRECISION))
 BASE = $(if $(EIGHT_BITS),$(if $(filter onnxruntime,$(FLAVOR)),fp32,fp16),$(PRECISION))
 NAME = $(subst /,--,$(subst :,-,$(patsubst %.safetensors,%,$(MODEL))))
@@ -57,8 +58,8 @@ setup: $(READY)  ## install everything into .venv
 
 report: $(READY)  ## the main job: students, ONNX, engines, and the latency report, in OUT/report
 	$(MAKE) --no-print-directory students
-	$(MAKE) --no-print-directory --jobs 2 $(addprefix bundle-,$(MINI))
-	$(BIN)/python -m bench run --contestants $(foreach m,$(MINI),$(m)=bundle@onnxruntime:$(OUT)/bundles/$(m)) --artifacts $(foreach m,$(MINI),$(m)=$(call CHECKPOINT,$(m)) $(m)=$(OUT)/onnx/$(m)-fp16 $(m)=$(OUT)/bundles/$(m)) --baseline mini-sdxl --resolutions all --steps 8,4,16 --seconds 40 --pictures 9 --picture-steps 20 --out $(OUT)/results.json
+	$(MAKE) --no-print-directory --jobs 2 $(addprefix bundle-,$(MINI) $(FEW))
+	$(BIN)/python -m bench run --contestants $(foreach m,$(MINI),$(m)=bundle@onnxruntime:$(OUT)/bundles/$(m)) $(FEW)=bundle@onnxruntime+taught:$(OUT)/bundles/$(FEW) --artifacts $(foreach m,$(MINI) $(FEW),$(m)=$(call CHECKPOINT,$(m)) $(m)=$(OUT)/onnx/$(m)-fp16 $(m)=$(OUT)/bundles/$(m)) --baseline mini-sdxl --resolutions all --steps 8,4,16 --seconds 40 --pictures 27 --out $(OUT)/results.json
 	$(BIN)/python -m bench report --results $(OUT)/results.json --out $(OUT)/report
 	@echo "open $(OUT)/report/index.html"
 
@@ -66,6 +67,7 @@ students: $(READY)  ## the mini students, distilled from the mini teacher
 	$(BIN)/python -m distill cache --data shapes:1200 --model mini:sdxl --out $(OUT)/cache
 	$(BIN)/python -m distill train --recipe mini-ssd-1b --cache $(OUT)/cache --out $(OUT)/students/mini-ssd-1b
 	$(BIN)/python -m distill train --recipe mini-vega --start $(OUT)/students/mini-ssd-1b --cache $(OUT)/cache --out $(OUT)/students/mini-vega
+	$(BIN)/python -m distill train --recipe mini-lcm --start $(OUT)/students/mini-vega --cache $(OUT)/cache --out $(OUT)/students/$(FEW)
 
 # One mini model: fp16 graphs for TensorRT-RTX, fp32 ones for ONNX Runtime on the CPU, both in one bundle.
 CHECKPOINT = $(if $(filter mini-sdxl,$(1)),distill/mini/teacher,$(OUT)/students/$(1))

@@ -14,6 +14,7 @@ from bench.search.options import SearchOptions
 from bench.study.commands import study
 from bench.suite import SuiteOptions
 from distill.common.errors import exit_on_user_error
+from distill.common.launcher import program
 
 
 def run(options: Annotated[RunOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]) -> int:
@@ -35,17 +36,19 @@ def run(options: Annotated[RunOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(
     return 0
 
 
-def report(results: list[Path], out: Path, title: str = "slimxl latency report") -> int:
-    """Make one self-contained page, its Markdown and its JSON from one or more results files.
+def report(results: list[Path], out: Path, title: str = "slimxl latency report", price: float | None = None) -> int:
+    """Make one self-contained page, its Markdown, its JSON and every timed call as CSV from one or more results files.
 
     Args:
-        results: Results files, the main one first; what `distill bench` and `engines load-test` write may join.
-        out: Folder to write index.html, report.md and report.json into; it is made where it is absent.
+        results: Results files, the main one first; what `bench study tally`, `distill bench` and `engines load-test` write
+            may join.
+        out: Folder to write index.html, report.md, report.json and samples.csv into; it is made where it is absent.
         title: Title of the page.
+        price: What an hour of the machine costs in dollars: the page then tells what 1,000 pictures cost.
     """
     from bench.report.report import write_report
 
-    write_report(results, out, title)
+    write_report(results, out, title, price)
     return 0
 
 
@@ -86,7 +89,7 @@ def main() -> int:
         "gpu": gpu,
         "study": study,
     }
-    return exit_on_user_error(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m bench"))
+    return exit_on_user_error(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog=program("bench")))
 
 
 if __name__ == "__main__":

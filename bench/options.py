@@ -27,7 +27,8 @@ class RunOptions:
 
     contestants: list[str]
     """NAME=KIND[@OPTION]:SOURCE, one or more; KIND[@OPTION]:SOURCE is one of
-    eager@fp16:MODEL (diffusers; fp32, bf16 or fp16, any MODEL that distill takes),
+    eager@fp16:MODEL (diffusers; fp32, bf16 or fp16, any MODEL that distill takes; behind +taught a few-step model draws in
+    its own steps, whatever --steps and --guidance say),
     compiled@fp16:MODEL (with torch.compile),
     bundle@FLAVOR:FOLDER (a slimxl bundle; +LAYOUT and +no-graphs may follow FLAVOR),
     optimum:FOLDER (an ONNX folder),
@@ -35,21 +36,24 @@ class RunOptions:
     out: Path
     """The results file to write, .json."""
     artifacts: list[str] = field(default_factory=list)
-    """NAME=FOLDER, any number: a contestant's checkpoint, ONNX and bundle, for sizes, losses, hashes, fp32 reference."""
+    """NAME=FOLDER, any number; NAME is one of --contestants, FOLDER its checkpoint, ONNX folder or bundle (told by what it
+    holds), e.g. vega=out/students/vega vega=out/bundles/vega. From there: sizes, losses, hashes, the fp32 reference."""
     baseline: str | None = None
     """The contestant that speed-ups are told against; the first one if not given."""
     resolutions: str = "first"
     """`all` or `first` of the model family's, or of those that all bundles have; or WIDTHxHEIGHT,...; the first is the main
     one."""
     steps: str | None = None
-    """Denoising steps of a picture, comma-separated; the first is the main one. None: what all were taught, else 30."""
+    """Denoising steps of a picture, comma-separated; the first is the main one. None: what each was taught, else 30."""
     batches: str = "1"
     """Pictures drawn by one call, comma-separated; the first is the main one."""
     guidance: str | None = None
-    """Guidance scales, comma-separated; the first is the main one, 1 and below mean no guidance. None: what all were taught,
-    else 5."""
+    """Guidance scales, comma-separated; the first is the main one, 1 and below mean no guidance. None: what each was
+    taught, else 5."""
     scheduler: str = "default"
     """default (the checkpoint's own), euler, euler-a, ddim, dpm++, unipc, lcm, or a scheduler class of diffusers."""
+    mlperf: bool = False
+    """Draw as MLPerf inference does: 20 Euler steps, guidance 8, its negative prompt, and one noise for all --captions."""
     seed: int = 0
     """Of the noise that the timed pictures begin with, the same for all contestants."""
     seconds: float = 60.0
@@ -61,9 +65,8 @@ class RunOptions:
     max_warmup: int = 3
     """Calls before them that are not timed, at the most; fewer once two in a row agree within 5 %."""
     pictures: int = 9
-    """Pictures each contestant draws, the same prompts and seeds for all; 0 for none."""
-    picture_steps: int | None = None
-    """Denoising steps of those pictures. None: what all were taught, else 20."""
+    """Prompts that each contestant draws with the main steps, of the mini family with each of --steps, the same seeds for
+    all; 0 for none. The report shows the first nine."""
     energy_seconds: float = 10.0
     """Seconds each contestant draws while the GPU's energy counter is read; 0 reads none."""
     sustained_seconds: float = 0.0
@@ -92,8 +95,6 @@ def check_options(options: RunOptions, specs: list[Spec]) -> str:
         require_writable_file(path, ("schema_version", "contestants", "cells"))
     require_least(1, min_rounds=options.min_rounds, max_warmup=options.max_warmup)
     require_between(1, 100, launches=options.launches)
-    if options.picture_steps is not None:
-        require_between(1, 1000, picture_steps=options.picture_steps)
     require_least(
         0,
         seed=options.seed,
@@ -107,6 +108,8 @@ def check_options(options: RunOptions, specs: list[Spec]) -> str:
     from bench.contestants.spec import check_device
 
     check_scheduler(options.scheduler)
+    if options.mlperf and (options.steps or options.guidance or options.scheduler != "default"):
+        raise UserError("--mlperf sets --steps, --guidance and --scheduler itself; leave them out")
     if options.device is not None:
         check_device(options.device)
     check_references(options.fidelity)

@@ -183,8 +183,9 @@ class Trace(Record):
 
 class ContestantRecord(Record):
     """`costs` maps a component to {calls, parameters, flops, bytes}; `cold` to load_ms and first_image_ms; `kernels` is
-    what `kernels.profile_denoise` found; `engines` holds the sha256 of each engine of a bundle that was loaded.
-    `weights_of` says what `weights_sha256` was taken over, or why there is none."""
+    what `kernels.profile_denoise` found; `engines` holds the sha256 of each engine of a bundle that was loaded; `taught` are
+    the steps and the guidance scale that it drew with in place of the workload's. `weights_of` says what `weights_sha256`
+    was taken over, or why there is none."""
 
     name: str
     spec: str
@@ -203,6 +204,7 @@ class ContestantRecord(Record):
     artifacts: list[dict[str, Any]]
     configs: dict[str, str] | None = None
     engines: list[str] | None = None
+    taught: dict[str, float] = {}
     accumulates_fp32: bool = False
     vae_dtype: str | None = None
     weights_sha256: str | None = None
@@ -227,13 +229,15 @@ class ContestantRecord(Record):
 
 
 class PictureRecord(Record):
+    """One picture and what it was judged; of most that were judged the picture itself is not kept."""
+
     contestant: str
     prompt: str
     seed: int
     resolution: str
     steps: int
     guidance_scale: float
-    png_base64: str
+    png_base64: str | None
     follows: dict[str, bool] | None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from bench.contestants.contestant import Contestant, find_family
@@ -21,7 +21,7 @@ from bench.options import RunOptions, check_options, unfinished
 from bench.results import Results
 from bench.session import Session
 from bench.workload import Workload, family_prompts, family_resolutions, make_workloads, parse_scales
-from distill.common.errors import parse_counts
+from distill.common.errors import UserError, parse_counts
 from distill.common.progress import say
 from distill.models.families import Family
 
@@ -41,13 +41,13 @@ class Plan:
     device: str
     family: Family
     workloads: list[Workload]
-    picture_steps: int
 
 
 def make_plan(options: RunOptions) -> Plan:
     """Raises UserError for bad input."""
     specs = parse_specs(options.contestants)
     baseline = check_options(options, specs)
+    options = replace(options, steps="20", guidance="8", scheduler="euler") if options.mlperf else options
     artifacts = parse_artifacts(options.artifacts, [spec.name for spec in specs])
     device = options.device or default_device()
     contestants = [
@@ -56,6 +56,12 @@ def make_plan(options: RunOptions) -> Plan:
     for contestant in contestants:
         contestant.check()
         _ = contestant.configs  # what cannot be had is told before anything is loaded
+        if contestant.as_taught and not contestant.taught:
+            raise UserError(
+                f"contestant {contestant.name!r} cannot draw as it was taught, since its model does not say how; leave "
+                "+taught out"
+            )
+        contestant.as_taught |= options.steps is None and options.guidance is None
     family = find_family(contestants)
     resolutions = family_resolutions(options.resolutions, family, {one.name: one.sizes for one in contestants})
     workloads = make_workloads(
@@ -66,12 +72,13 @@ def make_plan(options: RunOptions) -> Plan:
         scheduler=options.scheduler,
         seed=options.seed,
         prompts=tuple(family_prompts(family, 6)),
+        mlperf=options.mlperf,
     )
-    picture_steps = options.picture_steps or int(taught(contestants, "steps", "20"))
-    for sampling in filter(None, (contestant.sampling for contestant in contestants)):
-        for steps in [picture_steps, *(workload.steps for workload in workloads)]:
-            sampling.check(steps)
-    return Plan(contestants, baseline, device, family, workloads, picture_steps)
+    for contestant in contestants:
+        if contestant.sampling:
+            for workload in workloads:
+                contestant.sampling.check(contestant.asked(workload).steps)
+    return Plan(contestants, baseline, device, family, workloads)
 
 
 def run_bench(options: RunOptions) -> Results:
@@ -100,7 +107,7 @@ def run_bench(options: RunOptions) -> Results:
     import_libraries(plan.device, plan.family.conditioning)
     names = ", ".join(contestant.name for contestant in plan.contestants)
     say(f"bench on {plan.device}: {names}; workloads: {len(plan.workloads)}; cold start")
-    session = Session(options, plan.workloads, plan.family, plan.picture_steps, gpu, results)
+    session = Session(options, plan.workloads, plan.family, gpu, results)
     try:
         if options.in_turns:
             raise DoNotFitError("asked for by --in-turns")

@@ -37,7 +37,6 @@ class Session:
     options: RunOptions
     workloads: list[Workload]
     family: Family
-    picture_steps: int
     gpu: Gpu
     results: Results
     begun_s: float = field(default_factory=time.monotonic)
@@ -99,7 +98,7 @@ class Session:
         """
         try:
             cold, memory = measure_cold_start(contestant, self.workloads[0], self.gpu)
-            self.results.contestants.append(make_record(contestant, self.workloads[0], cold, memory))
+            self.results.contestants.append(make_record(contestant, self.workloads, cold, memory))
         except UserError:
             raise
         except Exception as error:
@@ -167,10 +166,9 @@ class Session:
         self.save()
         if options.pictures:
             say(f"  {contestant.name}: {options.pictures} pictures")
-            pictures = draw_pictures(
-                contestant, main, self.family, options.pictures, self.picture_steps, self.results.notes
-            )
-            seen = [one.follows for one in pictures if one.follows]
+            pictures = draw_pictures(contestant, self.workloads, self.family, options.pictures, self.results.notes)
+            steps = contestant.asked(main).steps
+            seen = [one.follows for one in pictures if one.follows and one.steps == steps]
             record.follows = shares(seen) | {"count": len(seen)} if seen else None
             self.results.pictures = sorted([*self.results.pictures, *pictures], key=lambda one: one.seed)
         self._drawn[contestant.name] = draw_for_guard(contestant, main, options.fidelity)
@@ -208,9 +206,10 @@ def _say_visit(position: str, cell: Cell, is_done: bool) -> None:
 
 
 def make_record(
-    contestant: Contestant, main: Workload, cold: dict[str, float], memory: dict[str, Any]
+    contestant: Contestant, workloads: list[Workload], cold: dict[str, float], memory: dict[str, Any]
 ) -> ContestantRecord:
     """What is known of a contestant once it is loaded."""
+    main = workloads[0]
     costs, (weights_sha256, weights_of) = contestant.costs(main), contestant.weights_hash()
     return ContestantRecord(
         name=contestant.name,
@@ -234,4 +233,5 @@ def make_record(
         weights_sha256=weights_sha256,
         weights_of=weights_of,
         random_weights=contestant.random_weights,
+        taught=contestant.taught if any(contestant.asked(one) != one for one in workloads) else {},
     )

@@ -24,6 +24,9 @@ SCHEDULERS = {  # name on the command line -> class in diffusers; "default" is t
     "lcm": "LCMScheduler",
 }
 
+MLPERF_NEGATIVE_PROMPT = "normal quality, low quality, worst quality, low res, blurry, nsfw, nude"
+"""What MLPerf inference draws every caption with, and the same noise for all (mlcommons/inference, text_to_image)."""
+
 PROMPTS = (
     "a lighthouse on a cliff at dusk, long exposure",
     "a bowl of ramen on a wooden table, steam rising",
@@ -44,7 +47,8 @@ def check_scheduler(name: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One cell of a benchmark. `batch` counts images; under guidance the UNet sees twice as many latents."""
+    """One cell of a benchmark. `batch` counts images; under guidance the UNet sees twice as many latents. With `one_noise`
+    every picture of another prompt begins with the same noise too."""
 
     resolution: Resolution
     steps: int
@@ -52,6 +56,8 @@ class Workload:
     guidance_scale: float = 5.0
     scheduler: str = "default"
     seed: int = 0
+    negative_prompt: str | None = None
+    one_noise: bool = False
     prompts: tuple[str, ...] = PROMPTS
 
     @property
@@ -67,13 +73,15 @@ class Workload:
     def name(self) -> str:
         guidance = f"guidance {self.guidance_scale:g}" if self.guided else "no guidance"
         scheduler = "" if self.scheduler == "default" else f", {self.scheduler}"
-        return f"{self.resolution}, {self.steps} steps, batch {self.batch}, {guidance}{scheduler}"
+        negative = "" if self.negative_prompt is None else ", negative prompt"
+        return f"{self.resolution}, {self.steps} steps, batch {self.batch}, {guidance}{scheduler}{negative}"
 
     def batch_prompts(self) -> list[str]:
         """The prompts of one call, the list taken round as often as the batch needs."""
         return [self.prompts[index % len(self.prompts)] for index in range(self.batch)]
 
     def for_picture(self, prompt: str, seed: int, resolution: Resolution) -> Workload:
+        seed = self.seed if self.one_noise else seed
         return replace(self, prompts=(prompt,), seed=seed, batch=1, resolution=resolution)
 
 
@@ -143,6 +151,7 @@ def make_workloads(
     scheduler: str,
     seed: int,
     prompts: tuple[str, ...],
+    mlperf: bool = False,
 ) -> list[Workload]:
     """The first of each list makes the main workload; every other value is tried with the rest held at the first.
 
@@ -155,6 +164,8 @@ def make_workloads(
         guidance_scale=guidance_scales[0],
         scheduler=scheduler,
         seed=seed,
+        negative_prompt=MLPERF_NEGATIVE_PROMPT if mlperf else None,
+        one_noise=mlperf,
         prompts=prompts,
     )
     others = [

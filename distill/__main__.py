@@ -13,6 +13,7 @@ import tyro
 
 from distill.checkpoints.sources import WORKDIR
 from distill.common.errors import UserError, exit_on_user_error, require_above, require_least
+from distill.common.launcher import program
 from distill.data.samples import SmallPictures, Text
 from distill.training.options import (
     Accumulation,
@@ -191,7 +192,7 @@ def memory(
     student: str | None = None,
     processes: int = 1,
     accumulation: Accumulation = 1,
-    mixed_precision: Precision = "bf16",
+    mixed_precision: Precision = "no",
     optimizer: Optimizer = "adamw",
     fsdp: Fsdp = False,
     text: Text = "cached",
@@ -459,7 +460,7 @@ def judge(
 
 
 def main() -> int:
-    return exit_on_user_error(lambda: app.cli(prog="python -m distill", description=__doc__))
+    return exit_on_user_error(lambda: app.cli(prog=program("distill"), description=__doc__))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from distill.common.errors import exit_on_user_error, parse_counts
+from distill.common.launcher import program
 from distill.common.options import parse_names
 from engines.choices import FlavorName, Guidance, Layout
 from engines.serving.options import Serving, Workload
@@ -233,7 +234,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 def main() -> int:
     def run() -> int:
-        return int(tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m engines") or 0)
+        return int(tyro.extras.subcommand_cli_from_dict(COMMANDS, prog=program("engines")) or 0)
 
     return exit_on_user_error(run)
 

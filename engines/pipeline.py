@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from distill.common.errors import UserError, unknown
+from distill.common.errors import UserError, quiet_imports, unknown
 from distill.common.files import read_json
 from distill.models.conditioning import conditioning_named
 from engines.bundle import Engine, read_manifest, rebuild_command
@@ -47,6 +47,7 @@ def load(
     with what was found, what is needed and the command that rebuilds it, and torch.OutOfMemoryError where the GPU's memory
     is too small.
     """
+    quiet_imports()
     import diffusers
     import torch
     from transformers import CLIPTokenizer

@@ -10,6 +10,7 @@ import tyro
 
 from distill.checkpoints.sources import WORKDIR
 from distill.common.errors import UserError, exit_on_user_error, parse_counts, require_above
+from distill.common.launcher import program
 from distill.common.options import parse_names
 from distill.models.resolution import Resolution, parse_resolutions
 from distill.training.options import Workdir
@@ -262,7 +263,7 @@ def bench(*, model: str, out: Path, rounds: int = 3, latency_rounds: int = 20, w
 
 
 def main() -> int:
-    return exit_on_user_error(lambda: app.cli(prog="python -m export", description=__doc__))
+    return exit_on_user_error(lambda: app.cli(prog=program("export"), description=__doc__))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import numpy as np
 
 from distill.checkpoints.folder import copy_index, file_hashes, find_family, read_config
 from distill.checkpoints.load import load_parts
-from distill.checkpoints.sampling import sampling_of
 from distill.checkpoints.sources import WORKDIR
 from distill.checkpoints.tensors import component_tensors
 from distill.common.errors import UserError
@@ -38,7 +37,7 @@ from distill.common.files import (
 from distill.common.ownership import require_our_folder
 from distill.models.conditioning import conditioning_of
 from distill.models.families import vae_scale_factor
-from export.checkpoint.prepare import prepare, vae_sources
+from export.checkpoint.prepare import drawn_as, prepare, vae_sources
 from export.components import COMPONENTS, FLOAT_DTYPES
 from export.job import (
     CHECK_BELOW_BYTES,
@@ -157,7 +156,7 @@ def export_checkpoint(
     load_parts(prepared)  # what cannot be loaded is told now, not at the first picture
     source = {"name": source_name or checkpoint.name, "sha256": sha256_json(source_hashes)}
     about = _about(prepared, source, hashes, options)
-    if sampling := sampling_of(checkpoint):
+    if sampling := drawn_as(checkpoint, options.loras):
         about["sampling"] = asdict(sampling)
     with exclusive(out, progress, out / ".lock"):
         remove_leftovers(out)

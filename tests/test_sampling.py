@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler
+from safetensors.torch import save_file
 
+from bench.contestants.contestant import Contestant
+from bench.contestants.spec import Spec, make_contestant
+from bench.floor.roofline import ModelConfigs, component_costs
 from bench.run import taught
+from bench.workload import Workload
 from distill.checkpoints.load import load_parts
 from distill.checkpoints.sampling import Sampling, sampling_of
 from distill.checkpoints.sources import MINI_TEACHERS
 from distill.common.errors import UserError
+from distill.common.files import read_json
+from distill.models.architectures import ARCHITECTURES
+from distill.models.resolution import Resolution
 from distill.training.objectives import Consistency, Distill, Guidance, GuidanceRange, Halving, Objective
 from engines.building import build
 from engines.building.contents import starting_manifest
@@ -87,16 +96,29 @@ def test_what_a_folder_says_is_checked(stated: dict, message: str, tmp_path: Pat
         sampling_of(tmp_path)
 
 
-def test_it_goes_with_the_model_into_the_onnx_folder_and_the_manifest(tmp_path: Path) -> None:
-    shutil.copytree(MINI_TEACHERS["sdxl"], tmp_path / "model")
-    (tmp_path / "model" / "slimxl.json").write_text(json.dumps({"sampling": asdict(LCM)}))
-    export_checkpoint(
-        tmp_path / "model", tmp_path / "onnx", options=ExportOptions(precision="fp32", components=("text_encoder",))
-    )
+@pytest.mark.parametrize("by_lora", [False, True])
+def test_it_goes_with_the_model_into_the_onnx_folder_and_the_manifest(by_lora: bool, tmp_path: Path) -> None:
+    """With the checkpoint, or with the LoRA that is fused into one: then its scheduler goes too."""
+    model, about, loras = MINI_TEACHERS["sdxl"], tmp_path / "lora", ((tmp_path / "lora" / "x.safetensors", 1.0),)
+    if by_lora:
+        about.mkdir()
+        layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+        halves = {f"{layer}.lora_A.weight": torch.ones(4, 64), f"{layer}.lora_B.weight": torch.ones(64, 4)}
+        save_file(halves, about / "x.safetensors")
+    else:
+        loras, about = (), tmp_path / "model"
+        model = shutil.copytree(model, about)
+    (about / "slimxl.json").write_text(json.dumps({"sampling": asdict(LCM)}))
+    options = ExportOptions(precision="fp32", components=("text_encoder",), loras=loras)
+    export_checkpoint(model, tmp_path / "onnx", options=options, workdir=tmp_path)
     folder = read_onnx_folder(tmp_path / "onnx")
     assert folder.sampling == LCM
     write_manifest(tmp_path, starting_manifest(tmp_path / "bundle", folder, replace=False))
     assert read_manifest(tmp_path).source.sampling == LCM
+    if by_lora:
+        assert read_json(tmp_path / "onnx" / "scheduler" / "scheduler_config.json")["_class_name"] == "LCMScheduler"
+        assert read_json(tmp_path / "onnx" / "model_index.json")["scheduler"] == ["diffusers", "LCMScheduler"]
+        assert type(load_parts(MINI_TEACHERS["sdxl"])["scheduler"]) is EulerDiscreteScheduler
 
 
 def test_an_engine_pipeline_takes_its_own_steps_unless_told_otherwise() -> None:
@@ -143,6 +165,27 @@ def test_a_build_takes_the_guidance_that_the_model_needs(
     monkeypatch.setattr(build, "list_jobs", listed)
     with pytest.raises(Listed, match=expected):
         build.build_bundle(tmp_path / "onnx", tmp_path / "out", gpus=[], guidance=guidance)
+
+
+def test_a_contestant_may_draw_as_it_was_taught_whatever_is_asked() -> None:
+    class Taught(Contestant):
+        sampling = replace(LCM, guidance_scale=1.0)
+
+    asked = Workload(resolution=Resolution(128, 128), steps=8)
+    assert Taught("a").asked(asked) == asked
+    own = Taught("a", as_taught=True).asked(asked)
+    assert (own.steps, own.guided, own.resolution) == (4, False, asked.resolution)
+    words = make_contestant(Spec.parse("a=bundle@onnxruntime+taught+shared:folder"), "cpu")
+    assert words.as_taught and (words.runtime, words.layout) == ("slimxl bundle, onnxruntime, shared", "shared")
+    assert not make_contestant(Spec.parse("a=eager@fp32:folder"), "cpu").as_taught
+
+
+def test_a_unet_that_is_told_w_computes_one_pass() -> None:
+    configs = ARCHITECTURES["mini-vega"].configs
+    told = configs | {"unet": configs["unet"] | {"time_cond_proj_dim": 256}}
+    work = Workload(resolution=Resolution(128, 128), steps=4, guidance_scale=5.0)
+    two, one = (component_costs(ModelConfigs.of(some), work)["unet"][1].flops for some in (configs, told))
+    assert one == pytest.approx(two / 2, rel=0.01)
 
 
 def test_a_benchmark_takes_what_all_were_taught() -> None:

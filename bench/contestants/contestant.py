@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ class Contestant:
     """The base of every kind, which brings its own `load` and `draw`. `device` is `cpu` or `cuda`; `runtime` and `precision`
     are text for the report; `accumulates_fp32`: its half-precision products are summed in fp32 (torch's are); `spec` is
     the contestant as the command line named it; `workdir` takes what is fetched or made. `artifacts` maps the model's
-    checkpoint, ONNX and bundle folders to their descriptions by `inventory.describe`."""
+    checkpoint, ONNX and bundle folders to their descriptions by `inventory.describe`. One drawn `as_taught` takes the
+    steps and the guidance scale that its model was taught, whatever a workload says."""
 
     name: str
     _: KW_ONLY
@@ -38,6 +39,7 @@ class Contestant:
     spec: str = ""
     workdir: Path = WORKDIR
     artifacts: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    as_taught: bool = False
 
     def check(self) -> None:
         """Raises UserError, before anything is loaded, for a source that cannot be had or is of no use here."""
@@ -100,6 +102,17 @@ class Contestant:
         """How a few-step model is drawn with; None where it does not say."""
         return None
 
+    @cached_property
+    def taught(self) -> dict[str, float]:
+        """What it draws with in place of a workload's `steps` and `guidance_scale`, once `as_taught` is settled."""
+        known = self.sampling if self.as_taught else None
+        stated = {"steps": known.steps, "guidance_scale": known.guidance_scale} if known else {}
+        return {name: value for name, value in stated.items() if value is not None}
+
+    def asked(self, workload: Workload) -> Workload:
+        """What it draws where it is asked for `workload`."""
+        return replace(workload, **self.taught)  # type: ignore[arg-type]
+
     def checkpoint_folder(self) -> Path:
         from distill.checkpoints.sources import resolve
 
@@ -110,7 +123,7 @@ class Contestant:
         return None if self.configs else "no checkpoint among its artifacts, so its FLOPs are not known"
 
     def costs(self, workload: Workload) -> Costs | None:
-        return component_costs(self.configs, workload) if self.configs else None
+        return component_costs(self.configs, self.asked(workload)) if self.configs else None
 
 
 def find_family(contestants: list[Contestant]) -> Family:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from distill.checkpoints.tensors import read_safetensors_header
 from distill.common.errors import UserError, unknown
 from distill.common.files import read_json
 
@@ -13,6 +15,7 @@ ENGINE_FACTS = (
     "component", "flavor", "flavor_version", "layout", "gpus", "compute_capabilities", "precision", "resolutions",
     "batches", "weights_bytes", "onnx_sha256", "weights_sha256", "key",
 )  # fmt: skip
+DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 MAX_POINTS = 240  # a curve on a page needs no more
 
 
@@ -83,14 +86,24 @@ def read_losses(path: Path) -> list[dict[str, Any]]:
     return curves
 
 
+def dtypes(weights: list[Path]) -> str:
+    """Of the tensors in these files, the most frequent first: `fp16`, `fp32, fp16`."""
+    records = (one for file in weights for one in read_safetensors_header(file).values())
+    counts = Counter(DTYPES.get(one.dtype, one.dtype) for one in records)
+    return ", ".join(name for name, _ in counts.most_common())
+
+
 def describe_checkpoint(folder: Path) -> dict[str, Any]:
     weights = list(folder.rglob("*.safetensors"))
+    unet = [file for file in weights if file.parent.name == "unet"]
     return {
         "kind": "checkpoint",
         "folder": folder.name,
         "bytes": folder_bytes(folder),
         "weights_bytes": sum(file.stat().st_size for file in weights),
-        "unet_bytes": sum(file.stat().st_size for file in weights if file.parent.name == "unet"),
+        "unet_bytes": sum(file.stat().st_size for file in unet),
+        "dtypes": dtypes(weights),
+        "unet_dtypes": dtypes(unet),
         "record": read_optional(folder / "slimxl.json"),
         "losses": read_losses(folder / "losses.jsonl"),
     }

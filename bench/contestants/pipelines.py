@@ -113,6 +113,7 @@ class PipelineContestant(Contestant):
 
         images = pipe(
             workload.batch_prompts(),
+            negative_prompt=None if workload.negative_prompt is None else [workload.negative_prompt] * workload.batch,
             width=workload.resolution.width,
             height=workload.resolution.height,
             num_inference_steps=workload.steps,

@@ -5,6 +5,9 @@ compiled@bf16:path/to/folder    the same with torch.compile, fused QKV, channels
 optimum:path/to/onnx            optimum's ONNX Runtime pipeline
 bundle@onnxruntime:path         a slimxl bundle, by one of its flavors; +shared (or another layout) and +no-graphs follow it
 fake:denoise=10,vae_decode=25   known delays
+
++taught behind an option (eager@fp32+taught, bundle@onnxruntime+taught) lets a few-step model draw in its own steps, at its
+own guidance scale.
 """
 
 from __future__ import annotations
@@ -89,16 +92,18 @@ def make_contestant(spec: Spec, device: str, **about: Any) -> Contestant:
     about |= {"spec": str(spec)}
     if spec.kind == "fake":
         return FakeContestant.parse(spec.name, spec.source, **about)
-    about |= {"device": device}
+    words = (spec.option or "").split("+")
+    option = "+".join(word for word in words if word != "taught")
+    about |= {"device": device, "as_taught": "taught" in words}
     if spec.kind in ("eager", "compiled"):
-        precision = spec.option or ("fp16" if device.startswith("cuda") else "fp32")
+        precision = option or ("fp16" if device.startswith("cuda") else "fp32")
         if precision not in pipelines.PRECISIONS:
             raise unknown("precision", precision, pipelines.PRECISIONS)
         kind = pipelines.EagerContestant if spec.kind == "eager" else pipelines.CompiledContestant
         return kind(spec.name, spec.source, precision=precision, **about)
     if spec.kind == "optimum":
         return exported.OptimumContestant(spec.name, spec.source, **about)
-    return exported.BundleContestant(spec.name, spec.source, **_bundle_options(spec.option or ""), **about)
+    return exported.BundleContestant(spec.name, spec.source, **_bundle_options(option), **about)
 
 
 def _bundle_options(option: str) -> dict[str, Any]:

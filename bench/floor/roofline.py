@@ -144,12 +144,14 @@ def _flops_polynomial(component: str, config_json: str, tokens: int, unit: int) 
 
 def component_costs(configs: ModelConfigs, workload: Workload) -> Costs:
     """For each component in the order of a picture (calls per image call, cost of one). Under guidance the text
-    encoders run for the empty prompt too, where the model encodes it."""
+    encoders run for the negative prompt too, and for the empty one where the model encodes it."""
     unet = configs.parsed("unet")
     conditioning, unit, latent = conditioning_of(unet), EXPORTED["unet"].size_multiple(unet), unet["in_channels"]
     scale = vae_scale_factor(configs.parsed("vae"))
     tokens = configs.parsed(conditioning.encoders[0])["max_position_embeddings"]
-    prompts = workload.unet_batch // workload.batch if configs.encodes_no_prompt else 1
+    rows = workload.batch if unet.get("time_cond_proj_dim") else workload.unet_batch  # told w, a UNet takes one pass
+    encodes_two = configs.encodes_no_prompt or workload.negative_prompt is not None
+    prompts = rows // workload.batch if encodes_two else 1
     pixels = (workload.resolution.height // scale) * (workload.resolution.width // scale)
     costs = {}
     for component in (*conditioning.encoders, "unet", "vae_decoder"):
@@ -157,7 +159,7 @@ def component_costs(configs: ModelConfigs, workload: Workload) -> Costs:
         if component in conditioning.encoders:
             costs[component] = (prompts, count_cost(component, config_json, tokens, 0, 0, workload.batch))
             continue
-        batch = workload.unet_batch if component == "unet" else workload.batch
+        batch = rows if component == "unet" else workload.batch
         parameters = count_cost(component, config_json, tokens, unit * 2, unit * 2, 1).parameters
         a, b, c = _flops_polynomial(component, config_json, tokens, unit)
         outputs = latent if component == "unet" else 3 * scale * scale  # per latent pixel

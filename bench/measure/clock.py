@@ -121,12 +121,12 @@ def make_clock(device: str) -> Clock:
 
 def timed_draw(contestant: Contestant, workload: Workload, clock: Clock) -> tuple[Sample, Pictures]:
     """One call under the clock, the collector held back so that it does not fall into one contestant's time."""
-    gc_was_on = gc.isenabled()
+    asked, gc_was_on = contestant.asked(workload), gc.isenabled()
     gc.disable()
     try:
         clock.start()
         begin = time.perf_counter_ns()
-        pictures = contestant.draw(workload, clock.mark)
+        pictures = contestant.draw(asked, clock.mark)
         spans, waited = clock.finish()
         total_ms = (time.perf_counter_ns() - begin) / 1e6
     finally:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from bench.contestants.contestant import Contestant
-from bench.measure.clock import make_clock, timed_draw
 from bench.workload import Workload
 from distill.common.errors import describe_error
 from distill.common.kernels import by_kind, kernel_times, make_profiler
@@ -29,9 +28,8 @@ def profile_denoise(contestant: Contestant, workload: Workload, step_ms: float |
     import torch
 
     on_gpu = contestant.device.startswith("cuda")
-    short = replace(workload, steps=PROFILED_STEPS + 1)
-    clock = make_clock(contestant.device)
-    timed_draw(contestant, short, clock)
+    short = replace(contestant.asked(workload), steps=PROFILED_STEPS + 1)
+    contestant.draw(short, lambda _stage: None)
     profiler = make_profiler(contestant.device)
     done = 0
 

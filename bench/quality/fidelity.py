@@ -16,6 +16,10 @@ from typing import Any
 import numpy as np
 
 from distill.common.errors import UserError, require_least
+from distill.common.progress import track
+
+BATCH = 16
+"""Pictures that the scoring networks see at once."""
 
 
 @dataclass(kw_only=True)
@@ -104,13 +108,13 @@ def check_width(features: np.ndarray, reference: tuple[np.ndarray, np.ndarray]) 
         )
 
 
-def clip_scorer(model: str) -> Callable[[list[str], np.ndarray], np.ndarray]:
+def clip_scorer(model: str, device: str = "cpu") -> Callable[[list[str], np.ndarray], np.ndarray]:
     """A function of captions and uint8 pictures (batch, height, width, 3) to scores (batch,)."""
     import torch
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
     try:
-        clip = CLIPModel.from_pretrained(model).eval()
+        clip = CLIPModel.from_pretrained(model).eval().to(device)
         tokenizer = CLIPTokenizer.from_pretrained(model)
         processor = CLIPImageProcessor.from_pretrained(model)
     except Exception as error:  # a broken folder raises what its readers do
@@ -120,28 +124,29 @@ def clip_scorer(model: str) -> Callable[[list[str], np.ndarray], np.ndarray]:
         pixels = processor(images=list(images), return_tensors="pt").pixel_values
         tokens = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
         with torch.no_grad():
-            output = clip(pixel_values=pixels, **tokens)
+            output = clip(pixel_values=pixels.to(device), **tokens.to(device))
         cosine = (output.image_embeds * output.text_embeds).sum(-1)  # both already of length one
-        return (100 * cosine).clamp(min=0).numpy()
+        return (100 * cosine).clamp(min=0).cpu().numpy()
 
     return score
 
 
-def feature_extractor(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+def feature_extractor(path: Path, device: str = "cpu") -> Callable[[np.ndarray], np.ndarray]:
     """A function of uint8 pictures (batch, height, width, 3) to features (batch, d). A network that gives features only
     where it is asked for them, as NVIDIA's Inception does by `return_features`, is asked."""
     import torch
 
     try:
-        network = torch.jit.load(str(path), map_location="cpu").eval()
+        network = torch.jit.load(str(path), map_location=device).eval()
         asked = {one.name for one in network.forward.schema.arguments} & {"return_features"}
     except Exception as error:
         raise UserError(f"{path} is no TorchScript feature extractor: {_first_line(error)}") from None
 
     def extract(images: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            features = network(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), **dict.fromkeys(asked, True))
-        return features.reshape(len(images), -1).double().numpy()
+            pictures = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)
+            features = network(pictures, **dict.fromkeys(asked, True))
+        return features.reshape(len(images), -1).double().cpu().numpy()
 
     return extract
 
@@ -180,8 +185,11 @@ def check_references(options: FidelityOptions) -> None:
         clip_scorer(options.clip_model)(["black"], black)
 
 
-def measure_fidelity(draw: Callable[[str, int], np.ndarray], options: FidelityOptions) -> dict[str, Any] | None:
-    """Draws a picture a caption (`draw(caption, seed)` gives uint8 (height, width, 3)) and scores them.
+def measure_fidelity(
+    draw: Callable[[str, int], np.ndarray], options: FidelityOptions, device: str = "cpu"
+) -> dict[str, Any] | None:
+    """Draws a picture a caption (`draw(caption, seed)` gives uint8 (height, width, 3)) and scores them on `device`, BATCH at
+    a time.
 
     Returns None without captions, else {"fid", "clip", "count", "words", "notes"}; a score without its reference is
     None, and `notes` say why.
@@ -190,16 +198,17 @@ def measure_fidelity(draw: Callable[[str, int], np.ndarray], options: FidelityOp
     if options.captions is None:
         return None
     captions = read_captions(options.captions, options.caption_count)
-    extract = feature_extractor(options.fid_extractor) if options.fid_extractor else None
+    extract = feature_extractor(options.fid_extractor, device) if options.fid_extractor else None
     reference = read_statistics(options.fid_reference) if options.fid_reference else None
-    score = clip_scorer(options.clip_model) if options.clip_model else None
+    score = clip_scorer(options.clip_model, device) if options.clip_model else None
     features, scores = [], []
-    for seed, caption in enumerate(captions):
-        image = draw(caption, seed)[None]
+    for first in track(range(0, len(captions), BATCH), "pictures for FID and CLIP", f"{BATCH} captions"):
+        part = captions[first : first + BATCH]
+        images = np.stack([draw(caption, first + index) for index, caption in enumerate(part)])
         if extract is not None:
-            features.append(extract(image))
+            features.append(extract(images))
         if score is not None:
-            scores.append(score([caption], image))
+            scores.append(score(part, images))
     result: dict[str, Any] = {"fid": None, "clip": None, "count": len(captions), "words": [], "notes": []}
     if reference is not None and len(captions) > 1:
         stacked = np.concatenate(features)

@@ -13,24 +13,34 @@ from distill.common.errors import describe_error
 from distill.common.progress import say
 from distill.models.families import Family
 
+SHOWN = 9
+"""Prompts of which the pictures themselves are kept, those with the main steps."""
+
 
 def draw_pictures(
-    contestant: Contestant, main: Workload, family: Family, count: int, steps: int, notes: list[str]
+    contestant: Contestant, workloads: list[Workload], family: Family, count: int, notes: list[str]
 ) -> list[PictureRecord]:
-    """The same prompts and seeds for everyone, going round the family's resolutions, or those that the contestant has. One
-    that raises is asked no further, and `notes` say so."""
-    records = []
-    sizes = family.resolutions if family.vocabulary else (main.resolution,)
+    """The same prompts and seeds for everyone, with the main steps. A family whose pictures can be read exactly draws them
+    with every number of steps that was timed, going round its resolutions, or those that the contestant has. One that
+    raises is asked no further, and `notes` say so."""
+    main, records = workloads[0], []
+    judged = family.vocabulary is not None
+    sizes = family.resolutions if judged else (main.resolution,)
     sizes = tuple(size for size in sizes if size in (contestant.sizes or sizes)) or (main.resolution,)
-    base = replace(main, steps=steps)
-    for index, prompt in enumerate(family_prompts(family, count)):
-        workload = base.for_picture(prompt, 1000 + index, sizes[index % len(sizes)])
+    timed = dict.fromkeys(workload.steps for workload in workloads)
+    if not judged or "steps" in contestant.taught:  # it would draw the same again
+        timed = {main.steps: None}
+    asked = [(steps, *prompt) for steps in timed for prompt in enumerate(family_prompts(family, count))]
+    for steps, index, prompt in asked:
+        workload = replace(main, steps=steps).for_picture(prompt, 1000 + index, sizes[index % len(sizes)])
+        workload = contestant.asked(workload)
         try:
             image = timed_draw(contestant, workload, make_clock(contestant.device))[1].images[0]
         except Exception as error:
             notes.append(f"{contestant.name} failed at the pictures, {workload.resolution}: {describe_error(error)}")
             say(f"  {notes[-1]}")
             break
+        is_kept = steps == main.steps and index < SHOWN
         records.append(
             PictureRecord(
                 contestant=contestant.name,
@@ -39,7 +49,7 @@ def draw_pictures(
                 resolution=str(workload.resolution),
                 steps=workload.steps,
                 guidance_scale=workload.guidance_scale,
-                png_base64=png_base64(image),
+                png_base64=png_base64(image) if is_kept else None,
                 follows=follows_caption(prompt, image),
             )
         )

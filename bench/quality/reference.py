@@ -40,7 +40,7 @@ class Drawn:
 def draw_for_guard(contestant: Contestant, workload: Workload, fidelity: FidelityOptions) -> Drawn:
     """Raises UserError for captions and references that cannot be used."""
     try:
-        pictures = contestant.draw_watched(workload)
+        pictures = contestant.draw_watched(contestant.asked(workload))
         pictures.latents = pictures.latents_array()  # the contestant is freed before it is judged
         return Drawn(pictures, _fidelity(contestant, workload, fidelity))
     except UserError:
@@ -92,24 +92,26 @@ def _references(contestants: list[Contestant], workload: Workload, device: str) 
     contestants with the same weights share a reference, and so do runs on the same device."""
     import torch
 
-    drawn: dict[str | None, Reference | str] = {None: "no fp32 reference: no checkpoint among its artifacts"}
+    drawn: dict[tuple[str | None, Workload], Reference | str] = {}
     threads = torch.get_num_threads()
     for contestant in contestants:
-        source = contestant.checkpoint
-        if source in drawn:
+        source, asked = contestant.checkpoint, contestant.asked(workload)
+        if source is None:
+            drawn[source, asked] = "no fp32 reference: no checkpoint among its artifacts"
+        if (source, asked) in drawn:
             continue
         reference = EagerContestant("reference", str(source), device=device, workdir=contestant.workdir)
         # not timed; a narrow net gains nothing from threads, and loses much where the cores are shared
         torch.set_num_threads(1 if contestant.configs and contestant.configs.is_narrow else threads)
         try:
-            drawn[source] = _draw_reference(reference, workload)
+            drawn[source, asked] = _draw_reference(reference, asked)
         except torch.OutOfMemoryError:
-            drawn[source] = "no fp32 reference: the device has too little memory for it"
+            drawn[source, asked] = "no fp32 reference: the device has too little memory for it"
         except Exception as error:
-            drawn[source] = f"no fp32 reference: {describe_error(error)}"
+            drawn[source, asked] = f"no fp32 reference: {describe_error(error)}"
         torch.set_num_threads(threads)
         reference.unload()
-    return {contestant.name: drawn[contestant.checkpoint] for contestant in contestants}
+    return {one.name: drawn[one.checkpoint, one.asked(workload)] for one in contestants}
 
 
 def _draw_reference(reference: EagerContestant, workload: Workload) -> Reference:
@@ -168,4 +170,4 @@ def _fidelity(contestant: Contestant, workload: Workload, options: FidelityOptio
         one = workload.for_picture(caption, seed, workload.resolution)
         return timed_draw(contestant, one, clock)[1].images[0]
 
-    return measure_fidelity(draw, options)
+    return measure_fidelity(draw, options, contestant.device)

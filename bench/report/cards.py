@@ -9,26 +9,16 @@ from typing import Any
 from bench.report.elements.formatting import count, interval, milliseconds, percent, times, title_of
 from bench.report.elements.tables import Cell, Column, Table, make_table
 from bench.report.method import machine_name, run_name
+from bench.report.quality import Measure, Verdict, quality_verdict
 from bench.results import ContestantRecord, Results, Row
 
 COLOURS = 8
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the quality guard said: `state` is passed, failed or unchecked."""
-
-    state: str
-    text: str
-
-    @property
-    def cell(self) -> Cell:
-        return Cell("not checked" if self.state == "unchecked" else self.state, f"state {self.state}")
-
-
-@dataclass(frozen=True)
 class Card:
-    """One contestant and its row of the main workload, None where it did not finish a single call: see `failure`."""
+    """One contestant and its row of the main workload, None where it did not finish a single call: see `failure`.
+    `differences` are what sets it apart from the baseline beside its model."""
 
     title: str
     colour: int
@@ -36,6 +26,7 @@ class Card:
     row: Row | None
     failure: str | None
     is_baseline: bool
+    differences: list[str]
 
     @property
     def name(self) -> str:
@@ -44,6 +35,11 @@ class Card:
     @property
     def failed(self) -> bool:
         return self.record.failed_guard
+
+    @property
+    def is_fake(self) -> bool:
+        """It waits, and draws nothing: no figure of it is a measurement of a model."""
+        return self.record.spec.startswith("fake:")
 
     @property
     def quality(self) -> Verdict:
@@ -55,18 +51,24 @@ class Card:
         return Cell(self.title, failed=self.failed, colour=self.colour)
 
 
+def differences(record: ContestantRecord, base: ContestantRecord) -> list[str]:
+    """What but the model sets the two apart."""
+    return [what for what in ("runtime", "precision") if getattr(record, what) != getattr(base, what)]
+
+
 def make_cards(results: Results) -> list[Card]:
     """The baseline first; its colour is 0."""
     main = results.cells[0]
     records = sorted(results.contestants, key=lambda record: record.name != results.baseline)
     return [
         Card(
-            title=title_of(record.name),
+            title=title_of(record.name) + (f", {_steps(record.taught['steps'])}" if "steps" in record.taught else ""),
             colour=index % COLOURS,
             record=record,
             row=main.row(record.name),
             failure=main.failures.get(record.name),
             is_baseline=record.name == results.baseline,
+            differences=differences(record, records[0]),
         )
         for index, record in enumerate(records)
     ]
@@ -74,31 +76,71 @@ def make_cards(results: Results) -> list[Card]:
 
 @dataclass(frozen=True)
 class Headline:
-    """`best` is the fastest card against the baseline, None where there is nothing to compare. One that failed the
-    quality guard is among the `others`, and nothing is measured against a baseline that failed it."""
+    """`best` is the fastest card whose speed-up is its model's own and whose quality is known; `quality` says how good its
+    pictures are beside the baseline's, `is_worse` that they are worse by more than chance. `others` are the rest that can
+    be compared, each with what speaks against it."""
 
     best: Card | None
-    others: list[Card]
+    quality: str
+    is_worse: bool
+    others: list[tuple[Card, list[str]]]
     baseline: Card
     workload: str
-    one_runtime: bool
+
+    @property
+    def latencies(self) -> list[Card]:
+        """What there is to tell where none is best."""
+        cards = [self.baseline, *(card for card, _ in self.others)]
+        return [card for card in cards if card.row and not card.row.refused and not card.is_fake]
 
 
-def make_headline(results: Results, cards: list[Card]) -> Headline:
+def make_headline(results: Results, cards: list[Card], judged: list[Measure]) -> Headline:
     base, *rest = cards
     compared = [card for card in rest if card.row is not None and card.row.speedup is not None]
-    sound = [card for card in compared if not card.failed and base.row and not base.row.refused and not base.failed]
-    best = max(sound, key=_speedup, default=None)
-    runtimes = {(card.record.runtime, card.record.precision) for card in cards if card.row}
-    others = [card for card in compared if card is not best]
-    return Headline(best, others, base, results.cells[0].name, len(runtimes) == 1)
+    against = {card.name: objections(card, base, judged) for card in compared}
+    sound = [card for card in compared if not against[card.name]]
+    best = max(sound, key=lambda card: (not _worse(card, base, judged), _speedup(card)), default=None)
+    others = [(card, against[card.name]) for card in compared if card is not best]
+    quality, is_worse = "", best is not None and _worse(best, base, judged)
+    if best:
+        known = _known(best, base, judged)[0]
+        quality = f"{known.texts[best.name]}, {base.title} {known.texts[base.name]}"
+    return Headline(best, quality, is_worse, others, base, results.cells[0].name)
+
+
+def objections(card: Card, base: Card, judged: list[Measure]) -> list[str]:
+    """Why its speed-up may not be headed as its model's."""
+    found = []
+    for one in (card, base):
+        if one.is_fake:
+            found.append(f"{one.title} is fake")
+        elif one.quality.state == "failed":
+            found.append(f"{one.title} failed the quality guard")
+        elif one.quality.state == "unchecked":
+            found.append(f"{one.title} was not checked by the quality guard")
+    if card.differences:
+        found.append(f"with another {' and '.join(card.differences)} than {base.title}")
+    if not _known(card, base, judged):
+        found.append(f"how good its pictures are beside {base.title}'s is not known")
+    gain = card.row.speedup if card.row else None
+    if gain and gain.low is not None and gain.low <= 1:
+        found.append("not faster beyond noise")
+    return found
+
+
+def _known(card: Card, base: Card, judged: list[Measure]) -> list[Measure]:
+    return [measure for measure in judged if measure.knows(card.name, base.name)]
+
+
+def _worse(card: Card, base: Card, judged: list[Measure]) -> bool:
+    return any(measure.is_worse(card.name, base.name) for measure in _known(card, base, judged))
 
 
 def _speedup(card: Card) -> float:
     return card.row.speedup.value if card.row and card.row.speedup else 0.0
 
 
-def headline_table(cards: list[Card]) -> Table:
+def headline_table(cards: list[Card], judged: list[Measure]) -> Table:
     """The whole of a summary: latency, speed-up, quality."""
 
     def median(card: Card) -> str:
@@ -109,8 +151,14 @@ def headline_table(cards: list[Card]) -> Table:
     def of_row(write: Callable[[Row], str | None]) -> Callable[[Card], str | None]:
         return lambda card: write(card.row) if card.row else None
 
-    def gain(row: Row) -> str | None:
-        return f"{times(row.speedup.value)} ({interval(row.speedup, 'x')})" if row.speedup else None
+    def gain(card: Card) -> str | None:
+        if card.is_baseline or card.row is None or card.row.speedup is None:
+            return "baseline" if card.is_baseline else None
+        told = f", with another {' and '.join(card.differences)}" if card.differences else ""
+        return f"{times(card.row.speedup.value)} ({interval(card.row.speedup, 'x')}{told})"
+
+    def quality(measure: Measure) -> Column[Card]:
+        return Column(measure.name, lambda card: measure.texts.get(card.name))
 
     return make_table(
         cards,
@@ -118,33 +166,34 @@ def headline_table(cards: list[Card]) -> Table:
         Column("runtime", lambda card: f"{card.record.runtime}, {card.record.precision}", "left"),
         Column("median", median),
         Column("95 % interval", of_row(lambda row: interval(row.total_ms))),
-        Column("speed-up", lambda card: "baseline" if card.is_baseline else of_row(gain)(card)),
+        Column("speed-up", gain),
+        *map(quality, judged),
         Column("MFU", of_row(lambda row: percent(row.mfu, 1))),
         Column("UNet parameters", lambda card: count(card.record.parameters)),
         Column("quality guard", lambda card: f"{card.quality.state}: {card.quality.text}".removesuffix(": "), "left"),
     )
 
 
-def quality_verdict(record: ContestantRecord) -> Verdict:
-    quality = record.quality
-    state = {True: "passed", False: "failed", None: "unchecked"}[quality.get("passed")]
-    parts = []
-    if quality.get("identical"):
-        parts.append("identical to the fp32 reference")
-    elif quality.get("psnr_db") is not None:
-        parts.append(f"PSNR {quality['psnr_db']:.1f} dB")
-    if quality.get("latent_cosine") is not None:
-        parts.append(f"latent cosine {quality['latent_cosine']:.5f}")
-    for name, value in (quality.get("fidelity") or {}).items():
-        if name in ("fid", "clip") and value is not None:
-            parts.append(f"{'FID' if name == 'fid' else 'CLIP score'} {value:.2f}")
-    return Verdict(state, "; ".join(parts + list(quality.get("words", []))))
-
-
 def contestant_cell(record: ContestantRecord, *, precise: bool = False) -> Cell:
     """A contestant with its runtime below it, and its precision where that is asked for and known."""
     precision = f", {record.precision}" if precise and record.precision != "as built" else ""
     return Cell(title_of(record.name), small=(record.runtime + precision,), failed=record.failed_guard)
+
+
+def as_taught(cards: list[Card]) -> str:
+    """A sentence for each model that drew in its own steps or at its own guidance scale."""
+    told = []
+    for card in cards:
+        ways = [
+            _steps(value) if name == "steps" else f"guidance {value:g}" for name, value in card.record.taught.items()
+        ]
+        if ways:
+            told.append(f"{title_of(card.name)} draws as it was taught: {', '.join(ways)}.")
+    return " ".join(told)
+
+
+def _steps(number: float) -> str:
+    return "1 step" if number == 1 else f"{number:g} steps"
 
 
 def drawn(results: Results) -> str:
@@ -180,8 +229,10 @@ def picture_grid(results: Results, cards: list[Card]) -> list[dict[str, Any]]:
     """The same prompt and seed side by side: [{"prompt", "seed", "resolution", "pictures": [...]}]."""
     order = {card.name: index for index, card in enumerate(cards)}
     grid: dict[tuple[str, int], dict[str, Any]] = {}
-    for picture in sorted(results.pictures, key=lambda one: order[one.contestant]):
+    shown = [one for one in results.pictures if one.png_base64 is not None]
+    for picture in sorted(shown, key=lambda one: order[one.contestant]):
         about = {"prompt": picture.prompt, "seed": picture.seed, "resolution": picture.resolution, "pictures": []}
+        about |= {"steps": picture.steps, "guidance": picture.guidance_scale}
         grid.setdefault((picture.prompt, picture.seed), about)["pictures"].append(
             {
                 "title": title_of(picture.contestant),

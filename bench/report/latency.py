@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from markupsafe import Markup
@@ -11,9 +12,10 @@ from markupsafe import Markup
 from bench.contestants.contestant import STAGES
 from bench.measure.stats import Estimate
 from bench.report.cards import Card, drawn
-from bench.report.elements.charts import Axis, Series, dot_whiskers, line_chart
-from bench.report.elements.formatting import interval, milliseconds, percent, stage_name, times
+from bench.report.elements.charts import Axis, Series, line_chart
+from bench.report.elements.formatting import NONE, interval, milliseconds, percent, stage_name, times
 from bench.report.elements.tables import Cell, Column, Table, make_table, measured
+from bench.report.quality import Measure, right_counts, share_right
 from bench.results import CellRecord, Results, Row
 
 StageLine = tuple[Cell | str, Callable[[Row], Cell | str | None]]
@@ -68,7 +70,6 @@ def stage_table(results: Results, cards: list[Card]) -> Table:
         ("speed-up", lambda row: "baseline" if row.contestant == results.baseline else speedup_cell(row.speedup)),
         ("runs, spread", lambda row: f"{len(row.samples)}, {percent(row.cv, 1)}"),
         *map(percentile_line, ("p90", "p99")),
-        ("images a second", lambda row: measured(f"{row.images_per_s:.3g}")),
         ("use of the peak (MFU)", lambda row: percent(row.mfu, 1)),
     ]
 
@@ -88,7 +89,7 @@ def workload_table(results: Results, cards: list[Card]) -> Table:
         def write(cell: CellRecord) -> Cell:
             row, failure = cell.row(card.name), cell.failures.get(card.name, "")
             if row is None:
-                return Cell("failed", hint=failure)
+                return Cell("failed" if failure else NONE, hint=failure)
             gain = "" if row.speedup is None or card.is_baseline else times(row.speedup.value)
             if gain and row.speedup and row.speedup.low is not None:
                 gain += f" ({interval(row.speedup, 'x')})"
@@ -103,26 +104,53 @@ def workload_table(results: Results, cards: list[Card]) -> Table:
     return make_table(results.cells, Column("workload", name), *map(column, cards))
 
 
-def speedup_chart(results: Results, cards: list[Card]) -> Markup:
-    rows = []
-    for card in cards:
-        if card.row is not None and card.row.speedup is not None and not card.is_baseline:
-            one = card.row.speedup
-            title = f"{card.title} ✗" if card.failed else card.title
-            rows.append((title, card.colour, one.value, one.low, one.high))
-    return dot_whiskers(rows, "×", f"speed-up over {results.baseline}")
+def quality_charts(results: Results, cards: list[Card], judged: list[Measure]) -> list[tuple[str, Markup]]:
+    """(what was judged, quality against latency) for each measure that knows two contestants or more; what was judged with
+    every number of steps is a line through them."""
+    counts = right_counts(results)
+    charts = []
+    for measure in judged:
+        series = []
+        for card in cards:
+            points, labels = [], []
+            own = card.record.taught.get("steps")
+            cells = (
+                results.cells[:1] if own else sorted(varied(results, "steps"), key=lambda one: one.workload["steps"])
+            )
+            for cell in cells:
+                row, steps = cell.row(card.name), int(own or cell.workload["steps"])
+                value = measure.values.get(card.name) if cell is results.cells[0] else None
+                if measure.is_read and (card.name, steps) in counts:
+                    value = share_right(*counts[card.name, steps])
+                if row is not None and not row.refused and value is not None:
+                    points.append((row.total_ms.value, *measure.plotted(value)))
+                    labels.append(f"{steps}")
+            series.append(Series(card.title, card.colour, points, labels=labels, failed=card.failed))
+        if sum(bool(one.points) for one in series) > 1:
+            x = Axis(f"ms for {drawn(results)}; beside the dots: steps", zero=True)
+            charts.append((measure.name, line_chart(series, x, Axis(measure.axis), f"{measure.name} against latency")))
+    return charts
 
 
 def steps_chart(results: Results, cards: list[Card]) -> Markup:
-    cells = sorted(_varied(results, "steps"), key=lambda cell: cell.workload["steps"])
+    cells = sorted(varied(results, "steps"), key=lambda cell: cell.workload["steps"])
     if len(cells) < 2:
         return Markup("")
+    told = [card for card in cards if "steps" not in card.record.taught]
+    series = _latency_series(told, cells, lambda cell: float(cell.workload["steps"]))
+    for card in cards:
+        if card not in told:  # drawn alike whatever was asked for: one point
+            series += _latency_series([card], results.cells[:1], partial(_own_steps, card))
     return line_chart(
-        _latency_series(cards, cells, lambda cell: float(cell.workload["steps"])),
+        series,
         Axis("denoising steps", ticks=[(cell.workload["steps"], str(cell.workload["steps"])) for cell in cells]),
         Axis(f"ms for {drawn(results)}", zero=True),
         "latency against steps",
     )
+
+
+def _own_steps(card: Card, _cell: CellRecord) -> float:
+    return card.record.taught["steps"]
 
 
 def resolution_chart(results: Results, cards: list[Card]) -> Markup:
@@ -130,7 +158,7 @@ def resolution_chart(results: Results, cards: list[Card]) -> Markup:
         width, height = cell.workload["resolution"].split("x")
         return int(width) * int(height) / 1e3
 
-    cells = sorted(_varied(results, "resolution"), key=kilopixels)
+    cells = sorted(varied(results, "resolution"), key=kilopixels)
     if len(cells) < 2:
         return Markup("")
     series = _latency_series(cards, cells, kilopixels)
@@ -142,7 +170,32 @@ def resolution_chart(results: Results, cards: list[Card]) -> Markup:
     )
 
 
-def _varied(results: Results, key: str) -> list[CellRecord]:
+TRACED = {"sm_clock_mhz": "SM clock, MHz", "temperature_c": "temperature, °C", "power_w": "power, W"}
+MAX_POINTS = 240  # a curve on a page needs no more
+
+
+def sustained_charts(results: Results, cards: list[Card]) -> list[tuple[str, Markup]]:
+    """(what, over time) of those that drew without a pause: a call's time, and what the GPU showed meanwhile."""
+    traces = [(card, card.record.sustained) for card in cards if card.record.sustained]
+    shown: dict[str, list[tuple[Card, Sequence[Any], Sequence[Any]]]] = {}
+    shown[f"ms for {drawn(results)}"] = [(card, one.at_s, one.total_ms) for card, one in traces]
+    for key, name in TRACED.items():
+        shown[name] = [(card, one.gpu["at_s"], one.gpu[key]) for card, one in traces if key in one.gpu]
+    charts = []
+    for name, curves in shown.items():
+        series = [_curve(card, at_s, values) for card, at_s, values in curves]
+        if chart := line_chart(series, Axis("seconds"), Axis(name), f"{name} over time"):
+            charts.append((name, chart))
+    return charts
+
+
+def _curve(card: Card, at_s: Sequence[Any], values: Sequence[Any]) -> Series:
+    """Thinned to MAX_POINTS; readings that are absent are left out."""
+    points: list[tuple[float, ...]] = [pair for pair in zip(at_s, values, strict=True) if None not in pair]
+    return Series(card.title, card.colour, points[:: 1 + len(points) // MAX_POINTS], dots=False, failed=card.failed)
+
+
+def varied(results: Results, key: str) -> list[CellRecord]:
     """The cells that differ from the main one in `key` alone, the main one among them."""
     main = results.cells[0].workload
     same = [other for other in ("resolution", "steps", "batch", "guidance_scale", "scheduler") if other != key]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from bench.report.cards import Card, Verdict, quality_verdict, runtime_and_machine
-from bench.report.elements.formatting import joules, milliseconds, seconds, size, title_of
+from bench.report.cards import Card, runtime_and_machine
+from bench.report.elements.formatting import joules, milliseconds, seconds, signed_percent, size, title_of
 from bench.report.elements.tables import Cell, Column, Table, make_table, measured
+from bench.report.latency import varied
+from bench.report.quality import Verdict, quality_verdict
 from bench.results import ContestantRecord, Results
 
 
@@ -16,6 +18,7 @@ class Entry:
     """One contestant of one run; `colour` is None outside of the main run, `where` empty where there is no other."""
 
     record: ContestantRecord
+    results: Results
     where: str
     colour: int | None
 
@@ -34,6 +37,7 @@ def entries(all_results: list[Results], cards: list[Card]) -> list[Entry]:
     return [
         Entry(
             record,
+            results,
             runtime_and_machine(record, results, all_results) if len(all_results) > 1 else "",
             colours[record.name] if results is all_results[0] else None,
         )
@@ -51,19 +55,62 @@ def quality_table(found: list[Entry]) -> Table:
     )
 
 
-def device_table(found: list[Entry]) -> Table:
-    def device(one: Entry) -> Cell:
-        peak = one.record.memory["allocator_peak_bytes"]
-        return measured(size(one.record.memory["device_added_bytes"]), f"allocator peak {size(peak)}" if peak else "")
+CARDS_BYTES = {8: 8e9, 12: 12e9, 16: 16e9, 24: 24e9}
+ROOM_BYTES = 1e9
+"""What the driver's context and a desktop take of a card, at a guess."""
+
+
+def device_peak_bytes(record: ContestantRecord) -> float | None:
+    """Of GPU memory, by NVML or by torch's allocator, whichever saw more."""
+    return max(filter(None, map(record.memory.get, ("device_added_bytes", "allocator_peak_bytes"))), default=None)
+
+
+def fits(peak_bytes: float) -> str:
+    """The smallest of the usual cards that it fits on."""
+    cards = (name for name, has in CARDS_BYTES.items() if peak_bytes + ROOM_BYTES <= has)
+    smallest = next(cards, None)
+    return f"fits {smallest} GB" if smallest else "more than 24 GB"
+
+
+def best_batch(results: Results, name: str) -> tuple[int, float] | None:
+    """(batch, pictures a second) of the batch that draws most, with the main steps and size; None where none is sound."""
+    rows = [(cell.workload["batch"], cell.row(name)) for cell in varied(results, "batch")]
+    found = [(batch, row.images_per_s) for batch, row in rows if row is not None and not row.refused]
+    return max(found, key=lambda one: one[1], default=None)
+
+
+def device_table(found: list[Entry], price: float | None) -> Table:
+    """`price` is what an hour of the machine costs, in dollars."""
+
+    def rate(one: Entry) -> Cell | None:
+        best = best_batch(one.results, one.record.name)
+        return measured(f"{best[1]:.3g}", f"batch {best[0]}") if best else None
+
+    def dollars(one: Entry) -> str | None:
+        best = best_batch(one.results, one.record.name)
+        return f"${1000 * price / 3600 / best[1]:.3g}" if best and price else None
+
+    def device(one: Entry) -> Cell | None:
+        peak = device_peak_bytes(one.record)
+        return measured(size(peak), fits(peak)) if peak else None
+
+    def sustained(one: Entry) -> Cell | None:
+        trace, change = one.record.sustained, one.record.sustained_change
+        if trace is None or change is None:
+            return None
+        return measured(signed_percent(change), f"{trace.images} in {seconds(trace.seconds)}")
 
     return make_table(
         found,
         Column("model", lambda one: one.name),
-        Column("energy an image", lambda one: measured(joules(one.record.energy["j_per_image"], 1))),
-        Column("memory added, host", lambda one: measured(size(one.record.memory["rss_added_bytes"]))),
-        Column("memory added, device", device),
+        Column("pictures a second", rate),
+        Column("slower by the end of a sustained run", sustained),
+        Column("1,000 pictures", dollars),
+        Column("energy a picture", lambda one: measured(joules(one.record.energy["j_per_image"], 1))),
+        Column("GPU memory", device),
+        Column("host memory", lambda one: measured(size(one.record.memory["rss_added_bytes"]))),
         Column("load", lambda one: measured(seconds(one.record.cold["load_ms"] / 1e3))),
-        Column("first image", lambda one: measured(milliseconds(one.record.cold["first_image_ms"]))),
+        Column("first picture", lambda one: measured(milliseconds(one.record.cold["first_image_ms"]))),
     )
 
 
@@ -104,8 +151,14 @@ def fault_table(found: list[RowFaults]) -> Table:
     )
 
 
+def random_weights(all_results: list[Results]) -> list[str]:
+    """Names of those whose weights are random."""
+    names = (title_of(record.name) for one in all_results for record in one.contestants if record.random_weights)
+    return list(dict.fromkeys(names))
+
+
 def device_ranges(device: dict[str, list[float] | None]) -> list[str]:
-    """What the GPU showed between the timed calls, each reading from its least to its most."""
+    """What the GPU showed while it was timed, each reading from its least to its most."""
     names = {
         "sm_clock_mhz": ("SM clock", "MHz"),
         "memory_clock_mhz": ("memory clock", "MHz"),

@@ -16,6 +16,15 @@ def machine_name(results: Results) -> str:
     return f"a CPU ({cpu['model']}, {cpu['cores_usable']} cores)"
 
 
+def rounds_text(results: Results) -> str:
+    """How the contestants took turns."""
+    if results.in_turns is None:
+        return "in interleaved rounds"
+    return (
+        f"one after the other ({results.in_turns}), so that speed-ups are ratios of medians and not of the same rounds"
+    )
+
+
 def run_name(results: Results) -> str:
     """One results file as a heading: its runtimes, its machine, its day."""
     runtimes = dict.fromkeys(record.runtime for record in results.contestants)
@@ -101,13 +110,14 @@ def method_lines(all_results: list[Results]) -> list[str]:
         "B C A, A C B, so that what happens to the machine happens to all. Workloads are visited twice, there and back "
         "again. The garbage collector runs between rounds, never inside a call.",
         "Medians; 95 % intervals between two of the samples themselves, by their binomial count, which holds whatever "
-        f"their distribution; none from fewer than {MIN_FOR_INTERVAL}. A speed-up is the median of the per-round ratios, "
+        f"their distribution; none from fewer than {MIN_FOR_INTERVAL}; of several launches, between the launches' "
+        "medians. A speed-up is the median of the per-round ratios, "
         "so that what slows a whole round cancels.",
         "Percentiles only where a binomial bound supports them at 99 % confidence. Raw samples are in the JSON.",
         "FLOPs are counted on meta tensors (a multiply-add is two); bytes are each weight once a call plus inputs and "
         "outputs at two bytes. A row faster than its floor is refused.",
-        "Clocks, temperature, power and memory are read between calls, never inside one; throttling also by the board's "
-        "counters of throttled time, which run on inside the calls, where it has them.",
+        "Clocks, temperature and power are sampled by a thread while the calls run, throttling by the board's counters of "
+        "throttled time too, where it has them: a call that was throttled is told as such.",
         _energy_line(all_results),
         "Quality: the same prompt, seed and steps by the same checkpoint in diffusers, fp32, on the same device.",
         "Built and run are different things: an engine counts as run only where a contestant held that very file and "

@@ -7,49 +7,58 @@ from typing import Any
 
 from bench.report.cards import Card
 from bench.report.elements.charts import Axis, Series, line_chart
-from bench.report.elements.formatting import count, percent, seconds, size, title_of
+from bench.report.elements.formatting import NONE, count, percent, seconds, size, title_of
 from bench.report.elements.tables import Cell, Column, Table, make_table, measured
+from bench.report.quality import right_counts, share_right, share_text
 from bench.results import Results
 from distill.data.shapes import ATTRIBUTES
 
 
-def caption_table(cards: list[Card]) -> Table:
-    """How often the pictures show what their captions say, by attribute; empty where nothing was judged."""
-    judged = [(card, card.record.follows) for card in cards if card.record.follows]
-    keys = [key for key in (*ATTRIBUTES, "all", "count") if judged and key in judged[0][1]]
-    names = {"all": "everything at once", "count": "of pictures"}
+def caption_table(results: Results, cards: list[Card]) -> Table:
+    """How often the pictures show what their captions say: all of it with each number of steps, then by attribute with the
+    main steps; empty where nothing was judged."""
+    counts = right_counts(results)
+    main = results.cells[0].workload["steps"]
+    timed = sorted({steps for _, steps in counts}, key=lambda steps: (steps != main, steps))
 
-    def column(card: Card, shares: dict[str, Any]) -> Column[str]:
-        return Column(card.head, lambda key: str(shares[key]) if key == "count" else measured(percent(shares.get(key))))
+    def column(card: Card) -> Column[int | str]:
+        def write(key: int | str) -> Cell | None:
+            if isinstance(key, str):
+                return measured(percent((card.record.follows or {}).get(key)))
+            pair = counts.get((card.name, key))
+            return measured(f"{pair[0]} of {pair[1]}", share_text(share_right(*pair))) if pair else None
 
-    return make_table(keys, Column("right in", lambda key: names.get(key, key)), *(column(*pair) for pair in judged))
+        return Column(card.head, write)
+
+    def name(key: int | str) -> str:
+        return f"everything, {key} steps" if isinstance(key, int) else key
+
+    keys: list[int | str] = [*timed, *(ATTRIBUTES if main in timed else ())]
+    return make_table(keys, Column("right in", name), *map(column, cards))
 
 
 def loss_charts(cards: list[Card]) -> list[dict[str, Any]]:
-    """One chart per distilled contestant: every stage's loss over the steps, one stage after another."""
+    """One chart per distilled contestant: every stage's loss over the steps, one stage after another. Stages are lines of
+    their own, for each may have another student, teacher and loss."""
     charts = []
     for card in cards:
         losses = (card.record.artifact("checkpoint") or {}).get("losses")
         if not losses:
             continue
-        offset = 0
-        points: list[tuple[float, ...]] = []
+        offset, series = 0, []
         for stage in losses:
-            points += [(offset + step, max(loss, 1e-9)) for step, loss, _ in stage["points"]]
+            points: list[tuple[float, ...]] = [(offset + step, max(loss, 1e-9)) for step, loss, _ in stage["points"]]
+            series.append(Series(f"{card.name}, {stage['stage']}", card.colour, points, dots=False))
             offset += stage["steps"]
-        series = Series(card.name, card.colour, points, dots=False)
+        chart = line_chart(series, Axis("step"), Axis("loss", log=True), f"distillation loss of {card.name}")
         charts.append(
             {
                 "title": card.title,
                 "colour": card.colour,
-                "chart": line_chart(
-                    [series], Axis("step"), Axis("loss", log=True), f"distillation loss of {card.name}"
-                ),
+                "chart": chart,
                 "steps": offset,
                 "seconds": sum(stage["seconds"] or 0 for stage in losses),
-                "stages": [stage["stage"] for stage in losses],
-                "first": points[0][1],
-                "last": points[-1][1],
+                "stages": [(stage["stage"], stage["points"][0][1], stage["points"][-1][1]) for stage in losses],
                 "terms": losses[-1]["points"][-1][2],
             }
         )
@@ -71,19 +80,25 @@ def _sizes(card: Card) -> dict[str, str]:
     record = card.record
     checkpoint, onnx, bundle = (record.artifact(kind) or {} for kind in ("checkpoint", "onnx", "bundle"))
     plans = [engine for engine in bundle.get("engines", []) if engine["flavor"] != "onnxruntime"]
+    precisions = {part["precision"] for part in onnx.get("components", {}).values() if "precision" in part}
     exports = [part["seconds"] for part in onnx.get("components", {}).values() if "seconds" in part]
     unet = (record.costs or {}).get("unet", {})
     return {
         "UNet parameters": count(record.parameters),
         "FLOP a UNet call": count(unet.get("flops")),
-        "checkpoint, all weights": size(checkpoint.get("weights_bytes")),
-        "checkpoint, UNet alone": size(checkpoint.get("unet_bytes")),
-        "ONNX folder": size(onnx.get("bytes")),
+        "checkpoint, all weights": _typed(checkpoint.get("weights_bytes"), checkpoint.get("dtypes")),
+        "checkpoint, UNet alone": _typed(checkpoint.get("unet_bytes"), checkpoint.get("unet_dtypes")),
+        "VAE computes in": record.vae_dtype or NONE,
+        "ONNX folder": _typed(onnx.get("bytes"), ", ".join(sorted(precisions))),
         "TensorRT plans": size(sum(engine["bytes"] for engine in plans) if plans else None),
         "whole bundle": size(bundle.get("bytes")),
         "exported to ONNX in": seconds(sum(exports) if exports else None),
         "TensorRT plans built in": seconds(sum(engine["build_seconds"] for engine in plans) if plans else None),
     }
+
+
+def _typed(value: float | None, dtype: str | None) -> str:
+    return f"{size(value)}, {dtype}" if value is not None and dtype else size(value)
 
 
 @dataclass
@@ -152,33 +167,28 @@ def builds(all_results: list[Results]) -> list[Build]:
 
 
 def build_table(found: list[Build]) -> Table:
+    def model(one: Build) -> Cell:
+        state = f"{one.loaded} of {len(one.components)} run" if one.ran else "built, not run"
+        return Cell(one.title, small=(f"{'✓ ' if one.ran else ''}{state}",))
+
     def engines(one: Build) -> Cell:
         number = f"{len(one.components)} engine{'s' if len(one.components) > 1 else ''}"
-        return Cell(f"{one.flavor} {one.version}", small=(f"{number}, {' + '.join(sorted(one.precisions))}",))
+        profiles = f"{one.profiles} profile{'s' if one.profiles != 1 else ''}"
+        layout = f"{number}, {' + '.join(sorted(one.precisions))}; {', '.join(one.layouts)}, {profiles}"
+        return Cell(f"{one.flavor} {one.version}", small=(layout,))
 
     def target(one: Build) -> Cell:
         capabilities = f"compute capability {', '.join(one.capabilities)}" if one.capabilities else ""
         return Cell(", ".join(one.gpus) or "any machine", small=(capabilities,))
 
-    def layout(one: Build) -> Cell:
-        profiles = f"{one.profiles} profile{'s' if one.profiles != 1 else ''} in all"
-        return Cell(", ".join(one.layouts), small=(profiles,))
-
-    def state(one: Build) -> Cell:
-        if one.ran:
-            return Cell("built and run", "tag ran", (f"{one.loaded} of {len(one.components)}",))
-        return Cell("built, not run", "tag built")
-
     return make_table(
         found,
-        Column("model", lambda one: one.title),
-        Column("engines", engines, "left"),
-        Column("for", target, "left"),
-        Column("layout", layout, "left"),
+        Column("model", model),
+        Column("engines", engines, "wrap"),
+        Column("for", target, "wrap"),
         Column("sizes", lambda one: Cell(str(len(one.resolutions) or "all"), hint=", ".join(sorted(one.resolutions)))),
         Column("bytes", lambda one: size(one.bytes)),
         Column("built in", lambda one: seconds(one.seconds)),
-        Column("state", state, "left"),
     )
 
 
@@ -186,6 +196,8 @@ def hash_table(all_results: list[Results]) -> Table:
     """Every hash the artifacts carry, so that a reader can tell whether he holds the same files."""
     found: dict[tuple[str, str], None] = {}
     for record in (record for results in all_results for record in results.contestants):
+        if record.weights_sha256:
+            found[f"{record.name}: weights, {record.weights_of}", record.weights_sha256] = None
         for one in record.artifacts:
             for component, part in one.get("components", {}).items():
                 hashes = part.get("sha256", {})

@@ -49,7 +49,7 @@ def measured_latencies(all_results: list[Results]) -> list[Known]:
                 record = results.contestant(row.contestant)
                 model, runtime = model_of(record), runtime_class(record)
                 sound = not (row.refused or record.failed_guard)
-                if row.floor_ms is None or not sound or load["guidance_scale"] <= 1:
+                if row.floor_ms is None or not sound or load["guidance_scale"] <= 1 or record.taught:
                     continue
                 if model is None or model.name not in (*MODELS, *SD_MODELS):
                     continue
@@ -112,6 +112,10 @@ def published_table(checks: list[Check], sources: list[str]) -> Table:
         known = one.known
         return Cell(PEAKS[known.gpu].name, small=(f"{title_of(known.model)}, {known.runtime}, {known.steps} steps",))
 
+    def published(one: Check) -> Cell:
+        source = f"source {sources.index(one.known.origin) + 1}"
+        return Cell(long_seconds(one.known.total_ms), "published", (source,))
+
     def error(one: Check) -> Cell:
         blind = "" if one.blind_error is None else f"blind {signed_percent(one.blind_error)}"
         return Cell(signed_percent(one.error), "predicted", (blind,))
@@ -119,8 +123,7 @@ def published_table(checks: list[Check], sources: list[str]) -> Table:
     return make_table(
         checks,
         Column("GPU, model, runtime", what),
-        Column("published", lambda one: Cell(long_seconds(one.known.total_ms), "published")),
-        Column("source", lambda one: str(sources.index(one.known.origin) + 1)),
+        Column("published", published),
         Column("share of the floor", lambda one: percent(one.known.efficiency)),
         Column("predicted", lambda one: Cell(about(one.predicted_ms), "predicted")),
         Column("error", error),
@@ -128,12 +131,14 @@ def published_table(checks: list[Check], sources: list[str]) -> Table:
 
 
 def measured_table(checks: list[Check]) -> Table:
+    def what(one: Check) -> Cell:
+        known = one.known
+        workload = f"{by_size(known.resolution)}, batch {known.batch}, {known.steps} steps"
+        return Cell(f"{title_of(known.model)}, {known.runtime}", small=(workload,))
+
     return make_table(
         checks,
-        Column("model, runtime", lambda one: f"{title_of(one.known.model)}, {one.known.runtime}"),
-        Column("size", lambda one: by_size(one.known.resolution)),
-        Column("batch", lambda one: str(one.known.batch)),
-        Column("steps", lambda one: str(one.known.steps)),
+        Column("model, runtime", what),
         Column("measured", lambda one: measured(long_seconds(one.known.total_ms))),
         Column("predicted", lambda one: Cell(about(one.predicted_ms), "predicted")),
         Column("error", lambda one: Cell(signed_percent(one.error), "predicted")),

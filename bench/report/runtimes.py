@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.floor.roofline import ModelConfigs, component_costs, total_flops
 from bench.measure.stats import Estimate, speedup
-from bench.report.cards import contestant_cell, quality_verdict
+from bench.report.cards import contestant_cell
 from bench.report.elements.formatting import (
     by_size,
     interval,
@@ -22,6 +22,7 @@ from bench.report.elements.formatting import (
 )
 from bench.report.elements.tables import Cell, Column, Table, make_table, measured
 from bench.report.latency import speedup_cell, total_cell
+from bench.report.quality import quality_verdict
 from bench.results import CellRecord, ContestantRecord, Results, Row
 from bench.workload import Workload
 from distill.models.architectures import ARCHITECTURES, CLAIMED_SPEEDUPS, Architecture, whole
@@ -32,6 +33,12 @@ def model_of(record: ContestantRecord) -> Architecture | None:
     """The architecture of published size with as many UNet parameters."""
     known = (one for one in ARCHITECTURES.values() if one.parameters and one.parameters[0] == record.parameters)
     return next(known, None)
+
+
+def _model_title(record: ContestantRecord) -> str:
+    """The model's own, where it is a known one: contestants of one model have names of their own."""
+    model = model_of(record)
+    return model.title if model and model.title else title_of(record.name)
 
 
 def _claim(smaller: ContestantRecord, base: ContestantRecord) -> float | None:
@@ -53,9 +60,9 @@ def quotient(one: Estimate, other: Estimate) -> Estimate:
 
 
 def _known_models(results: Results, cell: CellRecord) -> list[tuple[ContestantRecord, Row]]:
-    """The rows of one cell whose model is known by its UNet's parameters."""
+    """The rows of one cell whose model is known by its UNet's parameters, and that drew what the cell says."""
     pairs = [(results.contestant(row.contestant), row) for row in cell.rows]
-    return [(record, row) for record, row in pairs if record.parameters and record.configs]
+    return [(record, row) for record, row in pairs if record.parameters and record.configs and not record.taught]
 
 
 def _kind(record: ContestantRecord) -> str:
@@ -96,8 +103,8 @@ def runtime_figures(all_results: list[Results]) -> list[RuntimeFigures]:
         for record, row in pairs:
             base = eager.get(record.parameters)
             over_eager = _gain(base, row) if base is not None and base is not row else None
-            flops = record.costs["unet"]["flops"] if record.costs and results.peak else None
-            denoise_mfu = flops / row.step_ms / (results.peak.tflops * 1e9) if flops and results.peak else None
+            flops = record.costs["unet"]["flops"] if record.costs else None
+            denoise_mfu = flops / row.step_ms / (row.peak_tflops * 1e9) if flops and row.peak_tflops else None
             one = RuntimeFigures(record=record, row=row, over_eager=over_eager, denoise_mfu=denoise_mfu)
             entries.setdefault((record.parameters, record.runtime, record.precision), one)
     compiled = {one.record.parameters: one.over_eager for one in entries.values() if _kind(one.record) == "compiled"}
@@ -126,11 +133,13 @@ def runtime_table(figures: list[RuntimeFigures]) -> Table:
 @dataclass(frozen=True, kw_only=True)
 class ModelGain:
     """A smaller model against the largest on the same runtime, in the same rounds. `by_flops` is what arithmetic gives at
-    equal efficiency (the ratio of FLOPs), `claim` the published speed-up over SDXL; `failed` and `base_failed` say which
-    of the two failed the quality guard."""
+    equal efficiency (the ratio of FLOPs), `claim` the published speed-up over SDXL; `model` and `base_model` are their
+    architectures; `failed` and `base_failed` say which of the two failed the quality guard."""
 
     title: str
     base: str
+    model: str
+    base_model: str
     runtime: str
     failed: bool
     base_failed: bool
@@ -171,6 +180,8 @@ def _model_gains_of(
                 ModelGain(
                     title=title_of(record.name),
                     base=title_of(largest.name),
+                    model=_model_title(record),
+                    base_model=_model_title(largest),
                     runtime=f"{runtime}, {precision}",
                     failed=record.failed_guard,
                     base_failed=largest.failed_guard,
@@ -194,14 +205,27 @@ def _flops(record: ContestantRecord, cell: CellRecord) -> float:
     return total_flops(component_costs(ModelConfigs(tuple((record.configs or {}).items())), workload))
 
 
-def model_gain_table(found: list[ModelGain]) -> Table:
+def model_gain_table(found: list[ModelGain], main: str) -> Table:
+    """At the main workload alone: a line for each smaller model, a column for each runtime."""
+    told = [one for one in found if one.cell == main]
+    models = {(one.model, one.base_model): one for one in reversed(told)}
+    runtimes = dict.fromkeys(one.runtime for one in told)
+
+    def column(runtime: str) -> Column[tuple[str, str]]:
+        def write(pair: tuple[str, str]) -> Cell | None:
+            of = (one for one in told if (one.model, one.base_model, one.runtime) == (*pair, runtime))
+            one = next(of, None)
+            cell = speedup_cell(one.speedup) if one else None
+            return replace(cell, failed=one.failed or one.base_failed) if one and cell else cell
+
+        return Column(runtime, write)
+
     return make_table(
-        found,
-        Column("model", lambda one: Cell(one.title, small=(f"{one.runtime}; {one.cell}",), failed=one.failed)),
-        Column("against", lambda one: Cell(one.base, failed=one.base_failed), "left"),
-        Column("speed-up", lambda one: speedup_cell(one.speedup)),
-        Column("by FLOPs", lambda one: Cell(times(one.by_flops), "predicted")),
-        Column("claim", lambda one: Cell(times(one.claim), "published") if one.claim else None),
+        sorted(models),
+        Column("model", lambda pair: Cell(pair[0], small=(f"against {pair[1]}",))),
+        Column("by FLOPs", lambda pair: Cell(times(models[pair].by_flops), "predicted")),
+        Column("claim", lambda pair: Cell(times(models[pair].claim), "published") if models[pair].claim else None),
+        *map(column, runtimes),
     )
 
 
@@ -209,7 +233,7 @@ def layout_table(all_results: list[Results]) -> Table:
     """What layouts and CUDA graphs cost, from the first run whose contestants name one: cold start, memory, and for each
     size the median, the `first` picture at it and the first after coming `back` to it."""
     for results in all_results:
-        named = [one for one in results.contestants if "+" in one.spec.partition(":")[0]]
+        named = [one for one in results.contestants if "+" in one.spec.partition(":")[0].replace("+taught", "")]
         cells = [cell for cell in results.cells if cell.workload["batch"] == results.cells[0].workload["batch"]]
         if named:
             return make_table(

@@ -26,6 +26,7 @@ class Loop(_Record):
     name: str
     seconds: list[float] = Field(min_length=1)
     peak_memory_bytes: int | None = None
+    tflop: float | None = None
     kernels: dict[str, Any] | None = None
 
     @property
@@ -63,7 +64,7 @@ class LoopsFile(_Record):
 def loop_table(file: LoopsFile) -> Table:
     """One line for each loop that did not fail."""
     peak = find_peak(file.device)
-    published = next((loop.seconds for loop in file.loops if loop.name == PUBLISHED), None)
+    published = {loop.name: loop.seconds for loop in file.loops if loop.name.startswith(PUBLISHED)}
 
     def speed(loop: Loop) -> Cell:
         step = loop.step_s
@@ -71,14 +72,18 @@ def loop_table(file: LoopsFile) -> Table:
         return measured(f"{file.options.batch / step.value:#.3g}", within)
 
     def mfu(loop: Loop) -> Cell | None:
-        if peak is None or file.tflop_per_step is None:
-            return None
-        return measured(percent(file.tflop_per_step / loop.step_s.value / peak.tflops, 1))
+        tflop = loop.tflop or file.tflop_per_step
+        return (
+            measured(percent(tflop / loop.step_s.value / peak.tflops_for(accumulates_fp32=True), 1))
+            if peak and tflop
+            else None
+        )
 
     def gain(loop: Loop) -> Cell | None:
-        if published is None or loop.name == PUBLISHED:
+        before = published.get(f"{PUBLISHED} LCM" if loop.name == "LCM" else PUBLISHED)
+        if before is None or loop.name in published:
             return None
-        low, middle, high = np.quantile(np.asarray(published) / np.asarray(loop.seconds), [0.25, 0.5, 0.75])
+        low, middle, high = np.quantile(np.asarray(before) / np.asarray(loop.seconds), [0.25, 0.5, 0.75])
         return measured(times(middle), f"quartiles {low:.2f}–{times(high)}")
 
     return make_table(

@@ -28,8 +28,8 @@ from distill.common.progress import say, track
 from distill.models.resolution import Resolution
 
 Number = TypeVar("Number", int, float)
-PARTS = {"models": "models, steps or guidance", "items": "prompts, seeds or sizes", "scheduler": "scheduler"}
-PARTS |= {name: f"--{name}" for name in ("pairs", "repeats", "same")}
+PARTS = {"models": "models, steps or guidance", "items": "prompts, seeds or sizes"}
+NUMBERS = ("scheduler", "pairs", "repeats", "same")
 DRAWN_AT = 1_000_000_000
 """The time that all pictures bear, in seconds since 1970: when one was drawn would tell by whom."""
 
@@ -113,11 +113,13 @@ def _of_each(option: str, given: list[Number] | None, contestants: list[Contesta
 
 
 def _model(contestant: Contestant, steps: int | None, scale: float | None) -> Model:
-    """Drawn as it is told, else as it was taught, else in 30 steps under guidance 5."""
+    """Drawn as it is told, else as it was taught, else in 30 steps under guidance 5; behind +taught as it was taught."""
     taught = contestant.sampling or Sampling()
     if scale is None:
         scale = 5.0 if taught.guidance_scale is None else taught.guidance_scale
-    return Model(name=contestant.name, spec=contestant.spec, steps=steps or taught.steps or 30, guidance_scale=scale)
+    steps = int(contestant.taught.get("steps", steps or taught.steps or 30))
+    scale = contestant.taught.get("guidance_scale", scale)
+    return Model(name=contestant.name, spec=contestant.spec, steps=steps, guidance_scale=scale)
 
 
 def _begun(folder: Path, key_file: Path, planned: Key) -> Key | None:
@@ -132,8 +134,10 @@ def _begun(folder: Path, key_file: Path, planned: Key) -> Key | None:
     if marker.exists() and read_json(marker).get("study") != key.study:
         raise UserError(f"{key_file} is the key of another study than {folder}; choose another --out")
     if key.model_copy(update={"study": planned.study, "secret": planned.secret}) != planned:
-        changed = [said for name, said in PARTS.items() if getattr(key, name) != getattr(planned, name)]
-        raise UserError(f"{folder} was begun with other {', '.join(changed)}; repeat them or choose another --out")
+        changed = [f"other {said}" for name, said in PARTS.items() if getattr(key, name) != getattr(planned, name)]
+        numbers = [name for name in NUMBERS if getattr(key, name) != getattr(planned, name)]
+        changed += [f"--{name} {getattr(key, name)} (not {getattr(planned, name)})" for name in numbers]
+        raise UserError(f"{folder} was begun with {' and '.join(changed)}; ask for the same, or choose another --out")
     return key
 
 

@@ -92,11 +92,17 @@ def explaining_full_memory(advice: str) -> Iterator[None]:
         raise UserError(f"the GPU's memory is full ({wanted}); {advice}") from None
 
 
+def quiet_imports() -> None:
+    """Keeps out of sight what libraries say of each other's packages while they are imported."""
+    for name in ("bitsandbytes", "diffusers.utils.import_utils"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def quiet_libraries() -> None:
     """Keeps the libraries' own notices out of the user's sight, unless the environment asks for them."""
     for library in ("DIFFUSERS", "TRANSFORMERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet_imports()
 
 
 def exit_on_user_error(command: Callable[[], int | None]) -> int:

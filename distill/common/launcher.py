@@ -6,6 +6,12 @@ import runpy
 import sys
 
 ROOMS = ("distill", "export", "engines", "bench")
+COMMAND = ["python -m"]
+"""How a room was called, for the head of its help."""
+
+
+def program(room: str) -> str:
+    return f"{COMMAND[-1]} {room}"
 
 
 def main() -> int:
@@ -16,5 +22,6 @@ def main() -> int:
         print(f"usage: slimxl {{{','.join(ROOMS)}}} …", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     sys.argv = [sys.argv[0], *arguments]
+    COMMAND.append("slimxl")
     runpy.run_module(room, run_name="__main__", alter_sys=True)
     return 0

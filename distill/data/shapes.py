@@ -6,6 +6,7 @@ it back from pixels without any learned part, so "does the picture show what its
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -224,3 +225,11 @@ def shares(results: Sequence[Mapping[str, bool]]) -> dict[str, float]:
     of them together."""
     found = {attribute: float(np.mean([result[attribute] for result in results])) for attribute in ATTRIBUTES}
     return found | {"all": float(np.mean([all(result.values()) for result in results]))}
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `count` pictures (Wilson, 1927)."""
+    z = 1.959964
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, middle - half), min(1.0, middle + half)

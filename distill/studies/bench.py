@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -43,16 +44,18 @@ RATIOS = (  # how many times faster the second is
     ("published", "sub-block"),
     ("published", "sub-block, no cache"),
     ("sub-block, text online", "sub-block"),
+    ("published LCM", "LCM"),
     *((level, "output only") for level in ("block", "sub-block", "layer", "self-attention")),
 )
 
 
-def step_tflop(teacher: Architecture, student: Architecture, batch: int) -> float:
-    """Compute of one step: the teacher's forward pass, and three times the student's (backward is two of them).
-    Recomputation and encoding are not counted: they are cost, not purpose."""
+def step_tflop(teacher: Architecture, student: Architecture, batch: int, *, lcm: bool = False) -> float:
+    """Compute of one step: the teacher's forward pass, and three times the student's (backward is two of them); under LCM
+    two of the teacher's, with and without the prompt, and one more of the student's, the target. Recomputation and encoding
+    are not counted: they are cost, not purpose."""
     size = teacher.family.resolutions[0]
     forward = [unet_tflop(meta_unet(one), one, size, batch) for one in (teacher, student)]
-    return forward[0] + 3 * forward[1]
+    return (1 + lcm) * forward[0] + (3 + lcm) * forward[1]
 
 
 @dataclass
@@ -91,6 +94,34 @@ def _profile_step(setup: Setup, loop: Loop, steps: Steps) -> None:
         step()
     step_ms = 1e3 * float(np.median(steps.seconds))
     steps.kernels = by_kind(kernel_times(profiler, setup.device.type), 1, step_ms)
+
+
+def time_parts(setup: Setup, loop: Loop, number: int = 3) -> dict[str, float]:
+    """Seconds of a step, the mean of `number`, in the forward passes of `teacher`, `student` and `target`, and in the
+    `rest`: backward, optimiser and what lies between."""
+    pair, spent, begun = setup.pair, dict[str, float](), dict[str, float]()
+
+    def now() -> float:
+        if setup.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    with setup.stepping(loop) as step, ExitStack() as hooks:
+        for name, net in (("teacher", pair.teacher), ("student", pair.student), ("target", pair.target)):
+
+            def begin(_net: Any, _inputs: Any, name: str = name) -> None:
+                begun[name] = now()
+
+            def end(_net: Any, _inputs: Any, _output: Any, name: str = name) -> None:
+                spent[name] = spent.get(name, 0.0) + (now() - begun[name]) / number
+
+            hooks.callback(net.register_forward_pre_hook(begin).remove)
+            hooks.callback(net.register_forward_hook(end).remove)
+        start = now()
+        for _ in range(number):
+            step()
+        total = (now() - start) / number
+    return spent | {"rest": total - sum(spent.values())}
 
 
 def time_loops(setup: Setup, options: BenchOptions, loops: Sequence[Loop]) -> tuple[dict[str, Steps], dict[str, str]]:
@@ -171,6 +202,7 @@ def bench_loops(options: BenchOptions, out: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         setup = Setup(options, loops, Path(folder))
         taken, failures = time_loops(setup, options, loops)
+        parts = {loop.name: time_parts(setup, loop) for loop in loops if loop.name in taken and loop.name == "LCM"}
     if not taken:
         raise UserError(next(iter(failures.values())))
     on_gpu, resolution = setup.device.type == "cuda", setup.resolution
@@ -192,6 +224,7 @@ def bench_loops(options: BenchOptions, out: Path) -> dict[str, Any]:
         "loops": [
             asdict(loop)
             | {"samples_per_s": options.batch / float(np.median(taken[loop.name].seconds))}
+            | {"tflop": step_tflop(teacher, student, options.batch, lcm=loop.lcm), "parts_s": parts.get(loop.name)}
             | asdict(taken[loop.name])
             for loop in loops
             if loop.name in taken
@@ -228,6 +261,10 @@ def describe(result: dict[str, Any]) -> list[str]:
         memory = size_text(row["peak_memory_bytes"]) if row["peak_memory_bytes"] else "-"
         lines.append(f"{row['name']:22} {row['samples_per_s']:10.3g} {memory:>12}")
     lines += [f"{name} failed: {why}" for name, why in result["failures"].items()]
+    for row in result["loops"]:
+        if parts := row["parts_s"]:
+            told = ", ".join(f"{name} {seconds / sum(parts.values()):.0%}" for name, seconds in parts.items())
+            lines.append(f"a step of {row['name']}: {told}")
     for row in result["ratios"]:
         for clock in ("wall", "cpu"):
             if one := row[clock]:

@@ -1,28 +1,37 @@
 """What fewer steps cost on the mini family: how often pictures follow their captions, against what a picture takes.
 
-Compute is counted, not timed: the UNet's passes of a picture times its FLOP a pass (guidance takes two a step). A row that
-is there is kept, so the same command goes on where it was.
+Compute is counted: the UNet's passes of a picture times its FLOP a pass (guidance takes two a step). Latency is measured,
+from prompt to pixels, all models in turn, so what slows the machine slows all. Students of one name are seeds of one recipe:
+each is judged, one is timed. A row that is there is kept, so the same command goes on where it was.
 """
 
 from __future__ import annotations
 
-import math
+import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distill.checkpoints.folder import checkpoint_hash, find_architecture_of, find_family
+from distill.checkpoints.load import load_pipeline
 from distill.checkpoints.sampling import sampling_of
 from distill.checkpoints.sources import resolve
 from distill.common.errors import UserError, require_between
 from distill.common.files import read_object, replacing, write_json
 from distill.common.ownership import require_our_files
-from distill.common.progress import say
+from distill.common.progress import say, track
+from distill.data.shapes import wilson
 from distill.mini.judge import GUIDANCE_SCALE, READER, check_pictures, judge_checkpoint
 from distill.models.catalogue import catalogue_row
 
 NAME = "few-steps"
+CAPTION = "a large red circle at the center on a white background"
+ROUNDS = 9
+"""Of nine sorted ratios the second and the last but one enclose the median 96 times in 100: 1 − 2 · 10 / 2⁹."""
 WRITTEN = tuple(f"{NAME}.{kind}" for kind in ("json", "md", "svg"))
 
 
@@ -57,14 +66,6 @@ def parse_point(text: str, workdir: Path) -> list[Point]:
     return points
 
 
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share of `count` pictures (Wilson, 1927)."""
-    z = 1.959964
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def compare_steps(points: Sequence[Point], results: Path, *, pictures: int) -> dict[str, Any]:
     """Judges each point, and writes few-steps.json, .md and .svg into `results`. Raises UserError for bad input."""
     if not points:
@@ -88,12 +89,45 @@ def compare_steps(points: Sequence[Point], results: Path, *, pictures: int) -> d
             row["interval"] = wilson(row["followed"]["all"], pictures)
             held[_key(row)] = row
         rows.append(row)
-        report = {"settings": settings, "rows": rows, "recipes": recipes}
+        report: dict[str, Any] = {"settings": settings, "rows": rows, "recipes": recipes, "latency": []}
         write_json(path, report)
+    report["latency"] = measure_latency(list({(one.name, one.steps): one for one in reversed(points)}.values())[::-1])
+    write_json(path, report)
     with replacing(results / f"{NAME}.md") as temporary:
         temporary.write_text(table(report), encoding="utf-8")
     _plot(report, results / f"{NAME}.svg")
     return report
+
+
+def measure_latency(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """For each point the milliseconds of a picture of the first size in each round, their median, and how many times
+    `faster` than the first point it is: the median of the per-round ratios, with its 96 % interval."""
+    pipes = {point.folder: load_pipeline(point.folder, torch.float32) for point in points}
+    for pipe in pipes.values():
+        pipe.set_progress_bar_config(disable=True)
+    size = find_family(points[0].folder).resolutions[0]
+    taken: list[list[float]] = [[] for _ in points]
+    for number in track(range(ROUNDS + 1), "latency, models in turn", unit="round"):  # the first is a warm-up
+        for index in [(number + one) % len(points) for one in range(len(points))]:
+            point, begin = points[index], time.perf_counter()
+            pipes[point.folder](
+                CAPTION,
+                width=size.width,
+                height=size.height,
+                num_inference_steps=point.steps,
+                guidance_scale=point.guidance_scale,
+                generator=torch.Generator().manual_seed(number),
+                output_type="np",
+            )
+            taken[index] += [1000 * (time.perf_counter() - begin)] if number else []
+    told = []
+    for point, one in zip(points, taken, strict=True):
+        ratios = sorted(before / now for before, now in zip(taken[0], one, strict=True))
+        faster = {"median": statistics.median(ratios), "low": ratios[1], "high": ratios[-2]}
+        told.append(
+            {"name": point.name, "steps": point.steps, "ms": one, "median_ms": statistics.median(one), "faster": faster}
+        )
+    return told
 
 
 def _about(point: Point) -> dict[str, Any]:
@@ -130,42 +164,65 @@ def _recipe(folder: Path) -> Any:
     return read_object(path).get("recipe") if path.is_file() else None
 
 
+def _pooled(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each name and number of steps: the `shares` of its seeds, their mean with its interval over all pictures,
+    and its latency."""
+    pooled = []
+    for latency in report["latency"]:
+        seeds = [row for row in report["rows"] if (row["name"], row["steps"]) == (latency["name"], latency["steps"])]
+        shares = [row["followed"]["all"] for row in seeds]
+        interval = wilson(statistics.mean(shares), len(shares) * report["settings"]["pictures"])
+        pooled.append(seeds[0] | latency | {"shares": shares, "share": statistics.mean(shares), "interval": interval})
+    return pooled
+
+
 def table(report: Mapping[str, Any]) -> str:
-    """Markdown: one row a model and number of steps; compute as a share of the first row's is its inverse speed-up."""
-    first, pictures = report["rows"][0], report["settings"]["pictures"]
+    """Markdown: one row a model and number of steps, with compute and latency against the first row's."""
+    rows, pictures = _pooled(report), report["settings"]["pictures"]
     lines = [
-        "| model | steps | UNet passes | GFLOP | less than the first | right in everything (95 %) |",
-        "|---|" + "---:|" * 5,
+        "| model | steps | UNet passes | GFLOP | less than the first | ms | faster than the first (96 %) "
+        "| right in everything (95 %) | seeds |",
+        "|---|" + "---:|" * 8,
     ]
-    for row in report["rows"]:
-        low, high = row["interval"]
-        right = f"{row['followed']['all']:.0%} ({low:.0%}–{high:.0%})"
-        less = f"{first['gflop'] / row['gflop']:.1f}×"
-        lines.append(f"| {row['name']} | {row['steps']} | {row['passes']} | {row['gflop']:.2f} | {less} | {right} |")
-    return "\n".join([*lines, "", f"{pictures} pictures of unseen captions each.", ""])
+    for row in rows:
+        (low, high), faster = row["interval"], row["faster"]
+        right = f"{row['share']:.0%} ({low:.0%}–{high:.0%})"
+        less = f"{rows[0]['gflop'] / row['gflop']:.1f}×"
+        gain = f"{faster['median']:.1f}× ({faster['low']:.1f}–{faster['high']:.1f})"
+        seeds = ", ".join(f"{share:.0%}" for share in row["shares"])
+        lines.append(
+            f"| {row['name']} | {row['steps']} | {row['passes']} | {row['gflop']:.2f} | {less} | {row['median_ms']:.0f} | "
+            f"{gain} | {right} | {seeds} |"
+        )
+    return "\n".join(
+        [*lines, "", f"{pictures} pictures of unseen captions each; latency of one, in {ROUNDS} rounds.", ""]
+    )
 
 
 def _plot(report: Mapping[str, Any], path: Path) -> None:
-    """A line a model: the share of right pictures with its interval, against compute."""
+    """A line a model: the share of right pictures with its interval, against latency."""
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name in dict.fromkeys(row["name"] for row in report["rows"]):
-        rows = sorted((row for row in report["rows"] if row["name"] == name), key=lambda row: row["gflop"])
-        shares = [row["followed"]["all"] for row in rows]
+    pooled = _pooled(report)
+    for name in dict.fromkeys(row["name"] for row in pooled):
+        rows = sorted((row for row in pooled if row["name"] == name), key=lambda row: row["median_ms"])
+        latencies, shares = [row["median_ms"] for row in rows], [row["share"] for row in rows]
         bars = [[share - row["interval"][0] for share, row in zip(shares, rows, strict=True)]]
         bars.append([row["interval"][1] - share for share, row in zip(shares, rows, strict=True)])
-        axes.errorbar([row["gflop"] for row in rows], shares, yerr=bars, marker="o", capsize=3, label=name)
-        for row, share in zip(rows, shares, strict=True):
+        axes.errorbar(latencies, shares, yerr=bars, marker="o", capsize=3, label=name)
+        for row in rows:
             axes.annotate(
-                str(row["steps"]), (row["gflop"], share), textcoords="offset points", xytext=(4, 4), fontsize=8
+                str(row["steps"]),
+                (row["median_ms"], row["share"]),
+                textcoords="offset points",
+                xytext=(4, 4),
+                fontsize=8,
             )
-    axes.set(
-        xscale="log", xlabel="GFLOP of the UNet for a picture (numbers: steps)", ylabel="pictures right in everything"
-    )
+    axes.set(xscale="log", xlabel="ms for a picture (numbers: steps)", ylabel="pictures right in everything")
     axes.set_ylim(-0.02, 1.02)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -27,8 +27,9 @@ from distill.models.families import Family
 from distill.models.module_map import ModuleMap, make_module_map
 from distill.models.networks import make_network
 from distill.studies.published import published_steps
+from distill.studies.published_lcm import W_HIGH, W_LOW, published_lcm_steps
 from distill.training.accelerator import COMPUTE_DTYPE, make_accelerator
-from distill.training.objectives import Distill
+from distill.training.objectives import Consistency, Distill, GuidanceRange, Objective
 from distill.training.objectives.taps import Level
 from distill.training.options import BenchOptions, TrainOptions
 from distill.training.recipes import Recipe
@@ -41,7 +42,7 @@ LEARNING_RATE = 1e-5
 @dataclass(frozen=True, kw_only=True)
 class Loop:
     """One way to take a training step. `features` None compares predictions alone; `online` encodes captions in each step,
-    and has the latents cached."""
+    and has the latents cached; `lcm` is latent consistency distillation."""
 
     name: str
     features: Level | None = None
@@ -49,6 +50,7 @@ class Loop:
     online: bool = False
     published: bool = False
     compiled: bool = False
+    lcm: bool = False
 
 
 LOOPS = (
@@ -61,6 +63,8 @@ LOOPS = (
     Loop(name="layer", features="layer"),
     Loop(name="self-attention", features="self-attention"),
     Loop(name="sub-block, compiled", features="sub-block", compiled=True),
+    Loop(name="published LCM", cache=False, published=True, lcm=True),
+    Loop(name="LCM", lcm=True),
 )
 
 
@@ -159,10 +163,13 @@ class Setup:
     @contextmanager
     def _stepping(self, loop: Loop) -> Iterator[Callable[[], float]]:
         if loop.published:
-            with published_steps(self.pair, self.pipe, self.samples) as step:
+            published = published_lcm_steps if loop.lcm else published_steps
+            with published(self.pair, self.pipe, self.samples) as step:
                 yield step
             return
-        objective = Distill(level=loop.features) if loop.features else Distill(feature=0.0)
+        objective: Objective = Distill(level=loop.features) if loop.features else Distill(feature=0.0)
+        if loop.lcm:
+            objective = Consistency(guidance=GuidanceRange(low=W_LOW, high=W_HIGH, embedding=None))
         cached = self.online if loop.online else self.cache
         batches = cached if loop.cache else Encoding(self.pipe, self.conditioning, self.samples)
         with self.pair.taught_by(objective) as take_step:

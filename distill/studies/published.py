@@ -21,6 +21,29 @@ from distill.training.objectives.taps import Tap, make_taps
 from distill.training.step import Pair
 
 
+def encoding_in_each_step(pair: Pair, pipe: Any, samples: Sequence[Sample]) -> Callable[[], tuple[torch.Tensor, dict]]:
+    """A function that encodes `samples` anew: the latents (batch, 4, height / 8, width / 8) in the teacher's dtype, and the
+    text and size inputs by name."""
+    device = pair.accelerator.device
+    captions = [sample.caption for sample in samples]
+    conditioning = conditioning_of(pair.teacher.config)
+    size_inputs = conditioning.size_inputs(
+        [sample.original_size for sample in samples],
+        [sample.crop_top_left for sample in samples],
+        [sample.resolution for sample in samples],
+    )
+
+    def encode() -> tuple[torch.Tensor, dict]:
+        pixels = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            posterior = pipe.vae.encode(pixels.to(device).float() / 127.5 - 1).latent_dist
+            latents = (posterior.sample() * pipe.vae.config.scaling_factor).to(pair.teacher.dtype)
+            text = conditioning.encode(pipe, captions)
+        return latents, {**text, **{name: value.to(device) for name, value in size_inputs.items()}}
+
+    return encode
+
+
 @contextmanager
 def published_steps(pair: Pair, pipe: Any, samples: Sequence[Sample]) -> Iterator[Callable[[], float]]:
     """A function that takes one step over `samples`, of one resolution and encoded by `pipe`, and returns its loss."""
@@ -29,25 +52,14 @@ def published_steps(pair: Pair, pipe: Any, samples: Sequence[Sample]) -> Iterato
     optimizer = pair.optimizer.optimizer  # without accelerate's wrapper
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     taps = make_taps("sub-block", pair.modules)
-    captions = [sample.caption for sample in samples]
-    conditioning = conditioning_of(teacher.config)
-    size_inputs = conditioning.size_inputs(
-        [sample.original_size for sample in samples],
-        [sample.crop_top_left for sample in samples],
-        [sample.resolution for sample in samples],
-    )
+    encode = encoding_in_each_step(pair, pipe, samples)
 
     def step() -> float:
-        pixels = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
-        with torch.no_grad():
-            posterior = pipe.vae.encode(pixels.to(device).float() / 127.5 - 1).latent_dist
-            latents = (posterior.sample() * pipe.vae.config.scaling_factor).to(teacher.dtype)
-            text = conditioning.encode(pipe, captions)
+        latents, text = encode()
         noise = torch.randn_like(latents)
         timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=device)
         noisy = scheduler.add_noise(latents, noise, timesteps)
-        sizes = {name: value.to(device) for name, value in size_inputs.items()}
-        inputs = {"sample": noisy, "timestep": timesteps, **text, **sizes}
+        inputs = {"sample": noisy, "timestep": timesteps, **text}
         with accelerator.autocast():
             noise_pred = call_unet(pair.model, inputs)
         with torch.no_grad():

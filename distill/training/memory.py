@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ from distill.models.resolution import Resolution
 from distill.training.accelerator import OPTIMIZER_BYTES, SHARDED_TOGETHER, trained_parameters
 from distill.training.objectives import Objective
 from distill.training.objectives.interface import Nets
-from distill.training.recipes import Recipe
+from distill.training.recipes import PREVIOUS, Recipe, Stage
 from distill.training.step import predict
 from distill.training.student import Student
 from distill.training.student.lora import adapters_off
@@ -213,42 +213,57 @@ def count_recipe_memory(
     text: Text = "cached",
     started: bool = False,
 ) -> tuple[str, dict[str, MemoryUse]]:
-    """What the recipe's deepest stage needs of each GPU, without and with gradient checkpointing, under a title; `started`
-    says that its first student begins on another than its teacher.
+    """What the recipe needs of each GPU, without and with gradient checkpointing, each at the stage that needs most, under a
+    title that names the stages; `started` says that its first student begins on another than its teacher.
 
     Raises UserError where the batch cannot be shared so.
     """
-    family = teacher.family
-    stage = max(recipe.stages, key=lambda stage: stage.student.architecture_of(teacher).depth.transformer_blocks)
     micro_batch = recipe.micro_batch(processes, accumulation)
-    resolution = family.resolutions[0]
-    uses = {
-        name: count_memory(
-            teacher,
-            stage.student,
-            stage.objective,
-            resolution=resolution,
-            micro_batch=micro_batch,
-            half=half,
-            taught_by_base=not started,
-            gradient_checkpointing=checkpointing,
-            gradients_stay=accumulation > 1 or (processes > 1 and not fsdp),
-            ema=recipe.ema_decay is not None,
-            optimizer=optimizer,
-            shards=processes if fsdp else 1,
-            text=text,
-        )
-        for name, checkpointing in (("plain", False), ("gradient checkpointing", True))
-    }
+    resolution = teacher.family.resolutions[0]
+    candidates, uses, costliest = _deepest_stages(recipe, teacher), {}, {}
+    for name, checkpointing in (("plain", False), ("gradient checkpointing", True)):
+        needs = [
+            count_memory(
+                taught_by,
+                stage.student,
+                stage.objective,
+                resolution=resolution,
+                micro_batch=micro_batch,
+                half=half,
+                taught_by_base=not started,
+                gradient_checkpointing=checkpointing,
+                gradients_stay=accumulation > 1 or (processes > 1 and not fsdp),
+                ema=recipe.ema_decay is not None,
+                optimizer=optimizer,
+                shards=processes if fsdp else 1,
+                text=text,
+            )
+            for stage, taught_by in candidates
+        ]
+        uses[name], costliest[name] = max(zip(needs, candidates, strict=True), key=lambda pair: pair[0].total)
+    stages = [stage for stage, _ in costliest.values()]
+    named = dict.fromkeys(stage.name for stage in stages)
     gpus = "one GPU" if processes == 1 else f"each of {processes} GPUs"
     title = (
-        f"memory needed of {gpus} at its peak, {recipe.name}, stage {stage.name}: {micro_batch} pictures of "
+        f"memory needed of {gpus} at its peak, {recipe.name}, stage {' and '.join(named)}: {micro_batch} pictures of "
         f"{resolution} at once, {str(half).removeprefix('torch.')}"
     )
     if text == "online":
-        share = _text_share(teacher, stage.student.architecture_of(teacher), stage.objective)
+        stage, taught_by = costliest["plain"]
+        share = _text_share(taught_by, stage.student.architecture_of(teacher), stage.objective)
         title += f", captions encoded in each step ({share:.1%} of its arithmetic)"
     return title, uses
+
+
+def _deepest_stages(recipe: Recipe, teacher: Architecture) -> list[tuple[Stage, Architecture]]:
+    """For each objective of the recipe, whatever its `steps`, the stage with the deepest student, and what teaches there."""
+    made = [stage.student.architecture_of(teacher) for stage in recipe.stages]
+    taught_by = [made[i - 1] if stage.teacher == PREVIOUS else teacher for i, stage in enumerate(recipe.stages)]
+    deepest: dict[str, int] = {}
+    for i in sorted(range(len(made)), key=lambda i: -made[i].depth.transformer_blocks):
+        objective = {name: value for name, value in asdict(recipe.stages[i].objective).items() if name != "steps"}
+        deepest.setdefault(repr(objective), i)
+    return [(recipe.stages[i], taught_by[i]) for i in deepest.values()]
 
 
 def _text_share(teacher: Architecture, student: Architecture, objective: Objective) -> float:

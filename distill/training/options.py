@@ -79,7 +79,7 @@ class BenchOptions:
     """Timed steps of each loop, taken in turn."""
     loops: Annotated[tuple[str, ...], arg(help_behavior_hint="(default: all)")] = ()
     """Only these: published, block, sub-block, layer, self-attention, "output only", "sub-block, no cache",
-    "sub-block, text online", "sub-block, compiled"."""
+    "sub-block, text online", "sub-block, compiled", "published LCM", LCM."""
     kernels: bool = False
     """Say by kernel family where each loop's time goes, by torch's profiler, after the timed steps."""
     mixed_precision: Precision = "no"

@@ -1,7 +1,7 @@
 """Progress of several builds with the time left: a bar on a terminal, a line every ten seconds elsewhere.
 
 rich estimates the time left from the speed of updates. TensorRT-RTX reports nothing for most of a profile, so here the
-time left is that of the jobs' expected costs until something is done.
+jobs' expected costs stand for what is not known yet, and between two reports the time left counts down.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class BuildProgress:
         self.console = console or Console(highlight=False, markup=False)
         self._costs, self._clock = costs, clock
         self._job, self._label, self._fraction = -1, "", 0.0
-        self._started = self._spoke = clock()
+        self._started = self._ends = self._spoke = clock()
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
         self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self._task = self._bar.add_task("", total=sum(costs))
@@ -49,18 +49,27 @@ class BuildProgress:
 
     @property
     def left(self) -> str:
-        """The time left: at the pace so far, or as expected until something is done."""
-        elapsed, total = self._clock() - self._started, sum(self._costs)
-        seconds = elapsed * (total / self._done - 1) if self._done else total - elapsed
+        """The time left, as the last report had it."""
+        seconds, total = self._ends - self._clock(), sum(self._costs)
         return f"about {duration(seconds)} left" if seconds > 0 else f"longer than the {duration(total)} expected"
+
+    def _foresee(self) -> None:
+        """When all will be done, at the pace so far. A tenth of all the work counts as done as expected beforehand, so that
+        the first reports do not make the time left jump."""
+        now, total = self._clock(), sum(self._costs)
+        pace = (now - self._started + total / 10) / (self._done + total / 10)
+        self._ends = now + pace * (total - self._done)
 
     def start(self, label: str) -> None:
         self._job, self._label, self._fraction = self._job + 1, label, 0.0
+        self._foresee()
         self._show("started", always=True)
 
     def update(self, phase: str, fraction: float) -> None:
         """`fraction` of the running job is done, as far as the builder knows."""
-        self._fraction = max(self._fraction, fraction)
+        if fraction > self._fraction:
+            self._fraction = fraction
+            self._foresee()
         self._show(phase)
 
     def finish(self, summary: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -59,6 +61,11 @@ def engine_table(manifest: Manifest) -> Table:
     return table
 
 
+def shape_text(shape: Sequence[int | str]) -> str:
+    """`(any, 4, any, any)`: TensorRT's axes without a size have no name either; the profiles tell their range."""
+    return f"({', '.join('any' if re.fullmatch(r'dim[0-9]+', str(size)) else str(size) for size in shape)})"
+
+
 def target_text(engine: Engine) -> str:
     """`a100 rtx4090 (8.0 8.9)`, or `any`."""
     if not engine.compute_capabilities:
@@ -79,7 +86,7 @@ def print_inspection(bundle: Path, as_json: bool = False) -> int:
         wide.print(f"\n{engine.files[0].path}{built_with}")
         for side, tensors in (("in ", engine.inputs), ("out", engine.outputs)):
             for tensor in tensors:
-                wide.print(f"  {side} {tensor.name}: {tensor.dtype} {tensor.shape}")
+                wide.print(f"  {side} {tensor.name}: {tensor.dtype} {shape_text(tensor.shape)}")
         for profile in engine.profiles:
             sizes = " ".join(profile.resolutions)
             wide.print(f"  profile {profile.index}: up to {profile.batch} image(s), {sizes}")

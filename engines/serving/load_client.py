@@ -45,6 +45,17 @@ def random_word() -> str:
     return "".join(random.choices(string.ascii_lowercase, k=8))
 
 
+def fill_in(request: dict[str, Any], parameters: dict[str, str]) -> None:
+    """What the job leaves open is what the server takes by default: its first size, and the steps and guidance of its model.
+    One of an earlier slimxl does not tell the last two, and takes 25 and 5."""
+    if request["width"] is None:
+        request["width"], request["height"] = map(int, parameters["sizes"].split(",")[0].split("x"))
+    if request["steps"] is None:
+        request["steps"] = int(parameters.get("steps", 25))
+    if request["guidance"] is None:
+        request["guidance"] = float(parameters.get("guidance", 5))
+
+
 class Pace:
     """Tells all clients together when to send: `rate` requests a second."""
 
@@ -143,8 +154,7 @@ def main() -> int:
         for _ in range(group["count"])
     ]
     tell(server=server, parameters=parameters, instances=instances, max_batch_size=config["max_batch_size"])
-    if job["request"]["width"] is None:
-        job["request"]["width"], job["request"]["height"] = map(int, parameters["sizes"].split(",")[0].split("x"))
+    fill_in(job["request"], parameters)
     tell(request=job["request"])
     for concurrency in job["concurrency"]:
         Level(job, concurrency).run()

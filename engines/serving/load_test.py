@@ -51,8 +51,8 @@ SAMPLE_SECONDS = 1.0
 
 
 def make_request(workload: Workload) -> dict[str, Any]:
-    """The inputs by name. The clients count the seed up and end each prompt with another word. Raises UserError for a size
-    that cannot be read."""
+    """The inputs by name; for those that are None the clients take the server's defaults, count the seed up and end each
+    prompt with another word. Raises UserError for a size that cannot be read."""
     resolution = Resolution.parse(workload.size) if workload.size else None
     return {
         "prompt": PROMPT,

@@ -42,14 +42,15 @@ class Workload:
 
     size: str | None = None
     """Of the pictures, WIDTHxHEIGHT in pixels, e.g. 1024x1024. None: the first that is served."""
-    steps: int = DEFAULTS["steps"]
-    """Denoising steps, 1 to 200."""
-    guidance: float = DEFAULTS["guidance"]
-    """Guidance scale, 0 to 50; up to 1 is no guidance."""
+    steps: int | None = None
+    """Denoising steps, 1 to 200. None: the server's default (a few-step model's own, else 25)."""
+    guidance: float | None = None
+    """Guidance scale, 0 to 50; up to 1 is no guidance. None: the server's default (a few-step model's own, else 5)."""
     images: int = DEFAULTS["images"]
     """Pictures for each request, 1 to 16."""
 
     def __post_init__(self) -> None:
         """Raises UserError for what no server takes."""
         for name in ("steps", "guidance", "images"):
-            require_between(*LIMITS[name], **{name: getattr(self, name)})
+            if (value := getattr(self, name)) is not None:
+                require_between(*LIMITS[name], **{name: value})

@@ -15,6 +15,7 @@ from engines.bundle import MANIFEST, Manifest, read_manifest
 from engines.integrity import verify_bundle
 from engines.serving.options import Serving
 from engines.serving.placement import Placement, choose_placement, parse_devices, served_sizes
+from engines.serving.request import defaults
 
 MODEL_SOURCE = Path(__file__).with_name("model.py")
 MODEL = "slimxl"
@@ -93,6 +94,7 @@ def model_config(bundle: Path, manifest: Manifest, place: Placement, serving: Se
     Triton's batcher hands over the requests that wait, without waiting for more; the model draws together what is alike.
     """
     sizes, max_images = served_sizes(manifest, place)
+    own = defaults(manifest.source.sampling)
     lines = [SIGNATURE, f"name: {quote(MODEL)}", 'backend: "python"', f"max_batch_size: {max_images}"]
     for name, kind, optional in INPUTS:
         tail = " optional: true" if optional else ""
@@ -105,6 +107,8 @@ def model_config(bundle: Path, manifest: Manifest, place: Placement, serving: Se
         "source": manifest.source.name,
         "flavor": place.flavor,
         "sizes": ",".join(sizes),
+        "steps": str(own["steps"]),
+        "guidance": str(own["guidance"]),
         "warm_up": str(serving.warm_up).lower(),
     }
     if serving.execution_env:

@@ -30,16 +30,18 @@ BATCHED_BY = ("width", "height", "steps", "guidance")
 """Requests that agree in these can be drawn as one batch."""
 
 
+def defaults(sampling: Sampling | None) -> dict[str, Any]:
+    """What a request asks for where it does not say; a few-step model has its own steps and guidance, by `sampling`."""
+    own = {"steps": sampling.steps, "guidance": sampling.guidance_scale} if sampling else {}
+    return DEFAULTS | {name: value for name, value in own.items() if value is not None}
+
+
 def read_values(inputs: Mapping[str, np.ndarray], sizes: list[str], sampling: Sampling | None = None) -> dict[str, Any]:
-    """The request's values by name, with defaults; `sizes` are those served, and the first is the default. A few-step model
-    has its own steps and guidance, by `sampling`.
+    """The request's values by name, with defaults; `sizes` are those served, and the first is the default.
 
     Raises UserError, with what was got and what is allowed, for a request that cannot be drawn.
     """
-    values = dict(DEFAULTS)
-    if sampling:
-        values["steps"] = sampling.steps or values["steps"]
-        values["guidance"] = values["guidance"] if sampling.guidance_scale is None else sampling.guidance_scale
+    values = defaults(sampling)
     for name, array in inputs.items():
         if array.size != 1:
             raise UserError(f"{name} has {array.size} values, a request takes one; send a request for each prompt")

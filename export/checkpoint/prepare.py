@@ -10,11 +10,13 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from distill.checkpoints.folder import file_hashes, network_folders, read_config
 from distill.checkpoints.load import load_pipeline
+from distill.checkpoints.sampling import Sampling, sampling_of
 from distill.checkpoints.sources import make_checkpoint
 from distill.checkpoints.tensors import component_tensors, component_weights
 from distill.common.errors import UserError
@@ -91,23 +93,33 @@ def with_vae(checkpoint: Path, vae: str, workdir: Path) -> Path:
     return make_checkpoint(workdir / f"{checkpoint.name}-vae-{digest[:12]}", make)
 
 
+def drawn_as(checkpoint: Path, loras: Sequence[Lora]) -> Sampling | None:
+    """How `checkpoint` is drawn with once the LoRAs are fused: as the last of those says which were taught here, in the
+    slimxl.json beside it, else as before."""
+    stated = (sampling_of(folder) for folder in (*(path.parent for path, _ in reversed(loras)), checkpoint))
+    return next(filter(None, stated), None)
+
+
 def with_loras(checkpoint: Path, sha256: str, loras: Sequence[Lora], workdir: Path) -> Path:
     """`checkpoint`, of this hash, with LoRAs fused in the given order, computed in float32 and kept in float16 where the
     checkpoint is, else in float32: bfloat16 would round a good part of a LoRA away.
 
-    The UNet and the text encoders are changed, in diffusers' and in kohya's naming. Raises UserError for a file that is
+    The UNet and the text encoders are changed, in diffusers' and in kohya's naming, and the scheduler to one that a LoRA
+    was taught for. Raises UserError for a file that is
     no LoRA, or of another architecture.
     """
     if not loras:
         return checkpoint
     for path, scale in loras:
         check_lora(path, scale)
-    recipe = [str(checkpoint.resolve()), sha256, *((sha256_file(path), scale) for path, scale in loras)]
+    sampling = drawn_as(checkpoint, loras)
+    recipe: list[object] = [str(checkpoint.resolve()), sha256, *((sha256_file(path), scale) for path, scale in loras)]
+    recipe += [asdict(sampling)] if sampling else []
     folder = workdir / f"{checkpoint.name}-lora-{sha256_json(recipe)[:12]}"
-    return make_checkpoint(folder, lambda temporary: _fuse(checkpoint, loras, temporary))
+    return make_checkpoint(folder, lambda temporary: _fuse(checkpoint, loras, sampling, temporary))
 
 
-def _fuse(checkpoint: Path, loras: Sequence[Lora], folder: Path) -> None:
+def _fuse(checkpoint: Path, loras: Sequence[Lora], sampling: Sampling | None, folder: Path) -> None:
     import torch
 
     dtypes, needed_bytes = {}, 0
@@ -123,7 +135,10 @@ def _fuse(checkpoint: Path, loras: Sequence[Lora], folder: Path) -> None:
         fused = load_lora(pipe, path, name, checkpoint.name)
         pipe.fuse_lora(components=fused, lora_scale=scale, adapter_names=[name])
         pipe.unload_lora_weights()
-    _link(checkpoint, folder, list(parts))
+    _link(checkpoint, folder, [*parts, "scheduler"])
+    shutil.copytree(checkpoint / "scheduler", folder / "scheduler")
+    if sampling:
+        sampling.write_scheduler(folder)
     for name, part in parts.items():
         part.to(dtypes[name]).save_pretrained(folder / name, safe_serialization=True)
 

@@ -11,7 +11,7 @@ from conftest import fake_options
 from bench.contestants.spec import Spec, parse_specs
 from bench.quality.fidelity import FidelityOptions
 from bench.results import read_results
-from bench.run import run_bench
+from bench.run import make_plan, run_bench
 from bench.workload import Workload, family_resolutions, make_workloads
 from distill.common.errors import UserError, parse_counts
 from distill.models.families import MINI_FAMILY
@@ -101,7 +101,7 @@ def test_one_that_raises_after_the_timed_rounds_costs_only_its_own(tmp_path, mon
     real = FakeContestant.draw
 
     def draw(self, workload, mark):
-        if self.name == "teacher" and workload.steps == 20:
+        if self.name == "teacher" and workload.seed >= 1000:
             raise MemoryError("too large")
         return real(self, workload, mark)
 
@@ -348,7 +348,7 @@ def test_damaged_artifacts_are_told_before_anything_is_loaded(tmp_path, monkeypa
         ({"sustained_seconds": -1.0}, "--sustained-seconds is -1.0"),
         ({"out": Path(), "scheduler": "eulr"}, "is a folder"),
         ({"energy_seconds": float("nan")}, "--energy-seconds is nan"),
-        ({"picture_steps": 0}, "--picture-steps is 0"),
+        ({"mlperf": True}, "--mlperf sets --steps"),
         ({"steps": "0"}, "from 1 to 1000"),
         ({"steps": "many"}, "whole numbers"),
         ({"guidance": "strong"}, "guidance"),
@@ -391,3 +391,12 @@ def test_workloads_change_one_thing_at_a_time():
     assert found[0] == Workload(resolution=Resolution(128, 128), steps=8, prompts=("a",))
     assert found[-1].unet_batch == 1 and found[0].unet_batch == 2
     assert found[-2].batch_prompts() == ["a", "a"]
+
+
+def test_mlperfs_way_is_one_noise_and_a_negative_prompt(tmp_path):
+    plan = make_plan(fake_options(tmp_path / "r.json", mlperf=True, steps=None))
+    [main] = [workload for workload in plan.workloads if workload.resolution == Resolution(1024, 1024)]
+    assert main.name == "1024x1024, 20 steps, batch 1, guidance 8, euler, negative prompt"
+    assert main.for_picture("x", 7, main.resolution).seed == main.seed and main.negative_prompt
+    plain = replace(main, one_noise=False)
+    assert plain.for_picture("x", 7, main.resolution).seed == 7

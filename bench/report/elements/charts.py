@@ -16,8 +16,8 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 12, 24, 34
 @dataclass
 class Series:
     """`points` are (x, y) or (x, y, low, high); `colour` is the index of a contestant's colour;
-    `shift` moves the dots sideways by so many pixels, for whiskers that would lie on each other; one that `failed` the
-    quality guard has hollow dots and a dashed line."""
+    `shift` moves the dots sideways by so many pixels, for whiskers that would lie on each other; `labels` stand beside the
+    dots, one for each; one that `failed` the quality guard has hollow dots and a dashed line."""
 
     label: str
     colour: int
@@ -25,6 +25,7 @@ class Series:
     dots: bool = True
     line: bool = True
     shift: float = 0.0
+    labels: list[str] = field(default_factory=list)
     failed: bool = False
 
 
@@ -47,17 +48,19 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten within the range, with their halves and fifths where there are few."""
+    """Powers of ten within the range, with their halves and fifths where there are few; even steps in a range too narrow
+    for those."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     tens = [10.0**exponent for exponent in exponents if low * 0.999 <= 10.0**exponent <= high * 1.001]
     if len(tens) >= 2:
         return tens
-    return [
+    finer = [
         factor * 10.0**exponent
         for exponent in exponents
         for factor in (1, 2, 5)
         if low * 0.999 <= factor * 10.0**exponent <= high * 1.001
     ]
+    return finer if len(finer) >= 2 else nice_ticks(low, high)
 
 
 def number(value: float) -> str:
@@ -129,7 +132,7 @@ def line_chart(series: list[Series], x: Axis, y: Axis, title: str) -> Markup:
         marks = f"c{one.colour} failed" if one.failed else f"c{one.colour}"
         if one.line:
             parts.append(f'<polyline class="line {marks}" points="{path}"/>')
-        for point in one.points if one.dots else []:
+        for index, point in enumerate(one.points if one.dots else []):
             at_x, at_y = to_x(point[0]) + one.shift, to_y(point[1])
             if len(point) == 4:
                 parts.append(
@@ -141,36 +144,9 @@ def line_chart(series: list[Series], x: Axis, y: Axis, title: str) -> Markup:
             parts.append(
                 f'<circle class="dot {marks}" cx="{at_x:.1f}" cy="{at_y:.1f}" r="3.2"><title>{tip}</title></circle>'
             )
-    parts.append("</svg>")
-    return Markup("".join(parts))
-
-
-def dot_whiskers(rows: list[tuple[str, int, float, float | None, float | None]], unit: str, title: str) -> Markup:
-    """One line per row (label, colour, value, low, high) on a common scale from zero, with a dashed line at 1."""
-    if not rows:
-        return Markup("")
-    height = 20 + 26 * len(rows) + 20
-    top = max(max(value, high or value) for _, _, value, _, high in rows) * 1.12
-    left = 84
-
-    def at(value: float) -> float:
-        return left + value / top * (WIDTH - left - 46)
-
-    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">']
-    for value in nice_ticks(0, top, 4):
-        x = at(value)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="6" y2="{height - 22}"/>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{height - 8}" text-anchor="middle">{tick(value)}{unit}</text>')
-    if top > 1:
-        parts.append(f'<line class="grid one" x1="{at(1):.1f}" x2="{at(1):.1f}" y1="6" y2="{height - 22}"/>')
-    for index, (label, colour, value, low, high) in enumerate(rows):
-        y = 22 + 26 * index
-        parts.append(f'<text class="row-label" x="{left - 8}" y="{y + 4}" text-anchor="end">{escape(label)}</text>')
-        if low is not None and high is not None:
-            parts.append(
-                f'<line class="whisker wide c{colour}" x1="{at(low):.1f}" x2="{at(high):.1f}" y1="{y}" y2="{y}"/>'
-            )
-        parts.append(f'<circle class="dot c{colour}" cx="{at(value):.1f}" cy="{y}" r="4.5"/>')
-        parts.append(f'<text class="value" x="{at(high or value) + 9:.1f}" y="{y + 4}">{value:.2f}{unit}</text>')
+            if one.labels:
+                parts.append(
+                    f'<text class="tick" x="{at_x + 5:.1f}" y="{at_y - 5:.1f}">{escape(one.labels[index])}</text>'
+                )
     parts.append("</svg>")
     return Markup("".join(parts))

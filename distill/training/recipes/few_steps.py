@@ -104,6 +104,16 @@ def mini_lcm_vega(student: str = "mini-vega", layer_map: str | LayerMap = "first
     return _followed_by(recipe, "mini-lcm-vega", _mini("lcm", recipe.stages[-1].student, 400, objective, MINI_WARM))
 
 
+def mini_lcm(student: str = "mini-vega", layer_map: str | LayerMap = "first") -> Recipe:
+    """The last stage alone, in two minutes, on a student that is there (`--start`): at the one guidance scale that the mini
+    teacher is judged with, by few large steps of the solver, along which consistency has a short way to go."""
+    objective = Consistency(
+        solver_steps=20, guidance=GuidanceRange(low=4.0, high=4.0, embedding=None), target_decay=None
+    )
+    stage = _mini("lcm", Pruned(architecture=student, layer_map=layer_map), 150, objective, MINI_WARM)
+    return _of_stages("mini-lcm", replace(stage, teacher="mini:sdxl", learning_rate=4e-4), batch_size=8)
+
+
 def mini_halving(student: str = "mini-vega", layer_map: str | LayerMap = "first") -> Recipe:
     """Mini Vega in 8 steps at one guidance scale, in one pass each, then in 4."""
     recipe = mini_vega(student, layer_map)
@@ -126,6 +136,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "guidance-sdxl": guidance_sdxl,
     "halving-sdxl": halving_sdxl,
     "mini-lcm-vega": mini_lcm_vega,
+    "mini-lcm": mini_lcm,
     "mini-halving": mini_halving,
     "mini-guidance": mini_guidance,
 }

@@ -76,8 +76,8 @@ class Recipe:
     )
 
     def __post_init__(self) -> None:
-        """Raises ValueError, which pydantic tells with its place, for a first stage without a teacher, and for adapters on a
-        student that would not stay."""
+        """Raises ValueError, which pydantic tells with its place, for a first stage without a teacher, for adapters on a
+        student that would not stay, and for a teacher that waits for a guidance scale and is told none."""
         if self.stages and self.stages[0].teacher == PREVIOUS:
             raise ValueError(f"the first stage has no {PREVIOUS} student to learn from: name its teacher")
         adapted = [stage.name for stage in self.stages if stage.student.adapter]
@@ -86,6 +86,20 @@ class Recipe:
                 f"stage {adapted[0]} trains a LoRA, kept apart from what it is put on, so it must be the only stage; "
                 "train the others first, and name the finished student's folder as the teacher of this one"
             )
+        told = None
+        for stage in self.stages:
+            objective = stage.objective
+            if (
+                told
+                and stage.teacher == PREVIOUS
+                and objective.needs_teacher
+                and not getattr(objective, "guidance", None)
+            ):
+                raise ValueError(
+                    f"stage {stage.name} learns from the student of stage {told}, whose UNet is told a guidance scale, and "
+                    f"its objective {objective.kind!r} tells it none: give it a guidance range, or another teacher"
+                )
+            told = told or (objective.student_config and stage.name)
 
     def micro_batch(self, processes: int, accumulation: int) -> int:
         """Samples that one process passes at once. Raises UserError where the batch cannot be shared so."""

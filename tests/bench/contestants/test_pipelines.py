@@ -104,7 +104,7 @@ def test_every_shape_is_compiled(monkeypatch):
             pipe.unet(torch.zeros(1, 4, 20, 20))
 
 
-def test_seed_scheduler_and_guidance_reach_the_pipeline(eager):
+def test_seed_scheduler_guidance_and_negative_prompt_reach_the_pipeline(eager):
     from dataclasses import replace
 
     def draw(**changes):
@@ -117,6 +117,7 @@ def test_seed_scheduler_and_guidance_reach_the_pipeline(eager):
         {"scheduler": "ddim"},
         {"scheduler": "HeunDiscreteScheduler"},
         {"guidance_scale": 1.0},
+        {"negative_prompt": "a large red circle"},
     ):
         assert (draw(**changes) != base).any(), changes
     assert (draw() == base).all()  # and nothing of it stays

@@ -1,4 +1,5 @@
 import base64
+import csv
 import json
 import re
 from html.parser import HTMLParser
@@ -6,6 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from bench.contestants.contestant import STAGES
 from bench.floor.predict import floor_ms
 from bench.quality.guard import png_base64
 from bench.report.elements.formatting import milliseconds
@@ -27,7 +29,7 @@ class Balanced(HTMLParser):
         self.open, self.faults, self.addresses = [], [], []
 
     def handle_starttag(self, tag, attributes):
-        self.addresses += [value for key, value in attributes if key in ("src", "href") and value]
+        self.addresses += [value for key, value in attributes if key in ("src", "href") and value and tag != "a"]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -39,27 +41,39 @@ class Balanced(HTMLParser):
             self.faults.append((tag, self.getpos()))
 
 
+PICTURE = {"seed": 7, "resolution": "64x64", "steps": 3, "guidance_scale": 5.0, "png_base64": None, "follows": None}
+
+
+def as_models(results_path, right=(20, 18), **changes):
+    """The fakes' results as if models had drawn: each guarded, and so many of its 20 pictures right at each step count."""
+    value = json.loads(results_path.read_text())
+    for record, count in zip(value["contestants"], right, strict=True):
+        record |= {"spec": "eager@fp32:x", "runtime": "diffusers eager", "precision": "fp32"}
+        record["quality"] |= {"passed": True, "words": []}
+        for steps in (3, 6):
+            told = {"contestant": record["name"], "prompt": "a large red circle", "steps": steps}
+            judged = [told | {"follows": {"shape": index < count}} for index in range(20)]
+            value["pictures"] += [PICTURE | one for one in judged]
+    return value | changes
+
+
+def report_of(tmp_path, value, *more, **options):
+    """(index.html, report.md, report.json) of one results file and others."""
+    (tmp_path / "r.json").write_text(json.dumps(value))
+    write_report([tmp_path / "r.json", *more], tmp_path / "out", **options)
+    page, text = ((tmp_path / "out" / name).read_text() for name in ("index.html", "report.md"))
+    return page, text, json.loads((tmp_path / "out" / "report.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def report(results_path, tmp_path_factory):
     """A report with pictures, losses and engines put into the fakes' results."""
     value = json.loads(results_path.read_text())
     png = png_base64(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8))
-    value["pictures"] = [
-        {
-            "contestant": name,
-            "prompt": "a <b>bold</b> prompt",
-            "seed": 7,
-            "resolution": "64x64",
-            "steps": 3,
-            "guidance_scale": 5.0,
-            "png_base64": png,
-            "follows": None,
-        }
-        for name in ("teacher", "vega")
-    ]
-    losses = [
-        {"stage": "one", "steps": 20, "seconds": 9.0, "points": [[1, 0.5, {"task": 0.4}], [20, 0.1, {"task": 0.09}]]}
-    ]
+    drawn = PICTURE | {"prompt": "a <b>bold</b> prompt", "png_base64": png}
+    value["pictures"] = [drawn | {"contestant": name} for name in ("teacher", "vega")]
+    points = [[1, 0.5, {"task": 0.4}], [20, 0.1, {"task": 0.09}]]
+    losses = [{"stage": name, "steps": 20, "seconds": 9.0, "points": points} for name in ("one", "two")]
     checkpoint = {"kind": "checkpoint", "folder": "vega", "bytes": 10, "weights_bytes": 9, "unet_bytes": 8}
     engine = {
         "component": "unet", "flavor": "tensorrt-rtx", "flavor_version": "1.7.1", "layout": "ranged",
@@ -88,8 +102,21 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(report):
     parser.feed(page)
     assert parser.faults == [] and parser.open == []
     assert all(one.startswith(("data:", "#")) for one in parser.addresses), parser.addresses
-    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)
+    assert "http" not in re.sub(r'base64,[A-Za-z0-9+/=]+|<a class="published" href="[^"]+">', "", page)
     assert "{{" not in page and "{%" not in page
+
+
+def test_a_few_step_model_is_told_with_its_own_steps(results_path, tmp_path):
+    value = as_models(results_path)
+    value["contestants"][1]["taught"] = {"steps": 1, "guidance_scale": 1.0}
+    value["pictures"] = [one for one in value["pictures"] if (one["contestant"], one["steps"]) != ("vega", 6)]
+    for one in value["pictures"]:
+        if one["contestant"] == "vega":
+            one["steps"] = 1
+    page, _, told = report_of(tmp_path, value)
+    assert "Vega, 1 step" in page and "Vega draws as it was taught: 1 step, guidance 1." in page
+    chart = page[page.index('id="quality-latency"') :].partition("</svg>")[0]
+    assert chart.count("<circle") == 3 and ">1</text>" in chart and told["headline"]["best"] == "vega"
 
 
 def test_a_load_test_joins_the_report(results_path, tmp_path):
@@ -149,6 +176,23 @@ def test_a_load_test_joins_the_report(results_path, tmp_path):
         write_report([results_path, tmp_path / "load.json"], tmp_path / "out")
 
 
+def test_a_sustained_run_is_drawn_and_what_its_figures_depend_on_is_told(results_path, tmp_path):
+    value = as_models(results_path, in_turns="<too large>")
+    at_s = [float(second) for second in range(500)]
+    gpu = {"at_s": at_s[:3], "sm_clock_mhz": [1980.0, None, 1700.0]}
+    slower = [100.0] * 250 + [110.0] * 250
+    trace = {"seconds": 500.0, "images": 500, "at_s": at_s, "total_ms": slower, "gpu": gpu}
+    control = {"what": "that is not told its prompt", "noise_error": 0.4, "caught": True}
+    value["contestants"][1] |= {"sustained": trace, "random_weights": True, "weights_sha256": "f" * 64}
+    value["contestants"][1]["quality"] |= {"noise_errors": [0.001, 0.0123], "control": control}
+    page, _, _ = report_of(tmp_path, value)
+    section = page[page.index("Without a pause") :].partition("</section>")[0]
+    assert section.count("<svg") == 2 and ">+10 %<" in page and "500 in 8 min 20 s" in page
+    assert "Vega: random weights." in page and "f" * 64 in page
+    assert "noise_pred off by 1.2 % at the worst step; a UNet that is not told its prompt was caught" in page
+    assert "one after the other (&lt;too large&gt;)" in page and "in interleaved rounds." not in page
+
+
 def test_what_users_gave_is_escaped(report):
     page = (report / "index.html").read_text()
     assert "a &lt;b&gt;bold&lt;/b&gt; prompt" in page and "<b>bold" not in page
@@ -159,7 +203,11 @@ def test_the_page_shows_pictures_losses_and_engines(report):
     page = (report / "index.html").read_text()
     encoded = re.search(r"data:image/png;base64,([^\"]+)", page).group(1)
     assert base64.b64decode(encoded).startswith(b"\x89PNG")
-    assert "20 steps in 9.0 s: 0.5 → 0.1" in page
+    assert "40 steps in 18.0 s. one: 0.5 → 0.1; two: 0.5 → 0.1" in page
+    chart = page[page.index('<section id="distillation">') :].partition("</svg>")[0]
+    assert chart.count("<polyline") == 2, "two stages are two students"
+    ticks = re.findall(r'text-anchor="end">([^<]+)</text>', chart)
+    assert len(ticks) >= 2, "a scale can be read"
     assert "compute capability 8.0, 8.9" in page and "1.5 GB" in page
 
 
@@ -182,7 +230,8 @@ def test_an_engine_counts_as_run_where_a_contestant_held_it_and_finished(report,
         built = json.loads((tmp_path / "out" / "report.json").read_text())["built"]
         assert [one["ran"] for one in built] == states
         page = (tmp_path / "out" / "index.html").read_text()
-        assert page.count(">built and run</span></td>") + page.count(">built and run</span><small>") == sum(states)
+        assert page.count("<small>✓ 1 of 1 run</small>") == sum(states)
+        assert page.count("<small>built, not run</small>") == len(states) - sum(states)
 
 
 def test_nothing_predicted_looks_measured(report):
@@ -213,20 +262,89 @@ def test_the_markdown_is_a_summary_with_the_same_figures(report):
 
 
 def test_a_main_batch_is_not_told_as_one_picture(results_path, tmp_path):
-    def told(value):
-        (tmp_path / "r.json").write_text(json.dumps(value))
-        write_report([tmp_path / "r.json"], tmp_path / "out")
-        return [(tmp_path / "out" / name).read_text() for name in ("index.html", "report.md")]
-
-    value = json.loads(results_path.read_text())
-    for text in told(value):
+    value = as_models(results_path)
+    for text in report_of(tmp_path, value)[:2]:
         assert "draws a picture in" in text and "4 pictures" not in text
     for cell in value["cells"]:
         cell["workload"]["batch"] = 4
-    page, text = told(value)
+    page, text, _ = report_of(tmp_path, value)
     for one in (page, text):
         assert "draws 4 pictures in" in one and "draws a picture" not in one
     assert page.count(">ms for 4 pictures</text>") == 2 and page.count(">4 pictures, median of 8") == 2
+
+
+def test_speed_and_quality_are_headed_together(results_path, tmp_path):
+    page, text, told = report_of(tmp_path, as_models(results_path), price=3.6)
+    assert told["headline"]["best"] == "vega" and "1.75× as fast as" in page
+    for one in (page, text):
+        assert "18 of 20 right (70–97 %), Teacher 20 of 20 right (84–100 %)" in one
+    chart = page[page.index('id="quality-latency"') :].partition("</svg>")[0]
+    assert chart.count("<circle") == 4 and ">6</text>" in chart, "each model with each number of steps"
+    assert "<small>batch 1</small>" in page and "$0.008" in page  # 8 ms a picture at $3.60 an hour
+    assert "and worse ones" not in page + text
+    for one in report_of(tmp_path, as_models(results_path, right=(20, 5)))[:2]:
+        assert "1.75×" in one and "and worse ones" in one
+    samples = list(csv.DictReader((tmp_path / "out" / "samples.csv").open()))
+    assert len(samples) == 2 * 3 * 8 and {one["contestant"] for one in samples} == {"teacher", "vega"}
+    assert sum(float(samples[0][f"{stage}_ms"]) for stage in STAGES) == pytest.approx(float(samples[0]["total_ms"]))
+    with pytest.raises(UserError, match="--price -1"):
+        report_of(tmp_path, as_models(results_path), price=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"quality": {"passed": None, "words": []}}, "Vega was not checked by the quality guard"),
+        ({"quality": {"passed": False, "words": []}}, "Vega failed the quality guard"),
+        ({"runtime": "ONNX Runtime", "precision": "fp16"}, "with another runtime and precision than Teacher"),
+        ({"spec": "fake:"}, None),
+    ],
+)
+def test_what_may_not_be_headed_as_best_is_told_and_why(results_path, tmp_path, change, why):
+    value = as_models(results_path)
+    value["contestants"][1] |= change
+    page, _, told = report_of(tmp_path, value)
+    assert told["headline"]["best"] is None and "draws a picture in" not in page
+    assert "A picture takes Teacher" in page
+    assert f"but {why}" in page if why else "vega" not in page.partition("<ul")[0].lower().partition("vega: fake")[0]
+
+
+def test_a_model_whose_pictures_nobody_judged_is_not_the_best(results_path, tmp_path):
+    page, text, told = report_of(tmp_path, as_models(results_path, pictures=[]))
+    assert told["headline"]["best"] is None
+    for one in (page, text):
+        assert "how good its pictures are beside Teacher's is not known" in one.replace("&#39;", "'")
+
+
+def test_a_tally_joins_the_report(results_path, tmp_path):
+    """A model that was drawn with other steps than were timed takes no part."""
+    share = {"value": 0.6, "low": 0.55, "high": 0.65}
+    tally = {"schema_version": "slimxl.bench.study.tally/1", "study": "s", "models": [], "counted": {"standings": []}}
+    for name, steps in (("teacher", 3), ("vega", 3), ("<other>", 3)):
+        tally["models"].append({"name": name, "steps": steps})
+        tally["counted"]["standings"].append({"model": name, "votes": 9, "preference": share})
+    (tmp_path / "t.json").write_text(json.dumps(tally))
+    page, _, told = report_of(tmp_path, as_models(results_path, pictures=[]), tmp_path / "t.json")
+    assert told["headline"]["best"] == "vega" and "preferred in 60 % of votes (55–65 %)" in page
+    assert "preferred, % of votes" in page and "other" not in told["headline"]["models"]
+    tally["models"][1]["steps"] = 30
+    (tmp_path / "t.json").write_text(json.dumps(tally))
+    _, _, told = report_of(tmp_path, as_models(results_path, pictures=[]), tmp_path / "t.json")
+    assert told["headline"]["best"] is None
+
+
+def test_fakes_never_stand_as_measured(results_path, tmp_path):
+    page, text, told = report_of(tmp_path, json.loads(results_path.read_text()))
+    assert '<body class="fake">' in page and "measured here" not in page and told["headline"]["kind"] == "fake"
+    assert "Teacher, Vega: fake." in page and "Fakes that wait" in text and "Measured on" not in text
+
+
+def test_markdown_keeps_names_as_they_are(results_path, tmp_path):
+    value = as_models(results_path)
+    value["notes"] = ["a | pipe, <b> and *stars*\nof `ve_ga`"]
+    _, text, _ = report_of(tmp_path, value, title="a_b | <i>")
+    assert "# a\\_b \\| \\<i\\>" in text
+    assert r"> a \| pipe, \<b\> and \*stars\* of \`ve\_ga\`" in text
 
 
 def test_every_workload_has_its_row_and_a_failure_part_way_is_told(results_path, tmp_path):
@@ -249,7 +367,7 @@ def test_what_has_nothing_to_show_is_left_out(results_path, tmp_path):
     """Fakes have no parameters, a CPU no energy counter, eight runs no percentile."""
     write_report([results_path], tmp_path / "out")
     page = (tmp_path / "out" / "index.html").read_text()
-    for absent in ('<section id="sizes">', "energy an image", "memory added, device", ">p90<", "(MFU)"):
+    for absent in ('<section id="sizes">', "energy a picture", ">GPU memory<", "1,000 pictures", ">p90<", "(MFU)"):
         assert absent not in page, absent
 
 
@@ -263,11 +381,10 @@ def test_a_refused_row_is_struck_through(results_path, tmp_path):
 
 
 def test_a_failed_guard_is_marked_everywhere_and_never_the_headline(results_path, tmp_path):
-    value = json.loads(results_path.read_text())
+    value = as_models(results_path)
     value["contestants"][1]["quality"] |= {"passed": False, "words": ["picture 0 is black"]}
     (tmp_path / "r.json").write_text(json.dumps(value))
-    write_report([tmp_path / "r.json", tmp_path / "r.json"], tmp_path / "out")
-    page, text = ((tmp_path / "out" / name).read_text() for name in ("index.html", "report.md"))
+    page, text, _ = report_of(tmp_path, value, tmp_path / "r.json")
     assert "draws a picture in" not in page and "picture 0 is black" in page
     marks = page.count('title="failed the quality guard"')
     assert marks >= 6 + len(value["cells"])  # card, bar, legend, both tables' heads, device, and each row of the other
@@ -276,11 +393,9 @@ def test_a_failed_guard_is_marked_everywhere_and_never_the_headline(results_path
 
 
 def test_nothing_is_told_against_a_baseline_that_failed(results_path, tmp_path):
-    value = json.loads(results_path.read_text())
+    value = as_models(results_path)
     value["contestants"][0]["quality"] |= {"passed": False, "words": ["picture 0 is black"]}
-    (tmp_path / "r.json").write_text(json.dumps(value))
-    write_report([tmp_path / "r.json"], tmp_path / "out")
-    assert "draws a picture in" not in (tmp_path / "out" / "index.html").read_text()
+    assert "draws a picture in" not in report_of(tmp_path, value)[0]
 
 
 def test_the_page_tells_the_faults_of_every_file(results_path, tmp_path):

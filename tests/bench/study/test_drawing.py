@@ -73,7 +73,7 @@ def test_a_model_that_cannot_draw_is_told_and_the_rest_stays(
     ("changes", "told"),
     [
         ({"steps": "5"}, "begun with other models, steps or guidance"),
-        ({"pairs": 3}, "begun with other --pairs"),
+        ({"pairs": 3}, r"begun with --pairs 4 \(not 3\); ask for the same"),
         ({"steps": "1,2,3"}, "--steps has 3 numbers for 2 models"),
         ({"models": ["one=fake:"]}, "needs two or more"),
         ({"models": ["a=fake:", "a=fake:"]}, "given twice"),

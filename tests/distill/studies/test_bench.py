@@ -49,6 +49,9 @@ def test_every_loop_is_measured_and_every_sample_kept(mini_vega: Path, tmp_path:
     assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in result["loops"])
     table = "\n".join(describe(result))
     assert all(loop.name in table for loop in LOOPS) and "1 GB" in table
+    parts = result["loops"][-1]["parts_s"]
+    assert parts.keys() == {"teacher", "student", "target", "rest"}
+    assert min(parts.values()) > 0 and "a step of LCM: " in table and "published LCM / LCM, wall time" in table
 
 
 def test_one_loop_is_compiled_and_the_others_on_the_same_nets_are_not(
@@ -138,3 +141,4 @@ def test_a_step_counts_the_teacher_once_and_the_student_three_times() -> None:
     teacher, student = (ARCHITECTURES[name] for name in ("sdxl", "ssd-1b"))
     calls = [catalogue_row(one).tflop_per_call for one in (teacher, student)]  # of two samples
     assert step_tflop(teacher, student, 4) == pytest.approx(2 * calls[0] + 6 * calls[1])
+    assert step_tflop(teacher, student, 4, lcm=True) == pytest.approx(4 * calls[0] + 8 * calls[1])

@@ -8,8 +8,10 @@ import pytest
 
 from distill.checkpoints.sources import MINI_TEACHERS
 from distill.common.errors import UserError
+from distill.data.shapes import wilson
+from distill.models.families import MINI_FAMILY
 from distill.studies import few_steps
-from distill.studies.few_steps import compare_steps, parse_point, wilson
+from distill.studies.few_steps import Point, compare_steps, measure_latency, parse_point
 from distill.training.objectives import Halving
 
 
@@ -57,21 +59,59 @@ def test_every_point_is_judged_once_and_told_against_the_first(tmp_path: Path, m
         judged.append(steps)
         return {"all": 0.5}
 
+    def latency(timed: list[Point]) -> list[dict[str, Any]]:
+        faster = {"median": 2.0, "low": 1.9, "high": 2.1}
+        return [{"name": one.name, "steps": one.steps, "ms": [], "median_ms": 7.0, "faster": faster} for one in timed]
+
     monkeypatch.setattr(few_steps, "judge_checkpoint", judge)
+    monkeypatch.setattr(few_steps, "measure_latency", latency)
     few = _few_step_model(tmp_path)
-    points = [point for text in ("teacher=mini:sdxl@8,4", f"few={few}@4") for point in parse_point(text, tmp_path)]
-    assert [point.passes for point in points] == [16, 8, 4]
+    texts = ("teacher=mini:sdxl@8,4", f"few={few}@4", "few=mini:sdxl@4")
+    points = [point for text in texts for point in parse_point(text, tmp_path)]
+    assert [point.passes for point in points] == [16, 8, 4, 8]
     results = tmp_path / "results"
     for _ in range(2):
         report = compare_steps(points, results, pictures=90)
     assert judged == [8, 4], "one model in as many steps is judged once, whatever it is called"
-    assert [row["name"] for row in report["rows"]] == ["teacher", "teacher", "few"]
+    assert [row["name"] for row in report["rows"]] == ["teacher", "teacher", "few", "few"]
     rows = [
         line for line in (results / "few-steps.md").read_text().splitlines() if line.startswith(("| teacher", "| few"))
     ]
-    assert rows[1].startswith("| teacher | 4 | 8 |") and "| 2.0× | 50% (40%–60%) |" in rows[1]
+    assert (
+        rows[1].startswith("| teacher | 4 | 8 |") and "| 2.0× | 7 | 2.0× (1.9–2.1) | 50% (40%–60%) | 50% |" in rows[1]
+    )
+    assert len(rows) == 3 and "| 50% (43%–57%) | 50%, 50% |" in rows[2], "two seeds of one name are one row"
     assert (results / "few-steps.svg").read_text().lstrip().startswith("<?xml")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "few-steps.json").write_text("{}")
     with pytest.raises(UserError, match=r"few-steps\.json"):
         compare_steps(points, tmp_path / "other", pictures=90)
+
+
+def test_latency_is_of_models_in_turn_against_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known delays: ten milliseconds a step, a machine that slows by the round."""
+    now, asked = [0.0], []
+
+    class Pipe:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def set_progress_bar_config(self, **_options: Any) -> None:
+            pass
+
+        def __call__(self, _caption: str, *, num_inference_steps: int, **_options: Any) -> None:
+            asked.append((self.name, num_inference_steps))
+            now[0] += 0.01 * num_inference_steps * (1 + len(asked) // 2)
+
+    monkeypatch.setattr(few_steps, "load_pipeline", lambda folder, _dtype: Pipe(folder.name))
+    monkeypatch.setattr(few_steps, "find_family", lambda _folder: MINI_FAMILY)
+    monkeypatch.setattr(few_steps.time, "perf_counter", lambda: now[0])
+    about = {"guidance_scale": 1.0, "passes": 1}
+    points = [
+        Point(name="a", folder=tmp_path / "x", steps=8, **about),
+        Point(name="b", folder=tmp_path / "y", steps=2, **about),
+    ]
+    first, second = measure_latency(points)
+    assert first["faster"] == {"median": 1.0, "low": 1.0, "high": 1.0} and len(first["ms"]) == 9
+    assert second["faster"]["median"] == pytest.approx(4, rel=0.2) and second["name"] == "b"
+    assert asked[:4] == [("x", 8), ("y", 2), ("y", 2), ("x", 8)], "another begins in each round"

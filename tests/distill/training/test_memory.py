@@ -17,7 +17,7 @@ from distill.common.errors import UserError
 from distill.models.architectures import ARCHITECTURES, Architecture
 from distill.models.catalogue import count_parameters
 from distill.models.module_map import make_module_map
-from distill.training.memory import count_memory, describe_memory
+from distill.training.memory import count_memory, count_recipe_memory, describe_memory
 from distill.training.objectives import Distill
 from distill.training.objectives.interface import Nets
 from distill.training.recipes import find_recipe
@@ -103,6 +103,21 @@ def test_whether_it_fits_is_said() -> None:
     assert lines[-2].startswith("small: fits a GPU, 24 GB") and lines[-1].startswith("large: does NOT fit")
 
 
+def test_the_plan_is_of_the_stage_that_needs_most() -> None:
+    """Not of the first of two of one depth: the second has a target average, and the student before as its teacher."""
+    recipe = find_recipe("mini-lcm-vega")
+    recipe = replace(
+        recipe, stages=(replace(recipe.stages[-2], objective=Distill(output=0, feature=0)), recipe.stages[-1])
+    )
+    options = {"optimizer": "adamw", "processes": 1, "accumulation": 1, "fsdp": False}
+    title, uses = count_recipe_memory(recipe, ARCHITECTURES["mini-sdxl"], half=torch.bfloat16, **options)
+    with torch.device("meta"):
+        parameters = count_parameters(UNet2DConditionModel(**STUDENT.unet_config))
+    assert "mini-lcm-vega, stage lcm: " in title
+    for use in uses.values():
+        assert use.frozen == 2 * parameters and use.ema == use.student > 4 * parameters
+
+
 @pytest.mark.parametrize(("processes", "accumulation"), [(0, 1), (1, 0), (3, 1)])
 def test_a_batch_that_cannot_be_shared_is_not_planned(processes: int, accumulation: int) -> None:
     with pytest.raises(UserError, match=f"cannot be shared by {processes} processes x {accumulation}"):
@@ -111,7 +126,7 @@ def test_a_batch_that_cannot_be_shared_is_not_planned(processes: int, accumulati
 
 def test_full_size_is_planned_without_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     arguments = ["memory", "--recipe", "ssd-1b", "--processes", "8", "--accumulation", "4", "--memory-gb", "80"]
-    arguments += ["--text", "online"]
+    arguments += ["--text", "online", "--mixed-precision", "bf16"]
     monkeypatch.setattr("sys.argv", ["distill", *arguments])
     assert main() == 0
     told = capsys.readouterr().out

@@ -13,7 +13,7 @@ from engines.flavors.tensorrt_build import make_monitor
 
 
 def test_the_time_left() -> None:
-    """As expected until something is done; then at the pace so far; and no promise once it took longer."""
+    """As expected until something is done; then nearer to the pace so far; no promise once it took longer."""
     now = 100.0
     progress = BuildProgress([60.0, 40.0], Console(file=(said := io.StringIO())), lambda: now)
     progress.start("unet")
@@ -22,11 +22,13 @@ def test_the_time_left() -> None:
     progress.update("profile 2 of 4", 0.25)
     assert progress.left == "about 1 min 25 s left"
     now += 15
-    progress.update("profile 2 of 4", 0.25)  # half as fast as expected
-    assert progress.left == "about 2 min 50 s left"
+    progress.update("profile 2 of 4", 0.25)
+    assert progress.left == "about 1 min 10 s left", "without news it counts down"
+    progress.update("profile 3 of 4", 0.3)  # 18 of the 30 seconds' work, and 10 of the expectation's
+    assert progress.left == "about 1 min 57 s left"
     progress.finish("built")
     progress.start("vae_decoder")
-    assert progress.left == "about 20 s left"
+    assert progress.left == "about 23 s left"
     assert "[1/2] unet: profile 2 of 4, about 1 min 25 s left" in said.getvalue()
     late = BuildProgress([60.0], Console(file=io.StringIO()), lambda: now)
     late.start("unet")

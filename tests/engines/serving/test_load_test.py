@@ -58,7 +58,7 @@ def test_what_was_measured_is_written_when_the_clients_end(
     told = {"bundle": "b", "manifest_sha256": "0" * 64, "source": "toy", "flavor": "onnxruntime"}
     about = {"server": {"name": "triton", "version": "2"}, "parameters": told, "instances": [], "max_batch_size": 2}
     level = {"seconds": 2.0, "latencies_ms": [1.0, 2.0, 3.0], "batches": [2, 2, 1], "failures": 0, "first_error": None}
-    request = make_request(Workload(size="128x128"))
+    request = make_request(Workload(size="128x128", steps=25, guidance=5.0))
     events = [about, {"request": request}, {"started": 1}, {"finished": 1} | level, {"started": 2}]
     monkeypatch.setattr("engines.serving.load_test.run_client", lambda python, job: iter(events))
     monkeypatch.setattr("engines.serving.load_test.make_client_environment", Environment)

@@ -50,6 +50,8 @@ def test_repository(toy_bundle: Path, tmp_path: Path, environment: Environment) 
         "source": "toy",
         "flavor": "onnxruntime",
         "sizes": ",".join(read_manifest(toy_bundle).engines[0].resolutions),
+        "steps": "25",
+        "guidance": "5.0",
         "warm_up": "false",
         "runtime_cache": str(cache),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import pytest
 import torch
 
 import engines
+from distill.checkpoints.sampling import Sampling
 from distill.common.errors import UserError
 from engines.__main__ import main
+from engines.bundle import read_manifest, write_manifest
 from engines.serving.environment import Environment
 from engines.serving.load_file import read_load
 from engines.serving.options import Serving
@@ -47,8 +50,18 @@ def start(environment: Environment, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def server(mini_bundle: Path, start: Callable[..., Server]) -> Server:
-    return start(mini_bundle)
+def few_step_bundle(mini_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It says that it was taught two steps, of a hundred at most."""
+    bundle = shutil.copytree(mini_bundle, tmp_path_factory.mktemp("few") / "bundle")
+    manifest = read_manifest(bundle)
+    source = manifest.source.model_copy(update={"sampling": Sampling(steps=2, most_steps=100)})
+    write_manifest(bundle, manifest.model_copy(update={"source": source}))
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def server(few_step_bundle: Path, start: Callable[..., Server]) -> Server:
+    return start(few_step_bundle)
 
 
 def in_process(pipeline: Any, seed: int = 5, **inputs: Any) -> dict[str, Any]:
@@ -130,6 +143,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (drawing(seed=-1), "seed is -1, allowed"),
     (drawing(guidance=float("nan")), "guidance is nan, allowed"),
     (drawing(steps=100, images=9), "images times steps is 900, allowed are up to 800"),
+    (drawing(steps=101), "101 steps are more than this model's schedule has (100); it was taught to draw in 2"),
     (drawing(prompt="é" * 100_000), "prompt has 100000 characters, allowed are 2000"),
     (drawing(negative_prompt="x" * 2001), "negative_prompt has 2001 characters"),
     (drawing() | {"raw": {"prompt": ["hex", "BYTES", "fffe"]}}, "prompt is not UTF-8"),
@@ -195,10 +209,11 @@ def test_load_is_measured(
 
     assert load("--server", f"127.0.0.1:{server.address.http_port}") == 2
     assert "no slimxl model answers" in capsys.readouterr().err, "not gRPC's port"
-    where = ["--server", f"127.0.0.1:{server.address.grpc_port}", "--steps", "1"]
+    where = ["--server", f"127.0.0.1:{server.address.grpc_port}"]
     assert load(*where, "--concurrency", "1,3", "--minutes", "0.04", "--size", "160x96") == 0
     result = read_load(tmp_path / "load.json")
     assert (result.workload.width, result.workload.height) == (160, 96)
+    assert (result.workload.steps, result.workload.guidance) == (2, 5.0), "the model's own, where nothing is told"
     assert result.bundle.source == "random-mini-vega" and len(result.bundle.manifest_sha256) == 64
     assert result.server.max_batch_size == 4 and result.server.instances == ["KIND_CPU"]
     assert [level.concurrency for level in result.levels] == [1, 3]

@@ -17,7 +17,7 @@ from distill.checkpoints.surgery import extend_unet
 from distill.checkpoints.tensors import component_tensors
 from distill.common.errors import UserError
 from distill.common.validation import from_json
-from distill.training.objectives import Consistency, Guidance, GuidanceRange, Halving
+from distill.training.objectives import Consistency, Distill, Guidance, GuidanceRange, Halving
 from distill.training.options import TrainOptions
 from distill.training.output.state import TrainingState
 from distill.training.recipes import PREVIOUS, Recipe, Stage
@@ -103,11 +103,17 @@ def _tensor_bytes(folder: Path) -> dict[str, bytes]:
     return {key: b"".join(record.chunks()) for key, record in component_tensors(folder).items()}
 
 
-def test_a_stage_without_a_student_before_it_names_its_teacher(cache: Path, mini_vega: Path, tmp_path: Path) -> None:
+def test_stages_that_cannot_follow_each_other_are_refused(cache: Path, mini_vega: Path, tmp_path: Path) -> None:
     stated = json.loads(json.dumps(_recipe(mini_vega).as_dict()))
     stated["stages"] = stated["stages"][1:]
     with pytest.raises(ValueError, match="the first stage has no previous student to learn from: name its teacher"):
         from_json(Recipe, stated)
+    stages = _recipe(mini_vega).stages
+    for objective in (Halving(steps=4), Distill()):
+        with pytest.raises(
+            ValueError, match=f"stage halving learns from .* stage guidance, .* {objective.kind!r} tells it none"
+        ):
+            replace(_recipe(mini_vega), stages=(stages[0], replace(stages[1], objective=objective)))
     stage = replace(_recipe(mini_vega).stages[0], objective=Halving(steps=501))
     with pytest.raises(UserError, match=r"stage guidance: 501 steps are 1002 of the teacher"):
         train(replace(_recipe(mini_vega), stages=(stage,)), cache=cache, out=tmp_path / "out", workdir=tmp_path)

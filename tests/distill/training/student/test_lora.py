@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
 from distill.__main__ import main
@@ -36,7 +37,7 @@ from distill.training.student.lora import KOHYA_FILE, LORA_FILE, adapters_off
 from distill.training.trainer import train
 from export.checkpoint.prepare import with_loras
 from tests.distill.small_runs import curve, lora_recipe, run
-from tests.processes import kill, start, wait_for
+from tests.processes import exit_codes, kill, start, start_ranks, wait_for
 
 VEGA = ARCHITECTURES["mini-vega"]
 
@@ -140,6 +141,15 @@ def test_how_it_is_run_changes_no_loss(
     train(recipe, cache=cache, out=tmp_path / "out", workdir=tmp_path, options=TrainOptions(log_every=1, **options))
     AcceleratorState._reset_state(reset_partial_state=True)
     assert curve(tmp_path / "out") == pytest.approx(curve(adapter), rel=tolerance)
+
+
+def test_two_processes_lose_as_one(adapter: Path, mini_vega: Path, cache: Path, tmp_path: Path) -> None:
+    """Under DDP, whose wrapper holds a base without gradients that is the teacher too."""
+    assert exit_codes(start_ranks(run, lora_recipe(str(mini_vega)), cache, tmp_path / "two")) == [0, 0]
+    assert curve(tmp_path / "two") == pytest.approx(curve(adapter), rel=1e-3)
+    ours, theirs = (load_file(out / LORA_FILE) for out in (tmp_path / "two", adapter))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-2, atol=1e-4)
 
 
 def test_another_teacher_stands_beside_the_base(finished: Path, mini_vega: Path, cache: Path, tmp_path: Path) -> None:
