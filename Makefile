@@ -31,14 +31,14 @@ READY := $(VENV)/.ready
 MINI := mini-sdxl mini-ssd-1b mini-vega
 FEW := mini-lcm-vega
 EIGHT_BITS = $(filter int8 fp8,$(PRECISION))
-BASE = $(if $(EIGHT_BITS),$(if $(filter onnxruntime,$(FLAVOR)),fp32,fp16),$(PRECISION))
+BASE = $(if $(EIGHT_BITS),$(if $(filter onnxruntime-int8,$(FLAVOR)-$(PRECISION)),fp32,fp16),$(PRECISION))
 NAME = $(subst /,--,$(subst :,-,$(patsubst %.safetensors,%,$(MODEL))))
 FOLDER = $(NAME)$(patsubst %,-%,$(filter-out fp16,$(PRECISION)))
 BASE_FOLDER = $(NAME)$(patsubst %,-%,$(filter-out fp16,$(BASE)))
 
 NEED_MODEL = test -n "$(MODEL)" || { echo "error: MODEL is not set; e.g. MODEL=random:vega, a Hugging Face id, a folder, a .safetensors file" >&2; exit 2; }
 
-.PHONY: help setup report students onnx engines bench-distill bench-export bench-engines bench-gpu serve load-test test test-gpu clean
+.PHONY: help setup report students onnx targets engines bench-distill bench-export bench-engines bench-gpu serve load-test test test-gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -82,8 +82,11 @@ onnx: $(READY)  ## the ONNX folder of MODEL (PRECISION, PROMPTS to calibrate on)
 	$(BIN)/python -m export onnx --model $(MODEL) --precision $(BASE) --out $(OUT)/onnx/$(BASE_FOLDER)
 	$(if $(EIGHT_BITS),$(BIN)/python -m export quantise --onnx $(OUT)/onnx/$(BASE_FOLDER) --model $(MODEL) --precision $(PRECISION) $(if $(PROMPTS),--prompts $(PROMPTS)) --out $(OUT)/onnx/$(FOLDER))
 
-engines: $(READY)  ## engines of MODEL for GPUS (FLAVOR, LAYOUT, RESOLUTIONS, BATCHES, PRECISION)
+targets: $(READY)
 	@$(NEED_MODEL)
+	@$(BIN)/python -m engines targets --gpus $(GPUS) --flavor $(FLAVOR) --precision $(PRECISION)
+
+engines: targets  ## engines of MODEL for GPUS (FLAVOR, LAYOUT, RESOLUTIONS, BATCHES, PRECISION)
 	$(MAKE) --no-print-directory onnx
 	$(BIN)/python -m engines build --onnx $(OUT)/onnx/$(FOLDER) --out $(OUT)/bundles/$(FOLDER) --gpus $(GPUS) --flavor $(FLAVOR) $(if $(LAYOUT),--layout $(LAYOUT)) --resolutions $(RESOLUTIONS) --batches $(BATCHES) --replace
 
@@ -95,8 +98,7 @@ bench-export: $(READY)  ## the exporter beside optimum's, in turn, on MODEL: tim
 	@$(NEED_MODEL)
 	$(BIN)/python -m export bench --model $(MODEL) --out $(OUT)/bench-export/$(NAME).json
 
-bench-engines: $(READY)  ## LAYOUTS compared (time, memory, disk) on the ONNX folder of MODEL
-	@$(NEED_MODEL)
+bench-engines: targets  ## LAYOUTS compared (time, memory, disk) on the ONNX folder of MODEL
 	$(MAKE) --no-print-directory onnx
 	for layout in $(LAYOUTS); do \
 	  $(BIN)/python -m engines build --onnx $(OUT)/onnx/$(FOLDER) --out $(OUT)/bench-engines/$(FOLDER)/$$layout --layout $$layout --components unet,vae_decoder --gpus $(GPUS) --flavor $(FLAVOR) --resolutions $(RESOLUTIONS) --replace; \

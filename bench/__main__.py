@@ -23,11 +23,11 @@ def run(options: Annotated[RunOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(
     from bench.run import run_bench
 
     kept = unfinished(options.out)
-    before = kept.stat() if kept.exists() else None
+    before = kept.stat().st_mtime_ns if kept.exists() else None
     try:
         run_bench(options)
     except BaseException as error:
-        if kept.exists() and kept.stat() != before:
+        if kept.exists() and kept.stat().st_mtime_ns != before:
             print(f"what was measured so far is in {kept}", file=sys.stderr)
         if not isinstance(error, KeyboardInterrupt):
             raise

@@ -29,12 +29,13 @@ from pydantic.functional_serializers import SerializerFunctionWrapHandler
 from bench.floor.peaks import Peak
 from bench.floor.roofline import Costs, total_floor_ms, total_flops
 from bench.measure.clock import Sample
-from bench.measure.faults import is_refused, machine_faults, picture_faults, sample_faults
+from bench.measure.faults import eight_bit_faults, is_refused, machine_faults, picture_faults, sample_faults
 from bench.measure.rounds import Cell
 from bench.measure.stats import Estimate, by_launch, estimate_total, speedup, spread, stage_medians
 from distill.common.errors import UserError
 from distill.common.files import read_json, write_json
 from distill.common.validation import first_fault
+from engines.choices import EIGHT_BITS
 from engines.serving.quantiles import percentiles
 
 SCHEMA: Literal["slimxl.bench.results/2"] = "slimxl.bench.results/2"
@@ -67,6 +68,8 @@ class Row(Record):
     _baseline: list[Sample] = PrivateAttr(default_factory=list)
     _paired: bool = PrivateAttr(True)
     _peak_tflops: float | None = PrivateAttr(None)
+    _precision: str = PrivateAttr("")
+    _in_half: list[Sample] = PrivateAttr(default_factory=list)
 
     @field_validator("samples")
     @classmethod
@@ -114,13 +117,19 @@ class Row(Record):
 
     @property
     def peak_tflops(self) -> float | None:
-        """The dense half-precision rate of the machine, in the accumulation that the contestant computes with."""
+        """The machine's dense rate: of int8 or fp8 for a UNet in it, else of half precision in the accumulation that the
+        contestant computes with."""
         return self._peak_tflops
 
     @property
     def diagnosis(self) -> list[str]:
         """Every fault of the row: of the machine and the pictures, then of its samples."""
-        return self.observed + sample_faults(self.samples, floor_ms=self.floor_ms, unsettled=self.unsettled)
+        found = sample_faults(self.samples, floor_ms=self.floor_ms, unsettled=self.unsettled)
+        return self.observed + found + self.eight_bit_faults()
+
+    def eight_bit_faults(self) -> list[str]:
+        gain = speedup(self._in_half, self.samples, paired=self._paired) if self._in_half else None
+        return eight_bit_faults(self._precision, gain)
 
     @property
     def refused(self) -> bool:
@@ -220,6 +229,19 @@ class ContestantRecord(Record):
         return median(totals[-tenth:]) / median(totals[:tenth]) - 1 if tenth else None
 
     @property
+    def is_in_8_bits(self) -> bool:
+        return self.precision in EIGHT_BITS
+
+    def is_in_half(self, other: ContestantRecord) -> bool:
+        """Whether `other`, in 8 bits, is this model on this runtime; a model is known by its size, else by its source."""
+
+        def model(one: ContestantRecord) -> int | str:
+            return one.parameters or one.spec.partition(":")[2]
+
+        mine, its = ((one.runtime, model(one), one.is_in_8_bits) for one in (self, other))
+        return mine[:2] == its[:2] and not mine[2] and its[2]
+
+    @property
     def failed_guard(self) -> bool:
         return self.quality.get("passed") is False
 
@@ -286,14 +308,25 @@ class Results(Record):
 
     @model_validator(mode="after")
     def _set_baselines(self) -> Results:
-        accumulating = {one.name for one in self.contestants if one.accumulates_fp32}
+        records = {one.name: one for one in self.contestants}
         for cell in self.cells:
             base = cell.row(self.baseline)
             for row in cell.rows:
                 row._batch, row._paired = cell.workload["batch"], self.in_turns is None
-                row._peak_tflops = self.peak.tflops_for(row.contestant in accumulating) if self.peak else None
                 row._baseline = base.samples if base is not None and not base.refused else []
+                if record := records.get(row.contestant):
+                    half = (cell.row(one.name) for one in self.contestants if one.is_in_half(record))
+                    row._precision = record.precision
+                    row._peak_tflops = self._tflops_of(record)
+                    row._in_half = next((other.samples for other in half if other is not None), [])
         return self
+
+    def _tflops_of(self, record: ContestantRecord) -> float | None:
+        if self.peak is None:
+            return None
+        if record.is_in_8_bits:
+            return self.peak.tflops_in(record.precision)
+        return self.peak.tflops_for(record.accumulates_fp32)
 
     @property
     def host(self) -> tuple[str, str]:

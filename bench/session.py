@@ -134,6 +134,9 @@ class Session:
                     self.results.gpu["after"] = self.gpu.state()
                     self.save()
                     _say_visit(f"[{visit}/{2 * len(self.workloads)}]", cell, is_done)
+                    for row in self._cells[cell.workload.name].rows if is_done else ():
+                        for fault in row.eight_bit_faults():
+                            say(f"    warning: {row.contestant} {fault}")
             finally:
                 if visiting is not None:
                     self._keep(visiting, *watch.visited(visiting))

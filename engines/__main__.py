@@ -1,4 +1,4 @@
-"""`python -m engines build|verify|inspect|list|prune|compare|check|triton|serve|load-test`."""
+"""`python -m engines targets|build|verify|inspect|list|prune|compare|check|triton|serve|load-test`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tyro
 from distill.common.errors import exit_on_user_error, parse_counts
 from distill.common.launcher import program
 from distill.common.options import parse_names
-from engines.choices import FlavorName, Guidance, Layout
+from engines.choices import FlavorName, Guidance, Layout, Precision
 from engines.serving.options import Serving, Workload
 
 Bundle = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BUNDLE", help="The bundle's folder.")]
@@ -22,6 +22,24 @@ Bundles = Annotated[
     tyro.conf.arg(metavar="BUNDLE", help="Their folders, the one to compare with first."),
 ]
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[FOLDER]", help="Where to look.")]
+
+
+def targets(gpus: str = "", flavor: FlavorName = "tensorrt-rtx", precision: Precision = "fp16") -> int:
+    """Say what a build for these GPUs serves, before anything is exported; refused in a line where there is none.
+
+    Args:
+        gpus: As `build` takes them.
+        flavor: As `build` takes it.
+        precision: Of the UNet.
+    """
+    from engines.flavors import find_flavor
+    from engines.gpus import require_arithmetic, resolve_targets
+
+    found = resolve_targets(parse_names(gpus.lower()), flavor, find_flavor(flavor).targets)
+    require_arithmetic(precision, found)
+    for target in found:
+        print(f"{precision} by {flavor} for {', '.join(target.gpus) or 'any machine'} ({target.label})")
+    return 0
 
 
 def build(
@@ -219,6 +237,7 @@ def load_test(
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
+    "targets": targets,
     "build": build,
     "verify": verify,
     "inspect": inspect,

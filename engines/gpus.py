@@ -147,12 +147,16 @@ def require_arithmetic(precision: str, targets: list[Target]) -> None:
     for target in targets:
         for capability in target.compute_capabilities:
             if version_tuple(capability) < version_tuple(least):
-                others = (
-                    "; for this GPU take int8: python -m export quantise --precision int8" if precision == "fp8" else ""
+                known = {gpu: GPUS[gpu].compute_capability for gpu in target.gpus if gpu in GPUS}
+                named = [gpu for gpu in target.gpus if known.get(gpu, capability) == capability]
+                instead = (
+                    "take int8 there (make engines PRECISION=int8, or python -m export quantise --precision int8)"
+                    if precision == "fp8"
+                    else "leave it out"
                 )
                 raise UserError(
-                    f"{precision} needs compute capability {least} or later, {', '.join(target.gpus)} includes one of "
-                    f"{capability}: leave that GPU out{others}"
+                    f"{precision} needs compute capability {least} or later, {', '.join(named)} has "
+                    f"{capability}: {instead}"
                 )
 
 

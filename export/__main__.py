@@ -97,8 +97,8 @@ def quantise(
     out: Path,
     prompts: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: a list of our own)")] = None,
     count: int | None = None,
-    steps: int = 20,
-    guidance_scale: float = 5.0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
     resolutions: str = "all",
     seed: int = 0,
     device: str = "cpu",
@@ -119,8 +119,8 @@ def quantise(
         out: The quantised ONNX folder to write.
         prompts: A file with a prompt a line.
         count: Draw only the first so many.
-        steps: Of each drawing.
-        guidance_scale: Of each drawing.
+        steps: Of each drawing. None: those that a few-step model was taught, else 20.
+        guidance_scale: Of each drawing. None: that of a few-step model, else 5.
         resolutions: all of the family's in turn, or WxH,....
         seed: Of the first drawing.
         device: That draws: cpu (in fp32) or cuda (in fp16).
@@ -134,12 +134,13 @@ def quantise(
     from dataclasses import replace
 
     from distill.checkpoints.folder import find_family
+    from distill.checkpoints.sampling import Sampling, sampling_of
     from distill.checkpoints.sources import resolve
     from distill.common.progress import say
     from export.prompts import read_prompts
     from export.quantise.calibrate import Drawing
     from export.quantise.folder import QuantiseOptions, check_source, find_ranges, prepare_source, quantise_folder
-    from export.quantise.sensitivity import find_sensitivity, write_sensitivity
+    from export.quantise.sensitivity import find_sensitivity
 
     if max_error is not None:
         require_above(0, max_error=max_error)
@@ -147,22 +148,72 @@ def quantise(
     record = check_source(onnx, out, options)
     checkpoint = resolve(model, workdir)
     sizes = parse_resolutions(resolutions, find_family(checkpoint).resolutions)
+    sampling = sampling_of(checkpoint) or Sampling()
+    called = {"num_inference_steps": 20, "guidance_scale": 5.0} | sampling.call_arguments
     drawing = Drawing(
         prompts=tuple(read_prompts(prompts, checkpoint, count)),
         resolutions=tuple(sizes),
-        steps=steps,
-        guidance_scale=guidance_scale,
+        steps=called["num_inference_steps"] if steps is None else steps,
+        guidance_scale=called["guidance_scale"] if guidance_scale is None else guidance_scale,
         seed=seed,
     )
+    sampling.check(drawing.steps)
     prepared = prepare_source(onnx, checkpoint, workdir)
     found = find_ranges(prepared, record, drawing, workdir, device, ranges)
-    if max_error is None:
-        quantise_folder(onnx, out, prepared, found, options, progress=say)
-        return
-    ranking = find_sensitivity(onnx, prepared, found, drawing, options.recipe, max_error)
-    say(f"sensitivity: {ranking.low} of {len(ranking.errors)} layers in {precision}, together {ranking.error:.2e}")
-    quantise_folder(onnx, out, prepared, found, replace(options, keep=(*keep, *ranking.kept)), progress=say)
-    write_sensitivity(out, ranking)
+    ranking = None
+    if max_error is not None:
+        ranking = find_sensitivity(onnx, prepared, found, drawing, options.recipe, max_error, workdir)
+        say(f"sensitivity: {ranking.low} of {len(ranking.errors)} layers in {precision}, together {ranking.error:.2e}")
+        options = replace(options, keep=(*keep, *ranking.kept))
+    quantise_folder(onnx, out, prepared, found, options, ranking=ranking, progress=say)
+
+
+@app.command
+def judge(
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    *,
+    out: Path,
+    model: str | None = None,
+    count: int = 270,
+    steps: int | None = None,
+    rounds: int = 10,
+    workdir: Workdir = WORKDIR,
+) -> None:
+    """Hold UNets in 8 bits against that of the first folder, all of one mini checkpoint: bytes, error of noise_pred,
+    pictures, captions followed, CPU time in ONNX Runtime.
+
+    Args:
+        folders: ONNX folders with open dimensions; what `quantise` made, behind what it was made from.
+        out: A JSON file to write.
+        model: The checkpoint, where it is no longer found under the name it was exported from.
+        count: Pictures by each, as many of each resolution of the family.
+        steps: Denoising steps of each picture. None: those that a few-step model was taught, else 8.
+        rounds: UNet calls of each that are timed.
+    """
+    from dataclasses import asdict
+
+    from distill.checkpoints.sampling import Sampling, sampling_of
+    from distill.checkpoints.sources import resolve
+    from distill.common.files import write_json
+    from distill.common.ownership import require_writable_file
+    from distill.mini.judge import GUIDANCE_SCALE
+    from export.job import library_versions
+    from export.quantise.judge import judge_folders, table
+    from export.records import read_about
+
+    require_writable_file(out, ("judged", "settings"))
+    if not folders:
+        raise UserError("no folder to judge: give two or more, the first is what the others are held against")
+    checkpoint = resolve(model or read_about(folders[0])["source"]["name"], workdir)
+    sampling = sampling_of(checkpoint) or Sampling()
+    called = {"num_inference_steps": 8, "guidance_scale": GUIDANCE_SCALE} | sampling.call_arguments
+    steps, scale = called["num_inference_steps"] if steps is None else steps, called["guidance_scale"]
+    sampling.check(steps)
+    rows = judge_folders(folders, checkpoint, workdir, count=count, steps=steps, guidance_scale=scale, rounds=rounds)
+    settings = {"count": count, "steps": steps, "guidance_scale": scale, "rounds": rounds}
+    judged = [asdict(row) for row in rows]
+    write_json(out, {"settings": settings, "judged": judged, "versions": library_versions()})
+    print(table(rows, count))
 
 
 @app.command

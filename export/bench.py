@@ -68,8 +68,8 @@ def _sizes(folder: Path) -> dict[str, dict[str, int]]:
     return sizes
 
 
-def _unet_latency(folders: dict[str, Path], checkpoint: Path, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of one UNet call of batch 2 on a small picture, one thread, interleaved."""
+def unet_latency(folders: dict[str, Path], checkpoint: Path, rounds: int) -> dict[str, list[float]]:
+    """CPU milliseconds of one UNet call of batch 2 on a small picture, one thread, interleaved."""
     from export.write import trace_resolution
 
     config = make_config(checkpoint, "unet")
@@ -87,10 +87,10 @@ def _unet_latency(folders: dict[str, Path], checkpoint: Path, rounds: int) -> di
                 .reshape(feeds[value.name].shape if value.shape else ())
                 for value in session.get_inputs()  # optimum's timestep has no dimension
             }
-            started = time.perf_counter()
+            started = time.process_time()
             session.run(None, typed)
             if index >= 2:
-                times[name].append((time.perf_counter() - started) * 1e3)
+                times[name].append((time.process_time() - started) * 1e3)
     return times
 
 
@@ -135,7 +135,7 @@ def bench_export(
         )
         for measure in ("wall_s", "cpu_s", "peak_bytes")
     }
-    latencies = _unet_latency(folders, checkpoint, latency_rounds)
+    latencies = unet_latency(folders, checkpoint, latency_rounds)
     pairs = zip(latencies["ours"], latencies["optimum"], strict=True)
     ratios["unet_latency"] = statistics.median(theirs / ours for ours, theirs in pairs)
     return {

@@ -16,7 +16,7 @@ from engines.choices import EIGHT_BITS
 
 if TYPE_CHECKING:
     from engines.bundle import Engine
-    from engines.choices import Layout
+    from engines.choices import Layout, Precision
 
 
 @dataclass
@@ -73,13 +73,14 @@ class OptimumContestant(PipelineContestant):
 @dataclass
 class BundleContestant(PipelineContestant):
     """A slimxl bundle: the sampler is diffusers' own, the networks are engines of one flavor and, where the bundle has
-    several, of one layout."""
+    several, of one layout and the UNet in one precision."""
 
     _: KW_ONLY
     precision: str = "as built"
     runtime: str = "slimxl bundle"
     flavor: str | None = None
     layout: Layout | None = None
+    unet_precision: Precision | None = None
     cuda_graphs: bool = True
 
     @property
@@ -98,7 +99,8 @@ class BundleContestant(PipelineContestant):
         from engines.selection import choose_flavor, select_engines
 
         manifest = read_manifest(Path(self.source))
-        return select_engines(manifest, choose_flavor(manifest, self.flavor, self.device), self.device, self.layout)
+        backend = choose_flavor(manifest, self.flavor, self.device)
+        return select_engines(manifest, backend, self.device, self.layout, precision=self.unet_precision)
 
     @property
     def sizes(self) -> tuple[Resolution, ...]:
@@ -125,7 +127,12 @@ class BundleContestant(PipelineContestant):
         import engines
 
         pipe = engines.load(
-            self.source, self.flavor, device=self.device, layout=self.layout, cuda_graphs=self.cuda_graphs
+            self.source,
+            self.flavor,
+            device=self.device,
+            layout=self.layout,
+            precision=self.unet_precision,
+            cuda_graphs=self.cuda_graphs,
         )
         unet = pipe.unet.component.engines[0][0]
         self.runtime = self.runtime.replace("default flavor", unet.flavor)

@@ -3,7 +3,8 @@
 eager@fp16:random:vega          diffusers as it comes, in fp32, bf16 or fp16
 compiled@bf16:path/to/folder    the same with torch.compile, fused QKV, channels_last
 optimum:path/to/onnx            optimum's ONNX Runtime pipeline
-bundle@onnxruntime:path         a slimxl bundle, by one of its flavors; +shared (or another layout) and +no-graphs follow it
+bundle@onnxruntime:path         a slimxl bundle, by one of its flavors; +shared (or another layout), +int8 (or another
+                                precision of its UNet) and +no-graphs follow it
 fake:denoise=10,vae_decode=25   known delays
 
 +taught behind an option (eager@fp32+taught, bundle@onnxruntime+taught) lets a few-step model draw in its own steps, at its
@@ -107,17 +108,19 @@ def make_contestant(spec: Spec, device: str, **about: Any) -> Contestant:
 
 
 def _bundle_options(option: str) -> dict[str, Any]:
-    """`FLAVOR[+LAYOUT][+no-graphs]`, in any order behind the flavor."""
-    from engines.choices import Layout
+    """`FLAVOR[+LAYOUT][+PRECISION][+no-graphs]`, in any order behind the flavor."""
+    from engines.choices import Layout, Precision
 
     flavor, *choices = option.split("+")
-    layouts = get_args(Layout)
+    layouts, precisions = get_args(Layout), get_args(Precision)
     for choice in choices:
-        if choice not in (*layouts, "no-graphs"):
-            raise unknown("way to run a bundle", choice, (*layouts, "no-graphs"))
+        if choice not in (known := (*layouts, *precisions, "no-graphs")):
+            raise unknown("way to run a bundle", choice, known)
+    ways = [choice for choice in choices if choice not in precisions]
     return {
-        "runtime": f"slimxl bundle, {', '.join([flavor or 'default flavor', *choices])}",
+        "runtime": f"slimxl bundle, {', '.join([flavor or 'default flavor', *ways])}",
         "flavor": flavor or None,
         "layout": next((layout for layout in layouts if layout in choices), None),
+        "unet_precision": next((precision for precision in precisions if precision in choices), None),
         "cuda_graphs": "no-graphs" not in choices,
     }

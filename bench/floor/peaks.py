@@ -69,7 +69,8 @@ def find_peak(nvml_name: str | None, mig_mode: bool | None = None) -> Peak | Non
 
 @dataclass(frozen=True)
 class Published:
-    """One published end-to-end SDXL-family latency at 1024x1024, batch 1, with classifier-free guidance."""
+    """One published end-to-end SDXL-family latency at 1024x1024, batch 1, with classifier-free guidance. `precision` is the
+    UNet's; in 8 bits `runtime` names it too, for what software makes of that is a matter of its own."""
 
     gpu: str  # key of PEAKS
     model: str  # name of an architecture
@@ -77,6 +78,7 @@ class Published:
     runtime: str
     total_ms: float
     source: str
+    precision: str = "fp16"
 
     @property
     def url(self) -> str:
@@ -113,4 +115,6 @@ PUBLISHED = (
     Published("rtx4090-fp16acc", "sdxl", 20, "framework", 2760.0, _ONEDIFF),
     Published("rtx4090-fp16acc", "sdxl", 20, "compiled", 1560.0, _ONEDIFF),
     Published("rtx4090-fp16acc", "sdxl", 30, "TensorRT", 2470.0, _ADA),
+    Published("rtx4090-fp16acc", "sdxl", 30, "TensorRT, int8", 2060.0, _ADA, "int8"),
+    Published("rtx4090-fp16acc", "sdxl", 30, "TensorRT, fp8", 2160.0, _ADA, "fp8"),
 )

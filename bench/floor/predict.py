@@ -5,6 +5,7 @@ more than anything else in it), and on the model (a smaller one keeps a GPU less
 known figures by median polish [Tukey 1977] of log efficiency = runtime + generation + model. How wrong that is can be said
 only where a figure exists: each known figure is predicted from the others, once with what other runtimes do on its
 generation, once as if nothing were known of it.
+In 8 bits a runtime has a factor of its own, generations and models have those of fp16: hardly anything is published.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from bench.floor.roofline import architecture_configs, component_costs, total_fl
 from bench.workload import Workload
 from distill.models.architectures import find_architecture
 from distill.models.resolution import Resolution
+from engines.choices import EIGHT_BITS
 
 SQUARE = Resolution(1024, 1024)
 """The size of every published figure."""
@@ -37,6 +39,7 @@ class Known:
     origin: str
     resolution: str = str(SQUARE)
     batch: int = 1
+    precision: str = "fp16"
 
     @property
     def efficiency(self) -> float:
@@ -48,19 +51,22 @@ def base_size(model: str) -> Resolution:
     return find_architecture(model).family.resolutions[0]
 
 
-def floor_ms(gpu: str, model: str, steps: int, resolution: Resolution | None = None, batch: int = 1) -> float:
-    """The floor in fp16 of one guided call of an architecture of the catalogue, VAE and text encoders included, at
-    `base_size` if no resolution is given."""
+def floor_ms(
+    gpu: str, model: str, steps: int, resolution: Resolution | None = None, batch: int = 1, precision: str = "fp16"
+) -> float:
+    """The floor of one guided call of an architecture of the catalogue, VAE and text encoders included, at `base_size` if no
+    resolution is given. `precision` is the UNet's, one that the board has."""
     load = Workload(resolution=resolution or base_size(model), steps=steps, batch=batch)
     costs = component_costs(architecture_configs(model), load)
-    floor = total_floor_ms(costs, PEAKS[gpu])
+    floor = total_floor_ms(costs, PEAKS[gpu], precision)
     assert floor is not None
     return floor
 
 
 def from_published(one: Published) -> Known:
-    floor = floor_ms(one.gpu, one.model, one.steps)
-    return Known(one.gpu, one.model, one.steps, one.runtime, one.total_ms, floor, one.source)
+    floor = floor_ms(one.gpu, one.model, one.steps, precision=one.precision)
+    known = (one.gpu, one.model, one.steps, one.runtime, one.total_ms, floor, one.source)
+    return Known(*known, precision=one.precision)
 
 
 def published_known() -> list[Known]:
@@ -83,7 +89,10 @@ class Shares:
 
 def find_shares(known: list[Known]) -> Shares:
     """Runtimes and generations from the figures of the model that most are known of, and from others where it has none, by
-    medians of rows and columns in turn until they stay; then each model's median of what they leave over."""
+    medians of rows and columns in turn until they stay; then each model's median of what they leave over. Runtimes in 8
+    bits come last, by the generations and models then found."""
+    eight = [one for one in known if one.precision in EIGHT_BITS]
+    known = [one for one in known if one.precision not in EIGHT_BITS]
     usual = Counter(one.model for one in known).most_common(1)[0][0]
     ours = [one for one in known if one.model == usual]
     covered = {one.runtime for one in ours}, {PEAKS[one.gpu].compute_capability for one in ours}
@@ -107,7 +116,12 @@ def find_shares(known: list[Known]) -> Shares:
     for one in known:
         told = runtimes[one.runtime] + generations[PEAKS[one.gpu].compute_capability]
         rests.setdefault(one.model, []).append(log(one.efficiency) - told)
-    return Shares(runtimes, generations, {model: median(values) for model, values in rests.items()})
+    models = {model: median(values) for model, values in rests.items()}
+    found = Shares(runtimes | {one.runtime: 0.0 for one in eight}, generations, models)
+    gains: dict[str, list[float]] = {}
+    for one in eight:
+        gains.setdefault(one.runtime, []).append(log(one.efficiency / found.share(one.gpu, one.runtime, one.model)))
+    return Shares(runtimes | {name: median(values) for name, values in gains.items()}, generations, models)
 
 
 @dataclass(frozen=True)
@@ -125,20 +139,22 @@ class Prediction:
     high_ms: float | None
     calibrated_on: int
     tflop: float
+    precision: str = "fp16"
 
 
-def predict(gpu: str, model: str, steps: int, runtime: str, known: list[Known]) -> Prediction:
+def predict(gpu: str, model: str, steps: int, runtime: str, known: list[Known], precision: str = "fp16") -> Prediction:
     """One guided picture at `base_size`. `total_ms` is None where no known figure is of that runtime, or where the peak is
     `floor_only`."""
-    floor = floor_ms(gpu, model, steps)
+    floor = floor_ms(gpu, model, steps, precision=precision)
+    known = [one for one in known if one.precision in ("fp16", precision)]
     load = Workload(resolution=base_size(model), steps=steps)
     tflop = total_flops(component_costs(architecture_configs(model), load)) / 1e12
     if PEAKS[gpu].floor_only or runtime not in {one.runtime for one in known}:
-        return Prediction(gpu, model, steps, runtime, floor, None, None, None, 0, tflop)
+        return Prediction(gpu, model, steps, runtime, floor, None, None, None, 0, tflop, precision)
     total = floor / find_shares(known).share(gpu, runtime, model)
     errors = [check.error for check in check_predictions(known)]
     low, high = (total / (1 + max(errors)), total / (1 + min(errors))) if errors else (None, None)
-    return Prediction(gpu, model, steps, runtime, floor, total, low, high, len(known), tflop)
+    return Prediction(gpu, model, steps, runtime, floor, total, low, high, len(known), tflop, precision)
 
 
 @dataclass(frozen=True)

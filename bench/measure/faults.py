@@ -8,7 +8,7 @@ from statistics import median
 
 from bench.measure.clock import Sample
 from bench.measure.rounds import STABLE_WITHIN
-from bench.measure.stats import SUM_WITHIN, drift, spread
+from bench.measure.stats import SUM_WITHIN, Estimate, drift, spread
 
 NOISY_CV = 0.05
 DRIFT_SHARE = 0.05
@@ -62,6 +62,14 @@ def machine_faults(
     if others_cpu_percent is not None and others_cpu_percent > OTHERS_CPU_PERCENT:
         faults.append(f"not alone: other processes used {others_cpu_percent:.0f} % of one core meanwhile")
     return faults
+
+
+def eight_bit_faults(precision: str, gain: Estimate | None) -> list[str]:
+    """A UNet in 8 bits that is slower than the same in half precision; `gain` says how many times faster it is. Where it
+    has an interval, all of that must lie below 1."""
+    if gain is None or (gain.value if gain.high is None else gain.high) >= 1:
+        return []
+    return [f"slower in {precision}: {gain.value:.2f} times as fast as without; draw this workload in half precision"]
 
 
 def picture_faults(found: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from bench.contestants.pictures import Pictures
+from export.checks.parity import psnr_db
 
 MIN_PSNR_DB = 20.0  # half precision over thirty steps wanders this far and still draws the same picture
 MIN_LATENT_COSINE = 0.95
@@ -23,12 +24,6 @@ MAX_NOISE_ERROR = (0.08, 0.5)
 """Of the first step, whose latents are the reference's, and of any, where the drift of all before adds: the prompt left out
 makes 0.1 to 0.5, bf16 0.05 and fp16 0.006 of the first step (mini models, taught and random, guided and not)."""
 MAX_NOISE_ERROR_8_BITS = (0.2, 0.7)
-
-
-def psnr_db(image: np.ndarray, reference: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures in decibel; infinite where they are equal."""
-    error = np.mean((image.astype(np.float64) - reference.astype(np.float64)) ** 2)
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def cosine(one: np.ndarray, other: np.ndarray) -> float:

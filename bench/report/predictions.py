@@ -15,6 +15,7 @@ from bench.report.runtimes import model_of
 from bench.results import ContestantRecord, Results
 from distill.models.conditioning import SD
 from distill.models.families import FAMILIES
+from engines.choices import EIGHT_BITS
 
 STEPS = 30
 RUNTIME = "TensorRT"
@@ -29,6 +30,10 @@ def predicted_models(results: Results) -> tuple[str, ...]:
     """The full-size models to predict beside a run: those of its own kind, SDXL's or SD 1.x's."""
     family = FAMILIES.get(results.family)
     return SD_MODELS if family and family.conditioning is SD else MODELS
+
+
+Board = tuple[str, str]
+"""A key of PEAKS, and the precision of the UNet."""
 
 
 def measured_latencies(all_results: list[Results]) -> list[Known]:
@@ -54,7 +59,8 @@ def measured_latencies(all_results: list[Results]) -> list[Known]:
                 if model is None or model.name not in (*MODELS, *SD_MODELS):
                     continue
                 one = Known(gpu, model.name, load["steps"], runtime, row.total_ms.value, row.floor_ms, MEASURED)
-                one = replace(one, resolution=load["resolution"], batch=load["batch"])
+                precision = record.precision if record.is_in_8_bits else "fp16"
+                one = replace(one, resolution=load["resolution"], batch=load["batch"], precision=precision)
                 known.setdefault((gpu, model.name, runtime, one.steps, one.resolution, one.batch), one)
     return list(known.values())
 
@@ -68,12 +74,17 @@ def runtime_class(record: ContestantRecord) -> str:
     """The published figures' name for a runtime of ours; they are of fp16, so another precision is told with it."""
     classes = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT", "compile": "compiled", "eager": "diffusers"}
     name = next((title for part, title in classes.items() if part in record.runtime), record.runtime)
-    return f"{name}, {record.precision}" if record.precision in ("bf16", "fp32") else name
+    return f"{name}, {record.precision}" if record.precision in ("bf16", "fp32", *EIGHT_BITS) else name
 
 
-def all_predictions(known: list[Known], models: Sequence[str] = MODELS) -> dict[str, list[Prediction]]:
-    """Of every GPU of the list, one for each model."""
-    return {gpu: [predict(gpu, model, STEPS, RUNTIME, known) for model in models] for gpu in PEAKS}
+def all_predictions(known: list[Known], models: Sequence[str] = MODELS) -> dict[Board, list[Prediction]]:
+    """Of every GPU of the list in fp16, and in 8 bits where the board has them and is told as one; one for each model."""
+    found = {(gpu, "fp16"): [predict(gpu, model, STEPS, RUNTIME, known) for model in models] for gpu in PEAKS}
+    for gpu, peak in PEAKS.items():
+        for name in () if peak.floor_only else peak.eight_bits:
+            runtime = f"{RUNTIME}, {name}"
+            found[gpu, name] = [predict(gpu, model, STEPS, runtime, known, name) for model in models]
+    return found
 
 
 def calibration(known: list[Known]) -> str:
@@ -86,13 +97,15 @@ def about(predicted_ms: float) -> str:
     return f"≈ {long_seconds(predicted_ms)}"
 
 
-def prediction_table(predictions: dict[str, list[Prediction]], models: Sequence[str]) -> Table:
-    def gpu(key: str) -> Cell:
-        peak = PEAKS[key]
-        return Cell(peak.name, small=(f"{peak.tflops:.0f} TFLOP/s, {peak.terabytes_per_s:.2f} TB/s",))
+def prediction_table(predictions: dict[Board, list[Prediction]], models: Sequence[str]) -> Table:
+    def gpu(key: Board) -> Cell:
+        peak, precision = PEAKS[key[0]], key[1]
+        rate = f"{peak.tflops_in(precision):.0f} {'TOP/s' if precision == 'int8' else 'TFLOP/s'}"
+        name = f"{peak.name}, {precision}" if precision in EIGHT_BITS else peak.name
+        return Cell(name, small=(f"{rate}, {peak.terabytes_per_s:.2f} TB/s",))
 
-    def column(index: int, model: str) -> Column[str]:
-        def write(key: str) -> Cell:
+    def column(index: int, model: str) -> Column[Board]:
+        def write(key: Board) -> Cell:
             one = predictions[key][index]
             floor = f"floor {long_seconds(one.floor_ms)}"
             if one.total_ms is None:

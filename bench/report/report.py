@@ -35,6 +35,7 @@ from bench.results import Results
 from distill.common.errors import UserError
 from distill.common.files import replacing, write_json
 from distill.common.ownership import require_our_folder
+from engines.choices import EIGHT_BITS
 
 REPORT, SAMPLES = "report.json", "samples.csv"
 NAMES = {"index.html": "report.html.j2", "report.md": "report.md.j2"}
@@ -116,7 +117,8 @@ def _predictions(all_results: list[Results]) -> dict[str, Any]:
         "prediction_size": base_size(models[0]),
         "predicted": predicted,
         "predictions": predictions.prediction_table(predicted, models),
-        "known": known,
+        "known_in_8_bits": sum(one.precision in EIGHT_BITS for one in known),
+        "known_in_half": sum(one.precision not in EIGHT_BITS for one in known),
         "measured_known": sum(one.origin == predictions.MEASURED for one in known),
         "calibration": predictions.calibration(known),
         "published": published,

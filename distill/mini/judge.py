@@ -40,7 +40,6 @@ def check_pictures(count: int, steps: int, resolutions: Sequence[Resolution]) ->
     require_between(1, 1000, steps=steps)
 
 
-@torch.no_grad()
 def judge(
     pipe: Any,
     resolutions: Sequence[Resolution],
@@ -54,6 +53,14 @@ def judge(
 
     Raises UserError for a `count` that is no multiple of their number, and for no step.
     """
+    return share_followed(*draw_scenes(pipe, resolutions, count, steps, guidance_scale, seed))
+
+
+@torch.no_grad()
+def draw_scenes(
+    pipe: Any, resolutions: Sequence[Resolution], count: int, steps: int, guidance_scale: float, seed: int
+) -> tuple[list[Scene], list[np.ndarray]]:
+    """Unseen scenes, and a picture of each from its caption: uint8 (height, width, 3). Raises UserError as `judge`."""
     check_pictures(count, steps, resolutions)
     rng = np.random.default_rng(seed)
     scenes: list[Scene] = []
@@ -71,7 +78,7 @@ def judge(
         ).images
         scenes += some
         pictures += [np.rint(image * 255).astype(np.uint8) for image in images]
-    return share_followed(scenes, pictures)
+    return scenes, pictures
 
 
 def judge_checkpoint(folder: Path, *, count: int, steps: int | None = None) -> dict[str, float]:

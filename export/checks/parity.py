@@ -12,6 +12,7 @@ fp16  The graph rounds each result to 2^-11 = 4.9e-4. Residual streams add the r
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -72,6 +73,12 @@ def _metrics(got: np.ndarray, reference: np.ndarray) -> tuple[float, float, floa
     norm, difference = float(np.linalg.norm(reference)), got - reference
     cosine = float(got @ reference) / max(float(np.linalg.norm(got)) * norm, 1e-300)
     return float(np.linalg.norm(difference)) / max(norm, 1e-300), float(np.abs(difference).max()), cosine
+
+
+def psnr_db(image: np.ndarray, reference: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two uint8 pictures in decibel; infinite where they are equal."""
+    error = np.mean((image.astype(np.float64) - reference.astype(np.float64)) ** 2)
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def cpu_session(model: Path, threads: int = 0) -> InferenceSession:

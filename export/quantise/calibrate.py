@@ -15,7 +15,7 @@ from distill.common.errors import UserError, require_least
 from distill.common.files import exclusive, replacing, sha256_json
 from distill.common.progress import say, track
 from distill.models.resolution import Resolution
-from export.quantise.layers import is_kept
+from export.quantise.layers import KEEP, is_kept
 from export.quantise.ranges import (
     BINS,
     BINS_AN_OCTAVE,
@@ -93,7 +93,7 @@ class Watch:
             largest = x.amax(dim=[axis for axis in range(x.dim()) if axis != (1 if is_conv else x.dim() - 1)]).float()
             self.channels[name] = torch.maximum(self.channels[name], largest) if name in self.channels else largest
             if is_conv:
-                bins = ((x.float().clamp_min(2.0**LOWEST).log2() - LOWEST) * BINS_AN_OCTAVE).long().clamp_max(BINS - 1)
+                bins = ((x.float().clamp_min(2.0**LOWEST).log2() - LOWEST) * BINS_AN_OCTAVE).long().clamp(0, BINS - 1)
                 counted = torch.bincount(bins.ravel(), minlength=BINS)
                 self.counts[name] = self.counts[name] + counted if name in self.counts else counted
 
@@ -118,16 +118,19 @@ class Watch:
                     )
             return int(arrays["done"])
 
-    def ranges(self) -> dict[str, Range]:
-        """Raises UserError where a layer saw NaN or an infinite number."""
-        found = {}
+    def require_finite(self) -> None:
+        """Raises UserError for the first layer that saw NaN or an infinite number."""
         for name, channels in self.channels.items():
-            values = channels.cpu().numpy().astype(np.float64)
-            if not np.isfinite(values).all():
+            if not channels.isfinite().all():
                 raise UserError(
                     f"calibration: {name} was given numbers that are NaN or infinite; is the checkpoint whole? On a GPU the "
                     "network runs in fp16, --device cpu in fp32"
                 )
+
+    def ranges(self) -> dict[str, Range]:
+        found = {}
+        for name, channels in self.channels.items():
+            values = channels.cpu().numpy().astype(np.float64)
             largest = float(values.max())
             counts = self.counts[name].cpu().numpy() if name in self.counts else np.zeros(0)
             found[name] = Range([float(f"{value:.6g}") for value in values], percentiles_of(counts, largest))
@@ -139,9 +142,9 @@ def calibrate(checkpoint: Path, unet_sha256: str, drawing: Drawing, workdir: Pat
     `workdir` by the content of all that decides them; what is there is not drawn again, and an interrupted run goes on
     after its last prompt.
 
-    Raises UserError where the network or the device fails.
+    Raises UserError where the device fails, and where a layer is given NaN or an infinite number.
     """
-    key = sha256_json([unet_sha256, drawing.about, device.partition(":")[0]])[:16]
+    key = sha256_json([unet_sha256, drawing.about, device.partition(":")[0], list(KEEP)])[:16]
     path, partial = workdir / f"ranges-{key}.json", workdir / f"ranges-{key}.npz"
     with exclusive(path, say):
         if path.is_file():
@@ -170,5 +173,6 @@ def _draw(checkpoint: Path, drawing: Drawing, partial: Path, device: str) -> dic
     todo = list(enumerate(drawing.prompts))[done:]
     for index, prompt in track(todo, "calibrating", "prompt", done):
         drawing.draw(pipe, index, prompt)
+        watch.require_finite()
         watch.save(partial, index + 1)
     return watch.ranges()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx_ir as ir
 
@@ -33,15 +33,14 @@ from export.folder import check_files, refuse_foreign
 from export.graph.wrappers import TORCH_DTYPES, wrap
 from export.job import CHECK_BELOW_BYTES, library_versions
 from export.prompts import some_text
+from export.quantise.calibrate import Drawing, calibrate
 from export.quantise.graph import write_pairs
 from export.quantise.layers import PRECISIONS, find_layers
 from export.quantise.ranges import PERCENTILES, Ranges, read_ranges, require_fit, unet_hash
 from export.quantise.scales import find_scales
+from export.quantise.sensitivity import RANKING, Sensitivity, write_sensitivity
 from export.records import read_about, read_record
 from export.write import file_sizes, require_valid, trace_resolution
-
-if TYPE_CHECKING:
-    from export.quantise.calibrate import Drawing
 
 LEAST_OPSET = 19
 """Below, QuantizeLinear takes no fp16 and knows no fp8."""
@@ -127,8 +126,6 @@ def find_ranges(
         ranges = read_ranges(file)
         require_fit(ranges, expected, (), str(file))
         return ranges
-    from export.quantise.calibrate import calibrate
-
     return calibrate(prepared, expected, drawing, workdir, device)
 
 
@@ -139,9 +136,11 @@ def quantise_folder(
     ranges: Ranges,
     options: QuantiseOptions,
     *,
+    ranking: Sensitivity | None = None,
     progress: Callable[[str], None] = print,
 ) -> list[Parity]:
-    """Writes `out`: the UNet of `onnx` with Q/DQ pairs and 8-bit weights, the rest copied. What is up to date is kept.
+    """Writes `out`: the UNet of `onnx` with Q/DQ pairs and 8-bit weights, the rest copied, and the `ranking` that chose the
+    layers. What is up to date is kept.
 
     `prepared` is the checkpoint as it was exported. Returns the comparisons with torch, none where the UNet is large or
     up to date. Raises UserError, and leaves `out` as it was, where the quantised graph is too far from the network.
@@ -159,6 +158,11 @@ def quantise_folder(
         require_free_disk(out, _bytes(onnx), "a quantised ONNX folder")
         checked = _write_unet(onnx, out, prepared, record, ranges, options, key, progress)
         _copy_rest(onnx, out, about)
+        if ranking is None:
+            for name in RANKING:  # of an earlier run
+                (out / name).unlink(missing_ok=True)
+        else:
+            write_sensitivity(out, ranking)
         write_json(out / "slimxl.json", wanted)
     return checked
 

@@ -60,7 +60,7 @@ def read_ranges(path: Path) -> Ranges:
     """Raises UserError for a file that is none of ours, or damaged: a range that is negative, NaN or infinite."""
     if not path.is_file():
         raise UserError(f"there are no ranges in {path}; leave --ranges out to calibrate")
-    again = "calibrate again (leave --ranges out)"
+    again = "calibrate again (remove it, or leave --ranges out)"
     content = read_object(path)
     if content.get("schema") != SCHEMA or not isinstance(content.get("layers"), dict):
         raise UserError(f"{path} is no file of ranges of this slimxl; {again}")

@@ -46,7 +46,8 @@ def read_weight(value: ir.Value) -> np.ndarray:
 def _scale(largest: np.ndarray | float, precision: Precision, dtype: np.dtype) -> np.ndarray:
     """The least number of `dtype` that brings `largest` onto the grid: rounded up, so that nothing is cut off."""
     wanted = np.maximum(np.asarray(largest, np.float64) / precision.largest, SMALLEST)
-    scale = wanted.astype(dtype)
+    with np.errstate(over="ignore"):  # infinity is told by the layer's name
+        scale = wanted.astype(dtype)
     return np.where(scale.astype(np.float64) < wanted, np.nextafter(scale, dtype.type(np.inf)), scale).astype(dtype)
 
 
@@ -105,6 +106,7 @@ def _scales_of(
     alpha: float,
     percentile: float,
 ) -> dict[str, Scales]:
+    """Raises UserError where a scale is beyond the graph's numbers."""
     dtype = group[0].weight.dtype.numpy()  # type: ignore[union-attr]
     if not all(layer.is_linear for layer in group):
         shrink, largest = None, max(one.at(percentile) for one in ranges)
@@ -122,4 +124,9 @@ def _scales_of(
         weight = shrunk(weights[layer.name], scales)
         rows = np.abs(weight).reshape(len(weight), -1).max(axis=1)
         found[layer.name] = Scales(scales.input, _scale(rows, precision, dtype), shrink)
+        if not (np.isfinite(scales.input) and np.isfinite(found[layer.name].weight).all()):
+            raise UserError(
+                f"the input of {layer.name} reaches {largest:.3g}, or its weight does: no {dtype.name} holds the scale; "
+                f"keep it in half precision (--keep {layer.name})"
+            )
     return found

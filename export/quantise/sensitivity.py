@@ -19,14 +19,16 @@ from torch import Tensor
 
 from distill.checkpoints.load import load_pipeline
 from distill.common.errors import UserError, require_above
-from distill.common.files import replacing, write_json
+from distill.common.files import read_object, replacing, sha256_json, write_json
 from distill.common.progress import track
+from export.job import library_versions
 from export.quantise.calibrate import Drawing
 from export.quantise.fake import rounded
 from export.quantise.layers import PRECISIONS, find_layers
 from export.quantise.ranges import Ranges
 from export.quantise.scales import find_scales
 
+RANKING = ("sensitivity.json", "sensitivity.svg")
 PROMPTS = 2
 """Prompts whose calls are looked at: of each the first, the middle and the last step."""
 
@@ -63,26 +65,42 @@ def largest_row(count: int, error_of: Callable[[int], float], bound: float) -> t
 
 @torch.no_grad()
 def find_sensitivity(
-    onnx: Path, checkpoint: Path, ranges: Ranges, drawing: Drawing, recipe: Mapping[str, Any], max_error: float
+    onnx: Path,
+    checkpoint: Path,
+    ranges: Ranges,
+    drawing: Drawing,
+    recipe: Mapping[str, Any],
+    max_error: float,
+    workdir: Path,
 ) -> Sensitivity:
-    """On the CPU in fp32. Raises UserError where no layer at all stays within the bound."""
+    """On the CPU in fp32. Errors of single layers are kept under `workdir`, for other bounds too, and an interrupted run
+    goes on after the last. Raises UserError where no layer at all stays within the bound."""
     require_above(0, max_error=max_error)
     precision = PRECISIONS[recipe["precision"]]
     layers = find_layers(ir.load(onnx / "unet" / "model.onnx").graph, recipe["keep"])
     scales = find_scales(layers, ranges, precision, recipe["alpha"], recipe["percentile"])
     pipe = load_pipeline(checkpoint, torch.float32, without=("vae",))
     calls = _record_calls(pipe, drawing)
-    exact = [pipe.unet(**call)[0] for call in calls]
+    exact = [_outputs(pipe.unet, call) for call in calls]
 
     def error_of(names: Sequence[str]) -> float:
         inside: AbstractContextManager[None] = rounded(pipe.unet, scales, names, precision)
         with inside:
-            got = [pipe.unet(**call)[0] for call in calls]
-        squares = [_relative(one, other) ** 2 for one, other in zip(got, exact, strict=True)]
+            got = [_outputs(pipe.unet, call) for call in calls]
+        squares = [
+            _relative(one, other) ** 2
+            for outputs, wanted in zip(got, exact, strict=True)
+            for one, other in zip(outputs, wanted, strict=True)
+        ]
         return float(sum(squares) / len(squares)) ** 0.5
 
     names = [layer.name for layer in layers]
-    alone = {name: error_of([name]) for name in track(names, "sensitivity", "layer")}
+    key = sha256_json([ranges.sha256, drawing.about, recipe, names, library_versions()])[:16]
+    kept = workdir / f"sensitivity-{key}.json"
+    alone: dict[str, float] = read_object(kept) if kept.is_file() else {}
+    for name in track([name for name in names if name not in alone], "sensitivity", "layer", len(alone)):
+        alone[name] = error_of([name])
+        write_json(kept, alone)
     errors = dict(sorted(alone.items(), key=lambda item: item[1]))
     low, error = largest_row(len(errors), lambda count: error_of(tuple(errors)[:count]), max_error)
     if not low:
@@ -91,12 +109,13 @@ def find_sensitivity(
             f"{min(errors.values()):.1e}; allow more, or stay with fp16"
         )
     return Sensitivity(
-        precision=precision.name, max_error=max_error, errors=errors, low=low, error=error, calls=len(calls)
+        precision=precision.name, max_error=max_error, errors=errors, low=low, error=error, calls=sum(map(len, exact))
     )
 
 
 def _record_calls(pipe: Any, drawing: Drawing) -> list[dict[str, Any]]:
-    """Arguments of the UNet's calls at the first, the middle and the last step of the first prompts."""
+    """Arguments of the UNet's calls at the first, the middle and the last step of the first prompts, those of a prompt as
+    one call: a narrow UNet takes hardly longer for it."""
     seen: list[dict[str, Any]] = []
 
     def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -109,10 +128,30 @@ def _record_calls(pipe: Any, drawing: Drawing) -> list[dict[str, Any]]:
     calls = []
     for index, prompt in enumerate(drawing.prompts[:PROMPTS]):
         drawing.draw(pipe, index, prompt)
-        calls += [seen[place] for place in sorted({0, len(seen) // 2, len(seen) - 1})]
+        calls.append(_joined([seen[place] for place in sorted({0, len(seen) // 2, len(seen) - 1})]))
         seen.clear()
     hook.remove()
     return calls
+
+
+def _joined(calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One call with the rows of all; their number is kept as `calls`."""
+    rows = len(calls[0]["sample"])
+
+    def join(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], Mapping):
+            return {name: join([value[name] for value in values]) for name in values[0]}
+        if not isinstance(values[0], Tensor):
+            return values[0]
+        return torch.cat([value.expand(rows) if value.dim() == 0 else value for value in values])
+
+    return {name: join([call[name] for call in calls]) for name in calls[0]} | {"calls": len(calls)}
+
+
+def _outputs(unet: Any, call: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """noise_pred of each of the calls that were joined."""
+    arguments = {name: value for name, value in call.items() if name != "calls"}
+    return tuple(unet(**arguments)[0].chunk(call["calls"]))
 
 
 def _relative(got: Tensor, exact: Tensor) -> float:
@@ -120,8 +159,8 @@ def _relative(got: Tensor, exact: Tensor) -> float:
 
 
 def write_sensitivity(out: Path, found: Sensitivity) -> None:
-    """sensitivity.json and a plot beside it."""
-    write_json(out / "sensitivity.json", asdict(found) | {"errors": list(found.errors.items())})
+    """`RANKING`: the figures, and a plot of them."""
+    write_json(out / RANKING[0], asdict(found) | {"errors": list(found.errors.items())})
     import matplotlib
 
     matplotlib.use("Agg")
@@ -145,6 +184,6 @@ def write_sensitivity(out: Path, found: Sensitivity) -> None:
             textcoords="offset points",
         )  # fmt: skip
     axes.legend(fontsize=8)
-    with replacing(out / "sensitivity.svg") as temporary:
+    with replacing(out / RANKING[1]) as temporary:
         figure.savefig(temporary, format="svg")
     plt.close(figure)

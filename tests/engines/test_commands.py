@@ -24,6 +24,15 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     return main()
 
 
+def test_targets_are_told_before_anything_is_exported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "targets", "--gpus", "a100,rtx4090", "--precision", "int8") == 0
+    assert capsys.readouterr().out == "int8 by tensorrt-rtx for a100, rtx4090 (sm80-sm89)\n"
+    assert run(monkeypatch, "targets", "--gpus", "rtx4090,a100", "--precision", "fp8") == 2
+    assert "a100 has 8.0: take int8 there" in capsys.readouterr().err
+
+
 def test_verify(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "verify", bundle) == 0
     assert "8 engines, every hash as recorded" in capsys.readouterr().out

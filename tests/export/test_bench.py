@@ -5,7 +5,7 @@ from pathlib import Path
 
 import onnx
 
-from export.bench import _unet_latency
+from export.bench import unet_latency
 
 
 def test_latency_is_measured_on_a_graph_whose_timestep_is_a_scalar(
@@ -24,5 +24,5 @@ def test_latency_is_measured_on_a_graph_whose_timestep_is_a_scalar(
     theirs.mkdir()
     onnx.save(model, theirs / "model.onnx")
     shutil.copyfile(ours / "model.onnx.data", theirs / "model.onnx.data")
-    times = _unet_latency({"ours": onnx_fp32, "optimum": tmp_path}, mini_vega, 1)
+    times = unet_latency({"ours": onnx_fp32, "optimum": tmp_path}, mini_vega, 1)
     assert {name: len(values) for name, values in times.items()} == {"ours": 1, "optimum": 1}

@@ -146,3 +146,11 @@ def test_a_bundle_says_which_flavor_and_engines_it_loaded(monkeypatch):
     bundle = make_contestant(Spec.parse("a=bundle:some/where"), "cpu")
     bundle.pipe = bundle.make_pipeline()
     assert bundle.runtime == "slimxl bundle, onnxruntime" and bundle.engines == list(parts)
+
+
+def test_a_bundle_is_named_with_flavor_layout_and_precision():
+    contestant = make_contestant(Spec.parse("a=bundle@tensorrt+int8+shared:somewhere"), "cuda")
+    assert (contestant.flavor, contestant.layout, contestant.unet_precision) == ("tensorrt", "shared", "int8")
+    assert contestant.runtime == "slimxl bundle, tensorrt, shared", "beside the same in fp16 only the precision differs"
+    with pytest.raises(UserError, match="int9"):
+        make_contestant(Spec.parse("a=bundle@tensorrt+int9:somewhere"), "cuda")

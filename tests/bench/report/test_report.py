@@ -506,9 +506,10 @@ def test_what_calibrates_is_sound_and_counted_once(results_path):
             ("diffusers + torch.compile", "fp16"),
             ("slimxl bundle, tensorrt, shared", "as built"),
             ("slimxl bundle, tensorrt-rtx", "as built"),
+            ("slimxl bundle, tensorrt", "int8"),
         )
     ]
-    assert classes == ["diffusers, bf16", "compiled", "TensorRT", "TensorRT-RTX"]
+    assert classes == ["diffusers, bf16", "compiled", "TensorRT", "TensorRT-RTX", "TensorRT, int8"]
 
 
 def test_no_results_is_a_users_mistake(tmp_path):

@@ -38,7 +38,7 @@ def gpu_results(template, contestants, sizes=SIZES[:1], part="x"):
     value = json.loads(template.read_text())
     peak = PEAKS["a100-sxm"]
     value["peak"] = {"name": peak.name, "tflops": peak.tflops, "terabytes_per_s": peak.terabytes_per_s}
-    value["peak"] |= {"compute_capability": "8.0", "nvml_names": []}
+    value["peak"] |= {"compute_capability": "8.0", "nvml_names": [], "eight_bits": dict(peak.eight_bits)}
     value["gpu"]["identity"] |= {"name": "NVIDIA A100-SXM4-80GB"}
     value |= {"family": "sdxl", "baseline": next(iter(contestants)), "command": f"python -m bench gpu --parts {part}"}
     record, cell = value["contestants"][0], value["cells"][0]
@@ -99,6 +99,21 @@ def suite_results(results_path):
         gpu_results(results_path, ours, part="tensorrt:vega"),
         gpu_results(results_path, layouts, SIZES, "layouts:tensorrt"),
     ]
+
+
+@pytest.mark.parametrize(("milliseconds", "told"), [(1100.0, "slower in int8: 0.91 times as fast"), (900.0, "")])
+def test_8_bits_are_held_against_half_precision_and_their_own_peak(results_path, milliseconds, told):
+    """A row of the same model on another runtime, or in another layout, is no measure of what 8 bits do."""
+    contestants = {
+        "vega fp16": ("bundle@tensorrt:x", "slimxl bundle, tensorrt", "as built", rounds(1000.0)),
+        "vega int8": ("bundle@tensorrt+int8:x", "slimxl bundle, tensorrt", "int8", rounds(milliseconds)),
+        "vega shared": ("bundle@tensorrt+shared:x", "slimxl bundle, tensorrt, shared", "as built", rounds(1e5)),
+    }
+    half, eight, _ = gpu_results(results_path, contestants).cells[0].rows
+    assert [fault for fault in eight.diagnosis if fault.startswith("slower")] == eight.eight_bit_faults()
+    assert told in "".join(eight.eight_bit_faults()) and bool(told) == bool(eight.eight_bit_faults())
+    assert not half.eight_bit_faults()
+    assert half.mfu * half.total_ms.value * 312 == pytest.approx(eight.mfu * eight.total_ms.value * 624)
 
 
 def test_the_best_runtime_is_held_against_eager_and_against_torch_compile(suite_results):

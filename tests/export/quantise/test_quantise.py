@@ -20,16 +20,20 @@ from distill.checkpoints.load import load_component
 from distill.common.errors import UserError
 from distill.common.files import read_json
 from distill.models.resolution import Resolution
+from engines.bundle import Profile, ShapeRange
+from engines.flavors import BuildRequest, find_flavor
 from export.__main__ import main
 from export.checks.verify import verify_folder
 from export.components import COMPONENTS
 from export.graph.wrappers import example, wrap
 from export.prompts import some_text
 from export.quantise import calibrate as room
+from export.quantise import judge as room_of_judge
 from export.quantise.calibrate import Drawing, calibrate
 from export.quantise.fake import rounded
 from export.quantise.folder import QuantiseOptions, check_source, find_ranges, prepare_source, quantise_folder
 from export.quantise.graph import write_pairs
+from export.quantise.judge import judge_folders, table
 from export.quantise.layers import PRECISIONS, find_layers, is_kept
 from export.quantise.ranges import Ranges, percentiles_of, write_ranges
 from export.quantise.scales import find_scales
@@ -121,6 +125,41 @@ def test_the_folder_is_as_any_other(
     assert said == [f"unet: {precision}, up to date"]
 
 
+@pytest.mark.parametrize(("precision", "capabilities"), [("int8", ["8.0", "8.9"]), ("fp8", ["8.9"])])
+def test_tensorrt_rtx_builds_a_plan_of_it(
+    precision: str,
+    capabilities: list[str],
+    ranges_of: Callable[[str], tuple[Path, Path, Ranges]],
+    tmp_path: Path,
+) -> None:
+    """Of the first ResNet and transformer block, which have every kind of layer: the whole takes a minute."""
+    folder, _, ranges = ranges_of("fp8")
+    config, own = read_json(folder / "unet" / "config.json"), PRECISIONS[precision]
+    last = "down_blocks.1.attentions.0.transformer_blocks.0.ff.net.2"
+    [end] = [layer for layer in find_layers(ir.load(folder / "unet" / "model.onnx").graph) if layer.name == last]
+    output = str(end.node.outputs[0].name)
+    specs = COMPONENTS["unet"].inputs(config, Resolution(128, 128), 2, "fp16")
+    names = [spec.name for spec in specs]
+    onnx.utils.extract_model(folder / "unet" / "model.onnx", tmp_path / "part.onnx", names, [output], check_model=False)
+    model = ir.load(tmp_path / "part.onnx")
+    layers = find_layers(model.graph)
+    assert {layer.node.op_type for layer in layers} == {"Conv", "MatMul"} and layers[-1].name == last
+    write_pairs(model, layers, find_scales(layers, ranges, own, own.alpha, own.percentile), own)
+    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
+    shapes = {spec.name: ShapeRange(min=list(spec.shape), opt=list(spec.shape), max=list(spec.shape)) for spec in specs}
+    request = BuildRequest(
+        component="unet",
+        flavor="tensorrt-rtx",
+        onnx_files=[tmp_path / "model.onnx", tmp_path / "model.onnx.data"],
+        out=tmp_path / "unet.plan",
+        profiles=[Profile(index=0, resolutions=["128x128"], batch=1, shapes=shapes)],
+        outputs=[output],
+        compute_capabilities=capabilities,
+    )
+    [found] = find_flavor("tensorrt-rtx").build(request, lambda phase, fraction: None)
+    assert (found.name, found.dtype) == (output, "float16") and request.out.stat().st_size > 100_000
+
+
 def test_what_stays_in_half_precision(quantised: dict[str, Path]) -> None:
     graph = onnx.load(quantised["int8"] / "unet" / "model.onnx", load_external_data=False).graph
     weights = {tensor.name for tensor in graph.initializer}
@@ -150,6 +189,33 @@ def test_an_interrupted_calibration_goes_on_and_a_finished_one_draws_nothing(
     monkeypatch.setattr(room, "load_pipeline", lambda *_: pytest.fail("drawn again"))
     assert calibrate(mini_vega, "0" * 64, DRAWING, tmp_path / "parts") == whole
     assert [path.suffix for path in (tmp_path / "parts").glob("ranges*")] == [".json"]
+
+
+def test_a_network_that_makes_nan_is_told_at_once_and_nothing_is_kept(
+    mini_vega: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = room.load_pipeline
+
+    def poisoned(*about: Any, **named: Any) -> Any:
+        pipe = load(*about, **named)
+        pipe.unet.conv_in.bias.data[0] = float("nan")
+        return pipe
+
+    monkeypatch.setattr(room, "load_pipeline", poisoned)
+    with pytest.raises(UserError, match=r"down_blocks.0.resnets.0.conv1 was given numbers that are NaN"):
+        calibrate(mini_vega, "0" * 64, DRAWING, tmp_path)
+    assert not list(tmp_path.glob("ranges*"))
+
+
+def test_a_range_beyond_fp16_is_told_by_its_layer(
+    ranges_of: Callable[[str], tuple[Path, Path, Ranges]],
+) -> None:
+    folder, _, ranges = ranges_of("fp8")
+    [layer, *_] = find_layers(ir.load(folder / "unet" / "model.onnx").graph)
+    one = ranges.layers[layer.name]
+    huge = replace(ranges, layers={layer.name: replace(one, percentiles=[1e9] * 5)})
+    with pytest.raises(UserError, match=f"no float16 holds the scale; .*--keep {layer.name}"):
+        find_scales([layer], huge, PRECISIONS["int8"], 0.8, 100.0)
 
 
 def test_percentiles_are_read_from_a_histogram_of_octaves() -> None:
@@ -240,7 +306,7 @@ def test_as_many_layers_go_in_as_the_bound_allows(
     recipe = QuantiseOptions(
         precision="int8", keep=("down_blocks.*", "mid_block.*", "up_blocks.0.*", "*.attn?.*")
     ).recipe
-    found = find_sensitivity(folder, checkpoint, ranges, DRAWING, recipe, max_error=5e-3)
+    found = find_sensitivity(folder, checkpoint, ranges, DRAWING, recipe, 5e-3, tmp_path)
     values = list(found.errors.values())
     assert values == sorted(values) and 0 < found.low < len(values)
     assert max(values[: found.low]) < found.error <= 5e-3, "together they do more than the worst of them alone"
@@ -249,7 +315,30 @@ def test_as_many_layers_go_in_as_the_bound_allows(
     assert json.loads((tmp_path / "sensitivity.json").read_text())["low"] == found.low
     assert (tmp_path / "sensitivity.svg").read_text().count("<svg") == 1
     with pytest.raises(UserError, match="no layer stays within it in int8"):
-        find_sensitivity(folder, checkpoint, ranges, DRAWING, recipe, max_error=1e-9)
+        find_sensitivity(folder, checkpoint, ranges, DRAWING, recipe, 1e-9, tmp_path)
+
+
+def test_folders_are_judged_beside_the_first(
+    quantised: dict[str, Path],
+    ranges_of: Callable[[str], tuple[Path, Path, Ranges]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, checkpoint, _ = ranges_of("int8")
+    other, draw, drawn = tmp_path / "other", room_of_judge.draw_scenes, []
+    shutil.copytree(folder, other)
+    _change(other, lambda record: record.update(source_sha256={"diffusion_pytorch_model.safetensors": "0" * 64}))
+    monkeypatch.setattr(room_of_judge, "draw_scenes", lambda *about: drawn.append(about[2]) or draw(*about))
+    folders, how = [folder, quantised["int8"]], {"count": 9, "steps": 1, "rounds": 1}
+    first, low = rows = judge_folders(folders, checkpoint, tmp_path, **how)
+    assert first.step_errors == [0.0] and first.psnr_db is None and (first.precision, low.precision) == ("fp32", "int8")
+    assert 1e-3 < low.step_errors[0] < 0.2 and low.psnr_db is not None and low.psnr_db[0] <= low.psnr_db[1]
+    assert low.unet_bytes < first.unet_bytes / 2 and "| int8 (int8) | 0." in table(rows, 9)
+    again = judge_folders(folders, checkpoint, tmp_path, **how)
+    assert [row.psnr_db for row in again] == [row.psnr_db for row in rows] and drawn == [9] * 4, "pictures are kept"
+    for wrong, told in (([folder], "two folders or more"), ([folder, other], "of another UNet")):
+        with pytest.raises(UserError, match=told):
+            judge_folders(wrong, checkpoint, tmp_path, **how)
 
 
 @pytest.mark.parametrize(("bound", "row"), [(0.5, 0), (3.0, 3), (99.0, 7)])
