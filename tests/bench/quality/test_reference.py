@@ -12,10 +12,6 @@ from distill.models.resolution import Resolution
 WORKLOAD = Workload(resolution=Resolution(64, 64), steps=2, prompts=("a small red circle",))
 
 
-def late(unet):
-    unet.register_forward_pre_hook(lambda _, args: (args[0], 0 * args[1] + 500, *args[2:]))
-
-
 def transposed(unet):
     with torch.no_grad():
         for one in unet.modules():
@@ -25,7 +21,7 @@ def transposed(unet):
 
 def test_a_wrong_unet_fails_though_its_picture_would_pass(tmp_path):
     contestants, drawn = [], {}
-    for name, spoil in (("right", None), ("late", late), ("transposed", transposed)):
+    for name, spoil in (("right", None), ("transposed", transposed)):
         one = EagerContestant(name, "random:mini-vega", precision="bf16" if spoil is None else "fp32", workdir=tmp_path)
         if spoil is not None:
             spoil(one.pipe.unet)
@@ -34,10 +30,9 @@ def test_a_wrong_unet_fails_though_its_picture_would_pass(tmp_path):
         contestants.append(one)
     found = judge(drawn, contestants, WORKLOAD, True, "cpu")
     assert found["right"]["passed"] and len(found["right"]["noise_errors"]) == 2
-    for name in ("late", "transposed"):
-        assert found[name]["passed"] is False and len(found[name]["words"]) == 1
-        assert "noise_pred of step 1" in found[name]["words"][0]
-        assert found[name]["psnr_db"] > MIN_PSNR_DB and found[name]["latent_cosine"] > MIN_LATENT_COSINE
+    wrong = found["transposed"]
+    assert wrong["passed"] is False and len(wrong["words"]) == 1 and "noise_pred of step 1" in wrong["words"][0]
+    assert wrong["psnr_db"] > MIN_PSNR_DB and wrong["latent_cosine"] > MIN_LATENT_COSINE
     assert found["right"]["control"]["caught"] and found["right"]["control"]["noise_error"] > 0.2
     assert judge(drawn, contestants, WORKLOAD, True, "cpu") == found, "from the pictures that were kept"
 
