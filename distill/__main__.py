@@ -410,8 +410,8 @@ def teach(
     Args:
         out: The pipeline folder to write.
         architecture: What is taught: mini-sdxl or mini-sd-1.5.
-        start: A mini checkpoint, as `fetch` takes it; those of its networks that the architecture has too are taught
-            further instead of new ones, but for its VAE's encoder, which stays as it is.
+        start: A mini checkpoint, as `fetch` takes it; what fits of its networks is taught further, but for its VAE's
+            encoder, which stays as it is. Of a UNet of another architecture that is a part, which is told.
         vae_steps: Optimiser steps of the VAE on crops.
         vae_whole_steps: And on whole pictures.
         minutes: Training time of the UNet and text encoders; 0 leaves them as they are.

@@ -78,8 +78,8 @@ def picture_faults(found: Sequence[str]) -> list[str]:
 
 
 def are_doubts(faults: Sequence[str]) -> bool:
-    """Whether any of them makes the figure doubtful. That a contestant is enqueue-bound is its own nature."""
-    return any(not fault.startswith("enqueue-bound") for fault in faults)
+    """Whether any of them makes the figure doubtful. A contestant is enqueue-bound, or slow in 8 bits, by nature."""
+    return any(not fault.startswith(("enqueue-bound", "slower in")) for fault in faults)
 
 
 def is_refused(faults: Sequence[str]) -> bool:

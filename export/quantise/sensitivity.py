@@ -168,21 +168,21 @@ def write_sensitivity(out: Path, found: Sensitivity) -> None:
 
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     values, places = list(found.errors.values()), range(1, len(found.errors) + 1)
-    axes.bar(
-        places[: found.low], values[: found.low], width=1, color="#4477aa", label=f"{found.precision}: {found.low}"
-    )
     kept = len(values) - found.low
-    axes.bar(places[found.low :], values[found.low :], width=1, color="#cc6677", label=f"half precision: {kept}")
+    for part, colour, label in (
+        (slice(0, found.low), "#4477aa", f"{found.precision}: {found.low}"),
+        (slice(found.low, None), "#cc6677", f"half precision: {kept}"),
+    ):  # an area, which stays small on the disk where bars would be one path a layer
+        axes.fill_between(places[part], values[part], values[0] / 2, step="mid", color=colour, linewidth=0, label=label)
     axes.axhline(found.max_error, color="black", linewidth=0.8, linestyle="--", label=f"bound {found.max_error:g}")
     axes.axhline(
         found.error, color="#4477aa", linewidth=0.8, label=f"all in {found.precision} together {found.error:.2g}"
     )
     axes.set(yscale="log", xlabel="layers, the least harmful first", ylabel="relative error of noise_pred, each alone")
-    for place in range(max(len(values) - 3, 0), len(values)):
-        axes.annotate(
-            tuple(found.errors)[place], (place + 1, values[place]), ha="right", fontsize=6, xytext=(-4, 2),
-            textcoords="offset points",
-        )  # fmt: skip
+    axes.annotate(
+        tuple(found.errors)[-1], (len(values), values[-1]), ha="right", fontsize=7, xytext=(-10, 0),
+        textcoords="offset points",
+    )  # fmt: skip
     axes.legend(fontsize=8)
     with replacing(out / RANKING[1]) as temporary:
         figure.savefig(temporary, format="svg")

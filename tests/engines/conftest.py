@@ -43,9 +43,9 @@ def toy_manifest(toy_bundle: Path) -> Manifest:
 
 @pytest.fixture(scope="session")
 def mini_onnx(tmp_path_factory: pytest.TempPathFactory, mini_vega: Path) -> Path:
-    """A true export of the mini family at Vega's depth, in fp32."""
+    """A true export of the mini family at Vega's depth, in fp32, for prompts of 32 to 96 tokens."""
     out = tmp_path_factory.mktemp("mini") / "onnx"
-    export_checkpoint(mini_vega, out, options=ExportOptions(precision="fp32"))
+    export_checkpoint(mini_vega, out, options=ExportOptions(precision="fp32", tokens=(96,)))
     return out
 
 

@@ -102,8 +102,8 @@ def test_what_cannot_be_done_is_a_line(pipeline: Any) -> None:
             torch.zeros(2, 4, 16, 21), 1, TEXT, added_cond_kwargs=ADDED
         ),
         "without class_labels": lambda: unet(SAMPLE, 1, TEXT, torch.zeros(2), added_cond_kwargs=ADDED),
-        r"encoder_hidden_states is \[40, 128\], the unet engine takes \[32, 128\] a row": lambda: unet(
-            SAMPLE, 1, torch.zeros(2, 40, 128), added_cond_kwargs=ADDED
+        r"encoder_hidden_states is \[32, 64\], the unet engine takes": lambda: unet(
+            SAMPLE, 1, torch.zeros(2, 32, 64), added_cond_kwargs=ADDED
         ),
         r"has \[1\] rows, the other inputs of the unet have 2": lambda: unet(
             SAMPLE, 1, TEXT[:1], added_cond_kwargs=ADDED

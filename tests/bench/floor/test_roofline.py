@@ -202,6 +202,7 @@ def test_the_cpus_yardstick_is_of_a_real_machines_size():
 
 
 def test_a_model_is_predicted_at_its_familys_own_size() -> None:
-    sd, tiny = (predict("a100-sxm", model, 30, "TensorRT", published_known()) for model in ("sd-1.5", "tiny-sd"))
-    assert sd.floor_ms == floor_ms("a100-sxm", "sd-1.5", 30, Resolution(512, 512))
-    assert sd.total_ms > sd.floor_ms > tiny.floor_ms
+    known = [Known("a100-sxm", "sdxl", 30, "TensorRT", total_ms=200.0, floor_ms=100.0, origin="here")]
+    found = predict("a100-sxm", "tiny-sd", 30, "TensorRT", known)
+    assert found.floor_ms == floor_ms("a100-sxm", "tiny-sd", 30, Resolution(512, 512))
+    assert found.total_ms == pytest.approx(2 * found.floor_ms)

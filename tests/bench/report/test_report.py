@@ -335,7 +335,7 @@ def test_a_tally_joins_the_report(results_path, tmp_path):
 
 def test_fakes_never_stand_as_measured(results_path, tmp_path):
     page, text, told = report_of(tmp_path, json.loads(results_path.read_text()))
-    assert '<body class="fake">' in page and "measured here" not in page and told["headline"]["kind"] == "fake"
+    assert '<body class="no-model">' in page and "measured here" not in page and told["headline"]["kind"] == "fake"
     assert "Teacher, Vega: fake." in page and "Fakes that wait" in text and "Measured on" not in text
 
 

@@ -18,6 +18,7 @@ from distill.mini import teach, teach_unet, teach_vae
 from distill.mini.judge import judge, share_followed
 from distill.models.architectures import ARCHITECTURES
 from distill.models.families import MINI_FAMILY
+from distill.models.networks import make_network
 
 BRIEF: Any = {"minutes": 0.02, "learning_rate": 1e-4, "batch": 4, "seed": 0}
 MINI_SD = ARCHITECTURES["mini-sd-1.5"]
@@ -56,6 +57,15 @@ def test_another_family_begins_with_the_networks_that_it_shares(
     assert all(torch.equal(pipe.vae.state_dict()[key], value) for key, value in ours.state_dict().items())
     with pytest.raises(UserError, match=r"sd-1\.5 is of no mini family"):
         teach.teach_mini(tmp_path / "no", architecture="sd-1.5", **begun, **BRIEF)
+
+
+def test_a_unet_begins_with_what_fits_of_another_familys() -> None:
+    source, unet = (make_network("unet", ARCHITECTURES[name].configs["unet"]) for name in ("mini-sdxl", "mini-sd-1.5"))
+    assert teach.begun_from(source, unet) == 494
+    ours, theirs, reads = unet.state_dict(), source.state_dict(), "transformer_blocks.0.attn2.to_k.weight"
+    first_encoder = theirs[f"up_blocks.0.attentions.0.{reads}"][:, :64]
+    assert torch.equal(ours[f"up_blocks.1.attentions.0.{reads}"], first_encoder)
+    assert not ours["up_blocks.3.attentions.0.proj_out.weight"].any()
 
 
 def test_polishing_the_decoder_leaves_the_latents_alone(few_pictures: None, tmp_path: Path) -> None:

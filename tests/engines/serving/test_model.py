@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import engines
+from distill.checkpoints.load import load_pipeline
 from distill.checkpoints.sampling import Sampling
+from distill.checkpoints.sources import MINI_TEACHERS
 from distill.common.errors import UserError
 from engines.serving.environment import Environment
 from engines.serving.options import Serving
@@ -215,3 +218,20 @@ def test_what_nobody_waits_for_is_not_drawn(model: ModuleType, toy_bundle: Path)
     assert response.error.code == "cancelled"
     assert instance.answer([(values, gone), (values, waiting)]) == ["drawn", "drawn"]
     assert instance.pipeline.tokenizer.cache == alike
+
+
+def test_a_request_to_sd_is_drawn_as_diffusers_draws_it(model: ModuleType) -> None:
+    """One encoder, nothing pooled, and no prompt is not zeros."""
+    instance = model.TritonPythonModel()
+    instance.pipeline = pipeline = load_pipeline(MINI_TEACHERS["sd"], torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    values = model.DEFAULTS | {"prompt": "a large red ring at the top", "guidance": 5.0, "images": 2}
+    options = {"width": 128, "height": 128, "num_inference_steps": 2, "guidance_scale": 5.0, "output_type": "np"}
+    wanted, drawn = (
+        pipeline(**asked, **options, generator=torch.Generator().manual_seed(0)).images
+        for asked in (
+            {"prompt": values["prompt"], "num_images_per_prompt": 2},
+            instance.encode([values]),
+        )
+    )
+    assert np.array_equal(drawn, wanted) and drawn.std() > 0.01
