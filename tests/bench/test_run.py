@@ -266,7 +266,7 @@ def test_launches_are_one_run_and_a_stopped_one_keeps_what_it_has(tmp_path, monk
         run_bench(options)
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(launches.subprocess, "run", child)
+    monkeypatch.setattr(launches, "subprocess", SimpleNamespace(run=child))
     results = run_bench(fake_options(tmp_path / "r.json", launches=3, pictures=1))
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"] and read_results(tmp_path / "r.json") == results
     row = results.cells[0].rows[1]
