@@ -91,7 +91,7 @@ def published_model(
             f"no published latency is of the runtime {runtime!r}, only of {', '.join(runtimes)}; measure a model and name "
             "its results file: --measured"
         )
-    share = find_shares(list(known)).share(gpu, "a student", runtime)  # no model of the figures: the median of theirs
+    share = find_shares(list(known)).share(gpu, runtime)
     wrong = [log(1 + check.error) for check in check_predictions(list(known))]
     generator = np.random.default_rng(0)
     common = np.exp(-generator.choice(wrong, DRAWS)) / share

@@ -271,7 +271,7 @@ def test_the_tensorrt_flavor_asks_for_nothing_that_tensorrt_lacks(
         ({"gpus": ["auto"]}, "auto found no GPU"),
         ({"flavor": "tensorrt"}, "needs the Python package tensorrt|found no GPU"),
         ({"flavor": "openvino"}, "unknown flavor 'openvino'"),
-        ({"flavor": "onnxruntime", "options": {"refit": True}}, "--refit is for TensorRT's plans"),
+        ({"flavor": "onnxruntime", "gpus": [], "options": {"refit": True}}, "--refit is for TensorRT's plans"),
         ({"resolutions": "100x100"}, "100x100 is not one of this model's: 128x128"),
         ({"resolutions": "big"}, "not of the form WIDTHxHEIGHT"),
         ({"components": ["unet3"]}, "no component 'unet3'"),
