@@ -7,6 +7,7 @@ The pipeline's own sampler runs unchanged; the stages are seen at places that di
 from __future__ import annotations
 
 import hashlib
+from functools import wraps
 from typing import Any
 
 from bench.contestants.contestant import Mark
@@ -53,6 +54,7 @@ class StageHooks:
         it so, whatever runs the UNet."""
         step = scheduler.step
 
+        @wraps(step)  # a pipeline reads in its signature whether it takes the generator, as LCM's does for its noise
         def watched(noise_pred: Any, *args: Any, **kwargs: Any) -> Any:
             if self.noise_preds is not None:
                 self.noise_preds.append(noise_pred.detach().float().cpu())  # a CUDA graph writes over it
@@ -64,6 +66,7 @@ class StageHooks:
         """Marks `before` when `owner.method` is entered, and `after` when it returns."""
         original = getattr(owner, method)
 
+        @wraps(original)
         def watched(*args: Any, **kwargs: Any) -> Any:
             self.mark(before)
             result = original(*args, **kwargs)

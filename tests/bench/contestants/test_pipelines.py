@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -68,6 +69,13 @@ def test_the_picture_is_diffusers_own(eager, folder):
     assert (found == (expected * 255).round().astype(np.uint8)).all()
 
 
+@pytest.mark.parametrize("scheduler", ["lcm", "euler-a"])
+def test_a_scheduler_that_adds_noise_takes_it_from_the_seed(eager, scheduler):
+    """Each of its steps: else no two pictures of one model agree, and the guard fails what is right."""
+    once, again = (eager.draw(replace(WORKLOAD, scheduler=scheduler), lambda _: None) for _ in range(2))
+    assert np.array_equal(once.images, again.images)
+
+
 def test_compiled_fused_and_channels_last_draws_the_same_picture(eager, folder):
     from bench.quality.guard import guard
 
@@ -105,8 +113,6 @@ def test_every_shape_is_compiled(monkeypatch):
 
 
 def test_seed_scheduler_guidance_and_negative_prompt_reach_the_pipeline(eager):
-    from dataclasses import replace
-
     def draw(**changes):
         return timed_draw(eager, replace(WORKLOAD, **changes), CpuClock())[1].images
 
