@@ -18,7 +18,7 @@ import numpy as np
 from bench.floor.predict import Known, check_predictions, find_shares
 from bench.floor.roofline import ModelConfigs
 from bench.results import Results
-from bench.search.work import UnetWork
+from bench.search.work import REST, UnetWork
 from distill.common.errors import UserError
 from distill.models.depth import Depth
 from distill.models.families import Family
@@ -28,6 +28,9 @@ from distill.models.resolution import Resolution
 SPREAD = 0.3
 """How far the factors of two kinds of work on one machine are apart, as a share (one standard deviation): an assumption,
 which gives way to what is measured."""
+REST_SPREAD = 3.0
+"""The same of the layers that no cut leaves out: they stand for what a call costs beside its arithmetic too (launches, the
+sampler's step), which on a small model is much."""
 NOISE = 0.02
 """Of a measured latency, as a share."""
 DRAWS = 2000
@@ -150,11 +153,11 @@ def measured_model(work: UnetWork, teacher: Depth, measured: Sequence[MeasuredDe
     times = np.array([one.call_ms for one in measured])
     usual = float(np.median(times / floors.sum(1)))
     rows = floors / times[:, None] / NOISE
-    precision = rows.T @ rows + np.eye(len(groups)) / (SPREAD * usual) ** 2
-    covariance = np.linalg.inv(precision)
-    mean = covariance @ (rows.T @ np.full(len(times), 1 / NOISE) + usual / (SPREAD * usual) ** 2)
+    certainty = 1 / (usual * np.array([REST_SPREAD if group == REST else SPREAD for group in groups])) ** 2
+    covariance = np.linalg.inv(rows.T @ rows + np.diag(certainty))
+    mean = covariance @ (rows.T @ np.full(len(times), 1 / NOISE) + usual * certainty)
     generator = np.random.default_rng(0)
-    factors = generator.multivariate_normal(mean, covariance, DRAWS)
+    factors = generator.multivariate_normal(mean, covariance, DRAWS).clip(min=0)
     beside = np.array([one.rest_ms for one in measured])
     rest = np.median(beside) * (1 + NOISE * generator.standard_normal(DRAWS))
     return LatencyModel(groups, factors, rest, steps, f"{len(measured)} measured depths")
