@@ -157,7 +157,8 @@ def measured_model(work: UnetWork, teacher: Depth, measured: Sequence[MeasuredDe
     covariance = np.linalg.inv(rows.T @ rows + np.diag(certainty))
     mean = covariance @ (rows.T @ np.full(len(times), 1 / NOISE) + usual * certainty)
     generator = np.random.default_rng(0)
-    factors = generator.multivariate_normal(mean, covariance, DRAWS).clip(min=0)
+    spread = generator.multivariate_normal(np.zeros(len(groups)), covariance, DRAWS)
+    factors = mean + spread - spread.mean(0)  # their mean is the fit's, not that of so many draws
     beside = np.array([one.rest_ms for one in measured])
     rest = np.median(beside) * (1 + NOISE * generator.standard_normal(DRAWS))
     return LatencyModel(groups, factors, rest, steps, f"{len(measured)} measured depths")

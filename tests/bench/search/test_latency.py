@@ -74,9 +74,9 @@ def test_a_fit_finds_what_made_the_times(work) -> None:
 def test_each_measured_depth_is_checked_on_the_others(work) -> None:
     even = dict.fromkeys(work.groups, 2.5)
     depths = measured(work, even)
-    assert median_error(check_measured(work, TEACHER.depth, depths)) < 0.02
+    assert median_error(check_measured(work, TEACHER.depth, depths)) < 0.001
     odd = [*depths[:-1], replace(depths[-1], call_ms=2 * depths[-1].call_ms)]
-    assert check_measured(work, TEACHER.depth, odd)[-1].error == pytest.approx(-0.5, abs=0.03)
+    assert check_measured(work, TEACHER.depth, odd)[-1].error == pytest.approx(-0.5, abs=0.01)
 
 
 def test_the_speedup_is_surer_than_the_latency_where_nothing_is_measured(work) -> None:
