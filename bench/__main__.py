@@ -40,8 +40,8 @@ def report(results: list[Path], out: Path, title: str = "slimxl latency report",
     """Make one self-contained page, its Markdown, its JSON and every timed call as CSV from one or more results files.
 
     Args:
-        results: Results files, the main one first; what `bench study tally`, `distill bench` and `engines load-test` write
-            may join.
+        results: Results files, the main one first; what `bench search` (search.json), `bench study tally`, `distill bench`
+            and `engines load-test` write may join.
         out: Folder to write index.html, report.md, report.json and samples.csv into; it is made where it is absent.
         title: Title of the page.
         price: What an hour of the machine costs in dollars: the page then tells what 1,000 pictures cost.

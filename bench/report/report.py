@@ -26,12 +26,14 @@ from bench.report import (
     predictions,
     quality,
     runtimes,
+    searched,
     serving,
     training,
 )
 from bench.report.elements import formatting
 from bench.report.inputs import Inputs, read_inputs
 from bench.results import Results
+from bench.search.front import FrontFile
 from distill.common.errors import UserError
 from distill.common.files import replacing, write_json
 from distill.common.ownership import require_our_folder
@@ -69,6 +71,7 @@ def make_context(inputs: Inputs, title: str, price: float | None = None) -> dict
         "price": price,
         **_comparisons(inputs),
         **_predictions(inputs.results),
+        "fronts": [_front(front, inputs.results) for front in inputs.fronts],
         **_provenance(inputs.results, contestants, price),
     }
 
@@ -157,6 +160,17 @@ def _provenance(all_results: list[Results], contestants: list[cards.Card], price
     }
 
 
+def _front(front: FrontFile, all_results: list[Results]) -> dict[str, Any]:
+    found = searched.found_students(front, all_results)
+    return {
+        "file": front,
+        "found": found,
+        "table": searched.found_table(found),
+        "chart": searched.found_chart(found),
+        "error": predictions.error_sizes([one.error for one in found if one.error is not None]),
+    }
+
+
 def _other_run(other: Results, main: Results) -> dict[str, Any]:
     return {
         "name": method.run_name(other),
@@ -184,6 +198,10 @@ def report_json(context: dict[str, Any], inputs: Inputs) -> Any:
             "predicted": [one for of_gpu in context["predicted"].values() for one in of_gpu],
             "published": [asdict(one) | {"error": one.error} for one in context["published"]],
             "prediction_of_measured": [asdict(one) | {"error": one.error} for one in context["measured_checks"]],
+            "searched": [
+                {"gpu": one["file"].gpu, "students": [student.as_json() for student in one["found"]]}
+                for one in context["fronts"]
+            ],
             "built": context["build_figures"],
             "faults": context["row_faults"],
             "method": context["method"],

@@ -28,15 +28,20 @@ from distill.models.module_map import ModuleMap, make_module_map
 
 @dataclass(frozen=True)
 class StudentCosts:
-    """`workload` is the picture whose latency it is, `machine` where; `checks` are measured depths, each predicted from the
-    others."""
+    """`workload` is the picture whose latency it is, on the `gpu` of a peak's name; `checks` are measured depths, each
+    predicted from the others."""
 
     architecture: Architecture
     workload: Workload
-    machine: str
+    gpu: str
+    runtime: str
     work: UnetWork
     model: LatencyModel
     checks: tuple[Check, ...] = ()
+
+    @property
+    def machine(self) -> str:
+        return f"{self.gpu}, {self.runtime}"
 
     @property
     def teacher(self) -> ModuleMap:
@@ -70,7 +75,7 @@ def published_costs(
         calls * c.floor_ms(peak.tflops, peak.terabytes_per_s) for name, (calls, c) in beside.items() if name != "unet"
     )
     model = published_model(gpu, runtime, published_known(), work.groups, rest, workload.steps)
-    return StudentCosts(architecture, workload, f"{peak.name}, {runtime}", work, model)
+    return StudentCosts(architecture, workload, peak.name, runtime, work, model)
 
 
 def measured_costs(
@@ -85,5 +90,5 @@ def measured_costs(
     measured = measured_depths(results, architecture.family, workload.resolution, runtime)
     model = measured_model(work, architecture.depth, measured, workload.steps)
     checks = tuple(check_measured(work, architecture.depth, measured)) if len(measured) > 2 else ()
-    machine = f"{results.peak.name}, {runtime or results.contestant(results.baseline).runtime}"
-    return StudentCosts(architecture, workload, machine, work, model, checks)
+    runtime = runtime or results.contestant(results.baseline).runtime
+    return StudentCosts(architecture, workload, results.peak.name, runtime, work, model, checks)

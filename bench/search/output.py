@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.search.costs import StudentCosts
+from bench.search.front import SEARCH_SCHEMA, work_of
 from bench.search.latency import Interval, median_error
 from bench.search.shrink import Student
 from bench.search.space import layer_map_of
@@ -38,10 +39,13 @@ def write_front(
     write_json(
         out / "search.json",
         {
+            "schema_version": SEARCH_SCHEMA,
             "teacher": teacher,
+            "depth": str(architecture.depth),
             "family": architecture.family.name,
-            "machine": costs.machine,
-            "workload": costs.workload.name,
+            "gpu": costs.gpu,
+            "runtime": costs.runtime,
+            "workload": work_of(vars(costs.workload)),
             "latency_stands_on": costs.model.origin,
             "checks": [asdict(check) | {"error": check.error} for check in costs.checks],
             "recipes": recipes,

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench.floor.predict import Known
+from bench.report.inputs import read_inputs
 from bench.search import costs
 from bench.search.options import SearchOptions
 from bench.search.search import find_gpu, run_search
@@ -36,6 +37,12 @@ def options(mini_vega: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_search_writes_a_front_and_a_recipe_that_is_one_and_goes_on_where_it_was(options, capsys) -> None:
     run_search(options)
     front = json.loads((options.out / "search.json").read_text())
+    assert read_inputs([options.out / "search.json"]).fronts[0].workload == {
+        "resolution": "128x128",
+        "steps": 30,
+        "batch": 1,
+        "guidance_scale": 5.0,
+    }
     ways = [student["way"] for student in front["students"]]
     assert {"greedy", "search", "one-shot", "random", "published"} == set(ways)
     found = front["students"][ways.index("search")]
