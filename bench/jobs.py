@@ -31,7 +31,7 @@ class Job:
 @dataclass(frozen=True, kw_only=True)
 class Jobs:
     """The jobs of some `models` of one family, the largest first. `gpu` is the name under which plans for the GPU at hand
-    can be built with none in sight."""
+    can be built with none in sight, `eight_bits` are the precisions that it has arithmetic for."""
 
     out: Path
     models: Sequence[str]
@@ -40,6 +40,7 @@ class Jobs:
     device: str
     flavors: Sequence[str]
     gpu: str | None = None
+    eight_bits: Sequence[str] = ()
 
     @property
     def work(self) -> Path:
@@ -66,6 +67,7 @@ class Jobs:
             *(self.compared("compiled", model) for model in middle),
             self.training(student, checkpointing=False),
             self.run("eager-batch", *eager, batches="4"),
+            *(self.in_8_bits(flavor, model) for flavor in tensorrt for model in (smallest, largest) if self.eight_bits),
             *(self.flavor(flavor, model) for flavor in others for model in (smallest, largest)),
             *(self.flavor(flavor, model) for flavor in self.flavors for model in middle),
             *(self.training(model) for model in other_students),
@@ -84,9 +86,19 @@ class Jobs:
         return self.run(name, f"{model} eager", *smaller, f"{model} {runtime}", **changes)
 
     def flavor(self, flavor: str, model: str) -> Job:
-        """At every size, and four pictures at once too; TensorRT, which builds for minutes, at the first size alone."""
-        more = {} if flavor == "tensorrt" else {"resolutions": ",".join(self.resolutions), "batches": "1,4"}
-        return self.compared("+".join((flavor, *LAYOUTS.get(flavor, ())[:1])), model, **more)
+        return self.compared(self.way(flavor), model, **self.workloads(flavor))
+
+    def in_8_bits(self, flavor: str, model: str) -> Job:
+        """`model` in half precision and in 8 bits."""
+        each = [f"{model} {self.way(flavor)}{one}" for one in ("", *(f" {name}" for name in self.eight_bits))]
+        return self.run(f"{flavor}-{model}-8-bits", *each, **self.workloads(flavor))
+
+    def way(self, flavor: str) -> str:
+        return "+".join((flavor, *LAYOUTS.get(flavor, ())[:1]))
+
+    def workloads(self, flavor: str) -> dict[str, str]:
+        """Every size, and four pictures at once too; for TensorRT, which builds for minutes, the first size alone."""
+        return {} if flavor == "tensorrt" else {"resolutions": ",".join(self.resolutions), "batches": "1,4"}
 
     def layouts(self, flavor: str) -> Job:
         """The smallest model in every layout; without CUDA graphs; and by plans that were built with no GPU in sight."""
@@ -103,15 +115,17 @@ class Jobs:
         batches: str = "1",
         precision: str | None = None,
     ) -> Job:
-        """`bench run` of contestants named MODEL RUNTIME[+LAYOUT][+no-graphs][@GPU]; the first is the baseline."""
+        """`bench run` of contestants named MODEL RUNTIME[+LAYOUT][+no-graphs][@GPU][ int8| fp8]; the first is the
+        baseline."""
         resolutions, specs, artifacts, needs = resolutions or self.resolutions[0], [], [], []
         for one in contestants:
             model, _, way = one.partition(" ")
+            way, _, eight_bits = way.partition(" ")
             way, _, gpu = way.partition("@")
             if way in ("eager", "compiled"):
                 specs.append(f"{one}={way}@{precision or self.precision}:random:{model}")
                 continue
-            build, folders = self.build(model, way.removesuffix("+no-graphs"), gpu, resolutions, batches)
+            build, folders = self.build(model, way.removesuffix("+no-graphs"), gpu, resolutions, batches, eight_bits)
             needs.append(build)
             specs.append(f"{one}=bundle@{way}:{folders[-1]}")
             artifacts += [f"{one}={folder}" for folder in folders]
@@ -123,19 +137,31 @@ class Jobs:
         named = ("--artifacts", *artifacts) if artifacts else ()
         return Job(name, ("bench", "run", "--contestants", *specs, *flags, *named), tuple(needs))
 
-    def build(self, model: str, way: str, gpu: str, resolutions: str, batches: str) -> tuple[Job, list[Path]]:
+    def build(
+        self, model: str, way: str, gpu: str, resolutions: str, batches: str, eight_bits: str
+    ) -> tuple[Job, list[Path]]:
         """The job that builds a bundle, for the GPU at hand or for a named one with none in sight; and the checkpoint, the
         ONNX folder and the bundle that are there then."""
         flavor, _, layout = way.partition("+")
-        name = "-".join(filter(None, (model, flavor, layout, gpu, f"batch-{batches.replace(',', '-')}")))
+        name = "-".join(filter(None, (model, flavor, layout, gpu, f"batch-{batches.replace(',', '-')}", eight_bits)))
         folders = [self.work / f"random-{model}", self.work / f"onnx-{model}", self.work / name]
         export = _flags(model=f"random:{model}", workdir=self.work, out=folders[1], vae_precision=self.precision)
         components = required_components(find_architecture(model).family.conditioning)
         export += _flags(precision=self.precision, components=",".join(components))
         needs = (Job(f"export-{model}", ("export", "onnx", *export, "--no-check")),)
+        if eight_bits:
+            needs = (self.quantise(model, folders[1], eight_bits, needs),)
+            folders[1] = Path(f"{folders[1]}-{eight_bits}")
         flags = _flags(onnx=folders[1], out=folders[2], flavor=flavor, gpus=gpu or "auto", batches=batches)
         flags += ("--resolutions", resolutions, "--replace", *(["--layout", layout] if layout else []))
         return Job(f"build-{name}", ("engines", "build", *flags), needs, hide_gpus=bool(gpu)), folders
+
+    def quantise(self, model: str, onnx: Path, precision: str, needs: tuple[Job, ...]) -> Job:
+        """By the ranges of a few short drawings: how fast a graph runs does not hang on its scales."""
+        out = Path(f"{onnx}-{precision}")
+        flags = _flags(onnx=onnx, model=f"random:{model}", precision=precision, out=out, count=8, steps=2)
+        flags += _flags(resolutions=self.resolutions[0], device=self.device, workdir=self.work)
+        return Job(f"quantise-{model}-{precision}", ("export", "quantise", *flags, "--no-check"), needs)
 
     def training(self, student: str, checkpointing: bool = True) -> Job:
         """The distillation step of the largest model into `student`, in every way that `distill bench` knows; without

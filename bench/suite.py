@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.jobs import Job, Jobs
 from distill.common.errors import UserError, require_between, require_least
@@ -82,12 +83,15 @@ def _flavors(device: str) -> list[str]:
     return runnable
 
 
-def _name_of_gpu() -> str | None:
-    """That `engines build --gpus` takes for one like the GPU at hand."""
-    from engines.gpus import GPUS, gpu_at_hand
+def _gpu_at_hand() -> dict[str, Any]:
+    """The name that `engines build --gpus` takes for one like it, and the precisions of 8 bits that it has."""
+    from engines.choices import EIGHT_BITS
+    from engines.gpus import GPUS, gpu_at_hand, has_arithmetic
 
-    found = gpu_at_hand()
-    return next((gpu.name for gpu in GPUS.values() if found and gpu.compute_capability == found[1]), None)
+    if (found := gpu_at_hand()) is None:
+        return {}
+    name = next((gpu.name for gpu in GPUS.values() if gpu.compute_capability == found[1]), None)
+    return {"gpu": name, "eight_bits": [one for one in EIGHT_BITS if has_arithmetic(found[1], one)]}
 
 
 def _run(job: Job, out: Path, ended: dict[Job, bool]) -> bool:
@@ -127,7 +131,7 @@ def run_suite(options: SuiteOptions) -> int:
         steps=options.steps,
         device=options.device,
         flavors=_flavors(options.device),
-        gpu=_name_of_gpu() if options.device == "cuda" else None,
+        **(_gpu_at_hand() if options.device == "cuda" else {}),
     ).in_order()
     if strange := [one for one in wanted if not any(job.name.startswith(one) for job in jobs)]:
         raise UserError(f"no job's name begins with {strange[0]!r}: there are {', '.join(job.name for job in jobs)}")

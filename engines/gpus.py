@@ -141,12 +141,15 @@ def resolve_targets(names: list[str], flavor: str, supported: frozenset[str] | N
     return [Target(gpus=tuple(dict.fromkeys(wanted[c])), compute_capabilities=(c,)) for c in capabilities]
 
 
+def has_arithmetic(capability: str, precision: str) -> bool:
+    return version_tuple(capability) >= version_tuple(LEAST_CAPABILITY.get(precision, "0"))
+
+
 def require_arithmetic(precision: str, targets: list[Target]) -> None:
     """Raises UserError where a GPU among the targets has no arithmetic of this precision."""
-    least = LEAST_CAPABILITY.get(precision, "0")
     for target in targets:
         for capability in target.compute_capabilities:
-            if version_tuple(capability) < version_tuple(least):
+            if not has_arithmetic(capability, precision):
                 known = {gpu: GPUS[gpu].compute_capability for gpu in target.gpus if gpu in GPUS}
                 named = [gpu for gpu in target.gpus if known.get(gpu, capability) == capability]
                 instead = (
@@ -155,7 +158,7 @@ def require_arithmetic(precision: str, targets: list[Target]) -> None:
                     else "leave it out"
                 )
                 raise UserError(
-                    f"{precision} needs compute capability {least} or later, {', '.join(named)} has "
+                    f"{precision} needs compute capability {LEAST_CAPABILITY[precision]} or later, {', '.join(named)} has "
                     f"{capability}: {instead}"
                 )
 

@@ -21,6 +21,7 @@ def options(tmp_path, **changes):
 def jobs_on_gpu(tmp_path, **changes):
     values = {"out": tmp_path, "models": ["sdxl", "ssd-1b", "vega"], "resolutions": ["1024x1024", "1536x640"]}
     values |= {"steps": 30, "device": "cuda", "flavors": ["tensorrt", "tensorrt-rtx", "onnxruntime"], "gpu": "rtx4090"}
+    values |= {"eight_bits": ["int8", "fp8"]}
     return {job.name: job for job in Jobs(**(values | changes)).in_order()}
 
 
@@ -91,7 +92,12 @@ def test_every_command_is_one_that_its_room_takes(tmp_path, monkeypatch):
     def stop(*_arguments, **_more):
         raise Parsed
 
-    for place in ("bench.run.run_bench", "distill.studies.bench.bench_loops", "export.folder.export_checkpoint"):
+    for place in (
+        "bench.run.run_bench",
+        "distill.studies.bench.bench_loops",
+        "export.folder.export_checkpoint",
+        "export.quantise.folder.check_source",
+    ):
         monkeypatch.setattr(place, stop)
     monkeypatch.setattr("engines.building.build.build_bundle", stop)
     monkeypatch.setattr("distill.checkpoints.sources.resolve", lambda *_: tmp_path)
@@ -109,7 +115,7 @@ def test_every_command_is_one_that_its_room_takes(tmp_path, monkeypatch):
     for device in ("cuda", "cpu"):
         for job in jobs_on_gpu(tmp_path, device=device).values():
             parse(job)
-    assert {command[0] for command in seen} == {"bench", "distill", "export", "engines"}
+    assert {command[:2] for command in seen} > {("export", "quantise"), ("engines", "build"), ("distill", "bench")}
 
 
 def test_the_loops_it_names_are_there():
@@ -139,6 +145,19 @@ def test_layouts_are_built_each_and_run_side_by_side(tmp_path):
     assert ways[3:] == [("tensorrt-rtx", "ranged", False), ("tensorrt-rtx", "ranged", True)]
     assert contestants[0].source == contestants[3].source != contestants[4].source
     assert [one.source for one in contestants] == [after(one, "--out") for one in job.needs]
+
+
+def test_8_bits_run_beside_half_precision_where_the_gpu_has_them(tmp_path, monkeypatch):
+    job = jobs_on_gpu(tmp_path)["tensorrt-rtx-sdxl-8-bits"]
+    half, int8, fp8 = job.needs
+    assert [one.needs[0].name for one in (int8, fp8)] == ["quantise-sdxl-int8", "quantise-sdxl-fp8"]
+    assert half.needs == int8.needs[0].needs  # one export for all
+    assert after(int8, "--onnx") == after(int8.needs[0], "--out") != after(half, "--onnx")
+    assert half.command in [one.command for one in jobs_on_gpu(tmp_path)["tensorrt-rtx-sdxl"].needs]  # built once
+    for capability, found in (("8.0", ["int8"]), ("8.9", ["int8", "fp8"])):
+        monkeypatch.setattr("engines.gpus.gpu_at_hand", lambda capability=capability: ("a GPU", capability))
+        assert suite._gpu_at_hand()["eight_bits"] == found
+    assert not any("8-bits" in name for name in jobs_on_gpu(tmp_path, eight_bits=()))
 
 
 def test_a_job_that_fails_is_told_with_its_log_and_the_next_begins(tmp_path, pretend, capsys):
