@@ -86,19 +86,23 @@ class Published:
 
 
 _TENSORRT = "Stability AI and NVIDIA, model card of SDXL 1.0 TensorRT, A100 and H100"
-_DIFFUSERS = "Hugging Face, diffusion-fast, A100 80 GB; SSD-1B by the same script"
+_DIFFUSERS = "Hugging Face, the table of diffusion-fast, A100 80 GB at 400 W, bf16"
+_DIFFUSERS_SSD_1B = "Hugging Face, the same of SSD-1B"
 _FAL = "fal.ai, Stable Diffusion benchmarks, A100 80 GB SXM"
-_ONEDIFF = "OneDiff benchmark, RTX 4090"
-_ADA = "NVIDIA TensorRT 8-bit quantisation post, RTX 4090 (fp16 derived from the stated speed-up)"
+_ONEDIFF = "OneDiff, SDXL example, RTX 4090, 31 July 2024 (compiled by its nexfort)"
+_MODEL_OPTIMIZER = "NVIDIA TensorRT Model Optimizer, benchmark, RTX 4090 (fp16 derived from the stated speed-up)"
 
 SOURCES = {
     _TENSORRT: "https://huggingface.co/stabilityai/stable-diffusion-xl-1.0-tensorrt",
-    _DIFFUSERS: "https://github.com/huggingface/diffusion-fast",
+    _DIFFUSERS: "https://huggingface.co/datasets/sayakpaul/sample-datasets/blob/main/"
+    "sdxl_results_patrick/collated_results_sdxl.csv",
+    _DIFFUSERS_SSD_1B: "https://huggingface.co/datasets/sayakpaul/sample-datasets/blob/main/"
+    "ssd-1b_patrick/collated_results_ssd1b.csv",
     _FAL: "https://github.com/fal-ai/stable-diffusion-benchmarks",
-    _ONEDIFF: "https://github.com/siliconflow/onediff",
-    _ADA: "https://developer.nvidia.com/blog/"
-    "tensorrt-accelerates-stable-diffusion-nearly-2x-faster-with-8-bit-post-training-quantization/",
+    _ONEDIFF: "https://github.com/siliconflow/onediff/blob/main/onediff_diffusers_extensions/examples/sdxl/README.md",
+    _MODEL_OPTIMIZER: "https://github.com/NVIDIA/TensorRT-Model-Optimizer/blob/main/examples/benchmark.md",
 }
+"""Where each table stands, read there on 29 November 2026."""
 
 PUBLISHED = (
     Published("a100-sxm", "sdxl", 30, "TensorRT", 2742.0, _TENSORRT),
@@ -110,11 +114,11 @@ PUBLISHED = (
     Published("a100-sxm", "sdxl", 50, "compiled", 5217.0, _FAL),
     Published("a100-sxm", "sdxl", 30, "diffusers", 3315.0, _DIFFUSERS),
     Published("a100-sxm", "sdxl", 30, "compiled", 2523.0, _DIFFUSERS),
-    Published("a100-sxm", "ssd-1b", 30, "diffusers", 2245.0, _DIFFUSERS),
-    Published("a100-sxm", "ssd-1b", 30, "compiled", 1636.0, _DIFFUSERS),
+    Published("a100-sxm", "ssd-1b", 30, "diffusers", 2245.0, _DIFFUSERS_SSD_1B),
+    Published("a100-sxm", "ssd-1b", 30, "compiled", 1636.0, _DIFFUSERS_SSD_1B),
     Published("rtx4090-fp16acc", "sdxl", 20, "framework", 2760.0, _ONEDIFF),
     Published("rtx4090-fp16acc", "sdxl", 20, "compiled", 1560.0, _ONEDIFF),
-    Published("rtx4090-fp16acc", "sdxl", 30, "TensorRT", 2470.0, _ADA),
-    Published("rtx4090-fp16acc", "sdxl", 30, "TensorRT, int8", 2060.0, _ADA, "int8"),
-    Published("rtx4090-fp16acc", "sdxl", 30, "TensorRT, fp8", 2160.0, _ADA, "fp8"),
+    Published("rtx4090-fp16acc", "sdxl", 30, "TensorRT", 2470.0, _MODEL_OPTIMIZER),
+    Published("rtx4090-fp16acc", "sdxl", 30, "TensorRT, int8", 2060.0, _MODEL_OPTIMIZER, "int8"),
+    Published("rtx4090-fp16acc", "sdxl", 30, "TensorRT, fp8", 2160.0, _MODEL_OPTIMIZER, "fp8"),
 )
