@@ -277,6 +277,11 @@ def test_launches_are_one_run_and_a_stopped_one_keeps_what_it_has(tmp_path, monk
         run_bench(fake_options(tmp_path / "s.json", launches=3))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "s.unfinished.json"]
     assert read_results(tmp_path / "s.unfinished.json").notes == ["1 of 3 launches"]
+    begun[3:] = []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("bench.session.measure_cold_start", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        run_bench(fake_options(tmp_path / "t.json", launches=3))
+    assert not list(tmp_path.glob("t*.json")), "stopped before the first measurement, it leaves nothing"
 
 
 def test_a_workload_that_is_stopped_keeps_its_rounds(tmp_path, monkeypatch, virtual_time):
