@@ -22,6 +22,8 @@ from bench.results import CellRecord, Results, Row, read_results
 from distill.common.errors import UserError
 
 UNKNOWN = 3  # exit code where nothing got worse for certain, and something cannot be told
+TO_BE_FOUND = 0.1
+"""A change that may not hide: where the interval leaves room for it, nothing is called the same."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Change:
 
 def change_of(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) -> Estimate:
     """How many times as long `after` takes, from values of each round, launch by launch: with several launches on both
-    sides the ratio of their geometric means and Welch's 95 % interval (Welch 1947) of the logarithm; else from one end of
-    the medians' intervals to the other, none where there are fewer than six rounds."""
+    sides the ratio of the geometric means of their medians and Welch's 95 % interval (Welch 1947) of the logarithm; else
+    from one end of the medians' intervals to the other, none where there are fewer than six rounds."""
     if len(before) > 1 and len(after) > 1:
         logs = [[math.log(median(launch)) for launch in side] for side in (before, after)]
         difference = fmean(logs[1]) - fmean(logs[0])
@@ -62,16 +64,17 @@ def change_of(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]
     return Estimate(value=new.value / old.value, low=new.low / old.high, high=new.high / old.low)
 
 
-def beyond(change: Estimate, tolerance: float) -> str:
-    """slower or faster, where the whole interval says so and the value by more than `tolerance`; else same, or unknown
-    where there is no interval."""
-    if abs(change.value - 1) <= tolerance:
-        return "same"
+def verdict_of(change: Estimate, tolerance: float) -> str:
+    """slower or faster, where the whole interval lies beyond `tolerance`; same, where it lies within TO_BE_FOUND; else, and
+    without an interval, unknown."""
     if change.low is None or change.high is None:
         return "unknown"
-    if change.low <= 1 <= change.high:
-        return "same"
-    return "slower" if change.value > 1 else "faster"
+    if change.low > 1 + tolerance:
+        return "slower"
+    if change.high < 1 / (1 + tolerance):
+        return "faster"
+    most = 1 + max(tolerance, TO_BE_FOUND)
+    return "same" if 1 / most < change.low and change.high < most else "unknown"
 
 
 @dataclass(frozen=True)
@@ -103,13 +106,12 @@ class _Pair:
         if self.bases is not None:
             sides = [round_ratios(row.samples, base.samples) for row, base in zip(self.rows, self.bases, strict=True)]
             change = change_of(*sides)
-        verdict = beyond(change, tolerance)
-        if verdict == "unknown":
-            return change, verdict, "fewer than six runs"
+        verdict = verdict_of(change, tolerance)
         trusted = self.several_launches and self.bases is not None  # their spread holds what the machine did
         if self.doubts and not trusted and abs(change.value - 1) > tolerance:
             return change, "unknown", ", ".join(self.doubts)
-        return change, verdict, ""
+        why = "fewer than six runs" if change.low is None else f"the interval leaves room for {TO_BE_FOUND:.0%}"
+        return change, verdict, why if verdict == "unknown" else ""
 
 
 def _compare_cell(before: CellRecord, after: CellRecord, baseline: str, tolerance: float, paired: bool) -> list[Change]:

@@ -2,9 +2,10 @@
 
     python -m tests.bench.false_alarms [LAUNCHES]
 
-Six runs of one command and six of the same with one contestant given 10 % more work; every pair is compared. The
-contestants do real work on the CPU (a product that stays in the cache, a sort, a copy that does not), so that neighbours
-slow them down, each differently. No torch: a launch takes seconds.
+Six runs of one command and six of the same with one contestant given 10 % more work, launches of the two in turn; every pair
+of runs is compared. The contestants do real work on the CPU (a product that stays in the cache, a sort, a copy that does
+not), so that neighbours slow them down, each differently, for 20 to 100 ms, as long as the shortest pictures worth timing.
+No torch: a launch takes five seconds, or nine beside others, all of it five to ten minutes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from bench.workload import Workload
 from distill.models.resolution import Resolution
 
 RUNS, ROUNDS, SLOWER = 6, 24, 1.1
-WORK = {"products": 40, "sort": 20, "copy": 20, "slowed": 40}
+WORK = {"products": 400, "sort": 200, "copy": 200, "slowed": 400}
 MATRIX = np.random.default_rng(0).random((160, 160))
 MANY = np.random.default_rng(1).random(20_000)
 LARGE = np.zeros(1 << 19)
@@ -82,17 +83,14 @@ def launch(factor: float) -> Results:
     )
 
 
-def run(factor: float, launches: int) -> list[Results]:
-    """The same in several processes."""
+def launch_apart(factor: float) -> Results:
+    """The same in a process of its own."""
     command = [sys.executable, "-m", "tests.bench.false_alarms", "--launch", str(factor)]
     one_thread = os.environ | {
         "OMP_NUM_THREADS": "1"
     }  # threads that wait for each other on a busy machine measure that
-    texts = [
-        subprocess.run(command, check=True, capture_output=True, text=True, env=one_thread).stdout
-        for _ in range(launches)
-    ]
-    return [Results.model_validate(json.loads(text)) for text in texts]
+    text = subprocess.run(command, check=True, capture_output=True, text=True, env=one_thread).stdout
+    return Results.model_validate(json.loads(text))
 
 
 def count(runs: dict[float, list[Results]]) -> None:
@@ -114,8 +112,10 @@ def count(runs: dict[float, list[Results]]) -> None:
 def main(launches: int) -> None:
     done: dict[float, list[list[Results]]] = {1.0: [], SLOWER: []}
     for _ in range(RUNS):
-        for factor, runs in done.items():
-            runs.append(run(factor, launches))
+        parts = [(launch_apart(1.0), launch_apart(SLOWER)) for _ in range(launches)]
+        for runs, ours in zip(done.values(), zip(*parts, strict=True), strict=True):
+            runs.append(list(ours))
+        print(f"load average {os.getloadavg()[0]:.1f}", flush=True)
     for many in sorted({1, 3, launches}):
         count({factor: [join(parts[:many]) for parts in runs] for factor, runs in done.items()})
 

@@ -4,7 +4,7 @@ import shutil
 import numpy as np
 import pytest
 
-from bench.compare import UNKNOWN, beyond, change_of, compare_files, compare_results, read_side
+from bench.compare import UNKNOWN, change_of, compare_files, compare_results, read_side, verdict_of
 from bench.measure.stats import Estimate
 from bench.results import read_results
 from distill.common.errors import UserError
@@ -100,26 +100,31 @@ def test_launches_of_one_thing_rarely_differ_and_ten_percent_is_found():
     """Launches that differ by 2 %, rounds within one by 5 %; python -m tests.bench.false_alarms counts on a true machine."""
     rng = np.random.default_rng(0)
 
-    def side(factor):
-        return [list(factor * rng.normal(1, 0.02) * rng.normal(1, 0.05, 8)) for _ in range(5)]
+    def verdicts(factor, launches):
+        sides = [[by * rng.normal(1, 0.02, (launches, 1)) * rng.normal(1, 0.05, (launches, 8)) for by in (1, factor)]
+                 for _ in range(400)]  # fmt: skip
+        return [verdict_of(change_of(*pair), 0.02) for pair in sides]
 
-    same = [beyond(change_of(side(1.0), side(1.0)), 0.02) for _ in range(400)]
-    assert same.count("slower") / 400 < 0.05 and same.count("faster") / 400 < 0.05
-    assert [beyond(change_of(side(1.0), side(1.1)), 0.02) for _ in range(400)].count("slower") > 360
+    same = verdicts(1.0, 5)
+    assert same.count("slower") + same.count("faster") < 0.02 * 400 and same.count("same") > 0.95 * 400
+    assert verdicts(1.1, 5).count("slower") > 0.9 * 400
+    assert verdicts(1.1, 2).count("slower") < 0.5 * 400, "two launches say hardly anything, and are not trusted to"
 
 
 @pytest.mark.parametrize(
     ("change", "verdict"),
     [
-        (Estimate(value=1.01, low=1.005, high=1.015), "same"),
-        (Estimate(value=1.3, low=0.9, high=1.8), "same"),
+        (Estimate(value=1.01, low=0.95, high=1.07), "same"),
+        (Estimate(value=1.05, low=1.01, high=1.09), "same"),
+        (Estimate(value=1.05, low=0.99, high=1.11), "unknown"),
+        (Estimate(value=1.48, low=0.9, high=2.4), "unknown"),
         (Estimate(value=1.3), "unknown"),
         (Estimate(value=1.1, low=1.05, high=1.15), "slower"),
         (Estimate(value=0.9, low=0.85, high=0.95), "faster"),
     ],
 )
-def test_a_change_is_one_beyond_tolerance_and_interval(change, verdict):
-    assert beyond(change, 0.02) == verdict
+def test_slower_is_what_lies_beyond_the_tolerance_whole_and_same_what_leaves_no_room_for_ten_percent(change, verdict):
+    assert verdict_of(change, 0.02) == verdict
 
 
 def test_another_precision_under_the_same_name_is_told(tmp_path, results_path, capsys):
