@@ -184,7 +184,7 @@ def triton(bundle: Path, out: Path, serving: Annotated[Serving, tyro.conf.OmitAr
 def serve(
     bundle: Path,
     serving: Annotated[Serving, tyro.conf.OmitArgPrefixes],
-    workdir: Path = Path("out/triton"),
+    workdir: Path = Path("out/serving"),
     address: str = "127.0.0.1",
     http_port: int = 8000,
     grpc_port: int = 8001,
@@ -218,7 +218,7 @@ def load_test(
     concurrency: str = "1,2,4,8",
     minutes: float = 1.0,
     rate: float | None = None,
-    workdir: Path = Path("out/triton"),
+    workdir: Path = Path("out/serving"),
 ) -> int:
     """Measure a running server: pictures a second, and latencies in milliseconds.
 

@@ -10,12 +10,14 @@ import http.client
 import os
 import re
 import secrets
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sysconfig
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,11 +37,15 @@ DRAIN_SECONDS = 60
 ANSWERED = re.compile(r"^\S+ \S+ \S+ server\.cc:\d+\] .?All models are stopped", re.MULTILINE)
 """What Triton's core writes into its log after SIGTERM once no request is under way. Anchored to server.cc: a client could
 call its request so."""
+LOST_GPU = re.compile(r"cuda:\d+ answers no more")
+"""What the model writes before it ends its process."""
 UNLOAD_SECONDS = 20
 """How long the server may then take to end. Where an answer found the shared memory full it would wait for all of
 DRAIN_SECONDS."""
 WATCH_SECONDS = 1.0
-"""How often the model's processes are looked at."""
+"""How often the log is looked at while the server stops."""
+SHARED_MEMORY = Path("/dev/shm")
+"""Where Triton's Python backend has its regions: one for each process of the model, as large as the answers have been."""
 CLOSED_APIS = "shared-memory,model-repository,trace,logging"
 """What a client of a picture service never needs, and what the published attacks on Triton go through."""
 
@@ -69,6 +75,8 @@ class Address:
 
     def require_free(self) -> None:
         """Raises UserError where it cannot be listened on."""
+        if self.http_port == self.grpc_port:
+            raise UserError(f"--http-port and --grpc-port are both {self.http_port}: choose two that differ")
         for name, port in (("http", self.http_port), ("grpc", self.grpc_port)):
             try:
                 with socket.socket() as probe:
@@ -93,14 +101,16 @@ def require_unexposed(address: Address) -> None:
         )
 
 
-def command(repository: Path, environment: Environment | None, address: Address, key: str) -> list[str]:
-    """The server's command line. Only those who know `key` can use CLOSED_APIS, and nobody can load another model."""
+def command(repository: Path, environment: Environment | None, address: Address, key: str, region: str) -> list[str]:
+    """The server's command line. Only those who know `key` can use CLOSED_APIS, and nobody can load another model.
+    `region` is how the names of its shared memory begin."""
     program = str(environment.server) if environment else "tritonserver"
     backends = [f"--backend-directory={environment.backends}"] if environment else []
     return [
         program,
         f"--model-repository={repository.resolve()}",
         *backends,
+        f"--backend-config=python,shm-region-prefix-name={region}",
         "--model-control-mode=none",
         f"--http-restricted-api={CLOSED_APIS}:slimxl-key={key}",
         f"--grpc-restricted-protocol={CLOSED_APIS}:slimxl-key={key}",
@@ -130,7 +140,9 @@ class Server:
     def __init__(self, repository: Path, environment: Environment | None, address: Address, log: Path) -> None:
         self.address, self.log, self.stopping = address, log, False
         self._answered: float | None = None
-        line = command(repository, environment, address, secrets.token_hex(16))
+        self._models: list[psutil.Process] = []
+        self._region = f"slimxl-{secrets.token_hex(4)}-"
+        line = command(repository, environment, address, secrets.token_hex(16), self._region)
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 line,
@@ -147,14 +159,20 @@ class Server:
         ends = time.monotonic() + START_SECONDS
         while not self.is_ready():
             if self.process.poll() is not None:
+                self._kill()
                 if self.stopping:
                     return
-                raise UserError(f"Triton did not start: {reason(self.log)}; the whole log is {self.log}")
+                raise UserError(f"Triton did not start: {self._how_it_ended()}")
             if time.monotonic() > ends:
-                self.process.kill()
+                self._kill()
                 raise UserError(f"Triton did not answer within {START_SECONDS} s; its log is {self.log}")
+            self._find_models()
             time.sleep(0.2)
-        self._models = psutil.Process(self.process.pid).children()
+        self._find_models()
+
+    def _find_models(self) -> None:
+        """They are no longer its children once it has ended."""
+        self._models = psutil.Process(self.process.pid).children() or self._models
 
     def is_ready(self) -> bool:
         host = "127.0.0.1" if self.address.host == "0.0.0.0" else self.address.host
@@ -169,31 +187,39 @@ class Server:
 
     def wait(self) -> int:
         """Returns the exit status of a server that was stopped; 0 also where it answered all requests and then had to be
-        killed. Raises UserError where the server ends by itself, or a process of its model does: Triton starts no other,
-        stays "ready" and answers every request with an error."""
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                status = self.process.wait(WATCH_SECONDS)
-                if self.stopping:
-                    return status
-                raise UserError(
-                    f"Triton ended by itself with status {status}: {reason(self.log)}; the whole log is {self.log}"
-                )
-            if self.stopping and self._hangs():
-                self._kill()
-                print(
-                    f"every request was answered, but Triton kept its model for {UNLOAD_SECONDS} s: killed", flush=True
-                )
-                return 0
-            if not self.stopping and not all(map(is_alive, self._models)):
-                self.stop()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(DRAIN_SECONDS)
-                self._kill()
-                raise UserError(
-                    "a process of the model ended by itself, killed by the system for want of memory or by a crash, and "
-                    f"Triton starts no other; the log is {self.log}"
-                )
+        killed. Raises UserError as soon as the server ends by itself, or a process of its model does: Triton starts no
+        other, stays "ready" and answers every request with an error. Its shared memory is freed in any case."""
+        try:
+            while self.process.poll() is None:
+                if self.stopping and self._hangs():
+                    print(
+                        f"every request was answered, but Triton kept its model for {UNLOAD_SECONDS} s: killed",
+                        flush=True,
+                    )
+                    return 0
+                if not self.stopping and not all(map(is_alive, self._models)):
+                    lost = LOST_GPU.findall(self.log.read_text(encoding="utf-8", errors="replace"))
+                    why = lost[-1] if lost else "killed by the system for want of memory, by somebody, or by a crash"
+                    raise UserError(
+                        f"a process of the model ended by itself ({why}), and Triton starts no other: the server was ended, "
+                        f"with the requests under way; start it again; the log is {self.log}"
+                    )
+                wait_any([self.process, *([] if self.stopping else self._models)], WATCH_SECONDS)
+            if not self.stopping:
+                raise UserError(f"Triton ended by itself: {self._how_it_ended()}")
+            return self.process.returncode
+        finally:
+            self._kill()
+
+    def _how_it_ended(self) -> str:
+        """A signal is its own reason: what the log says last has nothing to do with it."""
+        status = self.process.returncode
+        why = f"status {status}, {reason(self.log)}"
+        if status < 0:
+            why = f"it got {signal.Signals(-status).name}"
+        if status == -signal.SIGKILL:
+            why += ", from somebody or from the system for want of memory"
+        return f"{why}; the whole log is {self.log}"
 
     def _hangs(self) -> bool:
         """Whether the last request was answered more than UNLOAD_SECONDS ago."""
@@ -202,11 +228,14 @@ class Server:
         return self._answered is not None and time.monotonic() - self._answered > UNLOAD_SECONDS
 
     def _kill(self) -> None:
-        """Kills the model's processes too: one that hangs does not notice that its server is gone."""
+        """Kills what still runs, the model's processes too: one that hangs does not notice that its server is gone. Then
+        removes the shared memory, which only a server that ends in order does by itself."""
         for process in [*self._models, self.process]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait()
+        for region in SHARED_MEMORY.glob(f"{self._region}*"):
+            region.unlink(missing_ok=True)
 
     def stop(self) -> None:
         """Refuses new requests and finishes those under way; `wait` then returns."""
@@ -219,6 +248,19 @@ def is_alive(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.status() != psutil.STATUS_ZOMBIE
     return False
+
+
+def wait_any(processes: Sequence[psutil.Process | subprocess.Popen[bytes]], seconds: float) -> None:
+    """Returns as soon as one of them has ended, at the latest after `seconds`. They need not be children."""
+    with contextlib.ExitStack() as opened:
+        handles = []
+        for process in processes:
+            try:
+                handles.append(os.pidfd_open(process.pid))
+            except ProcessLookupError:
+                return
+            opened.callback(os.close, handles[-1])
+        select.select(handles, [], [], seconds)
 
 
 LIBC = ctypes.CDLL(None)

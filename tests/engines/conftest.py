@@ -71,4 +71,4 @@ def pipeline(mini_bundle: Path) -> StableDiffusionXLPipeline:
 @pytest.fixture(scope="session")
 def environment() -> Environment:
     """The Triton server and its client, installed once for all runs of the tests."""
-    return make_environment(ROOT / "out/triton")
+    return make_environment(ROOT / "out/serving")

@@ -203,7 +203,7 @@ def test_load_is_measured(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def load(*words: str) -> int:
-        out = ["--out", str(tmp_path / "load.json"), "--workdir", str(ROOT / "out/triton")]
+        out = ["--out", str(tmp_path / "load.json"), "--workdir", str(ROOT / "out/serving")]
         monkeypatch.setattr("sys.argv", ["engines", "load-test", *out, *words])
         return main()
 

@@ -10,7 +10,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.metadata import packages_distributions
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ import psutil
 import pytest
 
 from distill.common.errors import UserError
-from engines.__main__ import main
+from engines.__main__ import load_test, main, serve
 from engines.bundle import read_manifest
 from engines.serving.environment import (
     READY,
@@ -31,7 +33,7 @@ from engines.serving.load_test import find_server
 from engines.serving.options import Serving
 from engines.serving.repository import write_repository
 from engines.serving.serve import alone_in
-from engines.serving.server import ANSWERED, Address, Server, is_alive, reason, require_unexposed
+from engines.serving.server import ANSWERED, SHARED_MEMORY, Address, Server, is_alive, reason, require_unexposed
 from tests.engines.serving.triton_here import CLIENT, ROOT, drawing, free_address
 
 
@@ -42,10 +44,18 @@ def test_a_taken_port_and_a_dead_server_are_told_in_one_line(tmp_path: Path) -> 
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port} .*--grpc-port"):
             Address("127.0.0.1", free_address().http_port, port).require_free()
+        with pytest.raises(UserError, match=r"--http-port and --grpc-port are both 8000: choose two that differ"):
+            Address("127.0.0.1", 8000, 8000).require_free()
         assert find_server("127.0.0.1", port) is None, "a tunnel's memory is not the server's"
     log = tmp_path / "log"
     log.write_text("I1 started\nE1 'failed to load 'slimxl' version 1: Internal: UserError: the bundle is gone\n")
     assert reason(log) == "the bundle is gone"
+
+
+@pytest.mark.parametrize("command", [serve, load_test])
+def test_no_folder_stands_before_a_package(command: Callable[..., int]) -> None:
+    """Python started in `out/` would import a folder called `triton` in place of the package that torch looks for."""
+    assert signature(command).parameters["workdir"].default.name not in {"triton", *packages_distributions()}
 
 
 def test_one_serve_to_a_folder(tmp_path: Path) -> None:
@@ -132,13 +142,28 @@ def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve
     server.process.kill()
 
 
-def test_a_dead_model_ends_the_server(pretended: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Triton would, the parent of this process notices nothing."""
-    monkeypatch.setattr("engines.serving.server.DRAIN_SECONDS", 0.1)
+def test_a_killed_model_ends_the_server_without_draining(pretended: Server) -> None:
+    """The server, as Triton would, notices nothing and takes no SIGTERM; what it shares memory by is removed."""
+    pretended._region = pretended.log.parent.name + "-"
+    region = SHARED_MEMORY / f"{pretended._region}1"
+    region.touch()
+    pretended.log.write_text(
+        'E1129 model.py:183] "cuda:0 answers no more: this process ends, since it cannot draw again"\n'
+    )
     psutil.Process(pretended.process.pid).children()[0].kill()
-    with pytest.raises(UserError, match="a process of the model ended by itself"):
+    with pytest.raises(UserError, match=r"a process of the model ended by itself \(cuda:0 answers no more\)"):
         pretended.wait()
-    assert pretended.process.poll() is not None
+    assert pretended.process.poll() == -signal.SIGKILL and not region.exists()
+
+
+def test_a_killed_server_is_told_as_killed_and_its_model_is_ended(pretended: Server) -> None:
+    """Not as what its log happens to say last."""
+    pretended.log.write_text("error: something of an hour ago\n")
+    model = psutil.Process(pretended.process.pid).children()[0]
+    pretended.process.kill()
+    with pytest.raises(UserError, match="Triton ended by itself: it got SIGKILL, from somebody or from the system"):
+        pretended.wait()
+    assert psutil.wait_procs([model], 10)[1] == []
 
 
 def test_a_server_that_answered_all_and_hangs_is_ended(
