@@ -1,4 +1,4 @@
-"""`python -m engines targets|build|verify|inspect|list|prune|compare|check|triton|serve|load-test`."""
+"""`python -m engines targets|build|verify|inspect|list|prune|compare|check|push|triton|serve|load-test`."""
 
 from __future__ import annotations
 
@@ -166,6 +166,21 @@ def check() -> int:
     return print_checks()
 
 
+def push(
+    bundle: Bundle,
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ORG/NAME", help="Its name on the hub.")],
+    private: bool = False,
+) -> int:
+    """Upload a bundle to the Hugging Face hub; `engines.load("org/name")` fetches what a machine needs of it.
+
+    Args:
+        private: Where it is new there: for those alone who are let in.
+    """
+    from engines.hub import push_bundle
+
+    return push_bundle(bundle, name, private)
+
+
 def triton(bundle: Path, out: Path, serving: Annotated[Serving, tyro.conf.OmitArgPrefixes]) -> int:
     """Write a Triton model repository that serves the bundle.
 
@@ -245,6 +260,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "prune": prune,
     "compare": compare,
     "check": check,
+    "push": push,
     "triton": triton,
     "serve": serve,
     "load-test": load_test,

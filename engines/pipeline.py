@@ -12,7 +12,8 @@ from distill.models.conditioning import conditioning_named
 from engines.bundle import Engine, read_manifest, rebuild_command
 from engines.choices import TASKS, Layout, Precision, Task
 from engines.flavors import LoadOptions
-from engines.integrity import checked_path, unnamed_files
+from engines.hub import fetch_files, fetch_manifest, is_hub_id
+from engines.integrity import find_faults, unnamed_files
 from engines.onnx_folder import OnnxComponent, weights_for
 from engines.selection import choose_flavor, select_engines
 
@@ -36,6 +37,8 @@ def load(
     """A diffusers pipeline of the bundle's kind (StableDiffusionXLPipeline for SDXL) whose networks are its engines; that
     of a few-step model has its own steps and guidance scale as defaults.
 
+    bundle: a folder, or the name of a bundle on the Hugging Face hub, `org/name`; of that only the files that are loaded are
+    fetched.
     task: what it draws from: "text-to-image", "image-to-image" or "inpaint", by diffusers' class for it.
     device: "cpu" or "cuda[:n]"; None is the flavor's own.
     layout: which to load where the bundle has several.
@@ -58,9 +61,10 @@ def load(
     from engines.modules.unet import EngineUNet
     from engines.modules.vae import EngineVAE, missing_encoder
 
-    bundle = Path(bundle)
     if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UserError(f"device {device!r} is not known: cpu, cuda, cuda:1, … are")
+    hub_id = str(bundle) if is_hub_id(bundle) else None
+    bundle = fetch_manifest(hub_id) if hub_id else Path(bundle)
     manifest = read_manifest(bundle)
     backend = choose_flavor(manifest, flavor, device)
     chosen_device = device or backend.default_device()
@@ -73,10 +77,12 @@ def load(
     if task != "text-to-image" and "vae_encoder" not in selected:
         raise missing_encoder(backend.name)
     new_weights = _weights_by_key(chosen, Path(weights)) if weights else {}
-    rebuild = f"rebuild it with: {rebuild_command(bundle, selected['unet'][0])}"
-    for record in manifest.files:
-        checked_path(bundle, record, rebuild)
-    for fault in unnamed_files(bundle, manifest):
+    owned = [(record, selected["unet"][0]) for record in manifest.files]
+    owned += [(record, engine) for engine in chosen for record in engine.files]
+    if hub_id:
+        fetch_files(hub_id, bundle, [record.path for record, _ in owned])
+    records = [(record, f"rebuild it with: {rebuild_command(bundle, engine)}") for record, engine in owned]
+    for fault in find_faults(bundle, records) or unnamed_files(bundle, manifest):
         raise UserError(fault)
     options = LoadOptions(
         device=chosen_device,

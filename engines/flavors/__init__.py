@@ -98,7 +98,7 @@ class Flavor(Protocol):
         """What all engines of one bundle share (a stream, activation memory); passed to each `load`."""
 
     def load(self, bundle: Path, engine: Engine, shared: Any) -> LoadedEngine:
-        """Checks the files' hashes, then opens them."""
+        """Opens its files. Their hashes were compared before, all at once (`integrity.find_faults`)."""
 
 
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt", "onnxruntime": "onnxruntime"}

@@ -13,7 +13,7 @@ from distill.common.files import clone_file
 from engines.bundle import Engine, Options, Profile, TensorInfo, rebuild_command
 from engines.flavors import BuildRequest, LoadOptions, Report
 from engines.gpus import gpu_of_device
-from engines.integrity import checked_path
+from engines.integrity import locate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -156,7 +156,7 @@ class OnnxRuntimeFlavor:
 
     def load(self, bundle: Path, engine: Engine, shared: LoadOptions) -> OnnxRuntimeEngine:
         rebuild = f"rebuild it with: {rebuild_command(bundle, engine)}"
-        paths = [checked_path(bundle, record, rebuild) for record in engine.files]
+        paths = [locate(bundle, record, rebuild) for record in engine.files]
         try:
             opened = OnnxRuntimeEngine(paths[0], [tensor.name for tensor in engine.outputs], shared)
         except Exception as error:  # ONNX Runtime's exceptions share no base class of its own

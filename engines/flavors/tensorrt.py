@@ -17,7 +17,7 @@ from distill.common.errors import UserError
 from engines.bundle import Engine, Options, TensorInfo, rebuild_command
 from engines.flavors import BuildRequest, LoadOptions, Report
 from engines.gpus import GPUS, driver_at_hand, gpu_at_hand, gpu_of_device, version_tuple
-from engines.integrity import checked_bytes
+from engines.integrity import locate, map_file
 
 if TYPE_CHECKING:
     from engines.flavors.shared_runtime import SharedRuntime
@@ -131,7 +131,7 @@ class TensorRTFlavor:
 
         rebuild = f"rebuild it with: {rebuild_command(bundle, engine)}"
         self.doubt_board(engine, shared.options.device)
-        plan = checked_bytes(bundle, engine.files[0], rebuild)
+        plan = map_file(locate(bundle, engine.files[0], rebuild))
         return TensorRTEngine(engine, plan, shared, rebuild, shared.options.weights.get(engine.key))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mmap import mmap
 from typing import Any
 
 import torch
@@ -21,7 +22,12 @@ class TensorRTEngine:
     longest ago goes. Threads take turns: a call is enqueued whole, and the GPU has one stream for all."""
 
     def __init__(
-        self, engine: Engine, plan: bytes, shared: SharedRuntime, rebuild: str, weights: OnnxComponent | None = None
+        self,
+        engine: Engine,
+        plan: mmap | bytes,
+        shared: SharedRuntime,
+        rebuild: str,
+        weights: OnnxComponent | None = None,
     ) -> None:
         """`rebuild` says what to do where the plan does not run here; `weights` replace the plan's. Raises UserError for a
         plan that does not run here, and torch.OutOfMemoryError where the GPU's memory is too small."""

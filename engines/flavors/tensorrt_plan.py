@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from mmap import mmap
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from engines.flavors.weights import Added, with_added
 from engines.onnx_folder import OnnxComponent
 
 
-def deserialise_plan(shared: SharedRuntime, plan: bytes, engine: Engine, rebuild: str) -> Any:
+def deserialise_plan(shared: SharedRuntime, plan: mmap | bytes, engine: Engine, rebuild: str) -> Any:
     """TensorRT's ICudaEngine. Raises UserError where the plan does not fit this machine, with `rebuild` as what to do, and
     torch.OutOfMemoryError where the GPU's memory is too small."""
     doubt = _check_header(shared, plan, engine, rebuild)
@@ -34,7 +35,7 @@ def deserialise_plan(shared: SharedRuntime, plan: bytes, engine: Engine, rebuild
     raise UserError(f"{engine.flavor} refused {path}{why}; its own message stands above; {rebuild}")
 
 
-def _check_header(shared: SharedRuntime, plan: bytes, engine: Engine, rebuild: str) -> str:
+def _check_header(shared: SharedRuntime, plan: mmap | bytes, engine: Engine, rebuild: str) -> str:
     """Asks TensorRT-RTX whether the header of the plan fits this machine, and raises where it does not.
 
     Returns a doubt that only deserialising settles: version 1.6 said "unsupported cc" for GPUs that then ran the plan.

@@ -24,7 +24,7 @@ class BundlePipeline:
         """Copies the bundle, as it stands on the disk. Raises UserError for a folder that holds something, and where LoRAs
         are loaded, which a bundle cannot hold."""
         if push_to_hub:
-            raise UserError("save_pretrained copies the bundle; upload the folder with huggingface-cli upload")
+            raise UserError("save_pretrained copies the bundle; upload it with python -m engines push BUNDLE org/name")
         if self.loras:
             raise UserError(
                 f"a bundle has no place for the LoRAs {', '.join(self.loras)}: unload_lora_weights() first, or "
@@ -135,10 +135,16 @@ def drawing_as(kind: type, sampling: Sampling | None) -> type:
 
 
 def copy_bundle(bundle: Path, target: Path) -> None:
-    """Copies what the manifest names, whole or not at all. Raises UserError where `target` holds something."""
+    """Copies what the manifest names, whole or not at all. Raises UserError where `target` holds something, and where files
+    were left on the hub."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} holds something; give a new or an empty folder for the copy of the bundle")
     files = read_manifest(bundle).all_files
+    if missing := [file.path for file in files if not (bundle / file.path).is_file()]:
+        raise UserError(
+            f"{bundle} is not whole (it lacks {missing[0]}): of a bundle on the hub only what runs here is fetched; get all "
+            "of it with hf download org/name --local-dir FOLDER"
+        )
     require_free_disk(target, sum(file.size_bytes for file in files), "the copy of the bundle", "folder")
     with replacing(target) as temporary:
         for path in [MANIFEST, *(file.path for file in files)]:

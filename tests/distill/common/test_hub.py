@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 from huggingface_hub.constants import DOWNLOAD_CHUNK_SIZE
 
 from distill.checkpoints.sources import resolve
 from distill.common.errors import UserError
+from tests.local_hub import Hub
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 COMMANDS = """
 import sys
@@ -28,64 +24,6 @@ from distill.checkpoints.sources import resolve
 for model in sys.argv[1:]:
     print(exit_on_user_error(lambda: print(resolve(model, "unused"))))
 """
-
-
-class Hub(ThreadingHTTPServer):
-    """Serves `models` (name -> path in the repository -> bytes); the first sending of `cut` ends early."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.models: dict[str, dict[str, bytes]] = {}
-        self.sent: list[tuple[str, str, str | None]] = []
-        self.cut: str | None = None
-
-
-class Answer(BaseHTTPRequestHandler):
-    server: Hub
-
-    def do_GET(self) -> None:
-        model, _, path = self.path.removeprefix("/api/models").strip("/").partition(f"/resolve/{COMMIT}/")
-        model, _, path = (model, "", path) if path else model.partition("/resolve/main/")
-        files = self.server.models.get(model.partition("/revision/")[0])
-        if files is None or (path and path not in files):
-            self._send(404, b"", {"X-Error-Code": "RepoNotFound" if files is None else "EntryNotFound"})
-        elif path and "org/gated" in model:
-            self._send(403, b"", {"X-Error-Code": "GatedRepo"})
-        elif not path:
-            listing = {"id": model, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
-            self._send(200, json.dumps(listing).encode())
-        else:
-            etag = {"ETag": f'"{hashlib.sha256(files[path]).hexdigest()}"', "X-Repo-Commit": COMMIT}
-            wanted = self.headers.get("Range")
-            begin = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
-            if self.command == "GET":
-                self.server.sent.append((model, path, wanted))
-            self._send(206 if wanted else 200, files[path][begin:], etag, path)
-
-    do_HEAD = do_GET
-
-    def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None, path: str = "") -> None:
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            cut, self.server.cut = (
-                path and path == self.server.cut,
-                None if path == self.server.cut else self.server.cut,
-            )
-            self.wfile.write(body[: len(body) * 15 // 16] if cut else body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with Hub() as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
 
 
 def fetch(endpoint: str, home: Path, *models: str) -> tuple[list[str], list[str]]:
