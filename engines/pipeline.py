@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from distill.common.errors import UserError, quiet_imports, unknown
 from distill.common.files import read_json
 from distill.models.conditioning import conditioning_named
+from distill.models.networks import CONTROLNETS
 from engines.bundle import Engine, read_manifest, rebuild_command
 from engines.choices import TASKS, Layout, Precision, Task
 from engines.flavors import LoadOptions
@@ -36,7 +37,8 @@ def load(
     """A diffusers pipeline of the bundle's kind (StableDiffusionXLPipeline for SDXL) whose networks are its engines; that
     of a few-step model has its own steps and guidance scale as defaults.
 
-    task: what it draws from: "text-to-image", "image-to-image" or "inpaint", by diffusers' class for it.
+    task: what it draws from: "text-to-image", "image-to-image" or "inpaint", by diffusers' class for it; "controlnet",
+    "controlnet-image-to-image" and "controlnet-inpaint" under the control of pictures, one for each of its ControlNets.
     device: "cpu" or "cuda[:n]"; None is the flavor's own.
     layout: which to load where the bundle has several.
     precision: of the UNet where the bundle has several: by default fp16, not int8 or fp8.
@@ -53,6 +55,7 @@ def load(
     from transformers import CLIPTokenizer
 
     from engines.component import EngineComponent
+    from engines.modules.controlnet import EngineControlNet, missing_controlnet
     from engines.modules.pipelines import bundle_class, drawing_as
     from engines.modules.text_encoder import EngineTextEncoder
     from engines.modules.unet import EngineUNet
@@ -70,8 +73,13 @@ def load(
         chosen_device = f"cuda:{torch.cuda.current_device()}"
     if task not in TASKS:
         raise unknown("task", task, TASKS)
-    if task != "text-to-image" and "vae_encoder" not in selected:
+    if TASKS[task].endswith(("Img2Img", "Inpaint")) and "vae_encoder" not in selected:
         raise missing_encoder(backend.name)
+    controlnets = [name for name in CONTROLNETS if name in selected]
+    if "ControlNet" not in TASKS[task]:
+        controlnets = []
+    elif not controlnets:
+        raise missing_controlnet(backend.name)
     new_weights = _weights_by_key(chosen, Path(weights)) if weights else {}
     rebuild = f"rebuild it with: {rebuild_command(bundle, selected['unet'][0])}"
     for record in manifest.files:
@@ -94,6 +102,9 @@ def load(
     encoder = component("vae_encoder") if "vae_encoder" in selected else None
     vae = EngineVAE(component("vae_decoder"), read_json(bundle / "vae_decoder/config.json"), encoder)
     unet = EngineUNet(component("unet"), read_json(bundle / "unet/config.json"), vae.image_scale)
+    controls = [
+        EngineControlNet(component(n), read_json(bundle / n / "config.json"), vae.image_scale) for n in controlnets
+    ]
     kind = conditioning_named(manifest.source.pipeline)
     encoders = {
         name: EngineTextEncoder(component(name), read_json(bundle / name / "config.json")) for name in kind.encoders
@@ -103,6 +114,8 @@ def load(
     scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(bundle / "scheduler")
     stated = {name: index[name] for name in kind.options if not isinstance(index.get(name, []), list)}
     settings = stated | kind.load_options
+    if controls:
+        settings["controlnet"] = controls if len(controls) > 1 else controls[0]
     name = f"{kind.pipeline.removesuffix('Pipeline')}{TASKS[task]}Pipeline"
     pipeline = drawing_as(bundle_class(getattr(diffusers, name), bundle), manifest.source.sampling)
     return pipeline(vae=vae, unet=unet, scheduler=scheduler, **encoders, **tokenizers, **settings)

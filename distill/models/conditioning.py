@@ -259,15 +259,21 @@ def unet_input_names(config: Config) -> tuple[str, ...]:
     return tuple(spec.name for spec in specs)
 
 
-def call_unet(unet: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """The noise_pred (batch, channels, height, width) of diffusers' UNet for `unet_inputs` by name; what else `inputs`
-    holds is left alone."""
+def call_unet(unet: Any, inputs: Mapping[str, Any], **more: Any) -> torch.Tensor:
+    """The noise_pred (batch, channels, height, width) of diffusers' UNet, see `call_network`."""
+    return call_network(unet, inputs, **more)[0]
+
+
+def call_network(network: Any, inputs: Mapping[str, Any], **more: Any) -> tuple[Any, ...]:
+    """All that diffusers' UNet or ControlNet gives for `unet_inputs` by name; what else `inputs` holds is left alone, and
+    what else the network is to have is `more`."""
     added = {name: inputs[name] for name in ("text_embeds", SIZES) if name in inputs}
-    return unet(
+    return network(
         inputs["sample"],
         inputs["timestep"],
         inputs["encoder_hidden_states"],
         timestep_cond=inputs.get("timestep_cond"),
         added_cond_kwargs=added or None,
         return_dict=False,
-    )[0]
+        **more,
+    )
