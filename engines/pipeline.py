@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distill.common.errors import UserError, quiet_imports, unknown
 from distill.common.files import read_json
-from distill.models.conditioning import conditioning_named
+from distill.models.conditioning import REFINER, conditioning_named
 from distill.models.networks import CONTROLNETS
 from engines.bundle import Engine, read_manifest, rebuild_command
 from engines.choices import TASKS, Layout, Precision, Task
@@ -25,7 +25,7 @@ def load(
     bundle: str | Path,
     flavor: str | None = None,
     *,
-    task: Task = "text-to-image",
+    task: Task | None = None,
     device: str | None = None,
     layout: Layout | None = None,
     precision: Precision | None = None,
@@ -37,7 +37,8 @@ def load(
     """A diffusers pipeline of the bundle's kind (StableDiffusionXLPipeline for SDXL) whose networks are its engines; that
     of a few-step model has its own steps and guidance scale as defaults.
 
-    task: what it draws from: "text-to-image", "image-to-image" or "inpaint", by diffusers' class for it; "controlnet",
+    task: what it draws from: "text-to-image", "image-to-image" or "inpaint", by diffusers' class for it; None is the first
+    that the model can do, image-to-image of SDXL's refiner; "controlnet",
     "controlnet-image-to-image" and "controlnet-inpaint" under the control of pictures, one for each of its ControlNets.
     device: "cpu" or "cuda[:n]"; None is the flavor's own.
     layout: which to load where the bundle has several.
@@ -71,12 +72,15 @@ def load(
     chosen = [engine for engines in selected.values() for engine in engines]
     if chosen_device == "cuda":  # the current GPU, which was checked; another thread may have another
         chosen_device = f"cuda:{torch.cuda.current_device()}"
-    if task not in TASKS:
-        raise unknown("task", task, TASKS)
-    if TASKS[task].endswith(("Img2Img", "Inpaint")) and "vae_encoder" not in selected:
+    kind = conditioning_named(manifest.source.pipeline)
+    tasks = [name for name in TASKS if name != "text-to-image" or kind is not REFINER]
+    wanted = task or tasks[0]
+    if wanted not in tasks:
+        raise unknown("task of this model" if wanted in TASKS else "task", wanted, tasks)
+    if TASKS[wanted].endswith(("Img2Img", "Inpaint")) and "vae_encoder" not in selected:
         raise missing_encoder(backend.name)
     controlnets = [name for name in CONTROLNETS if name in selected]
-    if "ControlNet" not in TASKS[task]:
+    if "ControlNet" not in TASKS[wanted]:
         controlnets = []
     elif not controlnets:
         raise missing_controlnet(backend.name)
@@ -105,7 +109,6 @@ def load(
     controls = [
         EngineControlNet(component(n), read_json(bundle / n / "config.json"), vae.image_scale) for n in controlnets
     ]
-    kind = conditioning_named(manifest.source.pipeline)
     encoders = {
         name: EngineTextEncoder(component(name), read_json(bundle / name / "config.json")) for name in kind.encoders
     }
@@ -116,7 +119,7 @@ def load(
     settings = stated | kind.load_options
     if controls:
         settings["controlnet"] = controls if len(controls) > 1 else controls[0]
-    name = f"{kind.pipeline.removesuffix('Pipeline')}{TASKS[task]}Pipeline"
+    name = f"{kind.stem}{TASKS[wanted]}Pipeline"
     pipeline = drawing_as(bundle_class(getattr(diffusers, name), bundle), manifest.source.sampling)
     return pipeline(vae=vae, unet=unet, scheduler=scheduler, **encoders, **tokenizers, **settings)
 

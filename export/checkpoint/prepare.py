@@ -23,7 +23,7 @@ from distill.checkpoints.tensors import component_tensors, component_weights
 from distill.common.errors import UserError
 from distill.common.files import read_json, read_object, require_free_disk, sha256_file, sha256_json
 from distill.common.hub import explaining_hub
-from distill.models.conditioning import SD, SDXL, conditioning_of, unet_inputs, unet_multiple
+from distill.models.conditioning import REFINER, SD, SDXL, conditioning_of, unet_inputs, unet_multiple
 from distill.models.controls import residual_specs
 from distill.models.networks import CONTROLNETS, stated_config
 from distill.models.resolution import Resolution
@@ -33,6 +33,7 @@ VAE_SOURCES = {
     SDXL.pipeline: {"fp16-fix": "madebyollin/sdxl-vae-fp16-fix", "tiny": "madebyollin/taesdxl"},
     SD.pipeline: {"tiny": "madebyollin/taesd"},
 }
+VAE_SOURCES[REFINER.pipeline] = VAE_SOURCES[SDXL.pipeline]
 """Hub ids of the VAEs with a name, by the kind of pipeline whose latents they read."""
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
