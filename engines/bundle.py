@@ -208,15 +208,13 @@ class Engine(_Record):
 
     @property
     def image_scale(self) -> int | None:
-        """Image pixels per pixel of the input that grows with the image: 8 for latents, 1 for an image. None where no
+        """Image pixels per pixel of the first input that grows with the image: 8 for latents, 1 for an image. None where no
         input grows with it. Raises ValueError where the profiles' shapes are not those of their resolutions."""
         found: set[int] = set()
         for profile in self.profiles:
             sizes = [tuple(map(int, text.split("x"))) for text in profile.resolutions]
             widths, heights = zip(*sizes, strict=True)
-            for shape in profile.shapes.values():
-                if len(shape.max) != 4:
-                    continue
+            for shape in [shape for shape in profile.shapes.values() if len(shape.max) == 4][:1]:
                 scale = max(1, max(widths) // shape.max[3])
                 found.add(scale)
                 least, most = ([value * scale for value in side[2:]] for side in (shape.min, shape.max))

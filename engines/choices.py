@@ -11,6 +11,16 @@ Guidance = Literal["always", "never", "any"]
 Precision = Literal["fp16", "fp32", "bf16", "int8", "fp8"]
 EIGHT_BITS = ("int8", "fp8")
 """Precisions of a UNet whose other components stay as they are."""
-Task = Literal["text-to-image", "image-to-image", "inpaint"]
-TASKS = {"text-to-image": "", "image-to-image": "Img2Img", "inpaint": "Inpaint"}
-"""What diffusers puts before `Pipeline` in the name of a class that draws from text, from a picture, into a picture."""
+Task = Literal[
+    "text-to-image", "image-to-image", "inpaint", "controlnet", "controlnet-image-to-image", "controlnet-inpaint"
+]
+TASKS = {
+    "text-to-image": "",
+    "image-to-image": "Img2Img",
+    "inpaint": "Inpaint",
+    "controlnet": "ControlNet",
+    "controlnet-image-to-image": "ControlNetImg2Img",
+    "controlnet-inpaint": "ControlNetInpaint",
+}
+"""What diffusers puts before `Pipeline` in the name of a class that draws from text, from a picture, into a picture, and
+the same under the control of another picture."""

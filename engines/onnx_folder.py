@@ -17,7 +17,7 @@ import onnx
 from distill.checkpoints.sampling import Sampling, sampling_of
 from distill.common.errors import UserError
 from distill.common.files import read_object, sha256_file_once
-from distill.models.conditioning import Conditioning, TensorSpec, conditioning_named
+from distill.models.conditioning import Conditioning, TensorSpec, conditioning_named, conditioning_of
 from distill.models.resolution import Resolution
 from engines.bundle import Engine, TensorInfo
 from export.components import COMPONENTS, TEXT_ENCODERS
@@ -155,7 +155,10 @@ class OnnxComponent:
 
 
 def read_conditioning(root: Path) -> Conditioning:
-    """The kind of pipeline that an ONNX folder is of. Raises UserError."""
+    """The kind of pipeline that an ONNX folder is of: by its UNet, since a checkpoint may be saved for any task; where it
+    has none, by that. Raises UserError."""
+    if (config := root / "unet" / "config.json").is_file():
+        return conditioning_of(read_object(config), root)
     return conditioning_named(str(read_object(root / "model_index.json").get("_class_name")))
 
 

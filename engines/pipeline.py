@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distill.common.errors import UserError, quiet_imports, unknown
 from distill.common.files import read_json
-from distill.models.conditioning import conditioning_named
+from distill.models.conditioning import REFINER, conditioning_named
+from distill.models.networks import CONTROLNETS
 from engines.bundle import Engine, read_manifest, rebuild_command
 from engines.choices import TASKS, Layout, Precision, Task
 from engines.flavors import LoadOptions
@@ -25,7 +26,7 @@ def load(
     bundle: str | Path,
     flavor: str | None = None,
     *,
-    task: Task = "text-to-image",
+    task: Task | None = None,
     device: str | None = None,
     layout: Layout | None = None,
     precision: Precision | None = None,
@@ -39,7 +40,9 @@ def load(
 
     bundle: a folder, or the name of a bundle on the Hugging Face hub, `org/name`; of that only the files that are loaded are
     fetched.
-    task: what it draws from: "text-to-image", "image-to-image" or "inpaint", by diffusers' class for it.
+    task: what it draws from: "text-to-image", "image-to-image" or "inpaint", by diffusers' class for it; None is the first
+    that the model can do, image-to-image of SDXL's refiner; "controlnet",
+    "controlnet-image-to-image" and "controlnet-inpaint" under the control of pictures, one for each of its ControlNets.
     device: "cpu" or "cuda[:n]"; None is the flavor's own.
     layout: which to load where the bundle has several.
     precision: of the UNet where the bundle has several: by default fp16, not int8 or fp8.
@@ -56,6 +59,7 @@ def load(
     from transformers import CLIPTokenizer
 
     from engines.component import EngineComponent
+    from engines.modules.controlnet import EngineControlNet, missing_controlnet
     from engines.modules.pipelines import bundle_class, drawing_as
     from engines.modules.text_encoder import EngineTextEncoder
     from engines.modules.unet import EngineUNet
@@ -72,10 +76,18 @@ def load(
     chosen = [engine for engines in selected.values() for engine in engines]
     if chosen_device == "cuda":  # the current GPU, which was checked; another thread may have another
         chosen_device = f"cuda:{torch.cuda.current_device()}"
-    if task not in TASKS:
-        raise unknown("task", task, TASKS)
-    if task != "text-to-image" and "vae_encoder" not in selected:
+    kind = conditioning_named(manifest.source.pipeline)
+    tasks = [name for name in TASKS if name != "text-to-image" or kind is not REFINER]
+    wanted = task or tasks[0]
+    if wanted not in tasks:
+        raise unknown("task of this model" if wanted in TASKS else "task", wanted, tasks)
+    if TASKS[wanted].endswith(("Img2Img", "Inpaint")) and "vae_encoder" not in selected:
         raise missing_encoder(backend.name)
+    controlnets = [name for name in CONTROLNETS if name in selected]
+    if "ControlNet" not in TASKS[wanted]:
+        controlnets = []
+    elif not controlnets:
+        raise missing_controlnet(backend.name)
     new_weights = _weights_by_key(chosen, Path(weights)) if weights else {}
     owned = [(record, selected["unet"][0]) for record in manifest.files]
     owned += [(record, engine) for engine in chosen for record in engine.files]
@@ -100,7 +112,9 @@ def load(
     encoder = component("vae_encoder") if "vae_encoder" in selected else None
     vae = EngineVAE(component("vae_decoder"), read_json(bundle / "vae_decoder/config.json"), encoder)
     unet = EngineUNet(component("unet"), read_json(bundle / "unet/config.json"), vae.image_scale)
-    kind = conditioning_named(manifest.source.pipeline)
+    controls = [
+        EngineControlNet(component(n), read_json(bundle / n / "config.json"), vae.image_scale) for n in controlnets
+    ]
     encoders = {
         name: EngineTextEncoder(component(name), read_json(bundle / name / "config.json")) for name in kind.encoders
     }
@@ -109,7 +123,9 @@ def load(
     scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(bundle / "scheduler")
     stated = {name: index[name] for name in kind.options if not isinstance(index.get(name, []), list)}
     settings = stated | kind.load_options
-    name = f"{kind.pipeline.removesuffix('Pipeline')}{TASKS[task]}Pipeline"
+    if controls:
+        settings["controlnet"] = controls if len(controls) > 1 else controls[0]
+    name = f"{kind.stem}{TASKS[wanted]}Pipeline"
     pipeline = drawing_as(bundle_class(getattr(diffusers, name), bundle), manifest.source.sampling)
     return pipeline(vae=vae, unet=unet, scheduler=scheduler, **encoders, **tokenizers, **settings)
 

@@ -35,6 +35,7 @@ def onnx(
     vae_precision: Literal["auto", "fp16", "fp32"] = "auto",
     lora: Paths = (),
     lora_scale: Annotated[tuple[float, ...], tyro.conf.arg(help_behavior_hint="(default: 1 for each)")] = (),
+    controlnet: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = (),
     reuse: Paths = (),
     check: bool = True,
     workdir: Workdir = WORKDIR,
@@ -56,6 +57,7 @@ def onnx(
         vae_precision: auto is fp32 for SDXL's stock VAE and one for it that says force_upcast, else as the rest.
         lora: LoRA files to fuse, in order.
         lora_scale: One for each LoRA, in the same order; those left out are 1.
+        controlnet: Folders or Hugging Face ids of ControlNets: each is a component, and the UNet takes what they add.
         reuse: Other ONNX folders to take equal components from.
         check: Compare with torch before a component gets its name.
     """
@@ -82,6 +84,7 @@ def onnx(
         vae=vae,
         vae_precision=vae_precision,
         loras=tuple(zip(lora, [*lora_scale, *[1.0] * (len(lora) - len(lora_scale))], strict=True)),
+        controlnets=controlnet,
         reuse=reuse,
         check=check,
     )

@@ -14,7 +14,9 @@ from typing import Any
 
 from distill.common.errors import UserError
 from distill.models.conditioning import KINDS, Conditioning, Config, TensorSpec, latent_size, unet_inputs, unet_multiple
+from distill.models.controls import TAKES_RESIDUALS, controlnet_inputs, residual_specs
 from distill.models.families import vae_scale_factor
+from distill.models.networks import CONTROLNETS
 from distill.models.resolution import Resolution
 
 FLOAT_DTYPES = {"fp16": "float16", "fp32": "float32"}
@@ -53,15 +55,18 @@ def _dtype(precision: str) -> str:
     return FLOAT_DTYPES[precision]
 
 
-PIPELINE_SIZES = ("text_length", "vae_scale_factor", "text_lengths")
-"""What `unet_config` adds to a UNet's own config."""
+PIPELINE_SIZES = ("text_length", "vae_scale_factor", "text_lengths", TAKES_RESIDUALS)
+"""What `unet_config` adds to a UNet's or a ControlNet's own config."""
+GUIDED = ("unet", *CONTROLNETS)
+"""Components that see each picture twice under guidance."""
 
 
 def unet_config(
-    config: Config, *, vae_config: Config, text_config: Config, tokens: Sequence[int] = ()
+    config: Config, *, vae_config: Config, text_config: Config, tokens: Sequence[int] = (), controlled: bool = False
 ) -> dict[str, Any]:
-    """The UNet's config.json with the sizes of the pipeline around it. `tokens` are the lengths of prompts that it is to
-    take, its own among them. Raises UserError for a length that is no multiple of its own."""
+    """The config.json of the UNet, or of a ControlNet, with the sizes of the pipeline around it. `tokens` are the lengths of
+    prompts that it is to take, its own among them; `controlled` says that it takes residuals. Raises UserError for a
+    length that is no multiple of its own."""
     length = text_config["max_position_embeddings"]
     if odd := next((number for number in tokens if number % length), None):
         raise UserError(
@@ -70,12 +75,25 @@ def unet_config(
         )
     sizes = {"text_length": length, "vae_scale_factor": vae_scale_factor(vae_config)}
     lengths = sorted({length, *tokens})
-    return {**config, **sizes, **({"text_lengths": lengths} if len(lengths) > 1 else {})}
+    longer = {"text_lengths": lengths} if len(lengths) > 1 else {}
+    return {**config, **sizes, **longer, **({TAKES_RESIDUALS: True} if controlled else {})}
+
+
+def _sizes(config: Config) -> dict[str, int]:
+    return {"tokens": config["text_length"], "vae_scale_factor": config["vae_scale_factor"]}
 
 
 def _unet_inputs(config: Config, resolution: Resolution, batch: int, dtype: str) -> list[TensorSpec]:
-    sizes = {"tokens": config["text_length"], "vae_scale_factor": config["vae_scale_factor"]}
-    return unet_inputs(config, resolution, batch, dtype, **sizes)
+    specs = unet_inputs(config, resolution, batch, dtype, **_sizes(config))
+    return [*specs, *_residuals(config, resolution, batch, dtype)] if config.get(TAKES_RESIDUALS) else specs
+
+
+def _residuals(config: Config, resolution: Resolution, batch: int, dtype: str) -> list[TensorSpec]:
+    return residual_specs(config, resolution, batch, dtype, config["vae_scale_factor"])
+
+
+def _controlnet_inputs(config: Config, resolution: Resolution, batch: int, dtype: str) -> list[TensorSpec]:
+    return controlnet_inputs(config, resolution, batch, dtype, **_sizes(config))
 
 
 def _unet_outputs(config: Config, resolution: Resolution, batch: int, dtype: str) -> list[TensorSpec]:
@@ -153,6 +171,7 @@ COMPONENTS = {
     component.name: component
     for component in (
         Component("unet", "unet", _unet_inputs, _unet_outputs, unet_multiple),
+        *(Component(name, name, _controlnet_inputs, _residuals, unet_multiple) for name in CONTROLNETS),
         Component("vae_decoder", "vae", _decoder_inputs, _decoder_outputs, lambda config: 1, _ENCODER_KEYS),
         Component("vae_encoder", "vae", _encoder_inputs, _encoder_outputs, vae_scale_factor, _DECODER_KEYS),
         *(

@@ -150,7 +150,7 @@ def export_checkpoint(
     options = options or ExportOptions()
     refuse_foreign(out)
     source_hashes = file_hashes(checkpoint)
-    prepared, hashes = prepare(checkpoint, source_hashes, options.vae, options.loras, workdir)
+    prepared, hashes = prepare(checkpoint, source_hashes, options.vae, options.loras, options.controlnets, workdir)
     names = chosen_components(prepared, options)
     jobs = [make_job(prepared, name, options, hashes) for name in names]
     load_parts(prepared)  # what cannot be loaded is told now, not at the first picture
@@ -223,8 +223,14 @@ def _about(prepared: Path, source: dict[str, str], hashes: Mapping[str, str], op
             "sha256": list(weights_hashes(prepared, "vae", hashes, vae_precision).values()),
         },
         "loras": [{"file": str(path), "sha256": sha256_file(path), "scale": scale} for path, scale in loras],
+        **({"controlnets": [_lasting(name) for name in options.controlnets]} if options.controlnets else {}),
         "versions": library_versions(),
     }
+
+
+def _lasting(name: str) -> str:
+    """A folder's whole path; a hub id as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def _copy_pipeline_parts(checkpoint: Path, out: Path) -> dict[str, str]:

@@ -12,9 +12,10 @@ from distill.checkpoints.folder import find_family, network_folders, read_config
 from distill.checkpoints.tensors import component_weights
 from distill.common.errors import UserError, require_least, unknown
 from distill.common.files import sha256_file, sha256_json
-from distill.models.conditioning import Conditioning, Config, conditioning_of
+from distill.models.conditioning import Conditioning, Config
+from distill.models.networks import CONTROLNETS
 from distill.models.resolution import Resolution
-from export.components import COMPONENTS, FLOAT_DTYPES, unet_config
+from export.components import COMPONENTS, FLOAT_DTYPES, GUIDED, unet_config
 
 SCHEMA = 1
 OPSETS = (23, 18, 19, 20, 21, 22)
@@ -35,7 +36,7 @@ CHECK_BELOW_BYTES = 500_000_000
 class ExportOptions:
     """How a checkpoint is exported. `components` None means all that it has. `resolutions` empty means one graph with
     open dimensions, for any batch; `batch`, in images, and `guidance` are of static graphs. `tokens` are the lengths of
-    prompts that the UNet takes, beside its own."""
+    prompts that the UNet takes, beside its own. With `controlnets` the UNet takes residuals, and each is a component."""
 
     precision: str = "fp16"
     opset: int = OPSETS[0]
@@ -47,6 +48,7 @@ class ExportOptions:
     vae: str = "stock"
     vae_precision: str = "auto"
     loras: tuple[tuple[Path, float], ...] = ()
+    controlnets: tuple[str, ...] = ()
     reuse: tuple[Path, ...] = ()
     check: bool = True
 
@@ -80,7 +82,7 @@ class ExportOptions:
 
     def rows(self, component: str) -> int:
         """What `batch` images are to a component: under guidance the UNet sees each twice."""
-        return 2 * self.batch if component == "unet" and self.guidance == "always" else self.batch
+        return 2 * self.batch if component in GUIDED and self.guidance == "always" else self.batch
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def component_precision(name: str, options: ExportOptions, kind: Conditioning, v
 
 def chosen_components(checkpoint: Path, options: ExportOptions) -> tuple[str, ...]:
     """What is to be exported. Raises UserError for a component that the checkpoint's kind of pipeline has not."""
-    folders = network_folders(checkpoint)
+    folders = (*network_folders(checkpoint), *CONTROLNETS[: len(options.controlnets)])
     present = tuple(name for name, component in COMPONENTS.items() if component.source in folders)
     for name in options.components or ():
         if name not in present:
@@ -128,13 +130,14 @@ def chosen_components(checkpoint: Path, options: ExportOptions) -> tuple[str, ..
     return options.components or present
 
 
-def make_config(checkpoint: Path, name: str, tokens: Sequence[int] = ()) -> dict[str, Any]:
-    """config.json of an exported component; `tokens` as `unet_config` takes them."""
+def make_config(checkpoint: Path, name: str, tokens: Sequence[int] = (), *, controlled: bool = False) -> dict[str, Any]:
+    """config.json of an exported component; `tokens` and `controlled` as `unet_config` takes them."""
     config = read_config(checkpoint, COMPONENTS[name].source)
-    if name != "unet":
+    if name not in GUIDED:
         return config
-    vae, text = (read_config(checkpoint, part) for part in ("vae", conditioning_of(config).encoders[0]))
-    return unet_config(config, vae_config=vae, text_config=text, tokens=tokens)
+    vae, text = (read_config(checkpoint, part) for part in ("vae", find_family(checkpoint).conditioning.encoders[0]))
+    controlled = controlled and name == "unet"
+    return unet_config(config, vae_config=vae, text_config=text, tokens=tokens, controlled=controlled)
 
 
 def weights_hashes(checkpoint: Path, component: str, hashes: Mapping[str, str], precision: str) -> dict[str, str]:
@@ -145,7 +148,7 @@ def weights_hashes(checkpoint: Path, component: str, hashes: Mapping[str, str], 
 
 def make_job(checkpoint: Path, name: str, options: ExportOptions, hashes: Mapping[str, str]) -> Job:
     """`hashes` as `distill.checkpoints.folder.file_hashes` tells them: a checkpoint's gigabytes are read for them once."""
-    config = make_config(checkpoint, name, options.tokens)
+    config = make_config(checkpoint, name, options.tokens, controlled=bool(options.controlnets))
     family = find_family(checkpoint)
     precision = component_precision(name, options, family.conditioning, read_config(checkpoint, "vae"))
     rows = options.rows(name)

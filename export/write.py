@@ -18,7 +18,7 @@ from distill.common.files import replacing, sha256_file, write_json
 from distill.models.resolution import Resolution
 from export.checks.parity import Parity, compare
 from export.checks.vae_safety import require_finite
-from export.components import COMPONENTS, TEXT_ENCODERS, Config
+from export.components import COMPONENTS, GUIDED, TEXT_ENCODERS, Config
 from export.graph.passes import specialise
 from export.graph.trace import trace
 from export.graph.weights import load_shapes, on_meta
@@ -28,7 +28,7 @@ from export.job import CHECK_BELOW_BYTES, Job, library_versions
 
 def trace_resolution(name: str, config: Config) -> Resolution:
     """A small picture with unequal sides: what a graph with open dimensions is first checked at."""
-    step = config["vae_scale_factor"] * COMPONENTS["unet"].size_multiple(config) if name == "unet" else 16
+    step = config["vae_scale_factor"] * COMPONENTS[name].size_multiple(config) if name in GUIDED else 16
     return Resolution(5 * step, 4 * step)
 
 

@@ -12,7 +12,7 @@ from distill.common.errors import UserError
 from distill.common.files import read_object, sha256_file_once, sha256_json, write_json
 from distill.common.progress import say
 from distill.models.architectures import Architecture, architecture_at
-from distill.models.conditioning import Conditioning, conditioning_of, context_width
+from distill.models.conditioning import Conditioning, conditioning_of
 from distill.models.depth import Depth
 from distill.models.families import Family, check_fit, family_of
 from distill.models.networks import stated_config
@@ -41,19 +41,9 @@ def check_checkpoint(folder: Path) -> None:
     unet = read_config(folder, "unet")
     conditioning = require_text_to_image(unet, folder)
     Depth.from_config(unet, folder)
-    if _is_refiner(folder, unet, conditioning):
-        raise UserError(f"{folder} is SDXL's refiner, which finishes another model's pictures; give the base model")
     check_fit({component: read_config(folder, component) for component in conditioning.networks}, folder)
     for component in conditioning.networks:
         component_tensors(folder / component)
-
-
-def _is_refiner(folder: Path, unet: Mapping[str, Any], conditioning: Conditioning) -> bool:
-    """Whether the first text encoder is missing, and the UNet reads the one alone that its pooled input comes from."""
-    first, last = conditioning.encoders[0], conditioning.pooled_from
-    if last is None or (folder / first).is_dir():
-        return False
-    return context_width(unet) == read_config(folder, last)["hidden_size"]
 
 
 def network_folders(folder: Path) -> tuple[str, ...]:

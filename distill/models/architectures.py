@@ -14,11 +14,13 @@ from distill.common.errors import unknown
 from distill.models.depth import Depth
 from distill.models.families import (
     MINI_FAMILY,
+    MINI_REFINER_FAMILY,
     MINI_SD_FAMILY,
     SD_1_FAMILY,
     SD_2_768_FAMILY,
     SD_2_FAMILY,
     SDXL_FAMILY,
+    SDXL_REFINER_FAMILY,
     Family,
 )
 
@@ -50,6 +52,7 @@ SSD_1B_DEPTH = Depth.parse("-/2,2/4,4:0:4,4,10/2,1,1/-")
 VEGA_DEPTH = Depth.parse("-/1,1/2,2:0:2,2,2/1,1,1/-")
 KOALA_1B_DEPTH = Depth.parse("-/2/6:6:6,6/2,2/-")
 KOALA_700M_DEPTH = Depth.parse("-/2/5:-:5,5/2,2/-")
+REFINER_DEPTH = Depth.parse("-/4,4/4,4/-:4:-/4,4,4/4,4,4/-")
 SD_DEPTH = Depth.parse("1,1/1,1/1,1/-:1:-/1,1,1/1,1,1/1,1,1")
 BK_BASE_DEPTH = Depth.parse("1/1/1/-:1:-/1,1/1,1/1,1")
 BK_SMALL_DEPTH = Depth.parse("1/1/1/-:-:-/1,1/1,1/1,1")
@@ -62,6 +65,7 @@ _TABLE: tuple[tuple[str, str, Family, Depth, tuple[int, int, int, int] | None], 
     ("vega", "Vega", SDXL_FAMILY, VEGA_DEPTH, (745_225_604, 246_838_080, 31_138_560, 459_928_960)),
     ("koala-1b", "KOALA-1B", SDXL_FAMILY, KOALA_1B_DEPTH, (1_161_184_324, 270_656_000, 274_094_080, 609_114_240)),
     ("koala-700m", "KOALA-700M", SDXL_FAMILY, KOALA_700M_DEPTH, (782_822_724, 235_900_160, 0, 539_602_560)),
+    ("sdxl-refiner", "SDXL refiner", SDXL_REFINER_FAMILY, REFINER_DEPTH, None),
     ("sd-1.5", "SD 1.5", SD_1_FAMILY, SD_DEPTH, (859_520_964, 249_612_480, 97_038_080, 510_795_840)),
     ("small-sd", "Small-SD", SD_1_FAMILY, BK_BASE_DEPTH, (579_384_964, 130_388_160, 97_038_080, 349_884_160)),
     ("bk-sdm-small", "BK-SDM-Small", SD_1_FAMILY, BK_SMALL_DEPTH, (482_346_884, 130_388_160, 0, 349_884_160)),
@@ -82,6 +86,7 @@ _TABLE: tuple[tuple[str, str, Family, Depth, tuple[int, int, int, int] | None], 
     ("mini-vega", "mini Vega", MINI_FAMILY, VEGA_DEPTH, None),
     ("mini-koala-1b", "mini KOALA-1B", MINI_FAMILY, KOALA_1B_DEPTH, None),
     ("mini-koala-700m", "mini KOALA-700M", MINI_FAMILY, KOALA_700M_DEPTH, None),
+    ("mini-refiner", "mini SDXL refiner", MINI_REFINER_FAMILY, REFINER_DEPTH, None),
     ("mini-sd-1.5", "mini SD 1.5", MINI_SD_FAMILY, SD_DEPTH, None),
     ("mini-small-sd", "mini Small-SD", MINI_SD_FAMILY, BK_BASE_DEPTH, None),
     ("mini-tiny-sd", "mini Tiny-SD", MINI_SD_FAMILY, BK_TINY_DEPTH, None),

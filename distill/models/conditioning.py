@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from distill.common.errors import UserError
@@ -23,6 +23,8 @@ TEXT_INPUTS = ("encoder_hidden_states", "text_embeds")
 """Those inputs of a UNet that stand for the prompt: what caption dropout and guidance exchange."""
 SIZES = "time_ids"
 """The input of a UNet that stands for a picture's sizes: whole numbers, up to the largest side."""
+AESTHETIC_SCORE = 6
+"""What diffusers tells a refiner by default."""
 TOKENS = {"text_encoder": "input_ids", "text_encoder_2": "input_ids_2"}
 """By its text encoder, what a caption is called as tokens (n, tokens)."""
 
@@ -46,7 +48,8 @@ class Conditioning:
     order, `pad_tokens` what their tokenizers pad with; `hidden_state` says which of their hidden states the UNet reads,
     counted as transformers counts `hidden_states` (-2: before the last layer), or None for the last one after the final
     norm; `pooled_from` is the encoder whose pooled output goes in too, with the size numbers. `vae_overflows` says that its
-    own VAE does in fp16, and so its pipeline obeys a VAE's `force_upcast`, which others ignore. `options` are the entries
+    own VAE does in fp16, and so its pipeline obeys a VAE's `force_upcast`, which others ignore. `size_numbers` is how many
+    numbers stand for a picture's sizes. `options` are the entries
     of model_index.json beside the parts, for checkpoints made here; `load_options` are further arguments of
     `from_pretrained`.
     """
@@ -59,6 +62,7 @@ class Conditioning:
     hidden_state: int | None
     pooled_from: str | None
     vae_overflows: bool
+    size_numbers: int
     options: dict[str, Any]
     load_options: dict[str, Any]
 
@@ -124,7 +128,12 @@ class Conditioning:
     @property
     def takes_sizes(self) -> bool:
         """Whether the UNet is told a picture's original size and crop."""
-        return self.pooled_from is not None
+        return self.size_numbers > 0
+
+    @property
+    def stem(self) -> str:
+        """How the names of diffusers' pipelines for it begin."""
+        return self.pipeline.removesuffix("Pipeline").removesuffix("Img2Img")
 
     def size_inputs(
         self,
@@ -133,13 +142,18 @@ class Conditioning:
         resolutions: Sequence[Resolution],
     ) -> dict[str, torch.Tensor]:
         """The UNet's size inputs for pictures: `time_ids` (n, 6) as (original height, width, crop top, left, target
-        height, width), or none. Sizes and corners are (height, width) and (top, left) in pixels."""
+        height, width), of the refiner (n, 5) with the usual score of beauty in place of the target, or none. Sizes and
+        corners are (height, width) and (top, left) in pixels."""
         import torch
 
         if not self.takes_sizes:
             return {}
         rows = zip(original_sizes, crops_top_left, resolutions, strict=True)
-        numbers = [(*original, *crop, target.height, target.width) for original, crop, target in rows]
+        scored = self.size_numbers == 5
+        numbers = [
+            (*original, *crop, *((AESTHETIC_SCORE,) if scored else (target.height, target.width)))
+            for original, crop, target in rows
+        ]
         return {SIZES: torch.tensor(numbers, dtype=torch.int32)}
 
 
@@ -157,6 +171,7 @@ SDXL = Conditioning(
     hidden_state=-2,
     pooled_from="text_encoder_2",
     vae_overflows=True,
+    size_numbers=6,
     options={"force_zeros_for_empty_prompt": True},
     load_options={"add_watermarker": False},
 )
@@ -169,11 +184,27 @@ SD = Conditioning(
     hidden_state=None,
     pooled_from=None,
     vae_overflows=False,
+    size_numbers=0,
     options={"safety_checker": (None, None), "feature_extractor": (None, None), "requires_safety_checker": False},
     load_options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
 )
 
-KINDS = (SDXL, SD)
+REFINER = replace(
+    SDXL,
+    pipeline="StableDiffusionXLImg2ImgPipeline",
+    onnx_pipeline="ORTStableDiffusionXLImg2ImgPipeline",
+    networks={name: kind for name, kind in SDXL.networks.items() if name != "text_encoder"},
+    encoders=SDXL.encoders[1:],
+    pad_tokens=SDXL.pad_tokens[1:],
+    size_numbers=5,
+    options={"text_encoder": (None, None), "tokenizer": (None, None), "requires_aesthetics_score": True}
+    | {"force_zeros_for_empty_prompt": False},
+    load_options=SDXL.load_options | {"text_encoder": None, "tokenizer": None},
+)
+"""SDXL's second model (arXiv 2307.01952, section 2.5), which finishes pictures of the first: the large text encoder alone,
+and a score of their beauty in place of their size."""
+
+KINDS = (SDXL, REFINER, SD)
 
 
 def conditioning_of(config: Config, model: object = "the model") -> Conditioning:
@@ -190,7 +221,9 @@ def conditioning_of(config: Config, model: object = "the model") -> Conditioning
             f"{model}: its UNet is not supported: it takes more than text ({others[0]} {config[others[0]]!r})"
         )
     if kind == "text_time":
-        return SDXL
+        numbers, each = config["projection_class_embeddings_input_dim"], config["addition_time_embed_dim"]
+        reads_pooled_encoder_alone = numbers - REFINER.size_numbers * each == context_width(config)
+        return REFINER if reads_pooled_encoder_alone else SDXL
     if kind is None:
         return SD
     raise UserError(
@@ -199,12 +232,12 @@ def conditioning_of(config: Config, model: object = "the model") -> Conditioning
 
 
 def conditioning_named(pipeline: str) -> Conditioning:
-    """The conditioning of a pipeline class, as model_index.json names it, whatever its task. Raises UserError for another
-    kind of pipeline."""
-    for kind in KINDS:
-        stem = kind.pipeline.removesuffix("Pipeline")
-        if re.fullmatch(rf"{stem}(Img2Img|Inpaint|Adapter|ControlNet\w*)?Pipeline", pipeline):
-            return kind
+    """The conditioning of a pipeline class, whatever its task; a class that a kind calls its own is that kind's. Raises
+    UserError for another kind of pipeline."""
+    exact = [kind for kind in KINDS if kind.pipeline == pipeline]
+    suffix = r"(Img2Img|Inpaint|Adapter|ControlNet\w*)?Pipeline"
+    if found := exact or [kind for kind in KINDS if re.fullmatch(kind.stem + suffix, pipeline)]:
+        return found[0]
     raise UserError(f"{pipeline!r} is no pipeline of Stable Diffusion 1.x, 2.x or XL")
 
 
@@ -244,9 +277,10 @@ def unet_inputs(
     ]
     if config.get("addition_embed_type") == "text_time":
         # float32 in every precision: diffusers concatenates them with a float32 sinusoidal embedding before it casts
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        numbers = conditioning_of(config).size_numbers
+        pooled = config["projection_class_embeddings_input_dim"] - numbers * config["addition_time_embed_dim"]
         specs.append(TensorSpec("text_embeds", "float32", (batch, pooled), ("batch", None)))
-        specs.append(TensorSpec(SIZES, "float32", (batch, 6), ("batch", None)))
+        specs.append(TensorSpec(SIZES, "float32", (batch, numbers), ("batch", None)))
     if config.get("time_cond_proj_dim"):
         specs.append(TensorSpec("timestep_cond", dtype, (batch, config["time_cond_proj_dim"]), ("batch", None)))
     return specs
@@ -259,15 +293,21 @@ def unet_input_names(config: Config) -> tuple[str, ...]:
     return tuple(spec.name for spec in specs)
 
 
-def call_unet(unet: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """The noise_pred (batch, channels, height, width) of diffusers' UNet for `unet_inputs` by name; what else `inputs`
-    holds is left alone."""
+def call_unet(unet: Any, inputs: Mapping[str, Any], **more: Any) -> torch.Tensor:
+    """The noise_pred (batch, channels, height, width) of diffusers' UNet, see `call_network`."""
+    return call_network(unet, inputs, **more)[0]
+
+
+def call_network(network: Any, inputs: Mapping[str, Any], **more: Any) -> tuple[Any, ...]:
+    """All that diffusers' UNet or ControlNet gives for `unet_inputs` by name; what else `inputs` holds is left alone, and
+    what else the network is to have is `more`."""
     added = {name: inputs[name] for name in ("text_embeds", SIZES) if name in inputs}
-    return unet(
+    return network(
         inputs["sample"],
         inputs["timestep"],
         inputs["encoder_hidden_states"],
         timestep_cond=inputs.get("timestep_cond"),
         added_cond_kwargs=added or None,
         return_dict=False,
-    )[0]
+        **more,
+    )

@@ -149,8 +149,8 @@ class Depth:
             raise UserError(
                 f"depth {self}: each level has one layer more on the way up than on the way down, e.g. {EXAMPLE}"
             )
-        last = self.down[-1][0] or 1
-        if self.mid not in (None, 0, last):
+        last = self.down[-1][0]
+        if last and self.mid not in (None, 0, last):
             raise UserError(
                 f"depth {self}: the middle block's {self.mid} transformer blocks must be 0 or equal to the "
                 f"{last} of the last down block (a limit of diffusers' UNet config)"
@@ -179,6 +179,9 @@ class Depth:
             "down_block_types": ["CrossAttnDownBlock2D" if any(level) else "DownBlock2D" for level in self.down],
             "mid_block_type": kinds,
             "up_block_types": ["CrossAttnUpBlock2D" if any(level) else "UpBlock2D" for level in self.up],
-            "transformer_layers_per_block": [list(level) if any(level) else 1 for level in self.down],
+            "transformer_layers_per_block": [
+                *(list(level) if any(level) else 1 for level in self.down[:-1]),
+                list(self.down[-1]) if any(self.down[-1]) else self.mid or 1,  # which the middle block takes
+            ],
             "reverse_transformer_layers_per_block": [list(level) if any(level) else 1 for level in self.up],
         }

@@ -14,6 +14,7 @@ from typing import Any
 
 from distill.common.errors import UserError
 from distill.models.conditioning import (
+    REFINER,
     SD,
     SDXL,
     TEXT_INPUTS,
@@ -196,6 +197,42 @@ MINI_FAMILY = Family(
     dtype="float32",
 )
 
+SDXL_REFINER_FAMILY = Family(
+    name="sdxl-refiner",
+    conditioning=REFINER,
+    networks={
+        "unet": SDXL_FAMILY.unet
+        | {
+            "block_out_channels": (384, 768, 1536, 1536),
+            "attention_head_dim": (6, 12, 24, 24),
+            "cross_attention_dim": 1280,
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2560,
+        },
+        "vae": SDXL_FAMILY.vae,
+        "text_encoder_2": SDXL_FAMILY.networks["text_encoder_2"],
+    },
+    resolutions=NINE,
+)
+MINI_REFINER_FAMILY = Family(
+    name="mini-refiner",
+    conditioning=REFINER,
+    networks={
+        "unet": MINI_FAMILY.unet
+        | {
+            "block_out_channels": (32, 64, 64, 64),
+            "attention_head_dim": (1, 2, 2, 2),
+            "cross_attention_dim": 64,
+            "projection_class_embeddings_input_dim": 5 * 32 + 64,
+        },
+        "vae": MINI_FAMILY.vae,
+        "text_encoder_2": MINI_FAMILY.networks["text_encoder_2"],
+    },
+    resolutions=parse_resolutions("128x128 192x128 128x192"),
+    vocabulary=SHAPES_WORDS,
+    dtype="float32",
+)
+
 SD_1_FAMILY = Family(
     name="sd-1",
     conditioning=SD,
@@ -266,7 +303,16 @@ MINI_SD_FAMILY = Family(
 
 FAMILIES = {
     family.name: family
-    for family in (SDXL_FAMILY, MINI_FAMILY, SD_1_FAMILY, SD_2_FAMILY, SD_2_768_FAMILY, MINI_SD_FAMILY)
+    for family in (
+        SDXL_FAMILY,
+        SDXL_REFINER_FAMILY,
+        MINI_FAMILY,
+        MINI_REFINER_FAMILY,
+        SD_1_FAMILY,
+        SD_2_FAMILY,
+        SD_2_768_FAMILY,
+        MINI_SD_FAMILY,
+    )
 }
 
 
@@ -301,8 +347,9 @@ def check_fit(networks: Mapping[str, Config], model: object = "the model") -> No
         ),
     ]
     if conditioning.pooled_from:
-        pooled = (unet["projection_class_embeddings_input_dim"] or 0) - 6 * (unet["addition_time_embed_dim"] or 0)
-        what = "projection_class_embeddings_input_dim less 6 times its addition_time_embed_dim"
+        numbers = conditioning.size_numbers
+        pooled = (unet["projection_class_embeddings_input_dim"] or 0) - numbers * (unet["addition_time_embed_dim"] or 0)
+        what = f"projection_class_embeddings_input_dim less {numbers} times its addition_time_embed_dim"
         encoder = conditioning.pooled_from
         facts.append((what, pooled, f"the projection_dim of {encoder}", encoders[encoder]["projection_dim"]))
     for key, value, other, its in facts:

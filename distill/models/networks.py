@@ -9,7 +9,10 @@ from typing import Any
 from distill.models.conditioning import KINDS
 from distill.models.unet_config import stated_unet
 
+CONTROLNETS = ("controlnet", "controlnet_2", "controlnet_3")
+"""Folders of the ControlNets beside a checkpoint that is exported with some."""
 NETWORKS = {folder: network for kind in KINDS for folder, network in kind.networks.items()}
+NETWORKS |= dict.fromkeys(CONTROLNETS, ("diffusers", "ControlNetModel"))
 """Library and class by folder, of every kind of pipeline."""
 
 
@@ -39,6 +42,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "bos_token_id": 49406,
         "eos_token_id": 49407,
     },
+}
+DEFAULTS["ControlNetModel"] = {
+    "in_channels": 4,
+    "conditioning_channels": 3,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "cross_attention_dim": 1280,
+    "conditioning_embedding_out_channels": [16, 32, 96, 256],
 }
 DEFAULTS["CLIPTextModelWithProjection"] = DEFAULTS["CLIPTextModel"]
 """What diffusers and transformers take for a key that a config.json leaves out: those keys that are read here."""

@@ -15,7 +15,7 @@ from engines.choices import Guidance, Layout
 from engines.flavors import Flavor, find_flavor
 from engines.gpus import Target, require_arithmetic, resolve_targets
 from engines.onnx_folder import OPTIONAL, OnnxComponent, OnnxFolder
-from export.components import TEXT_ENCODERS
+from export.components import GUIDED, TEXT_ENCODERS
 from export.folder import check_files
 
 ENGINE_NAME = re.compile(
@@ -161,7 +161,7 @@ def list_jobs(
                         flavor=flavor,
                         flavor_version=installed,
                         layout=spread,
-                        guidance=guidance if name == "unet" else None,
+                        guidance=guidance if name in GUIDED else None,
                         target=target,
                         profiles=profiles,
                         batches=wanted_batches,

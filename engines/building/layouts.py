@@ -26,14 +26,14 @@ from distill.models.resolution import Resolution
 from engines.bundle import Profile, ShapeRange
 from engines.choices import Guidance, Layout
 from engines.onnx_folder import OnnxComponent
-from export.components import TEXT_ENCODERS
+from export.components import GUIDED, TEXT_ENCODERS
 
 DEFAULT_LAYOUTS: dict[str, Layout] = {"tensorrt": "shared", "tensorrt-rtx": "ranged", "onnxruntime": "ranged"}
 
 
 def _rows(component: OnnxComponent, batch: int, guidance: Guidance) -> int:
     """How many rows the component gets for `batch` images. A static graph has a fixed number; calls are padded to it."""
-    rows = 2 * batch if component.name == "unet" and guidance != "never" else batch
+    rows = 2 * batch if component.name in GUIDED and guidance != "never" else batch
     if component.fixed_rows is not None and rows > component.fixed_rows:
         raise UserError(
             f"{component.model} was exported for {component.fixed_rows} row(s), {batch} image(s) make {rows}; "
@@ -44,7 +44,7 @@ def _rows(component: OnnxComponent, batch: int, guidance: Guidance) -> int:
 
 def _least_rows(component: OnnxComponent, batch: int, guidance: Guidance, exact: bool) -> int:
     """The fewest rows that a profile takes without padding."""
-    if component.fixed_rows is not None or (exact and component.name == "unet"):
+    if component.fixed_rows is not None or (exact and component.name in GUIDED):
         return _rows(component, batch, "never" if guidance == "any" else guidance)
     return 1
 

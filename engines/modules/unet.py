@@ -10,6 +10,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from distill.common.errors import UserError
 from distill.models.conditioning import unet_multiple
+from distill.models.controls import DOWN, MIDDLE, TAKES_RESIDUALS, residual_specs
+from distill.models.resolution import Resolution
 from engines.component import EngineComponent
 from engines.modules.base import EngineModule, run
 
@@ -52,15 +54,14 @@ class EngineUNet(EngineModule):
         """
         passed = {
             "sample": sample,
-            "timestep": self._one_timestep(timestep),
+            "timestep": one_timestep(timestep, self.device),
             "encoder_hidden_states": encoder_hidden_states,
             "class_labels": class_labels,
             "timestep_cond": timestep_cond,
             "attention_mask": attention_mask,
             "cross_attention_kwargs": cross_attention_kwargs or None,
             **(added_cond_kwargs or {}),
-            "down_block_additional_residuals": down_block_additional_residuals,
-            "mid_block_additional_residual": mid_block_additional_residual,
+            **self._residuals(sample, down_block_additional_residuals, mid_block_additional_residual),
             "down_intrablock_additional_residuals": down_intrablock_additional_residuals,
             "encoder_attention_mask": encoder_attention_mask,
         }
@@ -85,13 +86,22 @@ class EngineUNet(EngineModule):
         noise_pred = run(self.component, inputs, f"{width}x{height}")["out_sample"].to(sample.dtype)
         return UNet2DConditionOutput(sample=noise_pred) if return_dict else (noise_pred,)
 
-    def _one_timestep(self, timestep: torch.Tensor | float) -> torch.Tensor:
-        """(1,). Of several the host must wait for the comparison; no pipeline of diffusers passes several."""
-        steps = torch.as_tensor(timestep, device=self.device).reshape(-1)
-        if len(steps) > 1 and not bool((steps == steps[0]).all()):
-            shown = ", ".join(f"{step:g}" for step in steps.tolist()[:4])
-            raise UserError(f"the UNet engine takes one timestep for all rows, got {shown}; call it once for each")
-        return steps[:1]
+    def _residuals(
+        self, sample: torch.Tensor, down: tuple[torch.Tensor, ...] | None, middle: torch.Tensor | None
+    ) -> dict[str, torch.Tensor | None]:
+        """By name; zeros, which change nothing, for an engine that takes some where none are passed."""
+        if not self.config.get(TAKES_RESIDUALS):
+            if down is not None or middle is not None:
+                raise UserError(
+                    "this UNet engine was compiled without a ControlNet's residuals; export it with python -m export onnx "
+                    "--controlnet FOLDER, or run the checkpoint in torch"
+                )
+            return {}
+        if down is not None:
+            return {f"{DOWN}.{index}": residual for index, residual in enumerate(down)} | {MIDDLE: middle}
+        rows, _, height, width = sample.shape
+        specs = residual_specs(self.config, Resolution(width, height), rows, "", 1)
+        return {spec.name: sample.new_zeros(spec.shape) for spec in specs}
 
     def load_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise UserError(
@@ -101,3 +111,12 @@ class EngineUNet(EngineModule):
 
     def disable_freeu(self) -> None:
         """An engine has none."""
+
+
+def one_timestep(timestep: torch.Tensor | float, device: torch.device) -> torch.Tensor:
+    """(1,). Of several the host must wait for the comparison; no pipeline of diffusers passes several."""
+    steps = torch.as_tensor(timestep, device=device).reshape(-1)
+    if len(steps) > 1 and not bool((steps == steps[0]).all()):
+        shown = ", ".join(f"{step:g}" for step in steps.tolist()[:4])
+        raise UserError(f"an engine takes one timestep for all rows, got {shown}; call it once for each")
+    return steps[:1]

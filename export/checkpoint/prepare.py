@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -22,13 +23,17 @@ from distill.checkpoints.tensors import component_tensors, component_weights
 from distill.common.errors import UserError
 from distill.common.files import read_json, read_object, require_free_disk, sha256_file, sha256_json
 from distill.common.hub import explaining_hub
-from distill.models.conditioning import SD, SDXL, conditioning_of
+from distill.models.conditioning import REFINER, SD, SDXL, conditioning_of, unet_inputs, unet_multiple
+from distill.models.controls import residual_specs
+from distill.models.networks import CONTROLNETS, stated_config
+from distill.models.resolution import Resolution
 from export.checkpoint.lora import Lora, check_lora, load_lora
 
 VAE_SOURCES = {
     SDXL.pipeline: {"fp16-fix": "madebyollin/sdxl-vae-fp16-fix", "tiny": "madebyollin/taesdxl"},
     SD.pipeline: {"tiny": "madebyollin/taesd"},
 }
+VAE_SOURCES[REFINER.pipeline] = VAE_SOURCES[SDXL.pipeline]
 """Hub ids of the VAEs with a name, by the kind of pipeline whose latents they read."""
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
@@ -93,6 +98,66 @@ def with_vae(checkpoint: Path, vae: str, workdir: Path) -> Path:
     return make_checkpoint(workdir / f"{checkpoint.name}-vae-{digest[:12]}", make)
 
 
+def with_controlnets(checkpoint: Path, controlnets: Sequence[str], workdir: Path) -> Path:
+    """`checkpoint` with ControlNets, see `controlnet_folder`, beside its networks. Raises UserError for more than there are
+    places for, and for one that was made for another UNet."""
+    if not controlnets:
+        return checkpoint
+    if len(controlnets) > len(CONTROLNETS):
+        raise UserError(f"{len(controlnets)} ControlNets are given, {len(CONTROLNETS)} can be exported together")
+    sources = [controlnet_folder(controlnet) for controlnet in controlnets]
+    for source in sources:
+        _check_controlnet(source, checkpoint)
+    hashes = [file_hashes(source.parent, [source.name]) for source in sources]
+    digest = sha256_json([str(checkpoint.resolve()), *map(str, sources), *hashes])
+
+    def make(folder: Path) -> None:
+        _link(checkpoint, folder, CONTROLNETS)
+        for name, source in zip(CONTROLNETS, sources, strict=False):
+            (folder / name).symlink_to(source)
+
+    return make_checkpoint(workdir / f"{checkpoint.name}-controlnet-{digest[:12]}", make)
+
+
+def controlnet_folder(controlnet: str) -> Path:
+    """The local folder of `--controlnet`: a folder, or an id of the Hugging Face hub. Raises UserError where it cannot be
+    had or is no ControlNet."""
+    folder = Path(controlnet)
+    if not folder.is_dir() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", controlnet):
+        from huggingface_hub import snapshot_download
+
+        with explaining_hub(f"the ControlNet {controlnet!r}"):
+            patterns = ["config.json", "diffusion_pytorch_model*.safetensors*"]
+            folder = Path(snapshot_download(controlnet, allow_patterns=patterns))
+    if not (folder / "config.json").is_file():
+        raise UserError(f"there is no ControlNet {controlnet!r}: allowed are a folder with config.json, or a hub id")
+    kind = read_object(folder / "config.json").get("_class_name")
+    if kind != "ControlNetModel":
+        raise UserError(f"the ControlNet {controlnet}: its config.json says {kind!r}, allowed is 'ControlNetModel'")
+    component_weights(folder)
+    return folder.resolve()
+
+
+def _check_controlnet(source: Path, checkpoint: Path) -> None:
+    config = stated_config("controlnet", read_object(source / "config.json"), source)
+    unet = read_config(checkpoint, "unet")
+    if config.get("global_pool_conditions"):
+        raise UserError(
+            f"the ControlNet {source} pools its residuals, for which an engine has no input: run it in torch"
+        )
+
+    def fits(of: Mapping[str, Any]) -> list[object]:
+        side = unet_multiple(of)
+        inputs = unet_inputs(of, Resolution(side, side), 1, tokens=1, vae_scale_factor=1)
+        return [*inputs, *residual_specs(of, Resolution(side, side), 1, "float32", 1)]
+
+    if fits(config) != fits(unet):
+        raise UserError(
+            f"the ControlNet {source} was made for another UNet than that of {checkpoint.name}: it reads other text, or "
+            "has other levels, layers or channels; give one for this model"
+        )
+
+
 def drawn_as(checkpoint: Path, loras: Sequence[Lora]) -> Sampling | None:
     """How `checkpoint` is drawn with once the LoRAs are fused: as the last of those says which were taught here, in the
     slimxl.json beside it, else as before."""
@@ -144,11 +209,18 @@ def _fuse(checkpoint: Path, loras: Sequence[Lora], sampling: Sampling | None, fo
 
 
 def prepare(
-    checkpoint: Path, hashes: dict[str, str], vae: str, loras: Sequence[Lora], workdir: Path
+    checkpoint: Path,
+    hashes: dict[str, str],
+    vae: str,
+    loras: Sequence[Lora],
+    controlnets: Sequence[str],
+    workdir: Path,
 ) -> tuple[Path, dict[str, str]]:
-    """The folder to export, LoRAs first, then the VAE, and its `file_hashes`; `hashes` are those of `checkpoint`, whose
-    own files are not read again. Raises UserError."""
+    """The folder to export, LoRAs first, then the VAE, then ControlNets, and its `file_hashes`; `hashes` are those of
+    `checkpoint`, whose own files are not read again. Raises UserError."""
     folder = with_vae(with_loras(checkpoint, sha256_json(hashes), loras, workdir), vae, workdir)
-    changed = [part for part in network_folders(folder) if (folder / part).resolve() != (checkpoint / part).resolve()]
+    folder = with_controlnets(folder, controlnets, workdir)
+    parts = (*network_folders(folder), *CONTROLNETS[: len(controlnets)])
+    changed = [part for part in parts if (folder / part).resolve() != (checkpoint / part).resolve()]
     kept = {name: digest for name, digest in hashes.items() if name.partition("/")[0] not in changed}
     return folder, kept | file_hashes(folder, changed)

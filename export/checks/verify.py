@@ -105,7 +105,9 @@ def prepare_again(folder: Path, checkpoint: Path, workdir: Path) -> Path:
     for (path, _), lora in zip(loras, about["loras"], strict=True):
         if path.is_file() and sha256_file(path) != lora["sha256"]:
             raise UserError(f"the LoRA {path} {again}")
-    prepared, hashes = prepare(checkpoint, hashes, about["vae"]["identity"], loras, workdir)
+    prepared, hashes = prepare(
+        checkpoint, hashes, about["vae"]["identity"], loras, about.get("controlnets", []), workdir
+    )
     if list(weights_hashes(prepared, "vae", hashes, about["vae"]["precision"]).values()) != about["vae"]["sha256"]:
         raise UserError(f"the VAE {about['vae']['identity']} {again}")
     return prepared

@@ -56,7 +56,22 @@ def choose_axes(names: Iterable[str], multiple: int, fixed_sizes: Iterable[int])
 def sized(spec: TensorSpec, axes: Sequence[Axis]) -> tuple[int, ...]:
     """The shape of an input for tracing."""
     sizes = {axis.name: axis.size for axis in axes}
-    return tuple(sizes.get(name or "", size) for name, size in zip(spec.axes, spec.shape, strict=True))
+    return tuple(
+        size if axis is None else scaled(sizes[axis_name(axis)], axis)
+        for axis, size in zip(spec.axes, spec.shape, strict=True)
+    )
+
+
+def axis_name(axis: str) -> str:
+    """`height` of `height`, `8 * height` and `height / 2`."""
+    return axis.partition(" / ")[0].rpartition(" * ")[2]
+
+
+def scaled(size: int, axis: str) -> int:
+    """The size of `axis` where `size` is that of its `axis_name`."""
+    if " / " in axis:
+        return size // int(axis.partition(" / ")[2])
+    return int(axis.partition(" * ")[0]) * size if " * " in axis else size
 
 
 @dataclass

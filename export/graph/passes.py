@@ -12,6 +12,7 @@ from onnx_ir.passes import common
 from onnxscript.optimizer import fold_constants
 
 from distill.models.conditioning import TensorSpec
+from export.graph.opening import axis_name
 
 LARGEST_MERGED = 1024
 """Elements: larger constants are not compared."""
@@ -66,7 +67,7 @@ def name_dimensions(model: ir.Model, inputs: Sequence[TensorSpec], outputs: Sequ
     names: dict[str, str] = {}
     for value, spec in zip(model.graph.inputs, inputs, strict=True):
         for dim, axis in zip(value.shape or (), spec.axes, strict=True):
-            if isinstance(dim, ir.SymbolicDim) and axis is not None:
+            if isinstance(dim, ir.SymbolicDim) and axis is not None and axis == axis_name(axis):
                 names[str(dim.value)] = axis
     symbols = {}
     for expression, axis in names.items():
@@ -85,7 +86,8 @@ def specialise(model: ir.Model, inputs: Sequence[TensorSpec]) -> None:
     The weights are not looked at, so they may stay in their file."""
     sizes: dict[str, int] = {}
     for value, spec in zip(model.graph.inputs, inputs, strict=True):
-        sizes |= {axis: size for axis, size in zip(spec.axes, spec.shape, strict=True) if axis is not None}
+        axes = zip(spec.axes, spec.shape, strict=True)
+        sizes |= {axis: size for axis, size in axes if axis is not None and axis == axis_name(axis)}
         value.shape = ir.Shape(spec.shape)
     for value in [*model.graph.outputs, *(output for node in model.graph for output in node.outputs)]:
         if value.shape is not None:

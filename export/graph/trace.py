@@ -27,7 +27,7 @@ from torch.fx import Node
 
 from distill.models.conditioning import Config, TensorSpec
 from export.components import Component
-from export.graph.opening import CannotOpen, choose_axes, open_dimensions, sized
+from export.graph.opening import CannotOpen, axis_name, choose_axes, open_dimensions, scaled, sized
 from export.graph.passes import name_dimensions, optimize
 from export.graph.weights import read_when_written
 
@@ -169,13 +169,19 @@ def make_lean(program: ExportedProgram) -> bool:
 def capture_with_symbols(module: nn.Module, inputs: Sequence[TensorSpec], multiple: int) -> ExportedProgram:
     """The network as a graph of ATen operators with symbols for open dimensions. Weights are shared, not copied."""
     dims = {
-        "batch": Dim("batch", min=1, max=MAX_BATCH),
-        "height": multiple * Dim("rows", min=1, max=4096),
-        "width": multiple * Dim("columns", min=1, max=4096),
-        "tokens": Dim("tokens", min=1, max=4096),
+        "batch": (1, Dim("batch", min=1, max=MAX_BATCH)),
+        "height": (multiple, Dim("rows", min=1, max=4096)),
+        "width": (multiple, Dim("columns", min=1, max=4096)),
+        "tokens": (1, Dim("tokens", min=1, max=4096)),
     }
+
+    def dim(axis: str) -> Any:
+        times, symbol = dims[axis_name(axis)]
+        times = scaled(times, axis)
+        return times * symbol if times > 1 else symbol
+
     shapes = tuple(
-        {index: dims[axis] for index, axis in enumerate(spec.axes) if axis is not None} or None for spec in inputs
+        {index: dim(axis) for index, axis in enumerate(spec.axes) if axis is not None} or None for spec in inputs
     )
     kinds = {parameter.kind for parameter in signature(module.forward).parameters.values()}
     dynamic = (shapes,) if Parameter.VAR_POSITIONAL in kinds else shapes
@@ -232,7 +238,7 @@ def trace(
 ) -> Model:
     """`module` (see `wrappers.wrap`) as an ONNX graph with open dimensions; the shapes of `inputs` are examples."""
     multiple = component.size_multiple(config)
-    names = list(dict.fromkeys(axis for spec in inputs for axis in spec.axes if axis is not None))
+    names = list(dict.fromkeys(axis_name(axis) for spec in inputs for axis in spec.axes if axis is not None))
     try:
         fixed_sizes = _fixed_sizes(module, inputs)
         axes = choose_axes(names, multiple, fixed_sizes)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.models.conditioning import SIZES, Config, TensorSpec, call_unet, unet_input_names
+from distill.models.conditioning import SIZES, Config, TensorSpec, call_network, call_unet, unet_input_names
+from distill.models.controls import CONTROL_PICTURE, gathered, residual_names
+from distill.models.networks import CONTROLNETS
 from export.components import FLOAT_DTYPES, TEXT_ENCODERS
 
 TORCH_DTYPES = {name: getattr(torch, dtype) for name, dtype in FLOAT_DTYPES.items()}
@@ -16,10 +18,26 @@ TORCH_DTYPES = {name: getattr(torch, dtype) for name, dtype in FLOAT_DTYPES.item
 class _UNet(nn.Module):
     def __init__(self, unet: Any) -> None:
         super().__init__()
-        self.unet, self.names = unet, unet_input_names(unet.config)
+        self.unet, self.names = unet, (*unet_input_names(unet.config), *residual_names(unet.config))
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return (call_unet(self.unet, dict(zip(self.names, tensors, strict=True))),)
+        """With or without the residuals of a ControlNet, which come last."""
+        inputs = dict(zip(self.names, tensors, strict=False))
+        return (call_unet(self.unet, inputs, **gathered(inputs)),)
+
+
+class _ControlNet(nn.Module):
+    """Its residuals in full: what they are scaled by is the pipeline's."""
+
+    def __init__(self, controlnet: Any) -> None:
+        super().__init__()
+        self.controlnet, self.names = controlnet, unet_input_names(controlnet.config)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        *inputs, picture = tensors
+        named = dict(zip(self.names, inputs, strict=True))
+        down, middle = call_network(self.controlnet, named, controlnet_cond=picture)
+        return (*down, middle)
 
 
 class _VaeDecoder(nn.Module):
@@ -58,6 +76,7 @@ class _TextEncoder(nn.Module):
 
 _WRAPPERS: dict[str, type[nn.Module]] = {
     "unet": _UNet,
+    **dict.fromkeys(CONTROLNETS, _ControlNet),
     "vae_decoder": _VaeDecoder,
     "vae_encoder": _VaeEncoder,
     **dict.fromkeys(TEXT_ENCODERS, _TextEncoder),
@@ -83,6 +102,8 @@ def example(spec: TensorSpec, config: Config, generator: torch.Generator) -> Ten
     dtype = getattr(torch, spec.dtype)
     if spec.name == "timestep":
         return torch.rand(spec.shape, generator=generator, dtype=dtype) * 999
+    if spec.name == CONTROL_PICTURE:
+        return torch.rand(spec.shape, generator=generator).to(dtype)
     if spec.name == SIZES:
         return torch.randint(0, 2049, spec.shape, generator=generator).to(dtype)
     if spec.name == "input_ids":

@@ -10,8 +10,9 @@ from diffusers import StableDiffusionXLPipeline
 import engines
 from engines.building.build import build_bundle
 from engines.bundle import Manifest, read_manifest
+from engines.onnx_folder import read_onnx_folder
 from engines.serving.environment import Environment, make_environment
-from export import COMPONENTS, ExportOptions, export_checkpoint
+from export import ExportOptions, export_checkpoint
 from tests.engines.drawing import quiet
 from tests.engines.serving.triton_here import ROOT
 from tests.engines.toys import make_toy_onnx
@@ -53,7 +54,8 @@ def mini_onnx(tmp_path_factory: pytest.TempPathFactory, mini_vega: Path) -> Path
 def mini_bundle(tmp_path_factory: pytest.TempPathFactory, mini_onnx: Path) -> Path:
     """ONNX Runtime engines of it, for up to four pictures at once."""
     bundle = tmp_path_factory.mktemp("mini") / "bundle"
-    build_bundle(mini_onnx, bundle, gpus=[], flavor="onnxruntime", batches=[1, 4], components=list(COMPONENTS))
+    components = list(read_onnx_folder(mini_onnx).components)
+    build_bundle(mini_onnx, bundle, gpus=[], flavor="onnxruntime", batches=[1, 4], components=components)
     return bundle
 
 

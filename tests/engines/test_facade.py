@@ -136,7 +136,7 @@ REFUSED = {
     "clip_skip": "leave clip_skip unset",
     "cross_attention_kwargs": "compiled without cross_attention_kwargs",
     "textual inversion": "vocabulary is fixed",
-    "ControlNet": "compiled without down_block_additional_residuals",
+    "ControlNet": "compiled without a ControlNet's residuals; export it with .*--controlnet",
     "model offload": "keeps its weights where it was loaded",
     "pickle": "open the bundle in each process",
 }

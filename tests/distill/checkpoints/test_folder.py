@@ -160,13 +160,6 @@ def test_what_no_unet_can_be_is_named_by_its_key(component: str, change: dict, m
     assert "\n" not in str(refusal.value)
 
 
-def test_a_refiner_is_told_what_it_is(copy: Path) -> None:
-    shutil.rmtree(copy / "text_encoder")
-    change_config(copy, "unet", {"cross_attention_dim": 64})
-    with pytest.raises(UserError, match=r"is SDXL's refiner.*give the base model"):
-        resolve(str(copy), copy)
-
-
 @pytest.mark.parametrize("text", ["[]", "null", "", "3", '"x"', "{", "[" * 100_000, "\ufeff{}", '{"a": NaN}'])
 @pytest.mark.parametrize(
     "name", ["unet/config.json", "text_encoder/config.json", "vae/config.json", "model_index.json"]

@@ -137,7 +137,7 @@ def test_a_checkpoint_that_changed_in_its_place_is_fused_anew(
     [file] = component_weights(checkpoint / "unet")
     for value in (1.0, 2.0):
         save_file(load_file(file) | {"conv_in.bias": torch.full((32,), value)}, file, {"format": "pt"})
-        fused, hashes = prepare(checkpoint, file_hashes(checkpoint), "stock", [(loras[0], 1.0)], tmp_path)
+        fused, hashes = prepare(checkpoint, file_hashes(checkpoint), "stock", [(loras[0], 1.0)], (), tmp_path)
         assert hashes == file_hashes(fused)
         assert (load_component(fused, "unet", torch.float32).conv_in.bias == value).all()
 
@@ -274,5 +274,5 @@ def test_what_is_no_vae_is_refused(mini_vega: Path, tmp_path: Path) -> None:
 
 def test_a_plain_checkpoint_is_taken_as_it_is(mini_vega: Path, tmp_path: Path) -> None:
     hashes = file_hashes(mini_vega)
-    assert prepare(mini_vega, hashes, "stock", [], tmp_path) == (mini_vega, hashes)
+    assert prepare(mini_vega, hashes, "stock", [], (), tmp_path) == (mini_vega, hashes)
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,66 @@
+"""SDXL's refiner is a family like any other: a bundle of it finishes a picture as diffusers does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline
+
+import engines
+from distill.checkpoints.folder import find_architecture_of
+from distill.checkpoints.load import load_pipeline
+from distill.checkpoints.sources import resolve
+from distill.common.errors import UserError
+from engines.building.build import build_bundle
+from engines.bundle import read_manifest
+from export import ExportOptions, export_checkpoint
+from tests.engines.drawing import MASK, PICTURE, draw, psnr_db, quiet
+
+
+@pytest.fixture(scope="module")
+def checkpoint(workdir: Path) -> Path:
+    return resolve("random:mini-refiner", workdir)
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("refiner")
+    export_checkpoint(checkpoint, out / "onnx", options=ExportOptions(precision="fp32", check=False))
+    components = ["unet", "vae_decoder", "vae_encoder", "text_encoder_2"]
+    build_bundle(out / "onnx", out / "bundle", gpus=[], flavor="onnxruntime", components=components)
+    return out / "bundle"
+
+
+def test_it_finishes_pictures_and_latents_as_diffusers_does(checkpoint: Path, bundle: Path) -> None:
+    assert find_architecture_of(checkpoint).name == "mini-refiner"
+    ours, theirs = quiet(engines.load(bundle)), quiet(load_pipeline(checkpoint, torch.float32))
+    assert type(ours).__name__ == type(theirs).__name__ == StableDiffusionXLImg2ImgPipeline.__name__
+    assert ours.config.requires_aesthetics_score
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    for asked in (
+        {"image": PICTURE, "strength": 0.6, "num_inference_steps": 5, "aesthetic_score": 7.0},
+        {"image": latents, "denoising_start": 0.6, "num_inference_steps": 6, "negative_prompt": "a ring"},
+    ):
+        drawn, wanted = (draw(pipe, width=None, height=None, **asked) for pipe in (ours, theirs))
+        assert psnr_db(drawn, wanted) > 60, asked
+    inpaint = quiet(engines.load(bundle, task="inpaint"))
+    assert draw(inpaint, image=PICTURE, mask_image=MASK, strength=0.9).shape == (1, 128, 128, 3)
+
+
+def test_a_base_model_hands_its_latents_on(pipeline, bundle: Path) -> None:
+    """The first steps by one bundle, the last by the other."""
+    latents = pipeline(
+        "a red circle", width=128, height=128, num_inference_steps=5, denoising_end=0.6, output_type="latent"
+    ).images
+    finished = draw(quiet(engines.load(bundle)), image=latents, denoising_start=0.6, width=None, height=None)
+    assert finished.shape == (1, 128, 128, 3)
+
+
+def test_it_draws_nothing_from_text_alone(bundle: Path) -> None:
+    assert read_manifest(bundle).source.pipeline == "StableDiffusionXLImg2ImgPipeline"
+    with pytest.raises(
+        UserError, match=r"unknown task of this model 'text-to-image': known are controlnet, .*image-to-image, inpaint"
+    ):
+        engines.load(bundle, task="text-to-image")
