@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from distill.common.errors import UserError, quiet_imports, unknown
+from distill.common.errors import UserError, quiet_imports, require_above, unknown
 from distill.common.files import read_json
 from distill.models.conditioning import conditioning_named
 from engines.bundle import Engine, read_manifest, rebuild_command
@@ -14,7 +14,7 @@ from engines.choices import TASKS, Layout, Precision, Task
 from engines.flavors import LoadOptions
 from engines.integrity import checked_path, unnamed_files
 from engines.onnx_folder import OnnxComponent, weights_for
-from engines.selection import choose_flavor, select_engines
+from engines.selection import choose_device, choose_flavor, select_engines
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -31,16 +31,18 @@ def load(
     cuda_graphs: bool = True,
     specialization: Literal["eager", "lazy", "none"] | None = None,
     runtime_cache: str | Path | None = None,
+    vram_gb: float | None = None,
     weights: str | Path | None = None,
 ) -> DiffusionPipeline:
     """A diffusers pipeline of the bundle's kind (StableDiffusionXLPipeline for SDXL) whose networks are its engines; that
     of a few-step model has its own steps and guidance scale as defaults.
 
     task: what it draws from: "text-to-image", "image-to-image" or "inpaint", by diffusers' class for it.
-    device: "cpu" or "cuda[:n]"; None is the flavor's own.
+    device: "cpu" or "cuda[:n]"; None is the flavor's own, and of several GPUs the first that the engines fit.
     layout: which to load where the bundle has several.
     precision: of the UNet where the bundle has several: by default fp16, not int8 or fp8.
     cuda_graphs, specialization, runtime_cache: for TensorRT only; `runtime_cache` is a folder, by default in the bundle.
+    vram_gb: what the plans may take of the GPU's memory, in 10^9 bytes, beside CUDA's own: weights leave while others run.
     weights: an ONNX folder of the same architecture, for plans built with --refit or --strip.
 
     Before a file is opened the manifest is checked, then driver, GPU and version, then the file's hash. Raises UserError
@@ -59,11 +61,13 @@ def load(
     from engines.modules.vae import EngineVAE, missing_encoder
 
     bundle = Path(bundle)
+    if vram_gb is not None:
+        require_above(0, vram_gb=vram_gb)
     if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UserError(f"device {device!r} is not known: cpu, cuda, cuda:1, … are")
     manifest = read_manifest(bundle)
     backend = choose_flavor(manifest, flavor, device)
-    chosen_device = device or backend.default_device()
+    chosen_device = choose_device(manifest, backend, device)
     selected = select_engines(manifest, backend, chosen_device, layout, weights is not None, precision)
     chosen = [engine for engines in selected.values() for engine in engines]
     if chosen_device == "cuda":  # the current GPU, which was checked; another thread may have another
@@ -74,17 +78,19 @@ def load(
         raise missing_encoder(backend.name)
     new_weights = _weights_by_key(chosen, Path(weights)) if weights else {}
     rebuild = f"rebuild it with: {rebuild_command(bundle, selected['unet'][0])}"
-    for record in manifest.files:
-        checked_path(bundle, record, rebuild)
-    for fault in unnamed_files(bundle, manifest):
-        raise UserError(fault)
     options = LoadOptions(
         device=chosen_device,
         cuda_graphs=cuda_graphs,
         specialization=specialization,
         runtime_cache=Path(runtime_cache) if runtime_cache else bundle / ".runtime-cache",
+        vram_bytes=None if vram_gb is None else int(vram_gb * 1e9),
         weights=new_weights,
     )
+    backend.check_room(chosen, options)
+    for record in manifest.files:
+        checked_path(bundle, record, rebuild)
+    for fault in unnamed_files(bundle, manifest):
+        raise UserError(fault)
     shared = backend.open_bundle(options)
 
     def component(name: str) -> EngineComponent:
@@ -98,6 +104,7 @@ def load(
     encoders = {
         name: EngineTextEncoder(component(name), read_json(bundle / name / "config.json")) for name in kind.encoders
     }
+    backend.settle(shared)
     tokenizers = {name: CLIPTokenizer.from_pretrained(bundle / name) for name in kind.tokenizers}
     index = read_json(bundle / "model_index.json")
     scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(bundle / "scheduler")

@@ -8,6 +8,7 @@ from engines.building.layouts import DEFAULT_LAYOUTS
 from engines.bundle import Engine, Manifest
 from engines.choices import EIGHT_BITS
 from engines.flavors import FLAVORS, Flavor, find_flavor
+from engines.gpus import gpu_count
 from export.components import required_components
 
 
@@ -30,11 +31,29 @@ def choose_flavor(manifest: Manifest, flavor: str | None, device: str | None = N
             continue
         candidate = find_flavor(name)
         try:
-            select_engines(manifest, candidate, device or candidate.default_device())
+            choose_device(manifest, candidate, device)
             return candidate
         except UserError as error:
             reasons.append(str(error))
     raise UserError("; ".join(reasons) or "the bundle has no engines; build some with python -m engines build")
+
+
+def choose_device(manifest: Manifest, flavor: Flavor, device: str | None = None) -> str:
+    """`device`; where none is named the flavor's own, and of several GPUs the first that its engines fit.
+
+    Raises UserError where they fit none, with the reason for the first.
+    """
+    devices = [device or flavor.default_device()]
+    if device is None and devices[0].startswith("cuda"):
+        devices += [f"cuda:{index}" for index in range(1, gpu_count())]
+    refusals = []
+    for one in devices:
+        try:
+            select_engines(manifest, flavor, one)
+            return one
+        except UserError as error:
+            refusals.append(error)
+    raise refusals[0]
 
 
 def select_engines(
