@@ -106,15 +106,15 @@ class Residency:
         free = self._room - RESERVE_BYTES - weights
         others = [one for one in self._here if one is not plan]
         held = sum(one.record.size_bytes for one in others)
-        is_tight = held + max(self.memory.size_bytes, activation_bytes) > free
+        shrinks = self.memory.size_bytes > max(activation_bytes, free - held)
         leaving = []
         while held + activation_bytes > free:
             leaving.append(others.pop(0))
             held -= leaving[-1].record.size_bytes
         is_away = plan not in self._here
-        if (is_tight and self.memory.size_bytes > activation_bytes) or leaving or is_away:
-            self._device.synchronize()
-        if is_tight and self.memory.size_bytes > activation_bytes:
+        if shrinks or leaving or is_away:
+            self._device.synchronize()  # a call may be at work
+        if shrinks:
             self.memory.release()
         for one in leaving:
             del self._here[one]
