@@ -55,6 +55,9 @@ class BundlePipeline:
     def unload_textual_inversion(self, *_: Any, **__: Any) -> None:
         """As above."""
 
+    def unfuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
+        """As above."""
+
     @cached_property
     def adapters(self) -> Adapters:
         """Made when the first LoRA is loaded."""
