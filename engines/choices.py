@@ -14,7 +14,7 @@ EIGHT_BITS = ("int8", "fp8")
 Task = Literal[
     "text-to-image", "image-to-image", "inpaint", "controlnet", "controlnet-image-to-image", "controlnet-inpaint"
 ]
-TASKS = {
+TASKS: dict[Task, str] = {
     "text-to-image": "",
     "image-to-image": "Img2Img",
     "inpaint": "Inpaint",

@@ -64,6 +64,23 @@ def gpu_at_hand(position: int = 0) -> tuple[str, str] | None:
         return None
 
 
+def free_vram_bytes() -> int | None:
+    """Of the first visible GPU, which is the one that builds; None where there is none."""
+    import pynvml
+
+    try:
+        return int(pynvml.nvmlDeviceGetMemoryInfo(nvml_handle()).free)
+    except pynvml.NVMLError:
+        return None
+
+
+def gpu_count() -> int:
+    """As torch numbers them."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def gpu_of_device(device: str) -> tuple[str, str] | None:
     """Title and compute capability of a torch device such as "cuda:1"; None where torch has no such GPU. What is to run a
     plan is asked of torch: unless CUDA_DEVICE_ORDER says otherwise, CUDA numbers the fastest GPU first and NVML does not."""
@@ -73,6 +90,15 @@ def gpu_of_device(device: str) -> tuple[str, str] | None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
     return torch.cuda.get_device_name(device), f"{major}.{minor}"
+
+
+def memory_of_device(device: str) -> int | None:
+    """All the memory of a torch device such as "cuda:1", in bytes; None where torch has no such GPU."""
+    import torch
+
+    if gpu_of_device(device) is None:
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def nvml_handle(position: int = 0) -> Any:

@@ -6,17 +6,16 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from distill.common.errors import UserError, quiet_imports, unknown
+from distill.common.errors import UserError, quiet_imports, require_above
 from distill.common.files import read_json
-from distill.models.conditioning import REFINER, conditioning_named
-from distill.models.networks import CONTROLNETS
+from distill.models.conditioning import conditioning_named
 from engines.bundle import Engine, read_manifest, rebuild_command
 from engines.choices import TASKS, Layout, Precision, Task
 from engines.flavors import LoadOptions
 from engines.hub import fetch_files, fetch_manifest, is_hub_id
 from engines.integrity import find_faults, unnamed_files
 from engines.onnx_folder import OnnxComponent, weights_for
-from engines.selection import choose_flavor, select_engines
+from engines.selection import choose_device, choose_flavor, choose_task, select_engines
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -33,6 +32,7 @@ def load(
     cuda_graphs: bool = True,
     specialization: Literal["eager", "lazy", "none"] | None = None,
     runtime_cache: str | Path | None = None,
+    vram_gb: float | None = None,
     weights: str | Path | None = None,
 ) -> DiffusionPipeline:
     """A diffusers pipeline of the bundle's kind (StableDiffusionXLPipeline for SDXL) whose networks are its engines; that
@@ -43,10 +43,11 @@ def load(
     task: what it draws from: "text-to-image", "image-to-image" or "inpaint", by diffusers' class for it; None is the first
     that the model can do, image-to-image of SDXL's refiner; "controlnet",
     "controlnet-image-to-image" and "controlnet-inpaint" under the control of pictures, one for each of its ControlNets.
-    device: "cpu" or "cuda[:n]"; None is the flavor's own.
+    device: "cpu" or "cuda[:n]"; None is the flavor's own, and of several GPUs the first that the engines fit.
     layout: which to load where the bundle has several.
     precision: of the UNet where the bundle has several: by default fp16, not int8 or fp8.
     cuda_graphs, specialization, runtime_cache: for TensorRT only; `runtime_cache` is a folder, by default in the bundle.
+    vram_gb: what the plans may take of the GPU's memory, in 10^9 bytes, beside CUDA's own: weights leave while others run.
     weights: an ONNX folder of the same architecture, for plans built with --refit or --strip.
 
     Before a file is opened the manifest is checked, then driver, GPU and version, then the file's hash. Raises UserError
@@ -59,36 +60,37 @@ def load(
     from transformers import CLIPTokenizer
 
     from engines.component import EngineComponent
-    from engines.modules.controlnet import EngineControlNet, missing_controlnet
+    from engines.modules.controlnet import EngineControlNet
     from engines.modules.pipelines import bundle_class, drawing_as
     from engines.modules.text_encoder import EngineTextEncoder
     from engines.modules.unet import EngineUNet
-    from engines.modules.vae import EngineVAE, missing_encoder
+    from engines.modules.vae import EngineVAE
 
+    if vram_gb is not None:
+        require_above(0, vram_gb=vram_gb)
     if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UserError(f"device {device!r} is not known: cpu, cuda, cuda:1, … are")
     hub_id = str(bundle) if is_hub_id(bundle) else None
     bundle = fetch_manifest(hub_id) if hub_id else Path(bundle)
     manifest = read_manifest(bundle)
     backend = choose_flavor(manifest, flavor, device)
-    chosen_device = device or backend.default_device()
+    chosen_device = choose_device(manifest, backend, device)
     selected = select_engines(manifest, backend, chosen_device, layout, weights is not None, precision)
     chosen = [engine for engines in selected.values() for engine in engines]
     if chosen_device == "cuda":  # the current GPU, which was checked; another thread may have another
         chosen_device = f"cuda:{torch.cuda.current_device()}"
     kind = conditioning_named(manifest.source.pipeline)
-    tasks = [name for name in TASKS if name != "text-to-image" or kind is not REFINER]
-    wanted = task or tasks[0]
-    if wanted not in tasks:
-        raise unknown("task of this model" if wanted in TASKS else "task", wanted, tasks)
-    if TASKS[wanted].endswith(("Img2Img", "Inpaint")) and "vae_encoder" not in selected:
-        raise missing_encoder(backend.name)
-    controlnets = [name for name in CONTROLNETS if name in selected]
-    if "ControlNet" not in TASKS[wanted]:
-        controlnets = []
-    elif not controlnets:
-        raise missing_controlnet(backend.name)
+    wanted, controlnets = choose_task(kind, task, list(selected), backend.name)
     new_weights = _weights_by_key(chosen, Path(weights)) if weights else {}
+    options = LoadOptions(
+        device=chosen_device,
+        cuda_graphs=cuda_graphs,
+        specialization=specialization,
+        runtime_cache=Path(runtime_cache) if runtime_cache else bundle / ".runtime-cache",
+        vram_bytes=None if vram_gb is None else int(vram_gb * 1e9),
+        weights=new_weights,
+    )
+    backend.check_room(chosen, options)
     owned = [(record, selected["unet"][0]) for record in manifest.files]
     owned += [(record, engine) for engine in chosen for record in engine.files]
     if hub_id:
@@ -96,13 +98,6 @@ def load(
     records = [(record, f"rebuild it with: {rebuild_command(bundle, engine)}") for record, engine in owned]
     for fault in find_faults(bundle, records) or unnamed_files(bundle, manifest):
         raise UserError(fault)
-    options = LoadOptions(
-        device=chosen_device,
-        cuda_graphs=cuda_graphs,
-        specialization=specialization,
-        runtime_cache=Path(runtime_cache) if runtime_cache else bundle / ".runtime-cache",
-        weights=new_weights,
-    )
     shared = backend.open_bundle(options)
 
     def component(name: str) -> EngineComponent:
@@ -118,6 +113,7 @@ def load(
     encoders = {
         name: EngineTextEncoder(component(name), read_json(bundle / name / "config.json")) for name in kind.encoders
     }
+    backend.settle(shared)
     tokenizers = {name: CLIPTokenizer.from_pretrained(bundle / name) for name in kind.tokenizers}
     index = read_json(bundle / "model_index.json")
     scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(bundle / "scheduler")

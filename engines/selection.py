@@ -1,13 +1,17 @@
-"""Which engines of a bundle are loaded: the flavor that runs on this device, and one layout of each component."""
+"""Which engines of a bundle are loaded: the flavor that runs on this device, one layout of each component, and a task."""
 
 from __future__ import annotations
 
-from distill.common.errors import UserError
-from distill.models.conditioning import conditioning_named
+from collections.abc import Sequence
+
+from distill.common.errors import UserError, unknown
+from distill.models.conditioning import REFINER, Conditioning, conditioning_named
+from distill.models.networks import CONTROLNETS
 from engines.building.layouts import DEFAULT_LAYOUTS
 from engines.bundle import Engine, Manifest
-from engines.choices import EIGHT_BITS
+from engines.choices import EIGHT_BITS, TASKS, Task
 from engines.flavors import FLAVORS, Flavor, find_flavor
+from engines.gpus import gpu_count
 from export.components import required_components
 
 
@@ -30,11 +34,29 @@ def choose_flavor(manifest: Manifest, flavor: str | None, device: str | None = N
             continue
         candidate = find_flavor(name)
         try:
-            select_engines(manifest, candidate, device or candidate.default_device())
+            choose_device(manifest, candidate, device)
             return candidate
         except UserError as error:
             reasons.append(str(error))
     raise UserError("; ".join(reasons) or "the bundle has no engines; build some with python -m engines build")
+
+
+def choose_device(manifest: Manifest, flavor: Flavor, device: str | None = None) -> str:
+    """`device`; where none is named the flavor's own, and of several GPUs the first that its engines fit.
+
+    Raises UserError where they fit none, with the reason for the first.
+    """
+    devices = [device or flavor.default_device()]
+    if device is None and devices[0].startswith("cuda"):
+        devices += [f"cuda:{index}" for index in range(1, gpu_count())]
+    refusals = []
+    for one in devices:
+        try:
+            select_engines(manifest, flavor, one)
+            return one
+        except UserError as error:
+            refusals.append(error)
+    raise refusals[0]
 
 
 def select_engines(
@@ -119,3 +141,28 @@ def _drop_covered(engines: list[Engine]) -> list[Engine]:
         if not all(any(other.covers(profile) for other in others) for profile in engine.profiles):
             kept.append(engine)
     return kept
+
+
+def choose_task(kind: Conditioning, task: Task | None, found: Sequence[str], flavor: str) -> tuple[Task, list[str]]:
+    """What is drawn from, by default the first that a kind of pipeline can do, and the ControlNets among the components
+    `found` that take part. Raises UserError for a task that it cannot do, and where a component for it is missing."""
+    tasks = [name for name in TASKS if name != "text-to-image" or kind is not REFINER]
+    wanted = task or tasks[0]
+    if wanted not in tasks:
+        raise unknown("task of this model" if wanted in TASKS else "task", wanted, tasks)
+    if TASKS[wanted].endswith(("Img2Img", "Inpaint")) and "vae_encoder" not in found:
+        raise missing_encoder(flavor)
+    controlnets = [name for name in CONTROLNETS if name in found] if "ControlNet" in TASKS[wanted] else []
+    if "ControlNet" in TASKS[wanted] and not controlnets:
+        raise UserError(
+            f"the bundle has no {flavor} engine for a ControlNet: export the checkpoint with python -m export onnx "
+            "--controlnet FOLDER, and build that folder"
+        )
+    return wanted, controlnets
+
+
+def missing_encoder(flavor: str) -> UserError:
+    return UserError(
+        f"the bundle has no {flavor} engine for vae_encoder, which image-to-image and inpainting need; add it with: python "
+        f"-m engines build --onnx ONNX --out BUNDLE --flavor {flavor} --components vae_encoder"
+    )

@@ -78,3 +78,16 @@ def test_every_public_name_is_there(room: str) -> None:
     """They are imported when first asked for, so a name that has moved breaks nothing until then."""
     module = importlib.import_module(room)
     assert module.__all__ and all(getattr(module, name) is not None for name in module.__all__)
+
+
+def test_nothing_is_for_linux_alone() -> None:
+    """On Windows a file is not renamed over another one (`Path.replace` does it everywhere), and there is no `resource`."""
+    renaming, limited = set(), set()
+    for file in (file for room in ROOMS for file in (ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "rename":
+                renaming.add(file.name)
+            if isinstance(node, ast.Import) and any(alias.name == "resource" for alias in node.names):
+                limited.add(file.name)
+    assert not renaming
+    assert limited == {"worker.py"}, "in one place, behind a look at the system"

@@ -89,8 +89,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         if path.is_dir() and temporary.is_dir():  # a folder cannot be renamed over a full one
             old = path.with_name(f".{path.name}.{token}.old")
-            path.rename(old)
-            temporary.rename(path)
+            path.replace(old)
+            temporary.replace(path)
             _remove(old)
         else:
             temporary.replace(path)

@@ -90,7 +90,7 @@ class RemoteFiles:
         if not path.exists():
             partial = path.with_suffix(".partial")
             self._trying(name, lambda: self.files.get_file(f"{self.root}/{name}", str(partial)))
-            partial.rename(path)
+            partial.replace(path)
         return path
 
     def read(self, ranges: Ranges) -> list[bytearray]:

@@ -236,7 +236,7 @@ def _finish(stages: list[StageRun], run: dict[str, Any]) -> None:
     about = read_json(folder / "slimxl.json")
     for item in folder.iterdir():
         if item.name != "slimxl.json":
-            item.rename(out / item.name)
+            item.replace(out / item.name)
     last.draw_finished(out)
     write_card(out, last.recipe, [one.prepared for one in stages], about, run)
     write_json(out / "slimxl.json", about | run)

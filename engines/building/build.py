@@ -24,7 +24,7 @@ from engines.building.contents import (
     with_pipeline_files,
     without_superseded,
 )
-from engines.building.jobs import Job, list_jobs, require_memory, tool_versions
+from engines.building.jobs import Job, list_jobs, require_memory, require_vram, tool_versions
 from engines.building.process import run_worker
 from engines.building.progress import BuildProgress, duration
 from engines.bundle import (
@@ -40,7 +40,7 @@ from engines.bundle import (
 )
 from engines.choices import Guidance, Layout
 from engines.flavors import BuildRequest
-from engines.gpus import gpu_at_hand
+from engines.gpus import free_vram_bytes, gpu_at_hand
 from engines.integrity import is_intact
 from engines.memory import available_memory_bytes
 from engines.onnx_folder import read_onnx_folder
@@ -92,6 +92,8 @@ def build_bundle(
         todo = [job for job in jobs if job.key not in kept]
         budget = available_memory_bytes() if memory_gb is None else int(memory_gb * 1e9)
         require_memory(todo, budget)
+        if (free_bytes := free_vram_bytes()) is not None:
+            require_vram(todo, free_bytes)
         require_free_disk(out, sum(job.disk_bytes for job in todo), "the bundle")
         with BuildProgress([job.cost_seconds for job in todo]) as progress:
             for job in todo:
@@ -191,5 +193,5 @@ def _move_into_place(partial: Path, target: Path, out: Path) -> list[FileRecord]
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_dir():
         shutil.rmtree(target)  # damaged: an intact one would have been kept
-    partial.rename(target)
+    partial.replace(target)
     return records

@@ -22,6 +22,12 @@ ENGINE_NAME = re.compile(
     r"[a-z_0-9]+_(\d+x\d+|\d+sizes-[a-z-]+)_b\d+(-\d+)*_.+_(onnxruntime_[0-9a-f]{8}|tensorrt(-rtx)?-.+_[0-9a-f]{8}\.plan)"
 )
 """Of the names that `Job.path` gives, and of no other: a file or folder called so in a bundle was built by slimxl."""
+BUILDER_BYTES = 2_200_000_000
+"""Of TensorRT in the host: with its library of kernels the process held 2061 MiB before any weights (log in TensorRT-LLM
+#538). NVIDIA states two copies of the weights, the network's and the engine's, and temporary ones for what is fused: the
+estimate counts three, whatever the number of profiles."""
+KERNELS_BYTES = 600_000_000
+"""And on the GPU 574 MiB, by the same log; the weights come once more."""
 RECIPE_VERSION = 2
 """Part of every key. Raise it when the same inputs should give another plan."""
 
@@ -78,14 +84,22 @@ class Job:
 
     @property
     def memory_bytes(self) -> int:
-        """An upper estimate of the builder's peak memory.
+        """An upper estimate of the builder's peak memory in the host.
 
         TensorRT-RTX 1.7 held 2.8 to 2.9 times the weights for one profile and 0.055 to 0.09 times more for each further
         one, on UNets of 1.5, 2.7 and 5.1 GB; 0.7 GB are the library and the graph.
         """
         if self.flavor == "onnxruntime":
             return int(300e6 + 1.5 * self.component.weights_bytes)
+        if self.flavor == "tensorrt":  # not measured here: see BUILDER_BYTES
+            return int(BUILDER_BYTES + 3 * self.component.weights_bytes)
         return int(700e6 + self.component.weights_bytes * (2.95 + 0.095 * (len(self.profiles) - 1)))
+
+    @property
+    def vram_bytes(self) -> int:
+        """The least that TensorRT's builder takes of the GPU; it passes over kernels that would need more. 0 for runtimes
+        that build without one."""
+        return int(KERNELS_BYTES + self.component.weights_bytes) if self.flavor == "tensorrt" else 0
 
     @property
     def disk_bytes(self) -> int:
@@ -193,4 +207,15 @@ def require_memory(jobs: list[Job], budget_bytes: int) -> None:
                 f"{size_text(job.memory_bytes)} of memory for {size_text(job.component.weights_bytes)} of weights, "
                 f"{size_text(budget_bytes)} may be used{leaner}; free memory, raise --memory-gb, or build on a larger "
                 "machine"
+            )
+
+
+def require_vram(jobs: list[Job], free_bytes: int) -> None:
+    """Raises UserError for the first job that needs more of the GPU's memory."""
+    for job in jobs:
+        if job.vram_bytes > free_bytes:
+            raise UserError(
+                f"building {job.label} takes {size_text(job.vram_bytes)} of the GPU's memory at the least, "
+                f"{size_text(free_bytes)} are free: end what else runs there, or build with --flavor tensorrt-rtx, which "
+                "needs no GPU"
             )

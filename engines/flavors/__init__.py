@@ -53,6 +53,8 @@ class LoadOptions:
     specialization: str | None = None
     """TensorRT-RTX only: `eager` compiles for a new shape before its first run, `lazy` beside it, `none` not at all."""
     runtime_cache: Path | None = None
+    vram_bytes: int | None = None
+    """Of the GPU's memory: what weights, activations and buffers may take together."""
     most_shapes: int = 20
     """Shapes that a plan of TensorRT stays ready for; each keeps inputs, outputs and a CUDA graph in the GPU's memory. Nine
     sizes with and without guidance are 18."""
@@ -94,11 +96,17 @@ class Flavor(Protocol):
     def check_load(self, engine: Engine, device: str) -> None:
         """Raises UserError, before a byte is opened, where GPU, driver or version do not fit the engine."""
 
+    def check_room(self, engines: list[Engine], options: LoadOptions) -> None:
+        """Raises UserError, before a byte is opened, where `options.vram_bytes` cannot be kept."""
+
     def open_bundle(self, options: LoadOptions) -> Any:
         """What all engines of one bundle share (a stream, activation memory); passed to each `load`."""
 
     def load(self, bundle: Path, engine: Engine, shared: Any) -> LoadedEngine:
         """Opens its files. Their hashes were compared before, all at once (`integrity.find_faults`)."""
+
+    def settle(self, shared: Any) -> None:
+        """Once all engines are open. Raises UserError where `vram_bytes` turn out to be too few for one of them."""
 
 
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt", "onnxruntime": "onnxruntime"}

@@ -151,8 +151,16 @@ class OnnxRuntimeFlavor:
         if device.startswith("cuda") and gpu_of_device(device) is None:
             raise UserError(f"device {device}: no such NVIDIA GPU answers here; use device cpu")
 
+    def check_room(self, engines: list[Engine], options: LoadOptions) -> None:
+        if options.vram_bytes is not None:
+            raise UserError(
+                "vram_gb is for TensorRT's plans, ONNX Runtime keeps its weights: leave it out, or build plans"
+            )
+
     def open_bundle(self, options: LoadOptions) -> LoadOptions:
         return options
+
+    def settle(self, shared: LoadOptions) -> None: ...
 
     def load(self, bundle: Path, engine: Engine, shared: LoadOptions) -> OnnxRuntimeEngine:
         rebuild = f"rebuild it with: {rebuild_command(bundle, engine)}"

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.common.errors import UserError
+from distill.common.files import size_text
 from engines.bundle import Engine, Options, TensorInfo, rebuild_command
 from engines.flavors import BuildRequest, LoadOptions, Report
-from engines.gpus import GPUS, driver_at_hand, gpu_at_hand, gpu_of_device, version_tuple
+from engines.gpus import GPUS, driver_at_hand, gpu_at_hand, gpu_of_device, memory_of_device, version_tuple
 from engines.integrity import locate, map_file
 
 if TYPE_CHECKING:
@@ -104,6 +105,12 @@ class TensorRTFlavor:
                 f"rebuild with: {rebuild_command(Path('BUNDLE'), engine.model_copy(update=wanted))}"
             )
 
+        if (has := memory_of_device(device)) is not None and has < engine.size_bytes:
+            raise UserError(
+                f"the {engine.component} plan takes {size_text(engine.size_bytes)}, {title} has {size_text(has)} of memory "
+                "in all: use another GPU, or an int8 UNet (python -m export quantise)"
+            )
+
     def doubt_board(self, engine: Engine, device: str) -> None:
         """Warns where TensorRT tuned a plan on another board of the same capability: it may run slower, or not at all."""
         found = gpu_of_device(device)
@@ -120,6 +127,21 @@ class TensorRTFlavor:
         """The major version of CUDA that the installed wheels are made for."""
         packages = (f"{self.name}-cu{major}" for major in range(20, 11, -1))
         return next((int(name.rpartition("cu")[2]) for name in packages if _is_installed(name)), None)
+
+    def check_room(self, engines: list[Engine], options: LoadOptions) -> None:
+        from engines.flavors.residency import require_room
+
+        if options.vram_bytes is None:
+            return
+        require_room([(engine, 0) for engine in engines], options.vram_bytes)
+        if changed := next((one for one in engines if one.key in options.weights or one.options.get("strip")), None):
+            raise UserError(
+                f"vram_gb: a plan gets its own weights back, and the {changed.component} was to have others; leave out "
+                "weights= (or vram_gb), or build plans with these weights, without --strip"
+            )
+
+    def settle(self, shared: SharedRuntime) -> None:
+        shared.residency.settle()
 
     def open_bundle(self, options: LoadOptions) -> SharedRuntime:
         from engines.flavors.shared_runtime import SharedRuntime

@@ -49,7 +49,7 @@ class ShapeContext:
         for name, tensor in (self._inputs | self._outputs).items():
             if not context.set_tensor_address(name, tensor.data_ptr()):
                 raise RuntimeError(f"{engine.component}: TensorRT takes no address for {name}")
-        self._needed_bytes = needed_bytes(context, engine)
+        self.needed_bytes = needed_bytes(context, engine)
 
     def run(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Enqueues one call. The outputs are copies that the caller owns: a multi-step scheduler keeps several."""
@@ -68,7 +68,7 @@ class ShapeContext:
 
     def _launch(self) -> None:
         memory = self._shared.memory
-        memory.reserve(self._needed_bytes)
+        memory.reserve(self.needed_bytes)
         if self._generation == memory.generation:
             (self._replay or self._enqueue)()
             return

@@ -39,6 +39,9 @@ class TensorRTEngine:
         self._shared = shared
         self._is_rtx = engine.flavor == "tensorrt-rtx"
         self._source, self._changed = weights, frozenset[str]()
+        self._bytes, self._rebuild = plan, rebuild
+        self._plan: Any = None
+        self.activation_bytes = 0
         stripped = bool(engine.options.get("strip"))
         if stripped and weights is None:
             raise UserError(
@@ -46,12 +49,16 @@ class TensorRTEngine:
                 "engines.load(bundle, weights=FOLDER)"
             )
         with shared.device.current():
-            self._plan = deserialise_plan(shared, plan, engine, rebuild)
+            if shared.residency.is_limited and not self._is_rtx:
+                shared.residency.enter(self)  # TensorRT opens a plan with its weights only
+            else:
+                self._open()
             if weights is not None and (stripped or not weights.is_source_of(engine)):
                 self.refit(weights)
             if self._is_rtx:
                 self._config = self._make_config()
-            shared.memory.reserve(self._activation_bytes())
+            self.activation_bytes = self._measure_activations()
+            shared.residency.admit(self)
             if self._config:  # only now: measuring a shape must not compile kernels for it
                 self._config.dynamic_shapes_kernel_specialization_strategy = self._specialization()
 
@@ -60,20 +67,51 @@ class TensorRTEngine:
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items())
         key = (profile.index, shapes)
         with self._shared.lock, self._shared.device.current():
-            if (context := self._contexts.pop(key, None)) is not None:
-                self._contexts[key] = context  # the last one used stands last
-                return context.run(inputs)
-            if len(self._contexts) >= self._shared.options.most_shapes:
-                self._shared.device.synchronize()  # what is dropped may be at work still
-                del self._contexts[next(iter(self._contexts))]
-            context = self._contexts[key] = self._open_context(profile, shapes)
+            self._shared.residency.enter(self)
+            if is_new := (context := self._contexts.pop(key, None)) is None:
+                if len(self._contexts) >= self._shared.options.most_shapes:
+                    self._shared.device.synchronize()  # what is dropped may be at work still
+                    del self._contexts[next(iter(self._contexts))]
+                context = self._open_context(profile, shapes)
+            self._contexts[key] = context  # the last one used stands last
+            self._shared.residency.enter(self, context.needed_bytes)
             outputs = context.run(inputs)
-        if self._is_rtx:
+        if is_new and self._is_rtx:
             self.cache.save()
         return outputs
 
+    def _open(self) -> None:
+        """Under a budget a plan of TensorRT-RTX has no weights yet: its contexts can be made without."""
+        shared = self._shared
+        if shared.residency.is_limited and self._is_rtx:
+            shared.runtime.defer_weights_loading = True  # of the next plan only
+        self._plan = deserialise_plan(shared, self._bytes, self.record, self._rebuild)
+        if not shared.residency.is_limited:
+            self._bytes = b""
+
+    def load_weights(self) -> None:
+        """Raises torch.OutOfMemoryError where the GPU has no room for them."""
+        if self._plan is None:
+            self._open()
+        elif not self._plan.load_weights(self._bytes):
+            raise torch.OutOfMemoryError(
+                f"{self.record.flavor} could not bring back the weights of {self.record.component}; its own message stands "
+                "above"
+            )
+
+    def unload_weights(self) -> None:
+        """TensorRT-RTX keeps the contexts. A plan of TensorRT is closed, and opened anew."""
+        if not self._is_rtx:
+            self._contexts.clear()
+            self._plan = None
+        elif not self._plan.unload_weights():
+            raise RuntimeError(
+                f"{self.record.flavor} could not take the weights of {self.record.component} off the GPU"
+            )
+
     def refit(self, weights: OnnxComponent) -> None:
         """See `refit_plan`. Contexts are made anew, since a CUDA graph may hold the old weights, TensorRT-RTX's own too."""
+        self._require_unlimited()
         with self._shared.lock:
             refit_plan(self._shared, self._plan, self.record, weights)
             self._source, self._changed = weights, frozenset()
@@ -85,6 +123,7 @@ class TensorRTEngine:
 
     def _own_weights(self) -> OnnxComponent:
         path = self.record.files[0].path
+        self._require_unlimited()
         if not self.record.options.get("refit"):
             raise UserError(
                 f"{path} was built without --refit and keeps its weights: rebuild it with --refit on its GPU, or fuse the "
@@ -96,6 +135,12 @@ class TensorRTEngine:
                 "built from, engines.load(bundle, weights=FOLDER)"
             )
         return self._source
+
+    def _require_unlimited(self) -> None:
+        if self._shared.residency.is_limited:
+            raise UserError(
+                "vram_gb: a plan gets its own weights back, others and LoRAs would be lost; load without it"
+            )
 
     def add_to_weights(self, added: Added) -> None:
         """Refits what is changed now, and what was before."""
@@ -129,7 +174,7 @@ class TensorRTEngine:
         name = self._shared.options.specialization or ("none" if exact else "eager")
         return getattr(self._shared.trt.DynamicShapesKernelSpecializationStrategy, name.upper())
 
-    def _activation_bytes(self) -> int:
+    def _measure_activations(self) -> int:
         """The activation memory of the largest image size. A ranged profile is measured at each of its sizes, because the
         range itself reaches further than any of them."""
         needed = 0

@@ -81,10 +81,3 @@ class EngineControlNet(EngineModule):
         if not return_dict:
             return (down, middle)
         return ControlNetOutput(down_block_res_samples=tuple(down), mid_block_res_sample=middle)
-
-
-def missing_controlnet(flavor: str) -> UserError:
-    return UserError(
-        f"the bundle has no {flavor} engine for a ControlNet: export the checkpoint with python -m export onnx --controlnet "
-        "FOLDER, and build that folder"
-    )

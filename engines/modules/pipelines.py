@@ -24,7 +24,7 @@ class BundlePipeline:
         """Copies the bundle, as it stands on the disk. Raises UserError for a folder that holds something, and where LoRAs
         are loaded, which a bundle cannot hold."""
         if push_to_hub:
-            raise UserError("save_pretrained copies the bundle; upload it with python -m engines push BUNDLE org/name")
+            self.push_to_hub()
         if self.loras:
             raise UserError(
                 f"a bundle has no place for the LoRAs {', '.join(self.loras)}: unload_lora_weights() first, or "
@@ -32,10 +32,16 @@ class BundlePipeline:
             )
         copy_bundle(self.bundle, Path(save_directory))
 
+    def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:
+        raise UserError("a bundle is uploaded by python -m engines push BUNDLE org/name; save_pretrained copies it")
+
+    def set_ip_adapter_scale(self, scale: Any) -> NoReturn:
+        raise UserError("an engine takes no IP-Adapter: IP-Adapters run with the checkpoint in torch only")
+
     def enable_model_cpu_offload(self, *_: Any, **__: Any) -> NoReturn:
         raise UserError(
-            "an engine keeps its weights where it was loaded; for a small GPU build an int8 UNet (python -m export "
-            "quantise) with fewer --resolutions, or load with device='cpu'"
+            "an engine keeps its weights where it was loaded; for a small GPU engines.load(bundle, vram_gb=8), where they "
+            "take turns, an int8 UNet (python -m export quantise), or device='cpu'"
         )
 
     enable_sequential_cpu_offload = enable_group_offload = enable_model_cpu_offload
@@ -47,6 +53,9 @@ class BundlePipeline:
         """Nothing to undo: an engine takes none."""
 
     def unload_textual_inversion(self, *_: Any, **__: Any) -> None:
+        """As above."""
+
+    def unfuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
         """As above."""
 
     @cached_property

@@ -9,12 +9,12 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
-from distill.common.errors import UserError
 from distill.models.families import vae_scale_factor
 from engines.bundle import Engine
 from engines.component import EngineComponent
 from engines.flavors import LoadedEngine
 from engines.modules.base import EngineModule, run
+from engines.selection import missing_encoder
 
 
 class EngineVAE(EngineModule):
@@ -72,10 +72,3 @@ class EngineVAE(EngineModule):
     def disable_slicing(self) -> None: ...
 
     def disable_tiling(self) -> None: ...
-
-
-def missing_encoder(flavor: str) -> UserError:
-    return UserError(
-        f"the bundle has no {flavor} engine for vae_encoder, which image-to-image and inpainting need; add it with: python "
-        f"-m engines build --onnx ONNX --out BUNDLE --flavor {flavor} --components vae_encoder"
-    )

@@ -74,7 +74,7 @@ def verify_folder(
         if not all(parity.passed for parity in results[name]):
             failed = folder / f"{name}.failed"
             shutil.rmtree(failed, ignore_errors=True)  # of an earlier verify
-            (folder / name).rename(failed)
+            (folder / name).replace(failed)
     return results
 
 

@@ -57,11 +57,12 @@ class FakeDevice:
         self.synchronized += 1
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """A graph is captured without being run."""
+        """A graph is captured without being run, and keeps nothing alive that it was captured from."""
         self.captures += 1
         if self.fails_to_capture:
             raise RuntimeError("operation not permitted while the stream is capturing")
-        return work
+        captured = weakref.WeakMethod(work)
+        return lambda: (alive := captured()) and alive()
 
 
 def require_current() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 
 import engines
@@ -50,6 +51,11 @@ def saved_and_loaded(pipe: Any) -> np.ndarray:
         return draw(quiet(engines.load(f"{folder}/copy")))
 
 
+def switched_off(pipe: Any) -> None:
+    for name in ("attention_slicing", "freeu", "vae_slicing", "vae_tiling", "lora"):
+        getattr(pipe, f"disable_{name}")()
+
+
 def is_ours(pipe: Any) -> bool:
     return hasattr(pipe, "bundle")
 
@@ -65,6 +71,7 @@ FEATURES: dict[str, Callable[[Any], Any]] = {
     "a size between those of the bundle": lambda pipe: draw(pipe, width=128, height=96),
     "attention slicing": after(lambda pipe: pipe.enable_attention_slicing()),
     "VAE slicing": after(lambda pipe: pipe.vae.enable_slicing()),
+    "all that is switched off": after(switched_off),
     "torch.compile": compiled,
     "save_pretrained, load again": saved_and_loaded,
     "VAE tiling": after(lambda pipe: pipe.vae.enable_tiling()),
@@ -76,6 +83,12 @@ FEATURES: dict[str, Callable[[Any], Any]] = {
     "textual inversion": lambda pipe: pipe.load_textual_inversion({"<a>": torch.zeros(1, 64)}, token="<a>"),
     "ControlNet": lambda pipe: pipe.unet(*[torch.zeros(1, 4, 16, 16)] * 3, down_block_additional_residuals=()),
     "model offload": lambda pipe: (pipe.enable_model_cpu_offload(), draw(pipe))[1],
+    "sequential offload": lambda pipe: (pipe.enable_sequential_cpu_offload(), draw(pipe))[1],
+    "group offload": lambda pipe: (pipe.enable_group_offload(torch.device("cpu")), draw(pipe))[1],
+    "attention processors": lambda pipe: pipe.unet.set_attn_processor(AttnProcessor2_0()),
+    "IP-Adapter": lambda pipe: pipe.load_ip_adapter(
+        {"image_proj": {}, "ip_adapter": {}}, subfolder="", weight_name="", image_encoder_folder=None
+    ),
     "pickle": pickle.dumps,
 }
 

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from compel import Compel, DownweightMode, ReturnedEmbeddingsType
-from diffusers import StableDiffusionXLImg2ImgPipeline
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 
 from distill.common.errors import UserError
+from export.checks.parity import BOUNDS
 from tests.engines.drawing import draw, psnr_db
 from tests.engines.features import FEATURES, compare
+from tests.engines.in_use import worst_errors
 
 ADDED = {"text_embeds": torch.full((2, 64), 0.5), "time_ids": torch.full((2, 6), 128.0)}
 SAMPLE, TEXT = (
@@ -69,6 +71,13 @@ def test_text_encoders_give_what_they_have_by_name_and_number(pipeline: Any, ref
     assert len(first) == 2 and pipeline.text_encoder(ids).hidden_states is None
     with pytest.raises(UserError, match="built without last_hidden_state"):
         torch.cat([first[0], first[0]])
+
+
+def test_every_call_of_a_picture_is_as_in_torch(pipeline: Any, reference: Any) -> None:
+    """What `tests/gpu` holds plans to, here of ONNX Runtime in fp32."""
+    errors = worst_errors(pipeline, reference)
+    assert errors.keys() == {"text_encoder", "text_encoder_2", "text_encoder_2, pooled", "unet", "vae"}
+    assert all(0 < error <= BOUNDS["fp32"].relative for error in errors.values()), errors
 
 
 def test_compel_weighs_words(pipeline: Any, reference: Any) -> None:
@@ -138,6 +147,10 @@ REFUSED = {
     "textual inversion": "vocabulary is fixed",
     "ControlNet": "compiled without a ControlNet's residuals; export it with .*--controlnet",
     "model offload": "keeps its weights where it was loaded",
+    "sequential offload": r"engines.load(bundle, vram_gb=8)",
+    "group offload": r"engines.load(bundle, vram_gb=8)",
+    "attention processors": "attention is compiled and fused",
+    "IP-Adapter": "IP-Adapters run with the checkpoint in torch only",
     "pickle": "open the bundle in each process",
 }
 
@@ -172,6 +185,66 @@ def test_switches_that_change_nothing(pipeline: Any) -> None:
         assert module.eval() is module and module.half() is module and module.requires_grad_(False) is module
         module.compile_repeated_blocks()
     assert not pipeline.unet.training and pipeline.loras == pipeline.get_active_adapters() == []
+
+
+SWITCHES = ("attention_slicing", "freeu", "vae_slicing", "vae_tiling", "lora", "xformers_memory_efficient_attention")
+CALLS: dict[str, tuple[tuple[Any, ...], str | None]] = {
+    **{f"disable_{name}": ((), None) for name in SWITCHES},
+    **{f"enable_{name}": ((), None) for name in SWITCHES if name not in ("freeu", "vae_tiling")},
+    **dict.fromkeys(
+        ("enable_lora_hotswap", "maybe_free_model_hooks", "remove_all_hooks", "reset_device_map"), ((), None)
+    ),
+    **dict.fromkeys(("unfuse_qkv_projections", "unload_ip_adapter", "unload_lora_weights"), ((), None)),
+    **dict.fromkeys(("unload_textual_inversion", "upcast_vae", "get_active_adapters", "get_list_adapters"), ((), None)),
+    "set_attention_slice": (("auto",), None),
+    "set_use_memory_efficient_attention_xformers": ((True,), None),
+    "set_lora_device": ((["style"], "cpu"), None),
+    "delete_adapters": (([],), None),
+    "to": (("cpu",), None),
+    "enable_freeu": ((0.9, 0.2, 1.3, 1.4), "FreeU changes the network"),
+    "enable_vae_tiling": ((), "takes whole pictures"),
+    "enable_group_offload": (("cpu",), "vram_gb"),
+    "enable_model_cpu_offload": ((), "vram_gb"),
+    "enable_sequential_cpu_offload": ((), "vram_gb"),
+    "fuse_qkv_projections": ((), "compiled and fused"),
+    "fuse_lora": ((), "always fused"),
+    "unfuse_lora": ((), "always fused"),
+    "set_adapters": ((["style"],), "loaded are no LoRAs"),
+    "load_lora_into_unet": (({}, None), "loaded by the pipeline that engines.load gave"),
+    "set_ip_adapter_scale": ((1.0,), "IP-Adapters run with the checkpoint"),
+    "push_to_hub": (("me/mine",), "upload that folder"),
+}
+"""How a method of the pipeline is called, and the line that refuses it; None where it has nothing to do, or does it."""
+BY_PICTURES = {"load_ip_adapter", "load_lora_weights", "load_textual_inversion", "save_pretrained", "from_pipe"}
+"""Tested by what they draw or leave, here and in test_lora.py."""
+DIFFUSERS_OWN = {
+    "check_inputs", "download", "encode_image", "encode_prompt", "extract_init_dict", "from_config",
+    "from_pretrained", "from_single_file", "get_config_dict", "get_guidance_scale_embedding", "load_config",
+    "load_lora_into_text_encoder", "lora_state_dict", "maybe_convert_prompt", "numpy_to_pil", "pack_weights",
+    "prepare_extra_step_kwargs", "prepare_ip_adapter_image_embeds", "prepare_latents", "progress_bar",
+    "register_for_auto_class", "register_modules", "register_to_config", "save_config", "save_lora_weights",
+    "set_progress_bar_config", "to_json_file", "to_json_string", "write_lora_layers",
+}  # fmt: skip
+"""Steps of a call, readers of checkpoints, helpers: they ask nothing of a network that an engine has not."""
+
+
+def test_no_method_of_diffusers_pipeline_is_forgotten() -> None:
+    """A new version of diffusers that brings one fails here."""
+    kind = StableDiffusionXLPipeline
+    public = {name for name in dir(kind) if not name.startswith("_") and callable(getattr(kind, name, None))}
+    assert public == CALLS.keys() | BY_PICTURES | DIFFUSERS_OWN
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_method_does_what_is_right_or_says_a_line(name: str, pipeline: Any) -> None:
+    arguments, line = CALLS[name]
+    given = (*arguments, pipeline.unet) if name == "load_lora_into_unet" else arguments
+    if line is None:
+        getattr(pipeline, name)(*given)
+        return
+    with pytest.raises(UserError, match=line) as refusal:
+        getattr(pipeline, name)(*given)
+    assert "\n" not in str(refusal.value)
 
 
 def test_what_is_counted(pipeline: Any, reference: Any) -> None:

@@ -5,23 +5,30 @@ Each test runs for every TensorRT module that is installed and targets this GPU.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 import engines
+from distill.checkpoints.sources import resolve
 from distill.common.errors import UserError
 from engines.building.build import build_bundle
 from engines.building.options import builder_options
 from engines.bundle import read_manifest
 from engines.choices import Layout
-from engines.flavors import find_flavor
+from engines.flavors import find_flavor, residency
 from engines.gpus import gpu_at_hand
 from export import ExportOptions, export_checkpoint
+from export.checks.parity import BOUNDS
+from tests.engines.drawing import quiet
+from tests.engines.in_use import worst_errors
 from tests.engines.toys import make_toy_onnx
 
 SIZES = ("128x128", "224x96", "96x224")
@@ -108,6 +115,114 @@ def test_pictures_in_any_order_of_sizes(
         assert psnr_db(draw(pipeline, size), reference[size]) > 30, size
 
 
+@pytest.fixture(scope="module")
+def other_onnx(tmp_path_factory: pytest.TempPathFactory, mini_vega: Path) -> Path:
+    """An export in fp16 of the same checkpoint with another UNet."""
+    root = tmp_path_factory.mktemp("other")
+    checkpoint = Path(shutil.copytree(mini_vega, root / "checkpoint"))
+    unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in unet.parameters():
+            weight.mul_(1 + 0.3 * torch.randn(weight.shape, generator=generator))
+    unet.save_pretrained(checkpoint / "unet")
+    export_checkpoint(checkpoint, root / "onnx", options=ExportOptions(precision="fp16", components=COMPONENTS))
+    return root / "onnx"
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory, workdir: Path) -> tuple[Path, Path]:
+    """The taught mini teacher: its checkpoint and its export in fp16."""
+    checkpoint, onnx = resolve("mini:sdxl", workdir), tmp_path_factory.mktemp("taught") / "onnx"
+    export_checkpoint(checkpoint, onnx, options=ExportOptions(precision="fp16", components=COMPONENTS))
+    return checkpoint, onnx
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+@pytest.mark.parametrize("layout", ["ranged", "shared"])
+def test_every_plan_is_near_fp32_on_what_a_taught_model_computes(
+    flavor: str, layout: Layout, taught: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Attention and its accumulation above all: a taught network's activations, not random ones."""
+    checkpoint, onnx = taught
+    ours = engines.load(build(onnx, tmp_path / "bundle", flavor, layout), flavor=flavor)
+    reference = quiet(StableDiffusionXLPipeline.from_pretrained(checkpoint))  # fp32, on the CPU
+    for size in SIZES:
+        width, height = map(int, size.split("x"))
+        settings = {"width": width, "height": height, "num_inference_steps": 6}
+        errors = worst_errors(ours, reference, prompt="a large red circle on blue", **settings)
+        assert len(errors) == 5 and all(error <= BOUNDS["fp16"].relative for error in errors.values()), (size, errors)
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_a_budget_draws_the_same_pictures_with_the_weights_taking_turns(
+    flavor: str, mini_onnx: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residency, "RESERVE_BYTES", 1_000_000)  # the mini plans are far smaller than the true reserve
+    bundle = build(mini_onnx["fp16"], tmp_path / "bundle", flavor)
+    whole = quiet(engines.load(bundle, flavor=flavor))
+    with pytest.raises(UserError, match=r"the least that works is|takes more than") as refusal:
+        engines.load(bundle, flavor=flavor, vram_gb=0.001)
+    assert "vram_gb=" in str(refusal.value)
+    parts = [pair for part in whole.components.values() if hasattr(part, "engines") for pair in part.engines]
+    least = (
+        max(engine.size_bytes + loaded.activation_bytes for engine, loaded in parts) + residency.RESERVE_BYTES + 1000
+    )  # type: ignore[attr-defined]
+    small = quiet(engines.load(bundle, flavor=flavor, vram_gb=least / 1e9))
+    plans = [loaded for part in small.components.values() if hasattr(part, "engines") for _, loaded in part.engines]
+    keeper = plans[0]._shared.residency  # type: ignore[attr-defined]
+    with pytest.warns(UserWarning, match="had left the GPU, and came back in"):
+        for size in [*SIZES, *reversed(SIZES)]:
+            assert psnr_db(draw(small, size), draw(whole, size)) > 60, size
+            held = sum(plan.record.size_bytes for plan in keeper._here)
+            assert held + keeper.memory.size_bytes <= least
+    before = keeper._device.free_bytes()
+    last = list(keeper._here)[-1]
+    with keeper._device.current():
+        keeper._device.synchronize()
+        last.unload_weights()
+    assert keeper._device.free_bytes() - before >= last.record.weights_bytes / 2, "the GPU has it back"
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_graphs_caches_and_moved_memory_change_no_picture(
+    flavor: str, mini_onnx: dict[str, Path], tmp_path: Path
+) -> None:
+    bundle = build(mini_onnx["fp16"], tmp_path / "bundle", flavor)
+    kernels = tmp_path / "kernels"
+    pipeline = engines.load(bundle, flavor=flavor, runtime_cache=kernels)
+    own = {size: draw(pipeline, size) for size in SIZES}
+    _, unet = pipeline.unet.engines[0]
+    unet._shared.memory.reserve(2 * unet._shared.memory.size_bytes)  # after graphs were captured over it
+    assert all(psnr_db(draw(pipeline, size), own[size]) > 60 for size in SIZES)
+    plain = engines.load(bundle, flavor=flavor, runtime_cache=kernels, cuda_graphs=False)
+    assert all(psnr_db(draw(plain, size), own[size]) > 60 for size in SIZES)
+    if flavor == "tensorrt-rtx":
+        files = {path: path.read_bytes() for path in kernels.iterdir()}
+        again = engines.load(bundle, flavor=flavor, runtime_cache=kernels)
+        assert again.unet.engines[0][1].cache._saved, "the kernels were read"
+        assert all(psnr_db(draw(again, size), own[size]) > 60 for size in SIZES)
+        assert len(files) == len(COMPONENTS) and files.keys() == set(kernels.iterdir())
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_a_pipeline_outlives_a_full_gpu(flavor: str, mini_onnx: dict[str, Path], tmp_path: Path) -> None:
+    pipeline = engines.load(build(mini_onnx["fp16"], tmp_path / "bundle", flavor), flavor=flavor)
+    own = draw(pipeline, SIZES[0])
+    torch.cuda.empty_cache()
+    filled = []
+    for count in (1 << 28, 1 << 24, 1 << 21):
+        with contextlib.suppress(torch.OutOfMemoryError):
+            while True:
+                filled.append(torch.empty(count, dtype=torch.uint8, device="cuda"))
+    with contextlib.suppress(torch.OutOfMemoryError):  # nothing else may be raised
+        draw(pipeline, SIZES[1])
+    filled.clear()
+    torch.cuda.empty_cache()
+    assert psnr_db(draw(pipeline, SIZES[0]), own) > 60
+    draw(pipeline, SIZES[1])
+
+
 @pytest.mark.parametrize("flavor", FLAVORS)
 def test_a_step_of_the_unet_never_waits_for_the_host(flavor: str, mini_onnx: dict[str, Path], tmp_path: Path) -> None:
     pipeline = engines.load(build(mini_onnx["fp16"], tmp_path / "bundle", flavor), flavor=flavor)
@@ -131,9 +246,11 @@ def test_a_step_of_the_unet_never_waits_for_the_host(flavor: str, mini_onnx: dic
 
 
 @pytest.mark.parametrize("flavor", FLAVORS)
-def test_refit_draws_the_pictures_of_the_other_weights(flavor: str, tmp_path: Path) -> None:
+def test_refit_draws_the_pictures_of_the_other_weights(
+    flavor: str, mini_onnx: dict[str, Path], other_onnx: Path, tmp_path: Path
+) -> None:
     """A plan built from one set of weights, given another, draws what a plan built from the other draws; and back."""
-    first, second = (make_toy_onnx(tmp_path / f"onnx{seed}", "fp16", seed) for seed in (0, 1))
+    first, second = mini_onnx["fp16"], other_onnx
     if flavor == "tensorrt" and find_flavor(flavor).version().startswith("11.3"):
         with pytest.raises(UserError, match=r"11\.3 gives wrong output"):
             build(first, tmp_path / "refit", flavor, refit=True)

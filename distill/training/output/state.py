@@ -128,7 +128,7 @@ def save_state(
             state.save(temporary)
         if accelerator.is_main_process:
             write_json(temporary / "progress.json", asdict(progress))
-            temporary.rename(final)
+            temporary.replace(final)
     except (OSError, dcp.CheckpointException) as error:
         raise UserError(
             f"the checkpoint of step {progress.step} cannot be written ({_reason(error)}); the one before is kept: see that "
@@ -136,7 +136,7 @@ def save_state(
         ) from None
     if accelerator.is_main_process:
         for old in _states(folder)[:-keep]:
-            old.rename(folder / f".{old.name}.state.old")  # so that a kill leaves no half of it under its name
+            old.replace(folder / f".{old.name}.state.old")  # so that a kill leaves no half of it under its name
         remove_leftovers(folder)
     accelerator.wait_for_everyone()
 

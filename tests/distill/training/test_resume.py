@@ -315,7 +315,7 @@ def test_a_disk_full_at_the_end_loses_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """First while the student is written, then while it is moved to its place."""
-    rename = Path.rename
+    replace = Path.replace
 
     def full(*_arguments: object, **_options: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
@@ -323,7 +323,7 @@ def test_a_disk_full_at_the_end_loses_nothing(
     def stopped(self: Path, target: Path) -> Path:
         if self.parent.name == "01-whole" and self.name == "vae":
             raise OSError(28, "No space left on device")
-        return rename(self, target)
+        return replace(self, target)
 
     def run() -> None:
         options = TrainOptions(checkpoint_every=3, log_every=1)
@@ -331,7 +331,7 @@ def test_a_disk_full_at_the_end_loses_nothing(
 
     for owner, name, broken, left in (
         (UNet2DConditionModel, "save_pretrained", full, ["01-initial"]),
-        (Path, "rename", stopped, ["01-whole"]),
+        (Path, "replace", stopped, ["01-whole"]),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, broken)

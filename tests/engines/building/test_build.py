@@ -252,6 +252,12 @@ def test_the_tensorrt_flavor_asks_for_nothing_that_tensorrt_lacks(
     try:
         for layout in ("shared", "ranged"):
             asked = {"gpus": ["auto"], "flavor": "tensorrt", "layout": layout} | UNET_AT_TWO_SIZES
+            with (
+                monkeypatch.context() as full,
+                pytest.raises(UserError, match=r"of the GPU's memory .*, 1 kB are free"),
+            ):
+                full.setattr(build_room, "free_vram_bytes", lambda: 1000)
+                build_bundle(toy_onnx_fp16, tmp_path / "full", **asked)
             manifest = build_bundle(toy_onnx_fp16, tmp_path / "bundle", **asked)
     finally:
         sys.modules.pop("tensorrt", None)

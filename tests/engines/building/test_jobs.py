@@ -11,7 +11,7 @@ from distill.common.errors import UserError
 from distill.common.files import sha256_file
 from distill.models.families import MINI_FAMILY
 from engines.building.contents import without_superseded
-from engines.building.jobs import Job, list_jobs, require_memory
+from engines.building.jobs import Job, list_jobs, require_memory, require_vram
 from engines.building.options import builder_options
 from engines.bundle import Manifest, ShapeRange
 from engines.choices import Layout
@@ -149,6 +149,21 @@ def test_memory_estimate_is_above_what_was_measured_but_not_by_much(
     with pytest.raises(UserError, match=r"needs about .* GB of memory"):
         require_memory([sized], int(sized.memory_bytes * 0.9))
     require_memory([sized], sized.memory_bytes)
+
+
+def test_tensorrt_is_held_to_its_own_figures(toy_onnx_fp16: Path) -> None:
+    """Not to TensorRT-RTX's, which takes nothing of a GPU and little before the weights."""
+    rtx = jobs_of(toy_onnx_fp16)[0]
+    component = OnnxComponent("unet", rtx.component.folder, rtx.component.config)
+    component.__dict__["weights_bytes"] = int(5.136e9)
+    rtx, own = (Job(**{**rtx.__dict__, "component": component, "flavor": one}) for one in ("tensorrt-rtx", "tensorrt"))
+    assert own.memory_bytes == 2_200_000_000 + 3 * 5_136_000_000 != rtx.memory_bytes
+    require_vram([own], 5_736_000_000)
+    require_vram([rtx], 0)
+    with pytest.raises(
+        UserError, match=r"takes 5\.74 GB of the GPU's memory at the least, 5\.7 GB are free: end what else"
+    ):
+        require_vram([own], 5_700_000_000)
 
 
 @pytest.mark.parametrize(
