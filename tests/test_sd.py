@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,14 @@ from distill.checkpoints.surgery import make_student
 from distill.common.errors import UserError
 from distill.models.architectures import find_architecture
 from engines.building.build import build_bundle
+from engines.serving.environment import make_environment
+from engines.serving.options import Serving
+from engines.serving.repository import write_repository
+from engines.serving.server import Server
 from export import ExportOptions, export_checkpoint
-from tests.engines import drawing
 from tests.engines.drawing import MASK, PICTURE, psnr_db, quiet
+from tests.engines.drawing import draw as draw_by
+from tests.engines.serving.triton_here import ROOT, ask, drawing, free_address
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +47,19 @@ def onnx(student: Path) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def bundle(onnx: Path) -> Path:
+    out = onnx.parent / "bundle"
+    components = ["unet", "vae_decoder", "vae_encoder", "text_encoder"]
+    build_bundle(onnx, out, gpus=[], flavor="onnxruntime", components=components)
+    return out
+
+
 SIZE = {"width": 192, "height": 128}
 
 
 def draw(pipe: Any, **arguments: Any) -> np.ndarray:
-    return drawing.draw(quiet(pipe), negative_prompt="a ring", **(SIZE | arguments))
+    return draw_by(quiet(pipe), negative_prompt="a ring", **(SIZE | arguments))
 
 
 def test_a_student_is_a_pipeline_of_its_family(student: Path) -> None:
@@ -54,12 +68,10 @@ def test_a_student_is_a_pipeline_of_its_family(student: Path) -> None:
     assert isinstance(pipe, StableDiffusionPipeline) and pipe.unet.mid_block is None
 
 
-def test_engines_and_optimum_draw_what_diffusers_draws(student: Path, onnx: Path) -> None:
+def test_engines_and_optimum_draw_what_diffusers_draws(student: Path, onnx: Path, bundle: Path) -> None:
     from optimum.onnxruntime import ORTStableDiffusionPipeline
 
-    components = ["unet", "vae_decoder", "vae_encoder", "text_encoder"]
-    build_bundle(onnx, onnx.parent / "bundle", gpus=[], flavor="onnxruntime", components=components)
-    pipe = engines.load(onnx.parent / "bundle", device="cpu")
+    pipe = engines.load(bundle, device="cpu")
     assert isinstance(pipe, StableDiffusionPipeline)
     theirs = load_pipeline(student, torch.float32)
     wanted = draw(theirs)
@@ -72,6 +84,27 @@ def test_engines_and_optimum_draw_what_diffusers_draws(student: Path, onnx: Path
         ("image-to-image", diffusers.StableDiffusionImg2ImgPipeline, {"width": None, "height": None}),
         ("inpaint", diffusers.StableDiffusionInpaintPipeline, {"mask_image": MASK}),
     ):
-        ours = engines.load(onnx.parent / "bundle", device="cpu", task=task)  # type: ignore[arg-type]
+        ours = engines.load(bundle, device="cpu", task=task)  # type: ignore[arg-type]
         assert isinstance(ours, kind)
         assert psnr_db(draw(ours, **asked, **more), draw(kind.from_pipe(theirs), **asked, **more)) > 40
+
+
+@pytest.mark.slow
+def test_triton_serves_it_with_the_same_request(bundle: Path, tmp_path: Path) -> None:
+    environment = make_environment(ROOT / "out/triton")
+    serving = Serving(flavor="onnxruntime", gpus="none", execution_env=environment.folder, warm_up=False)
+    write_repository(bundle, tmp_path / "repo", serving)
+    server = Server(tmp_path / "repo", environment, free_address(), tmp_path / "log")
+    try:
+        server.wait_ready()
+        answers = ask(environment, server.address, drawing(**SIZE), drawing("grpc", **SIZE), drawing(width=96))
+    finally:
+        server.stop()
+        server.wait()
+    generator = torch.Generator().manual_seed(5)
+    wanted = quiet(engines.load(bundle, device="cpu"))(
+        "a red circle", num_inference_steps=2, guidance_scale=5.0, generator=generator, **SIZE
+    )
+    pixels = np.asarray(wanted.images[0]).tobytes()
+    assert [answer["sha256"] for answer in answers[:2]] == [hashlib.sha256(pixels).hexdigest()] * 2
+    assert "size 96x128 is not served" in answers[2]["error"]
