@@ -23,15 +23,14 @@ from bench.report import (
     machine,
     method,
     models,
-    predictions,
     quality,
     runtimes,
-    searched,
     serving,
     training,
 )
 from bench.report.elements import formatting
 from bench.report.inputs import Inputs, read_inputs
+from bench.report.predicted import predictions, searched
 from bench.results import Results
 from bench.search.front import FrontFile
 from distill.common.errors import UserError

@@ -37,6 +37,7 @@ INPUTS = (
 OUTPUTS = (
     ("image", "TYPE_UINT8", "[ -1, -1, -1, 3 ]"),
     ("png", "TYPE_STRING", "[ -1 ]"),
+    ("png_base64", "TYPE_STRING", "[ -1 ]"),
     ("timings_ms", "TYPE_FP32", "[ 3 ]"),
     ("batch", "TYPE_INT32", "[ 1 ]"),
     ("step", "TYPE_INT32", "[ 1 ]"),

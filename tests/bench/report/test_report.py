@@ -11,7 +11,7 @@ from bench.contestants.contestant import STAGES
 from bench.floor.predict import floor_ms
 from bench.quality.guard import png_base64
 from bench.report.elements.formatting import milliseconds
-from bench.report.predictions import measured_latencies, runtime_class
+from bench.report.predicted.predictions import measured_latencies, runtime_class
 from bench.report.report import write_report
 from bench.results import Results
 from distill.common.errors import UserError

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from PIL import Image
 
 import engines
 from distill.checkpoints.sampling import Sampling
@@ -172,6 +176,20 @@ def test_bad_requests_get_an_error_and_the_server_lives_on(server: Server, envir
     body = json.dumps({"id": "\udcff", "inputs": inputs, "outputs": [{"name": "step"}]}, ensure_ascii=False)
     (answer,) = ask(environment, server.address, {"do": "fetch", "path": "v2/models/slimxl/infer", "body": body})
     assert answer["status"] == 200, answer  # an id is any bytes
+
+
+def test_json_gets_its_picture_in_base64(server: Server) -> None:
+    """Without Triton's client; the same picture as its clients get as bytes."""
+
+    def draw(name: str) -> list[Any]:
+        inputs = [{"name": "prompt", "shape": [1, 1], "datatype": "BYTES", "data": ["a red circle"]}]
+        body = json.dumps({"inputs": inputs, "outputs": [{"name": name}]}).encode()
+        url = f"http://127.0.0.1:{server.address.http_port}/v2/models/slimxl/infer"
+        with urlopen(url, body, timeout=60) as answer:
+            return json.load(answer)["outputs"][0]["data"]
+
+    (text,) = draw("png_base64")
+    assert np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))).reshape(-1).tolist() == draw("image")
 
 
 def test_nothing_but_drawing_is_open(server: Server, environment: Environment) -> None:

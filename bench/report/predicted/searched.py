@@ -14,7 +14,7 @@ from bench.report.elements.charts import Axis, Series, line_chart
 from bench.report.elements.formatting import interval, milliseconds, signed_percent, times
 from bench.report.elements.tables import Cell, Column, Table, make_table, measured
 from bench.report.latency import speedup_cell, total_cell
-from bench.report.predictions import runtime_class
+from bench.report.predicted.predictions import runtime_class
 from bench.results import ContestantRecord, Results, Row
 from bench.search.front import FoundStudent, FrontFile, work_of
 from distill.models.depth import Depth
