@@ -145,7 +145,7 @@ REFUSED = {
     "clip_skip": "leave clip_skip unset",
     "cross_attention_kwargs": "compiled without cross_attention_kwargs",
     "textual inversion": "vocabulary is fixed",
-    "ControlNet": "compiled without a ControlNet's residuals; export it with .*--controlnet",
+    "ControlNet": "compiled without a ControlNet's residuals",
     "model offload": "keeps its weights where it was loaded",
     "sequential offload": r"engines.load(bundle, vram_gb=8)",
     "group offload": r"engines.load(bundle, vram_gb=8)",
