@@ -65,17 +65,26 @@ def read_ranges(path: Path) -> Ranges:
     if content.get("schema") != SCHEMA or not isinstance(content.get("layers"), dict):
         raise UserError(f"{path} is no file of ranges of this slimxl; {again}")
     try:
-        layers = {name: Range(**entry) for name, entry in content["layers"].items()}
+        layers = {
+            name: Range(*([float(value) for value in entry[kind]] for kind in ("channels", "percentiles")))
+            for name, entry in content["layers"].items()
+        }
         ranges = Ranges(str(content["unet_sha256"]), dict(content["drawn"]), layers)
         for name, one in layers.items():
-            numbers = [float(value) for value in (*one.channels, *one.percentiles)]
-            if len(one.percentiles) != len(PERCENTILES) or not all(
-                math.isfinite(value) and value >= 0 for value in numbers
-            ):
+            if not all(math.isfinite(value) and value >= 0 for value in (*one.channels, *one.percentiles)):
                 raise UserError(f"{path}: the range of {name} has a number that is none, or below 0; {again}")
+            if len(one.percentiles) != len(PERCENTILES) or not one.channels or not _agree(one):
+                raise UserError(f"{path}: the channels and percentiles of {name} contradict each other; {again}")
     except (TypeError, ValueError, KeyError):
         raise UserError(f"{path} is damaged; {again}") from None
     return ranges
+
+
+def _agree(one: Range) -> bool:
+    """Whether percentiles rise to the largest channel, which the file holds in six digits."""
+    return sorted(one.percentiles) == one.percentiles and math.isclose(
+        max(one.channels), one.percentiles[-1], rel_tol=1e-4
+    )
 
 
 def require_fit(ranges: Ranges, unet_sha256: str, layers: Iterable[str], where: str) -> None:

@@ -244,7 +244,8 @@ def test_bad_input_is_told_before_anything_is_written(
     ranges_of: Callable[[str], tuple[Path, Path, Ranges]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, checkpoint, ranges = ranges_of("int8")
-    out, few, spoilt, other = (tmp_path / name for name in ("out", "few.txt", "nan.json", "other.json"))
+    names = ("out", "few.txt", "nan.json", "other.json", "torn.json")
+    out, few, spoilt, other, torn = (tmp_path / name for name in names)
     few.write_text("one\ntwo\n")
     layer = next(iter(ranges.layers))
     write_ranges(spoilt, ranges)
@@ -252,12 +253,17 @@ def test_bad_input_is_told_before_anything_is_written(
     text["layers"][layer]["percentiles"][0] = -1.0
     spoilt.write_text(json.dumps(text))
     write_ranges(other, replace(ranges, unet_sha256="1" * 64))
+    one = ranges.layers[layer]
+    write_ranges(
+        torn, replace(ranges, layers=ranges.layers | {layer: replace(one, channels=[1e30] * len(one.channels))})
+    )
     for words, message in (
         (["--prompts", str(few)], "2 prompt(s) are wanted of 2"),
         (["--count", "3"], "the least is 4"),
         (["--prompts", str(tmp_path / "none.txt")], "is no file"),
         (["--ranges", str(spoilt)], f"the range of {layer} has a number that is none"),
         (["--ranges", str(other)], "the ranges are of another UNet"),
+        (["--ranges", str(torn)], f"the channels and percentiles of {layer} contradict each other"),
         (["--percentile", "98"], "--percentile is 98"),
         (["--alpha", "2"], "--alpha is 2"),
         (["--max-error", "0"], "--max-error is 0"),
