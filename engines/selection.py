@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distill.common.errors import UserError, unknown
-from distill.models.conditioning import REFINER, Conditioning, conditioning_named
+from distill.models.conditioning import Conditioning, conditioning_named
 from distill.models.networks import CONTROLNETS
 from engines.building.layouts import DEFAULT_LAYOUTS
 from engines.bundle import Engine, Manifest
@@ -146,7 +146,7 @@ def _drop_covered(engines: list[Engine]) -> list[Engine]:
 def choose_task(kind: Conditioning, task: Task | None, found: Sequence[str], flavor: str) -> tuple[Task, list[str]]:
     """What is drawn from, by default the first that a kind of pipeline can do, and the ControlNets among the components
     `found` that take part. Raises UserError for a task that it cannot do, and where a component for it is missing."""
-    tasks = [name for name in TASKS if name != "text-to-image" or kind is not REFINER]
+    tasks = [name for name in TASKS if name != "text-to-image" or kind.draws_from_text]
     wanted = task or tasks[0]
     if wanted not in tasks:
         raise unknown("task of this model" if wanted in TASKS else "task", wanted, tasks)

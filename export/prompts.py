@@ -24,9 +24,11 @@ LEAST = 4
 def read_prompts(file: Path | None, checkpoint: Path, count: int | None = None) -> list[str]:
     """The first `count` prompts, or all. `file` None means ours, for a mini family 64 captions of its own world.
 
-    Raises UserError where there are fewer than asked for, or fewer than `LEAST`.
+    Raises UserError where there are fewer than asked for, or fewer than `LEAST`, and for a refiner.
     """
-    if file is None and find_family(checkpoint).vocabulary is not None:
+    family = find_family(checkpoint)
+    family.conditioning.require_drawing_from_text(checkpoint)
+    if file is None and family.vocabulary is not None:
         from distill.data.shapes import random_scene
 
         rng = np.random.default_rng(0)

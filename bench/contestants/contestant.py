@@ -127,5 +127,8 @@ class Contestant:
 
 
 def find_family(contestants: list[Contestant]) -> Family:
-    """That of the first contestant whose checkpoint is known; SDXL where nobody's is."""
-    return next((one.configs.family for one in contestants if one.configs), SDXL_FAMILY)
+    """That of the first contestant whose checkpoint is known; SDXL where nobody's is. Raises UserError for a refiner."""
+    families = {one.name: one.configs.family for one in contestants if one.configs}
+    for name, family in families.items():
+        family.conditioning.require_drawing_from_text(f"contestant {name!r}")
+    return next(iter(families.values()), SDXL_FAMILY)

@@ -135,6 +135,16 @@ class Conditioning:
         """How the names of diffusers' pipelines for it begin."""
         return self.pipeline.removesuffix("Pipeline").removesuffix("Img2Img")
 
+    @property
+    def draws_from_text(self) -> bool:
+        """Whether it begins a picture; a refiner only goes on with one."""
+        return self.pipeline == f"{self.stem}Pipeline"
+
+    def require_drawing_from_text(self, model: object) -> None:
+        """Raises UserError for a refiner."""
+        if not self.draws_from_text:
+            raise UserError(f"{model} is SDXL's refiner, which finishes another model's pictures; give the base model")
+
     def size_inputs(
         self,
         original_sizes: Sequence[tuple[int, int]],
@@ -221,8 +231,10 @@ def conditioning_of(config: Config, model: object = "the model") -> Conditioning
             f"{model}: its UNet is not supported: it takes more than text ({others[0]} {config[others[0]]!r})"
         )
     if kind == "text_time":
-        numbers, each = config["projection_class_embeddings_input_dim"], config["addition_time_embed_dim"]
-        reads_pooled_encoder_alone = numbers - REFINER.size_numbers * each == context_width(config)
+        width, each = (
+            config.get(key) or 0 for key in ("projection_class_embeddings_input_dim", "addition_time_embed_dim")
+        )
+        reads_pooled_encoder_alone = width - REFINER.size_numbers * each == context_width(config)
         return REFINER if reads_pooled_encoder_alone else SDXL
     if kind is None:
         return SD

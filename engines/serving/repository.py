@@ -11,6 +11,7 @@ from pathlib import Path
 
 from distill.common.errors import UserError
 from distill.common.files import replacing, sha256_file
+from distill.models.conditioning import conditioning_named
 from engines.bundle import MANIFEST, Manifest, read_manifest
 from engines.integrity import verify_bundle
 from engines.serving.options import Serving
@@ -58,6 +59,7 @@ def write_repository(bundle: Path, out: Path, serving: Serving) -> None:
     manifest = read_manifest(bundle)
     if faults := verify_bundle(bundle):
         raise UserError(faults[0])
+    conditioning_named(manifest.source.pipeline).require_drawing_from_text(bundle)
     place = choose_placement(manifest, serving.flavor, parse_devices(serving.gpus))
     text = model_config(bundle.resolve(), manifest, place, serving)
     with replacing(out) as folder:

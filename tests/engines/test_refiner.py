@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
 
 import engines
+from bench.contestants.contestant import find_family
+from bench.contestants.spec import make_contestant, parse_specs
 from distill.checkpoints.folder import find_architecture_of
 from distill.checkpoints.load import load_pipeline
 from distill.checkpoints.sources import resolve
 from distill.common.errors import UserError
 from engines.building.build import build_bundle
 from engines.bundle import read_manifest
+from engines.serving.options import Serving
+from engines.serving.repository import write_repository
 from export import ExportOptions, export_checkpoint
+from export.prompts import read_prompts
 from tests.engines.drawing import MASK, PICTURE, draw, psnr_db, quiet
 
 
@@ -49,13 +55,17 @@ def test_it_finishes_pictures_and_latents_as_diffusers_does(checkpoint: Path, bu
     assert draw(inpaint, image=PICTURE, mask_image=MASK, strength=0.9).shape == (1, 128, 128, 3)
 
 
-def test_a_base_model_hands_its_latents_on(pipeline, bundle: Path) -> None:
+def test_base_and_refiner_share_the_steps_as_in_diffusers(
+    pipeline: Any, reference: Any, checkpoint: Path, bundle: Path
+) -> None:
     """The first steps by one bundle, the last by the other."""
-    latents = pipeline(
-        "a red circle", width=128, height=128, num_inference_steps=5, denoising_end=0.6, output_type="latent"
-    ).images
-    finished = draw(quiet(engines.load(bundle)), image=latents, denoising_start=0.6, width=None, height=None)
-    assert finished.shape == (1, 128, 128, 3)
+    theirs = quiet(load_pipeline(checkpoint, torch.float32))
+    pictures = []
+    for base, refiner in ((pipeline, quiet(engines.load(bundle))), (reference, theirs)):
+        asked = {"prompt": "a red circle", "num_inference_steps": 5, "generator": torch.Generator().manual_seed(7)}
+        latents = base(**asked, denoising_end=0.6, output_type="latent", width=128, height=128).images
+        pictures.append(refiner(**asked, image=latents, denoising_start=0.6, output_type="np").images)
+    assert psnr_db(*pictures) >= 40
 
 
 def test_it_draws_nothing_from_text_alone(bundle: Path) -> None:
@@ -64,3 +74,18 @@ def test_it_draws_nothing_from_text_alone(bundle: Path) -> None:
         UserError, match=r"unknown task of this model 'text-to-image': known are controlnet, .*image-to-image, inpaint"
     ):
         engines.load(bundle, task="text-to-image")
+
+
+def test_what_draws_from_text_alone_refuses_it(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
+    def contestant() -> None:
+        [spec] = parse_specs(["one=eager:random:mini-refiner"])
+        find_family([make_contestant(spec, "cpu", workdir=tmp_path)])
+
+    for what in (
+        lambda: write_repository(bundle, tmp_path / "repository", Serving()),
+        lambda: read_prompts(None, checkpoint),
+        contestant,
+    ):
+        with pytest.raises(UserError, match=r"is SDXL's refiner, which finishes .*; give the base model"):
+            what()
+    assert not list(tmp_path.iterdir())

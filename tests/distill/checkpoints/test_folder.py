@@ -150,6 +150,7 @@ def test_a_unet_without_its_middle_block_type_has_diffusers_own(mini_sdxl: Path,
         ("vae", {"scaling_factor": 0}, "scaling_factor of its vae is 0; a number above 0"),
         ("vae", {"scaling_factor": "x"}, "scaling_factor of its vae is 'x'"),
         ("vae", {"block_out_channels": None}, "block_out_channels of its vae is None"),
+        ("unet", {"addition_time_embed_dim": None}, "less 6 times its addition_time_embed_dim is 256"),
         ("text_encoder", {"hidden_size": "64"}, "hidden_size of its text_encoder is '64'"),
     ],
 )  # fmt: skip
