@@ -212,7 +212,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], str | None]] = {
     "set_adapters": ((["style"],), "loaded are no LoRAs"),
     "load_lora_into_unet": (({}, None), "loaded by the pipeline that engines.load gave"),
     "set_ip_adapter_scale": ((1.0,), "IP-Adapters run with the checkpoint"),
-    "push_to_hub": (("me/mine",), "upload that folder"),
+    "push_to_hub": (("me/mine",), "python -m engines push BUNDLE"),
 }
 """How a method of the pipeline is called, and the line that refuses it; None where it has nothing to do, or does it."""
 BY_PICTURES = {"load_ip_adapter", "load_lora_weights", "load_textual_inversion", "save_pretrained", "from_pipe"}
