@@ -52,8 +52,10 @@ def saved_and_loaded(pipe: Any) -> np.ndarray:
 
 
 def switched_off(pipe: Any) -> None:
-    for name in ("attention_slicing", "freeu", "vae_slicing", "vae_tiling", "lora"):
-        getattr(pipe, f"disable_{name}")()
+    for switch in (pipe.disable_attention_slicing, pipe.disable_freeu, pipe.disable_lora):
+        switch()
+    pipe.vae.disable_slicing()
+    pipe.vae.disable_tiling()
 
 
 def is_ours(pipe: Any) -> bool:

@@ -212,7 +212,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], str | None]] = {
     "set_adapters": ((["style"],), "loaded are no LoRAs"),
     "load_lora_into_unet": (({}, None), "loaded by the pipeline that engines.load gave"),
     "set_ip_adapter_scale": ((1.0,), "IP-Adapters run with the checkpoint"),
-    "push_to_hub": (("me/mine",), "upload that folder"),
+    "push_to_hub": (("me/mine",), "python -m engines push BUNDLE"),
 }
 """How a method of the pipeline is called, and the line that refuses it; None where it has nothing to do, or does it."""
 BY_PICTURES = {"load_ip_adapter", "load_lora_weights", "load_textual_inversion", "save_pretrained", "from_pipe"}
@@ -232,10 +232,10 @@ def test_no_method_of_diffusers_pipeline_is_forgotten() -> None:
     """A new version of diffusers that brings one fails here."""
     kind = StableDiffusionXLPipeline
     public = {name for name in dir(kind) if not name.startswith("_") and callable(getattr(kind, name, None))}
-    assert public == CALLS.keys() | BY_PICTURES | DIFFUSERS_OWN
+    assert public <= CALLS.keys() | BY_PICTURES | DIFFUSERS_OWN
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [name for name in CALLS if hasattr(StableDiffusionXLPipeline, name)])
 def test_a_method_does_what_is_right_or_says_a_line(name: str, pipeline: Any) -> None:
     arguments, line = CALLS[name]
     given = (*arguments, pipeline.unet) if name == "load_lora_into_unet" else arguments

@@ -10,11 +10,13 @@ import pytest
 from distill.common.errors import UserError
 from distill.common.files import sha256_file
 from distill.models.families import MINI_FAMILY
+from engines.building.build import _timing_name
 from engines.building.contents import without_superseded
 from engines.building.jobs import Job, list_jobs, require_memory, require_vram
 from engines.building.options import builder_options
 from engines.bundle import Manifest, ShapeRange
 from engines.choices import Layout
+from engines.flavors import find_flavor
 from engines.gpus import GPUS, resolve_targets
 from engines.onnx_folder import OnnxComponent, read_onnx_folder
 from tests.engines.toys import make_static, make_toy_onnx
@@ -149,6 +151,19 @@ def test_memory_estimate_is_above_what_was_measured_but_not_by_much(
     with pytest.raises(UserError, match=r"needs about .* GB of memory"):
         require_memory([sized], int(sized.memory_bytes * 0.9))
     require_memory([sized], sized.memory_bytes)
+
+
+def test_timings_are_kept_by_board_and_every_capability_is_targeted(
+    toy_onnx_fp16: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Boards of one capability choose other kernels."""
+    job = jobs_of(toy_onnx_fp16)[0]
+    names = set()
+    for board in ("NVIDIA A10", "NVIDIA GeForce RTX 3090"):
+        monkeypatch.setattr("engines.building.build.gpu_at_hand", lambda board=board: (board, "8.6"))
+        names.add(_timing_name(job))
+    assert len(names) == 2
+    assert find_flavor("tensorrt").targets >= {"10.0", "10.3", "12.0", "12.1"}  # type: ignore[operator]
 
 
 def test_tensorrt_is_held_to_its_own_figures(toy_onnx_fp16: Path) -> None:

@@ -232,7 +232,7 @@ def test_a_pipeline_is_refused_before_a_file_is_opened(
     toy_bundle: Path, toy_onnx: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load_on(monkeypatch, {"cuda:0": ("NVIDIA A100", "8.0")})
-    monkeypatch.setattr("engines.pipeline.checked_path", lambda *_: pytest.fail("a file was opened"))
+    monkeypatch.setattr("engines.pipeline.find_faults", lambda *_: pytest.fail("a file was opened"))
     monkeypatch.setattr(residency, "RESERVE_BYTES", 300 * MB)
     rtx = {"flavor": "tensorrt-rtx"}
     refused(lambda: engines.load(toy_bundle, **rtx, vram_gb=0.2), r"takes more than vram_gb=0\.4")

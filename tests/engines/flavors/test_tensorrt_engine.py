@@ -192,6 +192,7 @@ def test_of_more_shapes_than_are_kept_the_one_used_longest_ago_goes(toy_manifest
     "call, answer, told",
     [
         ("set_input_shape", False, "cannot be"),
+        ("set_optimization_profile_async", False, "has no profile 0"),
         ("set_tensor_address", False, "takes no address"),
         ("update_device_memory_size_for_shapes", 0, "does not say how much memory"),
     ],
@@ -201,7 +202,7 @@ def test_what_tensorrt_refuses_is_not_run(
 ) -> None:
     monkeypatch.setattr(FakeContext, call, lambda *_: answer)
     with pytest.raises(RuntimeError, match=told):
-        loaded, _, _, engine = make(toy_manifest, tmp_path)
+        loaded, _, _, engine = make(toy_manifest, tmp_path, layout="shared")
         loaded.run({"sample": sample("128x128")}, engine.profiles[0])
 
 

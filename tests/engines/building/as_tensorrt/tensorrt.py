@@ -24,6 +24,9 @@ class Builder(_rtx.Builder):
 
     def build_serialized_network_to_stream(self, network: Any, config: Any, writer: Any) -> Any:
         assert config.num_compute_capabilities == 0, "TensorRT has no targets to set"
+        assert config.get_preview_feature(_rtx.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10), (
+            "a range takes its corner"
+        )
         config.num_compute_capabilities = 1
         config.set_compute_capability(_rtx.ComputeCapability.SM80, 0)
         return super().build_serialized_network_to_stream(network, config, writer)
