@@ -27,9 +27,12 @@ SD_MODELS = ("sd-1.5", "small-sd", "tiny-sd")
 
 
 def predicted_models(results: Results) -> tuple[str, ...]:
-    """The full-size models to predict beside a run: those of its own kind, SDXL's or SD 1.x's."""
+    """The full-size models to predict beside a run: those of its own kind, SDXL's or SD 1.x's, and what else of the
+    catalogue it drew with, as KOALA."""
     family = FAMILIES.get(results.family)
-    return SD_MODELS if family and family.conditioning is SD else MODELS
+    usual = SD_MODELS if family and family.conditioning is SD else MODELS
+    drawn = [model.name for model in map(model_of, results.contestants) if model and model.parameters]
+    return tuple(dict.fromkeys((*usual, *drawn)))
 
 
 Board = tuple[str, str]
@@ -56,7 +59,7 @@ def measured_latencies(all_results: list[Results]) -> list[Known]:
                 sound = not (row.refused or record.failed_guard)
                 if row.floor_ms is None or not sound or load["guidance_scale"] <= 1 or record.taught:
                     continue
-                if model is None or model.name not in (*MODELS, *SD_MODELS):
+                if model is None or model.parameters is None:  # a mini model, or none of the catalogue
                     continue
                 one = Known(gpu, model.name, load["steps"], runtime, row.total_ms.value, row.floor_ms, MEASURED)
                 precision = record.precision if record.is_in_8_bits else "fp16"
