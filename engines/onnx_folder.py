@@ -14,10 +14,11 @@ from typing import Any
 
 import onnx
 
+from distill.checkpoints.folder import read_config
 from distill.checkpoints.sampling import Sampling, sampling_of
 from distill.common.errors import UserError
 from distill.common.files import read_object, sha256_file_once
-from distill.models.conditioning import Conditioning, TensorSpec, conditioning_named, conditioning_of
+from distill.models.conditioning import REFINER, Conditioning, TensorSpec, conditioning_named, conditioning_of
 from distill.models.resolution import Resolution
 from engines.bundle import Engine, TensorInfo
 from export.components import COMPONENTS, TEXT_ENCODERS
@@ -155,11 +156,12 @@ class OnnxComponent:
 
 
 def read_conditioning(root: Path) -> Conditioning:
-    """The kind of pipeline that an ONNX folder is of: by its UNet, since a checkpoint may be saved for any task; where it
-    has none, by that. Raises UserError."""
-    if (config := root / "unet" / "config.json").is_file():
-        return conditioning_of(read_object(config), root)
-    return conditioning_named(str(read_object(root / "model_index.json").get("_class_name")))
+    """The kind of pipeline that an ONNX folder is of. SDXL saved for pictures has the class of its refiner: the UNet, where
+    there is one, tells the two apart. Raises UserError."""
+    kind = conditioning_named(str(read_object(root / "model_index.json").get("_class_name")))
+    if kind is REFINER and (root / "unet" / "config.json").is_file():
+        return conditioning_of(read_config(root, "unet"), root)
+    return kind
 
 
 def weights_for(engine: Engine, root: Path) -> OnnxComponent | None:

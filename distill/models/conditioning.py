@@ -235,7 +235,7 @@ def conditioning_of(config: Config, model: object = "the model") -> Conditioning
             config.get(key) or 0 for key in ("projection_class_embeddings_input_dim", "addition_time_embed_dim")
         )
         reads_pooled_encoder_alone = width - REFINER.size_numbers * each == context_width(config)
-        return REFINER if reads_pooled_encoder_alone else SDXL
+        return REFINER if reads_pooled_encoder_alone and len(config["block_out_channels"]) == 4 else SDXL
     if kind is None:
         return SD
     raise UserError(

@@ -101,7 +101,7 @@ def test_a_bundle_in_a_hub_cache_loads(toy_bundle: Path, tmp_path: Path) -> None
         (lambda m: m["engines"][0]["files"][0].update(sha256="0"), "damaged at engines.0.files.0.sha256"),
         (lambda m: m["engines"][0]["files"][0].update(size_bytes=-1), "size_bytes"),
         (lambda m: m["engines"][0].update(flavor="pickle"), "damaged at engines.0.flavor"),
-        (lambda m: m["engines"][0].update(component="lora"), "engines.0.component: .* known are unet, vae_decoder"),
+        (lambda m: m["engines"][0].update(component="lora"), "engines.0.component: .* known are unet, controlnet"),
         (lambda m: m["source"].update(pipeline="FluxPipeline"), "source.pipeline: .* no pipeline of Stable Diffusion"),
         (lambda m: m["source"].pop("pipeline"), "source.pipeline: field required"),
         (
