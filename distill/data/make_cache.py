@@ -74,6 +74,7 @@ def make_cache(
         )
     require_our_folder(out, "a latent cache", [KEY_FILE], ("seed", "shards"))
     family = find_family(checkpoint)
+    family.conditioning.require_drawing_from_text(checkpoint)
     parts = open_parts(data, family, seed, fitting, SAMPLES_PER_SHARD)
     data = without_secrets(data)
     key = cache_key(checkpoint, data, parts.identity, seed, text) | {"shards": parts.count}

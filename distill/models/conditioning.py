@@ -23,8 +23,6 @@ TEXT_INPUTS = ("encoder_hidden_states", "text_embeds")
 """Those inputs of a UNet that stand for the prompt: what caption dropout and guidance exchange."""
 SIZES = "time_ids"
 """The input of a UNet that stands for a picture's sizes: whole numbers, up to the largest side."""
-AESTHETIC_SCORE = 6
-"""What diffusers tells a refiner by default."""
 TOKENS = {"text_encoder": "input_ids", "text_encoder_2": "input_ids_2"}
 """By its text encoder, what a caption is called as tokens (n, tokens)."""
 
@@ -152,18 +150,13 @@ class Conditioning:
         resolutions: Sequence[Resolution],
     ) -> dict[str, torch.Tensor]:
         """The UNet's size inputs for pictures: `time_ids` (n, 6) as (original height, width, crop top, left, target
-        height, width), of the refiner (n, 5) with the usual score of beauty in place of the target, or none. Sizes and
-        corners are (height, width) and (top, left) in pixels."""
+        height, width), or none. Sizes and corners are (height, width) and (top, left) in pixels."""
         import torch
 
         if not self.takes_sizes:
             return {}
         rows = zip(original_sizes, crops_top_left, resolutions, strict=True)
-        scored = self.size_numbers == 5
-        numbers = [
-            (*original, *crop, *((AESTHETIC_SCORE,) if scored else (target.height, target.width)))
-            for original, crop, target in rows
-        ]
+        numbers = [(*original, *crop, target.height, target.width) for original, crop, target in rows]
         return {SIZES: torch.tensor(numbers, dtype=torch.int32)}
 
 

@@ -16,6 +16,10 @@ from distill.checkpoints.folder import find_architecture_of
 from distill.checkpoints.load import load_pipeline
 from distill.checkpoints.sources import resolve
 from distill.common.errors import UserError
+from distill.data.make_cache import make_cache
+from distill.models.architectures import find_architecture
+from distill.training.recipes import find_recipe
+from distill.training.recipes.recipe import stage_modules
 from engines.building.build import build_bundle
 from engines.bundle import read_manifest
 from engines.serving.options import Serving
@@ -85,6 +89,8 @@ def test_what_draws_from_text_alone_refuses_it(checkpoint: Path, bundle: Path, t
         lambda: write_repository(bundle, tmp_path / "repository", Serving()),
         lambda: read_prompts(None, checkpoint),
         contestant,
+        lambda: make_cache(checkpoint, "shapes:2", tmp_path / "cache"),
+        lambda: stage_modules(find_recipe("mini-vega"), find_architecture("mini-refiner")),
     ):
         with pytest.raises(UserError, match=r"is SDXL's refiner, which finishes .*; give the base model"):
             what()

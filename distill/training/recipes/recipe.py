@@ -145,6 +145,7 @@ def stage_modules(recipe: Recipe, teacher: Architecture, start: ModuleMap | None
     Raises UserError for a student of another family or deeper than the one before, and for layer maps that do not fit
     the teacher or are not nested: before the first step of the first stage.
     """
+    teacher.family.conditioning.require_drawing_from_text(f"teacher {recipe.stages[0].teacher}")
     for stage in recipe.stages:
         student = stage.student.architecture_of(teacher)
         if not student.family.fits(teacher.unet_config):
