@@ -196,6 +196,19 @@ def triton(bundle: Path, out: Path, serving: Annotated[Serving, tyro.conf.OmitAr
     return 0
 
 
+def plans(bundle: Path, out: Path) -> int:
+    """Write a bundle's plans of TensorRT as models of Triton's TensorRT backend, for a pipeline of your own around them.
+
+    Args:
+        bundle: The bundle's folder.
+        out: The model repository to write.
+    """
+    from engines.serving.plans import write_plans
+
+    print("\n".join(write_plans(bundle, out)))
+    return 0
+
+
 def serve(
     bundle: Path,
     serving: Annotated[Serving, tyro.conf.OmitArgPrefixes],
@@ -262,6 +275,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "check": check,
     "push": push,
     "triton": triton,
+    "plans": plans,
     "serve": serve,
     "load-test": load_test,
 }

@@ -22,8 +22,8 @@ MODEL_SOURCE = Path(__file__).with_name("model.py")
 MODEL = "slimxl"
 SIGNATURE = "# written by slimxl, which replaces this folder when it writes the repository again"
 """First line of config.pbtxt. A model without it is somebody else's."""
-WRITTEN = (f"{MODEL}/config.pbtxt", f"{MODEL}/1/model.py")
-"""All files of a repository."""
+WRITTEN = ("config.pbtxt", "1/model.py")
+"""The files of a model, beside plans."""
 INPUTS = (
     ("prompt", "TYPE_STRING", False),
     ("negative_prompt", "TYPE_STRING", True),
@@ -55,7 +55,7 @@ def write_repository(bundle: Path, out: Path, serving: Serving) -> None:
     Raises UserError, before anything is written, for a damaged bundle and for an `out` that slimxl did not write.
     """
     out = out.resolve()
-    _require_ours(out)
+    require_our_repository(out)
     manifest = read_manifest(bundle)
     if faults := verify_bundle(bundle):
         raise UserError(faults[0])
@@ -68,7 +68,7 @@ def write_repository(bundle: Path, out: Path, serving: Serving) -> None:
         shutil.copyfile(MODEL_SOURCE, folder / MODEL / "1" / "model.py")
 
 
-def _require_ours(out: Path) -> None:
+def require_our_repository(out: Path) -> None:
     """Raises UserError for an `out` that cannot be replaced as a whole, or that holds anything slimxl did not write."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; pass a folder for --out")
@@ -79,7 +79,9 @@ def _require_ours(out: Path) -> None:
     for path in sorted(out.rglob("*")) if out.is_dir() else []:
         if path.is_dir() or "__pycache__" in path.parts:
             continue
-        if path.relative_to(out).as_posix() not in WRITTEN or not is_ours(out / MODEL / "config.pbtxt"):
+        model, *inside = path.relative_to(out).parts
+        is_written = "/".join(inside) in WRITTEN or (inside[:1] == ["1"] and path.suffix == ".plan")
+        if not is_written or not is_ours(out / model / "config.pbtxt"):
             raise UserError(
                 f"{out} holds {path.relative_to(out)}, which slimxl did not write and would remove; choose a folder of its "
                 "own for --out (tritonserver takes several --model-repository)"
