@@ -13,6 +13,7 @@ from bench.search.options import SearchOptions
 from bench.search.search import downscaled, find_gpu, run_search
 from distill.common.errors import UserError
 from distill.data.make_cache import make_cache
+from distill.training.objectives import Distill
 from distill.training.recipes import find_recipe
 
 
@@ -50,6 +51,7 @@ def test_a_search_writes_a_front_and_a_recipe_that_is_one_and_goes_on_where_it_w
     assert found["speedup"]["value"] >= 1.05 and found["speedup"]["low"] < found["speedup"]["high"]
     recipe = find_recipe(str(options.out / front["recipes"]["1.05x"]))
     assert recipe.stages[0].teacher == options.model
+    assert all(isinstance(stage.objective, Distill) for stage in recipe.stages)  # no few-step road
     assert recipe.stages[-1].student.architecture == found["depth"]
     assert (options.out / "search.svg").stat().st_size and "| search | 1.05x |" in (
         options.out / "search.md"
