@@ -39,6 +39,8 @@ class SearchOptions:
     """Pictures of the cache to average over."""
     timesteps: int = 3
     """Noise levels to average over."""
+    downscale: int = 1
+    """Score the pictures at one part in so many of their width and height: on a CPU a full-size search takes 4 or more."""
     exchanges: int = 40
     """Scores spent on exchanging modules of each proposal, at the most."""
     random_cuts: int = 3
@@ -48,7 +50,7 @@ class SearchOptions:
 
     def __post_init__(self) -> None:
         """Raises UserError for a number out of range, and for no budget at all."""
-        require_least(1, steps=self.steps, samples=self.samples, timesteps=self.timesteps)
+        require_least(1, steps=self.steps, samples=self.samples, timesteps=self.timesteps, downscale=self.downscale)
         require_least(0, exchanges=self.exchanges, random_cuts=self.random_cuts)
         for name, values in (
             ("speedup", self.speedup),

@@ -18,6 +18,7 @@ from distill.common.files import replacing, write_json
 from distill.common.progress import say
 from distill.models.architectures import Architecture
 from distill.models.module_map import ModuleMap
+from distill.training.objectives import Distill
 from distill.training.recipes import RECIPES, Recipe, find_recipe, peek_teacher
 
 COLOURS = {"greedy": "#8a94a6", "search": "#1f4e8c", "one-shot": "#c4661f", "random": "#b8b8b8", "published": "#2b7a3d"}
@@ -76,9 +77,14 @@ def _row(student: Student, costs: StudentCosts) -> dict[str, Any]:
 
 
 def make_recipe(teacher: str, architecture: Architecture, modules: ModuleMap) -> Recipe:
-    """By the road of the first recipe of the family that takes the student, with the searched model in place of its first
-    teacher. Raises UserError where there is none."""
-    of_family = [name for name, make in RECIPES.items() if peek_teacher(make()).family.name == architecture.family.name]
+    """By the road of the first recipe of the family that takes the student and teaches it all of its steps, none of the
+    few-step ones, with the searched model in place of its first teacher. Raises UserError where there is none."""
+    of_family = [
+        name
+        for name, make in RECIPES.items()
+        if peek_teacher(recipe := make()).family.name == architecture.family.name
+        and all(isinstance(stage.objective, Distill) for stage in recipe.stages)
+    ]
     for name in of_family:
         try:
             recipe = find_recipe(name, student=str(modules.student), layer_map=layer_map_of(modules))

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.nn.functional import adaptive_avg_pool2d
 
 from bench.floor.peaks import PEAKS
 from bench.results import read_results
@@ -30,6 +31,7 @@ from distill.common.ownership import require_our_folder
 from distill.common.progress import say
 from distill.data.cache import LatentCache
 from distill.models.architectures import ARCHITECTURES, Architecture
+from distill.models.conditioning import unet_multiple
 from distill.models.depth import Depth
 from distill.models.module_map import ModuleMap, make_module_map
 from distill.training.text import TextEncoders
@@ -56,14 +58,20 @@ def run_search(options: SearchOptions) -> None:
     budgets = make_budgets(options, costs)
     latents = LatentCache(options.cache, batch_size=min(BATCH, options.samples), seed=0)
     _check_cache(latents, checkpoint)
+    multiple = unet_multiple(architecture.unet_config)
+    batches = [
+        batch | {"latents": downscaled(batch["latents"], options.downscale, multiple)}
+        for batch in map(latents.batch, range(max(1, options.samples // BATCH)))
+    ]
     settings = {
         "teacher_hash": checkpoint_hash(checkpoint),
         "cache": latents.digest,
         "samples": options.samples,
         "timesteps": options.timesteps,
+        "downscale": options.downscale,
     }
     _keep_settings(options.out / SETTINGS, settings)
-    quality = make_quality(checkpoint, latents, options)
+    quality = make_quality(checkpoint, batches, latents.holds_text, options)
     shrinking = Shrinking(architecture.depth, quality, costs.expected_ms, say)
     _tell_cost(architecture.depth, quality, budgets, options)
     students = list(_students(architecture, budgets, shrinking, options))
@@ -119,17 +127,25 @@ def _keep_settings(path: Path, settings: dict[str, object]) -> None:
     write_json(path, settings)
 
 
-def make_quality(checkpoint: Path, latents: LatentCache, options: SearchOptions) -> Quality:
-    """Loads the UNet in fp32, and the text encoders where the cache holds tokens alone, for as long as they are needed."""
-    batches = [latents.batch(step) for step in range(max(1, options.samples // BATCH))]
+def make_quality(
+    checkpoint: Path, batches: Sequence[dict[str, torch.Tensor]], holds_text: bool, options: SearchOptions
+) -> Quality:
+    """Loads the UNet in fp32, and the text encoders where `batches` hold tokens alone, for as long as they are needed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not latents.holds_text:
+    if not holds_text:
         encoders = TextEncoders.load(checkpoint, torch.float32, torch.device("cpu"))
         batches = [encoders.encoded(batch) for batch in batches]
     batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
     levels = [round((i + 0.5) * 1000 / options.timesteps) for i in range(options.timesteps)]
     unet = load_component(checkpoint, "unet", torch.float32).to(device)
     return Quality(unet, batches, alphas_cumprod_of(checkpoint).to(device), levels, options.out / "scores.jsonl")
+
+
+def downscaled(latents: torch.Tensor, factor: int, multiple: int) -> torch.Tensor:
+    """Latents (batch, channels, height, width) averaged to one part in `factor` of each side, rounded to a multiple of
+    `multiple`, as the UNet's levels need."""
+    height, width = (max(multiple, round(side / factor / multiple) * multiple) for side in latents.shape[-2:])
+    return adaptive_avg_pool2d(latents, (height, width))
 
 
 def _tell_cost(teacher: Depth, quality: Quality, budgets: Sequence[Budget], options: SearchOptions) -> None:

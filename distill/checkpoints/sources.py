@@ -3,7 +3,7 @@
 org/name              a Hugging Face model id
 path/to/folder        a diffusers pipeline folder
 path/to/file.safetensors   a single-file checkpoint (as ZavyChromaXL and JuggernautXL ship)
-random:NAME           an architecture of the catalogue at its true size with random weights (nothing to download)
+random:NAME           an architecture of the catalogue, or a depth, at its true size with random weights (no download)
 mini:sdxl, mini:sd    the mini teachers that ship with the package
 """
 
@@ -39,6 +39,8 @@ WORKDIR = Path("out/models")
 """The folder in which all rooms keep the checkpoints that `resolve` makes, unless another is given."""
 CONVERSION = 2
 """Raised whenever a random, converted or fused checkpoint comes out otherwise than before: older ones are made again."""
+IN_A_FOLDER_NAME = str.maketrans({"/": "_", ":": "+", ",": "."})
+"""Each mark of a depth by one of its own, so that no two depths share a folder."""
 ON_HUB = {
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
     "stablediffusionapi/zavychromaxl-v80": "sdxl",
@@ -173,7 +175,7 @@ def _random_checkpoint(name: str, workdir: Path) -> Path:
     from distill.checkpoints.assemble import assemble, random_tensors
 
     architecture = find_architecture(name)
-    folder = workdir / f"random-{re.sub('[^a-z0-9]+', '-', name)}"
+    folder = workdir / f"random-{name.translate(IN_A_FOLDER_NAME)}"
     return make_checkpoint(folder, lambda temporary: assemble(temporary, architecture, random_tensors(architecture)))
 
 

@@ -4,14 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.floor.predict import Known
 from bench.report.inputs import read_inputs
 from bench.search import costs
 from bench.search.options import SearchOptions
-from bench.search.search import find_gpu, run_search
+from bench.search.search import downscaled, find_gpu, run_search
 from distill.common.errors import UserError
 from distill.data.make_cache import make_cache
+from distill.training.objectives import Distill
 from distill.training.recipes import find_recipe
 
 
@@ -49,6 +51,7 @@ def test_a_search_writes_a_front_and_a_recipe_that_is_one_and_goes_on_where_it_w
     assert found["speedup"]["value"] >= 1.05 and found["speedup"]["low"] < found["speedup"]["high"]
     recipe = find_recipe(str(options.out / front["recipes"]["1.05x"]))
     assert recipe.stages[0].teacher == options.model
+    assert all(isinstance(stage.objective, Distill) for stage in recipe.stages)  # no few-step road
     assert recipe.stages[-1].student.architecture == found["depth"]
     assert (options.out / "search.svg").stat().st_size and "| search | 1.05x |" in (
         options.out / "search.md"
@@ -58,6 +61,8 @@ def test_a_search_writes_a_front_and_a_recipe_that_is_one_and_goes_on_where_it_w
     assert (options.out / "scores.jsonl").read_text() == scores
     with pytest.raises(UserError, match="holds a search with another timesteps; choose another --out"):
         run_search(replace(options, timesteps=2))
+    with pytest.raises(UserError, match="holds a search with another downscale"):
+        run_search(replace(options, downscale=2))
 
 
 def test_what_cannot_be_searched_is_one_line(options, tmp_path: Path) -> None:
@@ -86,3 +91,12 @@ def test_what_cannot_be_searched_is_one_line(options, tmp_path: Path) -> None:
 
 def test_a_gpu_is_named_by_its_first_part() -> None:
     assert [find_gpu(name) for name in ("a100", "rtx4090", "h200")] == ["a100-sxm", "rtx4090-fp16acc", "h200"]
+
+
+def test_pictures_are_scored_small_at_sizes_that_the_levels_can_halve() -> None:
+    latents = torch.rand(1, 4, 104, 152)
+    assert torch.equal(downscaled(latents, 1, 4), latents)
+    small = downscaled(latents, 4, 4)
+    assert small.shape == (1, 4, 24, 40)
+    assert small.mean().item() == pytest.approx(latents.mean().item(), abs=0.01)
+    assert downscaled(latents, 100, 4).shape == (1, 4, 4, 4)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from distill.checkpoints import sources
 from distill.checkpoints.folder import check_checkpoint, checkpoint_hash, find_architecture_of
 from distill.checkpoints.load import load_pipeline
 from distill.checkpoints.sources import peek_architecture, read_safetensors_header, resolve
@@ -15,6 +16,16 @@ from distill.common.errors import UserError
 from distill.common.files import write_json
 from distill.models.families import SD_1_FAMILY, SDXL_FAMILY
 from tests.processes import kill, start
+
+
+def test_two_depths_of_the_same_numbers_share_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sources, "make_checkpoint", lambda folder, _make: folder)
+    monkeypatch.setattr(sources, "check_checkpoint", lambda _folder: None)
+    folders = [
+        resolve(f"random:{depth}", tmp_path)
+        for depth in ("-/1,1/1:0:1,1/1,1,1/-", "-/1/1,1:0:1,1,1/1,1/-", "-/1/1,1:-:1,1,1/1,1/-")
+    ]
+    assert len({*folders}) == 3 and {folder.parent for folder in folders} == {tmp_path}
 
 
 @pytest.mark.parametrize(
